@@ -1,0 +1,161 @@
+"""PA + PI against the plain loop, on the same pictures: how many times the images per second, and are the outputs equal?
+
+    python benchmarks/pipeline.py                       # 400 easy-VQA pictures, the embedded pair
+    python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
+        --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
+
+The plain loop is the released code's way, made whole: batches of 8 (PA) and 4 (PI) in file order, pictures
+read between the batches, both models in memory, the S-VLM asked about everything, up to 128 tokens. Ours are the
+stages as they are, journal and files included. Both greedy, in this process, in turn, after a warm-up;
+loading the models counts for both. Prints one JSON object of its figures as its last line.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import PA
+import PI
+import torch
+
+from mpa import models, records
+from mpa.datasets import DATASETS, load_samples
+from mpa.matching import exact
+from mpa.pictures import open_picture
+from mpa.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
+
+ROOT = records.REPOSITORY
+
+
+class PlainModel:
+    """A model, its processor, and `replies`: one generate call a batch, in the order given."""
+
+    def __init__(self, path: str, args):
+        device = models.pick_device(args.device)
+        self.processor = models.load_processor(path, args.min_pixels, args.max_pixels)
+        self.model = models.load_model(path, device, models.pick_dtype(args.dtype, device))
+
+    @torch.inference_mode()
+    def replies(self, asked: list[tuple[str, str]], batch_size: int) -> list[str]:
+        written = []
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            texts = [
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+                    add_generation_prompt=True,
+                )
+                for _, prompt in batch
+            ]
+            pictures = [open_picture(path) for path, _ in batch]
+            inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
+                self.model.device, self.model.dtype
+            )
+            out = self.model.generate(
+                **inputs, max_new_tokens=128, do_sample=False, temperature=None, top_p=None, top_k=None
+            )
+            written += self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return written
+
+
+def plain_loop(args) -> dict:
+    """PA and PI as the released code goes about them, with the paper preset's prompts, parser and match."""
+    samples = load_samples(args.dataset, "train", limit=args.pictures)
+    lvlm, svlm = PlainModel(args.lvlm, args), PlainModel(args.svlm, args)
+    task = TASK_PROMPTS[DATASETS[args.dataset].task]
+    parsed = [parse_annotation(text) for text in lvlm.replies([(s.image_path, task) for s in samples], 8)]
+    usable = [(s, p) for s, p in zip(samples, parsed, strict=True) if not p.reason]
+    asked = [(s.image_path, answer_prompt(p.question)) for s, p in usable]
+    first = [first_line(text) for text in lvlm.replies(asked, 4)]
+    second = [first_line(text) for text in svlm.replies(asked, 4)]
+    return {
+        "annotations": {s.key: (p.question, p.answer) for s, p in usable},
+        "lvlm": {s.key: text for (s, _), text in zip(usable, first, strict=True)},
+        "parity": [
+            s.key
+            for (s, p), a, b in zip(usable, first, second, strict=True)
+            if exact(a, p.answer) and not exact(b, p.answer)
+        ],
+    }
+
+
+def stages(args, batch_size: int) -> dict:
+    """The same from our PA and PI. Tries after the first are sampled, which the plain loop has not: left off."""
+    common = ["--dataset", args.dataset, "--limit", str(args.pictures), "--batch-size", str(batch_size)]
+    common += ["--min-pixels", str(args.min_pixels), "--max-pixels", str(args.max_pixels)]
+    common += ["--device", args.device, "--dtype", args.dtype, "--model-path-lvlm", args.lvlm]
+    with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(sys.stderr):
+        pa = PA.main([*common, "--run", f"{run}/", "--tries", "0"])
+        train = PI.main([*common, "--run", f"{run}/", "--model-path-svlm", args.svlm])
+        lvlm = Path(run) / f"PI_{records.short_name(args.lvlm)}_{records.short_name(args.lvlm)}_{args.dataset}.json"
+        annotations = [r for r in records.read_records(pa, "PA") if not r["left_out"]]
+        return {
+            "annotations": {
+                str(r["question_id"]): (r["predicted_question"], r["predicted_answer"]) for r in annotations
+            },
+            "lvlm": {str(r["question_id"]): r["predictions"] for r in records.read_records(lvlm, "PI")},
+            "parity": [str(r["id"]) for r in records.read_records(train, "train")],
+        }
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="easyVQA", choices=DATASETS)
+    p.add_argument("--lvlm", default=str(ROOT / "data/mini/teacher"))
+    p.add_argument("--svlm", default=str(ROOT / "data/mini/student"))
+    p.add_argument("--pictures", type=int, default=400)
+    p.add_argument("--batch-size", type=int, default=128, help="of our stages; also measured at 8")
+    p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
+    p.add_argument("--min-pixels", type=int, default=3136)
+    p.add_argument("--max-pixels", type=int, default=3136)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    args = p.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.lvlm).is_dir() else "0")
+
+    ways = {
+        "plain": lambda: plain_loop(args),
+        "ours": lambda: stages(args, args.batch_size),
+        "ours at 8": lambda: stages(args, 8),
+    }
+    pictures, args.pictures = args.pictures, 16
+    for way in ways.values():
+        way()
+    args.pictures = pictures
+    seconds, outputs = {name: [] for name in ways}, {}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            outputs[name] = way()
+            seconds[name].append(time.perf_counter() - started)
+            print(f"{name}: {pictures / seconds[name][-1]:.1f} images/s", file=sys.stderr)
+
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
+    equal = {part: outputs["plain"][part] == outputs["ours"][part] for part in outputs["plain"]}
+    figures = {
+        "pictures": pictures,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "images_per_second": {name: round(pictures / s, 1) for name, s in median.items()},
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_of_rounds": [round(r, 2) for r in ratios],
+        "ratio_at_batch_8": round(median["plain"] / median["ours at 8"], 2),
+        "outputs_equal": all(equal.values()) and outputs["ours"] == outputs["ours at 8"],
+        "equal": equal,
+        "parity_samples": len(outputs["ours"]["parity"]),
+        "rounds": args.rounds,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

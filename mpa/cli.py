@@ -1,0 +1,130 @@
+"""What the stages' command lines share: arguments, the settings that decide an outcome, errors."""
+
+import argparse
+import errno
+import os
+import sys
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+from mpa import records
+from mpa.datasets import DATASETS
+from mpa.engines import ENGINES, open_engine
+from mpa.models import MAX_PIXELS, MIN_PIXELS
+from mpa.records import InputError
+
+LVLM = "Qwen/Qwen2-VL-7B-Instruct"
+SVLM = "Qwen/Qwen2-VL-2B-Instruct"
+PRESETS = ("paper", "released")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with what every stage takes. `doc`, the script's docstring, is its help text."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = p.add_argument_group("data")
+    data.add_argument("--dataset", required=True, choices=DATASETS, help="which data set")
+    data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the data set's, under data/)")
+    data.add_argument(
+        "--image-root", metavar="DIR", help="folder of the pictures (default: the data set's, under data/)"
+    )
+    data.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples (default: all)")
+    out = p.add_argument_group("results")
+    out.add_argument(
+        "--run",
+        default=os.environ.get("RUN") or date.today().isoformat(),
+        help="results go to results/RUN, or to RUN itself if it has a slash (default: $RUN, or today's date)",
+    )
+    out.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
+    out.add_argument("--restart", action="store_true", help="begin anew: drop what an earlier call has finished")
+    method = p.add_argument_group("method")
+    method.add_argument(
+        "--preset",
+        default="paper",
+        choices=PRESETS,
+        help="paper: as the paper says. released: as the released code does, to the letter (default: %(default)s)",
+    )
+    method.add_argument("--seed", type=int, default=0, help="of everything that is sampled (default: %(default)s)")
+    method.add_argument("--max-new-tokens", type=_positive, default=128, help="longest reply (default: %(default)s)")
+    model = p.add_argument_group("model")
+    model.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
+    model.add_argument("--batch-size", type=_positive, default=8, help="samples a batch (default: %(default)s)")
+    model.add_argument(
+        "--device", default="auto", help="cpu, cuda:0, mps …; auto: the first GPU, else the CPU (default: auto)"
+    )
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: the one this device is quick in, by measuring (default: auto)",
+    )
+    model.add_argument(
+        "--min-pixels", type=_positive, default=MIN_PIXELS, help="enlarge pictures to this area (default: 128*28*28)"
+    )
+    model.add_argument(
+        "--max-pixels", type=_positive, default=MAX_PIXELS, help="shrink pictures to this area (default: 512*28*28)"
+    )
+    model.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, (os.cpu_count() or 2) - 1),
+        help="processes that read pictures ahead of the model; 0: none (default: %(default)s)",
+    )
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
+    return p
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def engine(args, model_path: str):
+    """The engine that the arguments ask for, to run `model_path`."""
+    return open_engine(
+        args.engine,
+        model_path=model_path,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        workers=args.workers,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def settings(args, requests, **more) -> dict:
+    """What decides a stage's outcome. Batch size, workers and the like do not, and are free to change."""
+    named = ("dataset", "annotations", "image_root", "limit", "preset", "seed", "engine", "dtype")
+    asked = records.digest(*(f"{r.key}\n{r.image_path}\n{r.prompt}" for r in requests))
+    common = {name: getattr(args, name) for name in (*named, "max_new_tokens", "min_pixels", "max_pixels")}
+    return {**common, **more, "requests": asked}
+
+
+def counted(reasons) -> str:
+    """ "3 left out: 2 no answer, 1 two questions", or "" for no reasons."""
+    reasons = Counter(reasons)
+    causes = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    return f"{reasons.total()} left out: {causes}" if reasons else ""
+
+
+def run(main) -> None:
+    """Run a script's `main()`; what a user can mend ends in one line, not in a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(
+                f"error: {error.filename or 'the results folder'}: no space left on the disk. "
+                "Make room and run the same command again: what is finished is kept."
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). Choose another --run or --out.")
+        raise
+    except KeyboardInterrupt:
+        sys.exit("stopped. Run the same command again to go on.")

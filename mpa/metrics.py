@@ -1,0 +1,174 @@
+"""How good is a prediction: `METRICS[name](prediction, answers) -> float` between 0 and 1.
+
+Pure functions. Each names its source and where it departs from it; golden cases are in the tests.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+# --- VQA challenge and TextVQA ---------------------------------------------------------------------
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
+_NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+_ARTICLES = {"a", "an", "the"}
+# The official table maps each of these words, written with one apostrophe missing, to the word.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+_CONTRACTIONS = {w[: m.start()] + w[m.end() :]: w for w in _CONTRACTED for m in re.finditer("'", w)}
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the wrong way round
+
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# Written in the official code with a misspelt look-behind, so that only the look-ahead counts.
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # re.UNICODE stands where the official code's `sub` takes its count
+
+
+def _strip_punctuation(text: str) -> str:
+    glue = _DIGIT_COMMA_DIGIT.search(text) is not None
+    stripped = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if beside_space or glue else " ")
+    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+
+
+def _normalise_words(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _soft_accuracy(prediction: str, answers: list[str]) -> float:
+    """Mean over the answers, each left out in turn, of min(1, how many others agree / 3)."""
+    agree = sum(answer == prediction for answer in answers)
+    left = [min(1.0, (agree - (answer == prediction)) / 3) for answer in answers]
+    return sum(left) / len(left) if left else 0.0
+
+
+def vqa(prediction: str, answers: list[str]) -> float:
+    """VQA challenge accuracy, as the challenge's own code computes it (GT-Vision-Lab/VQA, vqaEval.py).
+
+    Normalises only where the human answers differ: a unanimous "yes" is not matched by "Yes.".
+    """
+    prediction, answers = _on_one_line(prediction), [_on_one_line(a) for a in answers]
+    if len(set(answers)) > 1:
+        answers = [_normalise_words(_strip_punctuation(a)) for a in answers]
+        prediction = _normalise_words(_strip_punctuation(prediction))
+    return _soft_accuracy(prediction, answers)
+
+
+def evalai(text: str) -> str:
+    """An answer as the EvalAI processor of the TextVQA challenge leaves it (MMF)."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _normalise_words(_strip_punctuation(_on_one_line(text)))
+
+
+def textvqa(prediction: str, answers: list[str]) -> float:
+    """TextVQA soft accuracy: as `vqa`, but after the EvalAI processor, always (MMF)."""
+    return _soft_accuracy(evalai(prediction), [evalai(a) for a in answers])
+
+
+def accuracy(prediction: str, answers: list[str]) -> float:
+    """ST-VQA accuracy: 1 if the prediction equals one of the answers, both after the EvalAI processor."""
+    return float(evalai(prediction) in {evalai(a) for a in answers})
+
+
+# --- ST-VQA, ChartQA, and the paper's own ----------------------------------------------------------
+
+
+def anls(prediction: str, answers: list[str]) -> float:
+    """Average normalised Levenshtein similarity of ST-VQA: 1 - NL where NL < 0.5, else 0; the best answer.
+
+    NL is the edit distance over the longer length, without regard to case and outer white space.
+    """
+    prediction = prediction.strip().lower()
+    distances = [Levenshtein.normalized_distance(prediction, answer.strip().lower()) for answer in answers]
+    nearest = min(distances, default=1.0)
+    return 1.0 - nearest if nearest < 0.5 else 0.0
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed(prediction: str, answers: list[str]) -> float:
+    """ChartQA relaxed accuracy: numbers within 5 % of the answer, other text equal but for case.
+
+    As the function in common use: "5%" is 0.05, an answer of 0 is compared as text, and nothing is
+    stripped. Several answers: the best one.
+    """
+
+    def matches(answer: str) -> bool:
+        ours, theirs = _number(prediction), _number(answer)
+        if ours is not None and theirs:
+            return abs(ours - theirs) / abs(theirs) <= 0.05
+        return prediction.lower() == answer.lower()
+
+    return float(any(map(matches, answers)))
+
+
+def squeeze(text: str | None) -> str:
+    """Lower case, without white space and non-word characters: how the released code compares.
+
+    >>> squeeze("1.5 m"), squeeze("15M")
+    ('15m', '15m')
+    """
+    return re.sub(r"[\s\W]+", "", str(text).lower()) if text is not None else ""
+
+
+def most_common(answers: list[str]) -> str:
+    """The answer most people gave, the first of them on a tie: `GT_answer` in the result files."""
+    return Counter(answers).most_common(1)[0][0] if answers else ""
+
+
+def exact(prediction: str, answers: list[str]) -> float:
+    """1 if the squeezed prediction is one of the squeezed answers; nothing equals an empty one."""
+    return float(bool(squeeze(prediction)) and squeeze(prediction) in {squeeze(a) for a in answers})
+
+
+def contains(prediction: str, answers: list[str]) -> float:
+    """The released code's score: the most common answer, squeezed, lies in the squeezed prediction.
+
+    To the letter, so "1" is found in "2013" and an empty answer in everything.
+    """
+    return float(squeeze(most_common(answers)) in squeeze(prediction))
+
+
+METRICS = {
+    "vqa": vqa,
+    "textvqa": textvqa,
+    "anls": anls,
+    "accuracy": accuracy,
+    "relaxed": relaxed,
+    "exact": exact,
+    "contains": contains,
+}
+
+
+def bootstrap_interval(scores, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores."""
+    scores = np.asarray(scores, dtype=float)
+    if not len(scores):
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

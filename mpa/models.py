@@ -1,0 +1,107 @@
+"""Load any supported VLM: what is checked before, and which device and dtype it runs on."""
+
+import os
+import time
+from pathlib import Path
+
+from mpa.records import InputError
+
+# The paper's pixels per image, passed to every processor that takes such limits.
+MIN_PIXELS = 128 * 28 * 28
+MAX_PIXELS = 512 * 28 * 28
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_model_path(path: str) -> None:
+    """Say what is wrong with a model's folder before anything heavy is imported.
+
+    A path that is no folder here is taken for a hub id, unless it looks like a path.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir():
+            return
+        raise InputError(f"{path}: no such model folder. Give a folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.")
+    if not (folder / "config.json").exists():
+        raise InputError(f"{path}: no config.json in it; is it a model's folder?")
+    if not any((folder / name).exists() for name in WEIGHTS):
+        raise InputError(f"{path}: no safetensors weights in it ({' or '.join(WEIGHTS)}).")
+    if not any((folder / name).exists() for name in PROCESSOR_FILES):
+        raise InputError(
+            f"{path}: no processor in it ({' or '.join(PROCESSOR_FILES)}). "
+            "Copy the processor and tokenizer files of the model it was trained from into it."
+        )
+
+
+def pick_device(device: str = "auto") -> str:
+    """ "auto" is the first CUDA GPU, else Apple's, else the CPU."""
+    import torch
+
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str):
+    """The torch dtype named, or for "auto" the one that this device is quick in, found by measuring.
+
+    Checkpoints say bfloat16, which a CPU without matrix units multiplies hundreds of times slower
+    than float32.
+    """
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    seconds = {}
+    for candidate in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(256, 256, dtype=candidate, device=device)
+        matrix @ matrix
+        started = time.perf_counter()
+        for _ in range(5):
+            matrix @ matrix
+        seconds[candidate] = time.perf_counter() - started
+    return torch.bfloat16 if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+
+
+def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):
+    """The model's own processor, padding on the left; pixel limits where it takes them."""
+    from transformers import AutoProcessor
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
+    if not hasattr(processor, "tokenizer"):
+        raise InputError(f"{path}: has no processor for pictures and text, only a {type(processor).__name__}.")
+    images = processor.image_processor
+    if set(getattr(images, "size", {}) or {}) == {"shortest_edge", "longest_edge"} and hasattr(images, "merge_size"):
+        # Qwen-style processors: the two "edges" are areas in pixels
+        images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
+    """The model, ready to generate: `transformers` picks the class by the checkpoint's config."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from None
+    return model.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

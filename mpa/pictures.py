@@ -1,0 +1,42 @@
+"""Open a picture, whatever is wrong with it, as RGB."""
+
+import warnings
+
+from PIL import Image, ImageOps
+
+
+class PictureError(Exception):
+    """Why a picture cannot be used, in words for its record."""
+
+
+def open_picture(path: str) -> Image.Image:
+    """The picture at `path`: first frame, turned as its EXIF says, alpha over white, RGB.
+
+    Raises PictureError when it is missing, empty, cut off, no picture, or a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                picture = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise PictureError("no such file") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PictureError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller") from None
+    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
+        reason = "not a picture, or in an unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise PictureError(f"cannot be read ({reason})") from None
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """(width, height) from the file's header; (0, 0) where it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return file.size
+    except Exception:  # opened for real later, with a reason
+        return 0, 0

@@ -1,0 +1,155 @@
+"""What passes between the stages: plain JSON in results/<run>/, read, checked and written here.
+
+Names and fields are the released code's, so that its users' files and scripts keep working. Extra
+fields may follow the named ones. Beside each file stands <name>.meta.json: what made it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+FIELDS = {
+    "PA": (
+        "question_id",
+        "image_path",
+        "ground_truth_question",
+        "ground_truth_answer",
+        "predicted_question",
+        "predicted_answer",
+    ),
+    "PI": ("question_id", "image_path", "PA_question", "PA_answer", "predictions"),
+    "train": ("id", "image", "conversations"),
+    "Eval": ("question_id", "image_path", "GT_question", "GT_answer", "predictions"),
+}
+
+# The released files call Qwen2-VL-7B-Instruct so; accepted when reading.
+RELEASED_ALIAS = {"Qwen2-VL-7B-Instruct": "Qwen2vl7b"}
+
+
+class InputError(Exception):
+    """Something the user can mend. The message names the file, the record and the remedy."""
+
+
+def read_json(path: str | Path):
+    """The JSON in `path`. Raises InputError when there is none to read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}.") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected JSON.")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}). Was it cut off? Write or download it again."
+        ) from None
+
+
+def read_records(path: str | Path, kind: str) -> list[dict]:
+    """The records of a result file of `kind` (a key of FIELDS), checked.
+
+    Raises InputError for another kind of file, a missing field or an id that occurs twice.
+    """
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of {kind} records, found {type(records).__name__}.")
+    seen = {}
+    for index, record in enumerate(records):
+        missing = [f for f in FIELDS[kind] if not isinstance(record, dict) or f not in record]
+        if missing:
+            raise InputError(
+                f"{path}, record {index}: no field {missing[0]!r}. A {kind} file has {', '.join(FIELDS[kind])}."
+            )
+        key = str(record[FIELDS[kind][0]])
+        if key in seen:
+            raise InputError(f"{path}: records {seen[key]} and {index} have the same {FIELDS[kind][0]}, {key!r}.")
+        seen[key] = index
+    return records
+
+
+def write_json(path: str | Path, data) -> None:
+    """Write JSON whole or not at all: to a temporary name beside `path`, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=4, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def meta_path(path: str | Path) -> Path:
+    """results/x/PA_a_b.json -> results/x/PA_a_b.meta.json"""
+    return Path(path).with_suffix(".meta.json")
+
+
+def write_result(path: str | Path, records: list[dict], settings: dict, **facts) -> None:
+    """Write a result file and its meta file. The result comes last: where it is, it is complete.
+
+    `settings` decide the outcome and are compared when the stage is called again; `facts` (counts,
+    seconds, device …) tell how it went.
+    """
+    meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
+    write_json(meta_path(path), meta)
+    write_json(path, records)
+
+
+def made_by() -> dict:
+    """Command, versions and commit, so that a number can be traced to what made it."""
+    versions = {}
+    for package in ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "pillow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def digest(*parts: str) -> str:
+    """A short fingerprint of some text."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def short_name(model_path: str) -> str:
+    """The last part of a model's path: Qwen/Qwen2-VL-2B-Instruct -> Qwen2-VL-2B-Instruct."""
+    return Path(str(model_path).rstrip("/")).name
+
+
+def run_folder(run: str) -> Path:
+    """results/<run>; a `run` with a slash in it is a folder's path itself."""
+    return Path(run) if os.sep in run else REPOSITORY / "results" / run
+
+
+def find_input(folder: Path, pattern: str, lvlm: str, flag: str, stage: str) -> Path:
+    """The file that the stage before left in `folder`: `pattern` with the L-VLM's name, or its alias."""
+    names = [pattern.format(lvlm=name) for name in (lvlm, RELEASED_ALIAS.get(lvlm)) if name]
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"{folder / names[0]}: no such file. Run {stage} first, or name the file with {flag}.")
+
+
+def train_record(question_id, image_path: str, prompt: str, answer: str) -> dict:
+    """One sample for the Parity Leveler, in the LLaVA form that Qwen2-VL-Finetune reads."""
+    conversations = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
+    return {"id": question_id, "image": image_path, "conversations": conversations}

@@ -1,0 +1,115 @@
+"""Stage 1, the Pseudo Annotator: the L-VLM writes a question and its answer for each picture.
+
+    python scripts/PA.py --dataset textVQA --model-path-lvlm Qwen/Qwen2-VL-7B-Instruct
+    python scripts/PA.py --dataset images --image-root ~/Pictures --limit 100
+
+Reads  the data set's train pictures, one question each; no label of theirs reaches the model.
+Writes results/RUN/PA_<lvlm>_<dataset>.json (paper, section 3.1).
+A reply that cannot be read is asked for again, then left out with the reason.
+Killed or stopped, it goes on where it was when called again.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import cli, records
+from mpa.datasets import DATASETS, Sample, load_samples
+from mpa.engines import Request, ask
+from mpa.journal import Journal, finished
+from mpa.metrics import most_common
+from mpa.prompts import TASK_PROMPTS, Annotation, parse_annotation
+
+
+def arguments(argv=None):
+    p = cli.parser(__doc__)
+    p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
+    p.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the data set's task)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the first try; 0: greedy (default: 0)")
+    p.add_argument(
+        "--top-p", type=float, default=0.95, help="sample among the likeliest that sum to this (default: 0.95)"
+    )
+    p.add_argument("--tries", type=int, default=2, help="more tries, sampled, for unreadable replies (default: 2)")
+    return p.parse_args(argv)
+
+
+def request(sample: Sample, attempt: int, args) -> Request:
+    """Ask for one annotation; tries after the first are sampled, or they would say the same again."""
+    return Request(
+        key=f"{sample.key}#{attempt}",
+        image_path=sample.image_path,
+        prompt=TASK_PROMPTS[args.task or DATASETS[args.dataset].task],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature if attempt == 0 else args.temperature or 1.0,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop="" if args.preset == "released" else "annotation",
+    )
+
+
+def record(sample: Sample, parsed: Annotation, attempt: int, reply: dict) -> dict:
+    return {
+        "question_id": sample.question_id,
+        "image_path": sample.image_path,
+        "ground_truth_question": sample.question,
+        "ground_truth_answer": most_common(sample.answers) if sample.answers else None,
+        "predicted_question": None if parsed.reason else parsed.question,
+        "predicted_answer": None if parsed.reason else parsed.answer,
+        "left_out": parsed.reason,
+        "tries": attempt + 1,
+        "reply": reply.get("text"),
+        "logprob": reply.get("logprob"),
+    }
+
+
+def main(argv=None) -> Path:
+    args = arguments(argv)
+    started = time.time()
+    tries = 0 if args.preset == "released" else args.tries
+    lvlm = records.short_name(args.model_path_lvlm)
+    samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.limit)
+    first = [request(sample, 0, args) for sample in samples]
+    settings = cli.settings(
+        args,
+        first,
+        model_path_lvlm=args.model_path_lvlm,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        tries=tries,
+    )
+    out = args.out or records.run_folder(args.run) / f"PA_{lvlm}_{args.dataset}.json"
+    if finished(out, settings, args.restart):
+        print(f"PA: {out} is there already, made with these settings (--restart makes it anew).")
+        return out
+
+    done = {}
+    with cli.engine(args, args.model_path_lvlm) as engine:
+        journal = Journal(out, settings, args.restart)
+        for attempt in range(tries + 1):
+            left = [s for s in samples if s.key not in done or done[s.key]["left_out"]]
+            left = [s for s in left if not str(done.get(s.key, {}).get("left_out")).startswith("picture")]
+            label = f"PA {lvlm}" if attempt == 0 else f"PA {lvlm}, try {attempt + 1}"
+            replies = ask(engine, [request(s, attempt, args) for s in left], journal, label)
+            for sample in left:
+                reply = replies[f"{sample.key}#{attempt}"]
+                parsed = (
+                    Annotation(None, None, reply["error"])
+                    if "error" in reply
+                    else parse_annotation(reply["text"], args.preset)
+                )
+                done[sample.key] = record(sample, parsed, attempt, reply)
+
+    result = [done[sample.key] for sample in samples]
+    reasons = [r["left_out"] for r in result if r["left_out"]]
+    counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
+    records.write_result(out, result, settings, counts=counts, seconds=round(time.time() - started, 1))
+    journal.close(remove=True)
+    print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
+    print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")
+    return out
+
+
+if __name__ == "__main__":
+    cli.run(main)

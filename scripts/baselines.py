@@ -1,0 +1,61 @@
+"""What MPA is compared with (paper, table 6): other train sets from the same pictures, as train JSON.
+
+    python scripts/baselines.py --pa-json results/RUN/PA_….json --train-json results/RUN/PI_…_train_….json --seed 0
+
+Writes beside the train JSON, for each baseline, <train-json's name>_<baseline>.json:
+  all_pseudo     every pseudo label, without PI
+  random_pseudo  as many pseudo labels as MPA kept, at random
+  human          the human question and answer of every picture
+  human_n        as many of these as MPA kept, at random
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import cli, records
+from mpa.prompts import answer_prompt
+
+BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
+
+
+def train_sets(annotations: list[dict], n: int, seed: int) -> dict[str, list[dict]]:
+    """{baseline: train records}; those for which the pictures have no labels are empty."""
+
+    def as_records(who: str) -> list[dict]:
+        return [
+            records.train_record(
+                r["question_id"], r["image_path"], answer_prompt(r[f"{who}_question"]), r[f"{who}_answer"]
+            )
+            for r in annotations
+            if r[f"{who}_question"] and r[f"{who}_answer"]
+        ]
+
+    pseudo, human = as_records("predicted"), as_records("ground_truth")
+    rng = random.Random(seed)
+    return {
+        "all_pseudo": pseudo,
+        "random_pseudo": rng.sample(pseudo, min(n, len(pseudo))),
+        "human_n": rng.sample(human, min(n, len(human))),
+        "human": human,
+    }
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pa-json", type=Path, required=True, help="the annotations of the L-VLM")
+    p.add_argument("--train-json", type=Path, required=True, help="the parity set")
+    p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    args = p.parse_args(argv)
+    n = len(records.read_records(args.train_json, "train"))
+    for name, samples in train_sets(records.read_records(args.pa_json, "PA"), n, args.seed).items():
+        out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
+        records.write_json(out, samples)
+        print(f"{name}: {len(samples)} samples, wrote {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

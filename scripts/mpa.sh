@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The four stages in a row, for one data set (DATASET=) or one folder of pictures (IMAGES=).
+# Edit or export what you change. A second call goes on where the first stopped.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$ROOT/.venv/bin:$PATH"
+
+IMAGES=${IMAGES:-}                                  # a folder of your own pictures, without labels
+export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
+export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids
+export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
+export RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
+LIMIT=${LIMIT:-}                                    # annotate only the first so many pictures
+PA_FLAGS=${PA_FLAGS:-}                              # more flags for a stage, e.g. "--temperature 1"
+PI_FLAGS=${PI_FLAGS:-}
+EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
+# BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS … reach the stages as they are.
+
+FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
+LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
+
+# shellcheck disable=SC2086 # the flags are words
+bash "$ROOT/scripts/PA.sh" ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
+# shellcheck disable=SC2086
+bash "$ROOT/scripts/PI.sh" $PI_FLAGS
+bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+# shellcheck disable=SC2086
+bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" $EVALUATE_FLAGS
+python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up what is missing and run all checks: ruff, shellcheck, pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+python -m pytest "$@"

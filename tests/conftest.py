@@ -1,0 +1,45 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+TEACHER, STUDENT = ROOT / "data/mini/teacher", ROOT / "data/mini/student"
+MINI_PIXELS = ["--min-pixels", "3136", "--max-pixels", "3136"]
+
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
+    """Run scripts/<name> (or any .sh) to its end, as a user does."""
+    command = ["bash", ROOT / name] if name.endswith(".sh") else [sys.executable, ROOT / "scripts" / name]
+    return subprocess.run(
+        [*map(str, command), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of 12 drawings, some in a folder below, of different sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "more").mkdir()
+    colors = ["red", "blue", "teal", "black", "yellow", "gray"]
+    for i in range(12):
+        size = 64 + 16 * (i % 3)
+        picture = Image.new("RGB", (size, size), (240, 245, 250))
+        box = (10, 12, 30 + i, 34 + i)
+        pen = ImageDraw.Draw(picture)
+        (pen.ellipse if i % 2 else pen.rectangle)(box, fill=colors[i % 6])
+        picture.save(root / (f"more/{i:02}.png" if i % 4 == 0 else f"{i:02}.png"))
+    return root

@@ -1,0 +1,131 @@
+import json
+import shutil
+
+import pytest
+from conftest import DATA
+from PIL import Image
+
+from mpa.datasets import DATASETS, load_samples
+from mpa.matching import MATCHERS
+from mpa.metrics import METRICS
+from mpa.prompts import TASK_PROMPTS
+from mpa.records import InputError
+
+
+@pytest.fixture
+def root(tmp_path):
+    """An image root in which every picture that the tests' annotations name exists."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = folder / "a.jpg"
+    Image.new("RGB", (32, 32), "red").save(picture)
+    for name in ("multi_col_803.png", "10095.png", "COCO_train2014_000000051606.jpg", "COCO_val2014_000000297147.jpg"):
+        shutil.copy(picture, folder / name)
+    return folder
+
+
+def test_every_row_names_a_task_metrics_and_no_one_else():
+    for row in DATASETS.values():
+        assert row.task in TASK_PROMPTS
+        assert set(row.metrics) <= set(METRICS)
+    assert {"exact", "contains", "anls", "relaxed", "vqa"} == set(MATCHERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "file", "first"),
+    [
+        ("chartVQA", "test", "chartqa_test_combined", (0, "multi_col_803.png", ["47"])),
+        ("chartVQA", "train", "chartqa_train_onePerImage", (0, "10095.png", ["6"])),
+        ("okVQA", "train", "okvqa_train_unique_combine", (516065, "COCO_train2014_000000051606.jpg", None)),
+        ("okVQA", "test", "okvqa_val_combine", (2971475, "COCO_val2014_000000297147.jpg", None)),
+    ],
+)
+def test_released_annotations_read(root, name, split, file, first):
+    samples = load_samples(name, split, DATA / "annotations" / f"{file}.json", root)
+    assert len(samples) == 20
+    assert (samples[0].question_id, samples[0].image_path) == (first[0], str(root / first[1]))
+    assert samples[0].answers == first[2] or len(samples[0].answers) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "image"),
+    [
+        ("textVQA", {"question_id": 5, "image_id": "a", "question": "q?", "answers": ["x"] * 10}, "a.jpg"),
+        ("stVQA", {"question_id": 5, "file_path": "a.jpg", "question": "q?", "answers": ["x"]}, "a.jpg"),
+    ],
+)
+def test_the_other_two_formats_read(root, tmp_path, name, record, image):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [record]}))
+    (sample,) = load_samples(name, "test", tmp_path / "a.json", root)
+    assert (sample.question_id, sample.image_path, sample.question) == (5, str(root / image), "q?")
+
+
+def test_easy_vqa_has_one_question_an_image_to_train_and_all_to_test():
+    train, test = load_samples("easyVQA", "train"), load_samples("easyVQA", "test")
+    assert len(train) == len({s.image_path for s in train}) == 4000
+    assert len(test) == 9673
+    assert train == load_samples("easyVQA", "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "the file is empty"),
+        ("{", "not JSON"),
+        ('{"data": []}', "no records"),
+        ("[]", r'should be \{"data"'),
+        ('{"data": [{"question_id": 1, "question": "q", "answers": []}]}', "no field 'image_id'"),
+        ('{"data": [{"question_id": 1, "image_id": "a", "question": 3, "answers": []}]}', "should be text"),
+        (
+            '{"data": [{"question_id": 1, "image_id": "../a", "question": "q", "answers": []}]}',
+            "outside the image root",
+        ),
+        ('{"data": [{"question_id": 1, "image_id": "/a", "question": "q", "answers": []}]}', "outside the image root"),
+        ('{"data": [7]}', "not in the format of textVQA"),
+    ],
+)
+def test_a_bad_annotation_file_is_named_with_record_and_remedy(root, tmp_path, content, says):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(InputError, match=says) as error:
+        load_samples("textVQA", "train", tmp_path / "a.json", root)
+    assert "a.json" in str(error.value)
+
+
+def test_another_data_sets_file_is_recognised(root):
+    with pytest.raises(InputError, match="did you mean --dataset okVQA"):
+        load_samples("chartVQA", "train", DATA / "annotations" / "okvqa_train_unique_combine.json", root)
+
+
+def test_duplicate_ids_are_refused(root, tmp_path):
+    record = {"question_id": 1, "image_id": "a", "question": "q", "answers": []}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [record, record]}))
+    with pytest.raises(InputError, match="records 0 and 1 have the same id '1'"):
+        load_samples("textVQA", "train", tmp_path / "a.json", root)
+
+
+def test_a_link_out_of_the_image_root_is_refused(root, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    record = {"question_id": 1, "image_id": "link", "question": "q", "answers": []}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [record]}))
+    with pytest.raises(InputError, match=r"record 0: picture 'link\.jpg' lies outside the image root"):
+        load_samples("textVQA", "train", tmp_path / "a.json", root)
+
+
+def test_a_folder_is_read_in_order_with_relative_paths_as_ids(pictures):
+    ids = [s.question_id for s in load_samples("images", "train", image_root=pictures)]
+    assert ids == sorted(ids, key=lambda i: ("/" in i, i))
+    assert len(ids) == 12
+    assert "more/00.png" in ids
+
+
+def test_folders_with_nothing_to_read(tmp_path):
+    with pytest.raises(InputError, match="no pictures in it"):
+        load_samples("images", "train", image_root=tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        load_samples("images", "train", image_root=tmp_path / "none")
+
+
+def test_where_no_picture_exists_the_image_root_is_wrong(tmp_path):
+    with pytest.raises(InputError, match="--image-root"):
+        load_samples("okVQA", "test", DATA / "annotations" / "okvqa_val_combine.json", tmp_path)

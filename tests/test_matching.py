@@ -1,0 +1,33 @@
+import pytest
+
+from mpa.matching import MATCHERS
+
+
+@pytest.mark.parametrize("name", sorted(set(MATCHERS) - {"contains"}))
+def test_an_empty_answer_matches_nothing(name):
+    for prediction in ("", "cat", "...", None):
+        assert not MATCHERS[name](prediction, "")
+        assert not MATCHERS[name](prediction, None)
+        assert not MATCHERS[name](prediction, "?!")
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "answer", "agrees"),
+    [
+        ("exact", "Pony-tail", "ponytail", True),
+        ("exact", "2013", "1", False),
+        ("exact", "un café", "uncafé", True),
+        ("exact", "猫", "猫。", True),
+        ("contains", "2013", "1", True),
+        ("contains", "", "cat", False),
+        ("anls", "ponytails", "ponytail", True),
+        ("anls", "horse", "ponytail", False),
+        ("relaxed", "104", "100", True),
+        ("relaxed", "106", "100", False),
+        ("vqa", "two", "2", True),
+        ("vqa", "the cat.", "cat", True),
+        ("vqa", "dog", "cat", False),
+    ],
+)
+def test_matchers(name, prediction, answer, agrees):
+    assert MATCHERS[name](prediction, answer) is agrees

@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import DATA
+
+from mpa.metrics import METRICS, bootstrap_interval, most_common, squeeze
+
+
+@pytest.mark.parametrize("name", ["vqa", "textvqa", "relaxed", "anls", "contains"])
+def test_every_golden_case_scores_as_the_official_code_scores_it(name):
+    cases = json.loads((DATA / "metrics" / f"{name}.json").read_text())
+    assert len(cases) >= 200
+    wrong = [c for c in cases if abs(METRICS[name](c["prediction"], c["answers"]) - c["score"]) > 1e-6]
+    assert wrong == []
+
+
+def test_vqa_and_textvqa_differ_only_where_the_people_agree():
+    assert METRICS["vqa"]("the soup", ["soup"] * 10) == 0.0
+    assert METRICS["textvqa"]("the soup", ["soup"] * 10) == 1.0
+    assert METRICS["vqa"]("the soup", ["soup"] * 9 + ["stew"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("dont", "don't"), ("couldnt've", "couldn't've"), ("y'allll", "y'all'll"), ("ow's'at", "'ow's'at")],
+)
+def test_a_word_with_an_apostrophe_missing_is_the_word(said, meant):
+    assert METRICS["vqa"](said, [meant] * 9 + ["no"]) == 1.0
+
+
+def test_exact_takes_any_of_the_answers_and_never_an_empty_one():
+    assert METRICS["exact"]("Pony tail!", ["braid", "ponytail"]) == 1.0
+    assert METRICS["exact"]("", [""]) == 0.0
+    assert METRICS["exact"]("?!", ["..."]) == 0.0
+
+
+def test_contains_is_the_released_rule_to_the_letter():
+    assert METRICS["contains"]("2013", ["1"]) == 1.0
+    assert METRICS["contains"]("anything", [""]) == 1.0
+    assert squeeze("1.5") == squeeze("15")
+
+
+def test_most_common_takes_the_first_on_a_tie():
+    assert most_common(["b", "a", "a", "b"]) == "b"
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_n():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(100) < 0.7, rng.random(10_000) < 0.7
+    (low, high), (low_many, high_many) = bootstrap_interval(few), bootstrap_interval(many)
+    assert low < few.mean() < high
+    # The textbook interval of a share, 1.96 standard errors to each side
+    assert high_many - low_many == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 10_000) ** 0.5, rel=0.1)
+    assert bootstrap_interval(few) == (low, high)
