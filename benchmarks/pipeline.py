@@ -118,7 +118,7 @@ def main(argv=None) -> None:
     p.add_argument("--min-pixels", type=int, default=3136)
     p.add_argument("--max-pixels", type=int, default=3136)
     p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
+    p.add_argument("--dtype", default="float32", help="in bfloat16 the outputs of any two ways may differ")
     args = p.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.lvlm).is_dir() else "0")
 

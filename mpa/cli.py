@@ -11,7 +11,7 @@ from pathlib import Path
 from mpa import records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
-from mpa.models import MAX_PIXELS, MIN_PIXELS
+from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
@@ -82,7 +82,8 @@ def _positive(text: str) -> int:
 
 
 def engine(args, model_path: str):
-    """The engine that the arguments ask for, to run `model_path`."""
+    """The engine that the arguments ask for, to run `model_path`, which is checked before torch is imported."""
+    check_model_path(model_path)
     return open_engine(
         args.engine,
         model_path=model_path,

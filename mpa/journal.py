@@ -41,7 +41,7 @@ class Journal:
         self.path = Path(result).with_suffix(".journal.jsonl")
         self.replies: dict[str, dict] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab+")  # noqa: SIM115
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
         except OSError:
@@ -52,31 +52,32 @@ class Journal:
         self._read(settings)
 
     def _read(self, settings: dict) -> None:
-        self._file.seek(0)
         whole = 0  # bytes up to the end of the last whole line
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill; the reply will be made again
-            entry = json.loads(line)
-            if whole == 0 and entry["settings"] != settings:
-                self._file.close()
-                raise InputError(
-                    f"{self.path}: an unfinished run with other settings: {differences(entry['settings'], settings)}. "
-                    "Go on with those, or begin anew with --restart."
-                )
-            if whole:
-                self.replies[entry["key"]] = entry
-            whole += len(line)
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill; the reply will be made again
+                entry = json.loads(line)
+                if whole == 0 and entry["settings"] != settings:
+                    self._file.close()
+                    raise InputError(
+                        f"{self.path}: an unfinished run with other settings: "
+                        f"{differences(entry['settings'], settings)}. "
+                        "Go on with those, or begin anew with --restart."
+                    )
+                if whole:
+                    self.replies[entry["key"]] = entry
+                whole += len(line)
         self._file.truncate(whole)
         if not whole:
             self._write([{"settings": settings}])
 
     def _write(self, entries: list[dict]) -> None:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
-        start = self._file.seek(0, os.SEEK_END)
+        start = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(lines)
-            self._file.flush()
+            while lines:
+                lines = lines[self._file.write(lines) :]
         except OSError:  # a full disk: leave no half line behind
             self._file.truncate(start)
             raise

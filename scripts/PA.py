@@ -85,8 +85,8 @@ def main(argv=None) -> Path:
         return out
 
     done = {}
+    journal = Journal(out, settings, args.restart)
     with cli.engine(args, args.model_path_lvlm) as engine:
-        journal = Journal(out, settings, args.restart)
         for attempt in range(tries + 1):
             left = [s for s in samples if s.key not in done or done[s.key]["left_out"]]
             left = [s for s in left if not str(done.get(s.key, {}).get("left_out")).startswith("picture")]

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
 # The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA pictures, no
 # label of them used, then what it is compared with. A second call goes on, or says that all is done.
-# SEEDS="0 1 2" runs three seeds and gives the spread; RESTART=1 begins anew.
+# SEEDS="0 1 2" runs three seeds and gives the spread; remove results/demo to begin anew.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$ROOT/scripts/setup.sh"
 export PATH="$ROOT/.venv/bin:$PATH"
 
+BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
+[[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
 SEEDS=${SEEDS:-0}
 PICTURES=${PICTURES:-1000}  # to annotate
 QUESTIONS=${QUESTIONS:-}    # test questions to ask (default: all 9,673)
-export LVLM=${LVLM:-$ROOT/data/mini/teacher} SVLM=${SVLM:-$ROOT/data/mini/student} DATASET=easyVQA
-export BATCH_SIZE=${BATCH_SIZE:-128} MIN_PIXELS=3136 MAX_PIXELS=3136
+export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
+export BATCH_SIZE=${BATCH_SIZE:-128} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=3136
 export PL_BATCH_SIZE=${PL_BATCH_SIZE:-16} ACCUMULATION=1 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 export HF_HUB_OFFLINE=1
 
 RUNS=()
 for SEED in $SEEDS; do
-    RUN=$ROOT/results/demo$([[ $SEED == 0 ]] || echo "-$SEED")
+    RUN=$BASE$([[ $SEED == 0 ]] || echo "-$SEED")
     export SEED RUN
-    [[ -z ${RESTART:-} ]] || rm -rf "$RUN"
     RUNS+=("$RUN")
     LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS=${QUESTIONS:+--limit $QUESTIONS} bash "$ROOT/scripts/mpa.sh"
 

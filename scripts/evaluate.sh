@@ -10,9 +10,10 @@ MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, with spaces b
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
+DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # a picture is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 read -ra MODELS <<<"$MODEL"
 python "$ROOT/scripts/evaluate.py" --dataset "$DATASET" --model-path "${MODELS[@]}" --run "$RUN" --preset "$PRESET" \
-    --batch-size "$BATCH_SIZE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"
+    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 TEACHER, STUDENT = ROOT / "data/mini/teacher", ROOT / "data/mini/student"
-MINI_PIXELS = ["--min-pixels", "3136", "--max-pixels", "3136"]
+MINI = ["--min-pixels", "3136", "--max-pixels", "3136", "--dtype", "float32"]
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))

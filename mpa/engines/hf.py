@@ -42,7 +42,6 @@ class HFEngine:
         max_pixels: int = models.MAX_PIXELS,
         trust_remote_code: bool = False,
     ):
-        models.check_model_path(model_path)
         self.model_path, self.batch_size, self.workers = model_path, batch_size, workers
         self.device, self.dtype, self.trust = device, dtype, trust_remote_code
         self.pixels = (min_pixels, max_pixels)

@@ -18,15 +18,18 @@ LEARNING_RATE=${LEARNING_RATE:-1e-5}
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))}
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
-ZERO=${ZERO:-zero2}               # zero2, zero3: DeepSpeed configurations beside this file
+ZERO=${ZERO:-zero2}               # a DeepSpeed configuration beside this file
 
-# All GPUs there are, else this machine's CPU as one device.
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [[ $GPUS -gt 0 ]]; then DEVICES=$GPUS PRECISION="--bf16 True"; else DEVICES=1 PRECISION="--use_cpu True" && export DS_ACCELERATOR=cpu; fi
+# All visible GPUs, else this machine's CPU as one device.
+if [[ $(python -c 'import torch; print(torch.cuda.device_count())') -gt 0 ]]; then
+    DEVICES=() PRECISION=(--bf16 True)
+else
+    export DS_ACCELERATOR=cpu
+    DEVICES=(--num_accelerators 1) PRECISION=(--use_cpu True)
+fi
 
-# shellcheck disable=SC2086
-deepspeed --num_accelerators "$DEVICES" --master_port "${PORT:-29500}" "$ROOT/PL/Qwen2-VL-Finetune/src/train.py" \
+deepspeed "${DEVICES[@]}" --master_port "${PORT:-29500}" "$ROOT/PL/Qwen2-VL-Finetune/src/train.py" \
     --deepspeed "$ROOT/PL/Qwen2-VL-Finetune/scripts/$ZERO.json" --model_id "$SVLM" --data_path "$DATA" \
     --output_dir "$OUTPUT" --num_train_epochs "$EPOCHS" --per_device_train_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$ACCUMULATION" --learning_rate "$LEARNING_RATE" --seed "$SEED" \
-    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" $PRECISION "$@"
+    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" "${PRECISION[@]}" "$@"

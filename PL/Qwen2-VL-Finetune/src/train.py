@@ -67,6 +67,9 @@ def main(argv=None) -> None:
         (ModelArguments, DataArguments, TrainingArguments)
     ).parse_args_into_dataclasses(argv)
     started, out = time.time(), Path(args.output_dir)
+    if not sys.stderr.isatty():
+        args.disable_tqdm = True
+        transformers.utils.logging.disable_progress_bar()
     samples = read_samples(data_args.data_path, data_args.image_folder)
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
@@ -85,6 +88,7 @@ def main(argv=None) -> None:
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
     if trainer.is_world_process_zero():
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and train_meta.json says the same
         processor.save_pretrained(args.output_dir)
         meta = {"settings": asked, "samples": len(samples), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}

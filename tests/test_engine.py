@@ -1,0 +1,158 @@
+import random
+
+import pytest
+import torch
+from conftest import STUDENT, TEACHER
+from PIL import Image
+
+from mpa import models
+from mpa.engines import Request, open_engine
+from mpa.engines.hf import HFEngine
+from mpa.pictures import open_picture
+from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.records import InputError
+
+MINI = {"min_pixels": 3136, "max_pixels": 3136, "dtype": "float32"}
+QUESTIONS = ["what color is the shape?", "is there not a teal shape in the image?", "is no circle present?"]
+
+
+def requests(pictures, **more) -> list[Request]:
+    """Two prompts of different length about each picture."""
+    paths = sorted(pictures.rglob("*.png"))
+    asked = [(path, answer_prompt(QUESTIONS[i % 3])) for i, path in enumerate(paths)]
+    asked += [(path, TASK_PROMPTS["general"]) for path in paths]
+    return [Request(str(i), str(path), prompt, **more) for i, (path, prompt) in enumerate(asked)]
+
+
+def replies(asked, model=TEACHER, **settings) -> dict[str, dict]:
+    with open_engine("hf", model_path=str(model), **{**MINI, **settings}) as engine:
+        return {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+
+
+@pytest.fixture(scope="module")
+def one_by_one(pictures):
+    return replies(requests(pictures), batch_size=1, workers=0)
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_greedy_replies_do_not_depend_on_batch_and_order(pictures, one_by_one, batch_size):
+    shuffled = requests(pictures)
+    random.Random(batch_size).shuffle(shuffled)
+    got = replies(shuffled, batch_size=batch_size, workers=1)
+    assert {k: (r["text"], r["tokens"]) for k, r in got.items()} == {
+        k: (r["text"], r["tokens"]) for k, r in one_by_one.items()
+    }
+    for key, reply in got.items():
+        assert reply["logprob"] == pytest.approx(one_by_one[key]["logprob"], abs=1e-3)
+
+
+def test_replies_are_those_of_a_plain_generate_call_and_so_are_their_log_probabilities(pictures, one_by_one):
+    processor = models.load_processor(str(TEACHER), 3136, 3136)
+    model = models.load_model(str(TEACHER), "cpu", torch.float32)
+    for request in requests(pictures)[::5]:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[open_picture(request.image_path)], return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        out = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+        ours = one_by_one[request.key]
+        assert processor.decode(out[0, length:], skip_special_tokens=True) == ours["text"]
+        assert out.shape[1] - length == ours["tokens"]
+        extended = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, ours["tokens"]))
+        forward = {**inputs, "input_ids": out, "attention_mask": torch.ones_like(out), "mm_token_type_ids": extended}
+        with torch.no_grad():
+            scores = model(**forward).logits.log_softmax(-1)[0, length - 1 : -1]
+        expected = scores.gather(1, out[0, length:, None]).sum().item()
+        assert ours["logprob"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_sampled_reply_depends_on_seed_and_key_alone(pictures):
+    asked = requests(pictures, temperature=1.0, top_p=0.95)
+    alone = replies(asked[-1:], batch_size=8, workers=0)
+    together = replies(asked, batch_size=8, workers=0)
+    assert alone[asked[-1].key]["text"] == together[asked[-1].key]["text"]
+    assert {k: r["text"] for k, r in replies(asked[::-1], batch_size=3, workers=0).items()} == {
+        k: r["text"] for k, r in together.items()
+    }
+    reseeded = replies(requests(pictures, temperature=1.0, top_p=0.95, seed=1), batch_size=8, workers=0)
+    assert [reseeded[k]["text"] for k in together] != [r["text"] for r in together.values()]
+
+
+def test_a_row_may_stop_at_the_line_that_ends_its_answer(pictures, one_by_one):
+    annotations = requests(pictures)[12:]
+    stopped = replies([Request(r.key, r.image_path, r.prompt, stop="answer") for r in annotations], workers=0)
+    for key, reply in stopped.items():
+        assert reply["text"] == one_by_one[key]["text"].split("\n")[0] + "\n"
+        assert reply["tokens"] < one_by_one[key]["tokens"]
+        assert reply["logprob"] > one_by_one[key]["logprob"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_pictures_cost_only_themselves(pictures, tmp_path, one_by_one, workers):
+    (tmp_path / "empty.png").touch()
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    bad = {
+        name: Request(name, str(tmp_path / f"{name}.png"), QUESTIONS[0]) for name in ("gone", "empty", "thin", "dot")
+    }
+    asked = requests(pictures)[:4]
+    got = replies([*asked[:2], *bad.values(), *asked[2:]], batch_size=8, workers=workers)
+    assert [got[r.key]["text"] for r in asked] == [one_by_one[r.key]["text"] for r in asked]
+    assert got["gone"] == {"key": "gone", "error": "picture: no such file"}
+    assert "cannot be read" in got["empty"]["error"]
+    assert "the processor refuses it" in got["thin"]["error"]
+    assert got["dot"]["text"]
+
+
+def test_finished_batches_are_passed_over_and_the_others_are_formed_as_before(pictures):
+    asked = requests(pictures)
+    with HFEngine(str(STUDENT), batch_size=4, workers=0, **MINI) as engine:
+        whole = list(engine.generate(asked))
+        done = {reply["key"] for batch in whole[:2] for reply in batch} | {whole[2][0]["key"]}
+        assert list(engine.generate(asked, done)) == whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("everything", "no such model folder"),
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no safetensors weights"),
+        ("processor_config.json", "no processor"),
+    ],
+)
+def test_a_model_folder_is_checked_before_anything_is_loaded(tmp_path, missing, says):
+    folder = tmp_path / "model"
+    if missing != "everything":
+        folder.mkdir()
+        for file in STUDENT.iterdir():
+            if file.name != missing:
+                (folder / file.name).symlink_to(file)
+    with pytest.raises(InputError, match=says):
+        models.check_model_path(str(folder))
+
+
+def test_a_tokenizer_alone_is_no_processor(tmp_path):
+    for file in STUDENT.iterdir():
+        if file.name not in ("processor_config.json", "config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="processor"):
+        models.load_processor(str(tmp_path), 3136, 3136)
+
+
+def test_the_dtype_is_measured_and_the_processors_limits_are_set():
+    assert models.pick_dtype("float16", "cpu") == torch.float16
+    assert models.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+    processor = models.load_processor(str(STUDENT), models.MIN_PIXELS, models.MAX_PIXELS)
+    picture = Image.new("RGB", (64, 64))
+    thw = processor.image_processor([picture], return_tensors="pt")["image_grid_thw"][0]
+    assert models.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= models.MAX_PIXELS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_float32_replies_are_the_cpus(pictures, one_by_one):
+    got = replies(requests(pictures), device="cuda:0")
+    assert {k: r["text"] for k, r in got.items()} == {k: r["text"] for k, r in one_by_one.items()}

@@ -1,0 +1,207 @@
+"""The stages as a user runs them, on the embedded pair: killed, called again, given bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import MINI, ROOT, STUDENT, TEACHER, script
+
+EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
+STAGES = {
+    "PA": ["PA.py", *EASY, "--limit", "40", "--model-path-lvlm", str(TEACHER), "--temperature", "1"],
+    "PI": ["PI.py", *EASY, "--model-path-lvlm", str(TEACHER), "--model-path-svlm", str(STUDENT), "--answer-all"],
+    "evaluate": ["evaluate.py", *EASY, "--limit", "48", "--model-path", str(STUDENT)],
+}
+OUTPUTS = {
+    "PA": ["PA_teacher_easyVQA"],
+    "PI": ["PI_teacher_teacher_easyVQA", "PI_teacher_student_easyVQA", "PI_teacher_train_teacher_student_easyVQA"],
+    "evaluate": ["Eval_student_easyVQA"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """PA, PI and evaluate on 40 pictures, not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, command in STAGES.items():
+        done = script(*command, "--run", f"{folder}/")
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def kill_at(command, folder, lines: int) -> bool:
+    """Start a stage and kill -9 it, workers and all, once its journals hold so many lines. Was it in time?"""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if sum(p.read_bytes().count(b"\n") for p in folder.glob("*.journal.jsonl")) >= lines:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    return process.wait() == -signal.SIGKILL
+
+
+def interrupted(stage: str, run, folder):
+    """The stage killed at three places and then left alone; what its files hold."""
+    for before in OUTPUTS["PA"]:
+        if stage == "PI":
+            shutil.copy(run / f"{before}.json", folder)
+    killed = [kill_at(STAGES[stage], folder, lines) for lines in (2, 18, 34)]
+    assert killed[:2] == [True, True]  # the last may just have finished
+    done = script(*STAGES[stage], "--run", f"{folder}/")
+    assert done.returncode == 0, done.stderr
+    return {name: (folder / f"{name}.json").read_bytes() for name in OUTPUTS[stage]}
+
+
+def test_killed_at_three_places_and_called_again_the_bytes_are_the_same(run, tmp_path):
+    folders = {stage: tmp_path / stage for stage in STAGES}
+    for folder in folders.values():
+        folder.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda stage: interrupted(stage, run, folders[stage]), STAGES)
+    for stage, files in zip(STAGES, results, strict=True):
+        for name, content in files.items():
+            assert content == (run / f"{name}.json").read_bytes(), name
+        assert not list(folders[stage].glob("*.journal.jsonl"))
+        assert not list(folders[stage].glob(".*"))
+
+
+def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run):
+    annotations = read(run / "PA_teacher_easyVQA.json")
+    assert len(annotations) == 40
+    assert list(annotations[0])[:6] == [
+        *("question_id", "image_path", "ground_truth_question", "ground_truth_answer"),
+        *("predicted_question", "predicted_answer"),
+    ]
+    assert list(read(run / "PI_teacher_student_easyVQA.json")[0])[:5] == [
+        *("question_id", "image_path", "PA_question", "PA_answer", "predictions")
+    ]
+    evaluated = read(run / "Eval_student_easyVQA.json")
+    assert list(evaluated[0])[:5] == ["question_id", "image_path", "GT_question", "GT_answer", "predictions"]
+    meta = read(run / "Eval_student_easyVQA.meta.json")
+    assert meta["settings"]["model_path"] == str(STUDENT)
+    assert meta["made_by"]["packages"]["transformers"]
+    right = sum(r["predictions"] == r["GT_answer"] for r in evaluated)
+    assert meta["scores"]["exact"]["score"] == pytest.approx(right / 48)
+
+
+def test_the_parity_set_is_what_the_teacher_repeats_and_the_student_does_not(run):
+    teacher = {r["question_id"]: r for r in read(run / "PI_teacher_teacher_easyVQA.json")}
+    student = {r["question_id"]: r for r in read(run / "PI_teacher_student_easyVQA.json")}
+    parity = read(run / "PI_teacher_train_teacher_student_easyVQA.json")
+    expected = {
+        i
+        for i, r in teacher.items()
+        if r["predictions"].lower() == r["PA_answer"].lower() != student[i]["predictions"].lower()
+    }
+    assert {sample["id"] for sample in parity} == expected
+    assert 0 < len(parity) < len(teacher)
+    for sample in parity:
+        assert sample["conversations"][1]["value"] == teacher[sample["id"]]["PA_answer"]
+        assert sample["conversations"][0]["value"].startswith("<image>\n" + teacher[sample["id"]]["PA_question"])
+
+
+def test_the_student_is_asked_only_where_the_teacher_agrees_with_itself(run, tmp_path):
+    shutil.copy(run / "PA_teacher_easyVQA.json", tmp_path)
+    command = [argument for argument in STAGES["PI"] if argument != "--answer-all"]
+    assert script(*command, "--run", f"{tmp_path}/").returncode == 0
+    teacher = read(tmp_path / "PI_teacher_teacher_easyVQA.json")
+    agreed = [r["question_id"] for r in teacher if r["predictions"].lower() == r["PA_answer"].lower()]
+    assert [r["question_id"] for r in read(tmp_path / "PI_teacher_student_easyVQA.json")] == agreed
+    train = "PI_teacher_train_teacher_student_easyVQA.json"
+    assert (tmp_path / train).read_bytes() == (run / train).read_bytes()
+
+
+def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):
+    before = (run / "PA_teacher_easyVQA.json").stat()
+    again = script(*STAGES["PA"], "--run", f"{run}/")
+    assert again.returncode == 0
+    assert "is there already" in again.stdout
+    assert (run / "PA_teacher_easyVQA.json").stat().st_mtime_ns == before.st_mtime_ns
+    other = script(*STAGES["PA"], "--run", f"{run}/", "--seed", "5")
+    assert other.returncode == 1
+    assert "seed was 0, is now 5" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_bad_pictures_among_good_ones_are_counted_and_explained(pictures, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(pictures, folder)
+    (folder / "empty.jpg").touch()
+    (folder / "note.png").write_text("not a picture")
+    whole = (folder / "01.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
+    done = script("PA.py", *command, "--model-path-lvlm", TEACHER)
+    assert done.returncode == 0, done.stderr
+    assert "3 left out" in done.stdout
+    annotations = {r["question_id"]: r for r in read(tmp_path / "run/PA_teacher_images.json")}
+    assert len(annotations) == 15
+    for name in ("empty.jpg", "note.png", "cut.png"):
+        assert annotations[name]["left_out"].startswith("picture: ")
+        assert annotations[name]["predicted_question"] is None
+    assert sum(r["left_out"] is None for r in annotations.values()) >= 11
+    assert all(r["ground_truth_answer"] is None for r in annotations.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dataset", "nonsense"], "textVQA"),
+        (["--dataset", "easyVQA", "--preset", "nonsense"], "released"),
+        (["--dataset", "easyVQA", "--limit", "0"], "1 or more"),
+        (["--dataset", "easyVQA", "--model-path-lvlm", "/no/such/model"], "/no/such/model: no such model folder"),
+        (["--dataset", "images", "--image-root", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--dataset", "textVQA", "--annotations", "/no/such.json"], "/no/such.json: no such file"),
+        (["--dataset", "easyVQA", "--run", "/dev/null/x", "--model-path-lvlm", TEACHER], "cannot be written"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_not_in_a_traceback(arguments, says):
+    done = script("PA.py", *arguments)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_matcher_lists_the_known_ones():
+    done = script("PI.py", "--dataset", "easyVQA", "--match", "nonsense")
+    assert done.returncode != 0
+    assert "anls" in done.stderr
+    missing = script("PI.py", "--dataset", "textVQA", "--run", "/tmp/none/")
+    assert "Run PA.sh first, or name the file with --pa-json" in missing.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_in_a_message_and_nothing_finished_is_lost(run, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        full = script(*STAGES["PA"], "--run", f"{small}/")
+        assert full.returncode == 1
+        assert "no space left" in full.stderr
+        assert "Traceback" not in full.stderr
+        kept = (small / "PA_teacher_easyVQA.journal.jsonl").read_text().splitlines()
+        assert len(kept) > 1
+        assert [json.loads(line) for line in kept]
+        subprocess.run(["mount", "-o", "remount,size=1m", small], check=True)
+        assert script(*STAGES["PA"], "--run", f"{small}/").returncode == 0
+        assert (small / "PA_teacher_easyVQA.json").read_bytes() == (run / "PA_teacher_easyVQA.json").read_bytes()
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
