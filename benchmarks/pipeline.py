@@ -69,7 +69,7 @@ class PlainModel:
 
 def plain_loop(args) -> dict:
     """PA and PI as the released code goes about them, with the paper preset's prompts, parser and match."""
-    samples = load_samples(args.dataset, "train", limit=args.pictures)
+    samples = load_samples(args.dataset, "train")[: args.pictures]
     lvlm, svlm = PlainModel(args.lvlm, args), PlainModel(args.svlm, args)
     task = TASK_PROMPTS[DATASETS[args.dataset].task]
     parsed = [parse_annotation(text) for text in lvlm.replies([(s.image_path, task) for s in samples], 8)]

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import random
 import sys
 from collections import Counter
 from datetime import date
@@ -28,7 +29,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     data.add_argument(
         "--image-root", metavar="DIR", help="folder of the pictures (default: the data set's, under data/)"
     )
-    data.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples (default: all)")
+    some = data.add_mutually_exclusive_group()
+    some.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples (default: all)")
+    some.add_argument("--sample", type=_positive, metavar="N", help="only N samples, drawn at random with --seed")
     out = p.add_argument_group("results")
     out.add_argument(
         "--run",
@@ -81,6 +84,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def chosen(items: list, args) -> list:
+    """The first --limit of the items, or --sample of them drawn with --seed, in their order."""
+    if args.sample and args.sample < len(items):
+        drawn = random.Random(args.seed).sample(range(len(items)), args.sample)
+        return [items[i] for i in sorted(drawn)]
+    return items[: args.limit]
+
+
 def engine(args, model_path: str):
     """The engine that the arguments ask for, to run `model_path`, which is checked before torch is imported."""
     check_model_path(model_path)
@@ -99,7 +110,7 @@ def engine(args, model_path: str):
 
 def settings(args, requests, **more) -> dict:
     """What decides a stage's outcome. Batch size, workers and the like do not, and are free to change."""
-    named = ("dataset", "annotations", "image_root", "limit", "preset", "seed", "engine", "dtype")
+    named = ("dataset", "annotations", "image_root", "limit", "sample", "preset", "seed", "engine", "dtype")
     asked = records.digest(*(f"{r.key}\n{r.image_path}\n{r.prompt}" for r in requests))
     common = {name: getattr(args, name) for name in (*named, "max_new_tokens", "min_pixels", "max_pixels")}
     return {**common, **more, "requests": asked}

@@ -202,7 +202,7 @@ def _reads(name: str, document) -> bool:
         return False
 
 
-def load_samples(name: str, split: str, annotations=None, image_root=None, limit: int | None = None) -> list[Sample]:
+def load_samples(name: str, split: str, annotations=None, image_root=None) -> list[Sample]:
     """The samples of a data set's "train" or "test" split.
 
     Raises InputError for a file that is missing, empty, not JSON, of another data set, has a missing
@@ -227,7 +227,6 @@ def load_samples(name: str, split: str, annotations=None, image_root=None, limit
                 f"{source}: records {first_with[sample.key]} and {index} have the same id {sample.key!r}. "
                 "Ids must differ: results are kept by id."
             )
-    samples = samples[:limit]
     if not any(os.path.exists(sample.image_path) for sample in samples):
         raise InputError(
             f"{samples[0].image_path}: no such picture, and none of the others. Name their folder with --image-root."

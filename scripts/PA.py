@@ -49,7 +49,8 @@ def request(sample: Sample, attempt: int, args) -> Request:
     )
 
 
-def record(sample: Sample, parsed: Annotation, attempt: int, reply: dict) -> dict:
+def record(sample: Sample, attempt: int, reply: dict, preset: str) -> dict:
+    parsed = parse_annotation(reply["text"], preset) if "text" in reply else Annotation(None, None, reply["error"])
     return {
         "question_id": sample.question_id,
         "image_path": sample.image_path,
@@ -64,16 +65,27 @@ def record(sample: Sample, parsed: Annotation, attempt: int, reply: dict) -> dic
     }
 
 
+def annotate(samples: list[Sample], tries: int, engine, journal: Journal, args) -> list[dict]:
+    """A record for each sample. An unreadable reply is asked for again, a picture that cannot be read is not."""
+    done, left = {}, samples
+    for attempt in range(tries + 1):
+        label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
+        replies = ask(engine, [request(sample, attempt, args) for sample in left], journal, label)
+        for sample in left:
+            done[sample.key] = record(sample, attempt, replies[f"{sample.key}#{attempt}"], args.preset)
+        left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
+    return [done[sample.key] for sample in samples]
+
+
 def main(argv=None) -> Path:
     args = arguments(argv)
     started = time.time()
     tries = 0 if args.preset == "released" else args.tries
     lvlm = records.short_name(args.model_path_lvlm)
-    samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.limit)
-    first = [request(sample, 0, args) for sample in samples]
+    samples = cli.chosen(load_samples(args.dataset, "train", args.annotations, args.image_root), args)
     settings = cli.settings(
         args,
-        first,
+        [request(sample, 0, args) for sample in samples],
         model_path_lvlm=args.model_path_lvlm,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -84,24 +96,9 @@ def main(argv=None) -> Path:
         print(f"PA: {out} is there already, made with these settings (--restart makes it anew).")
         return out
 
-    done = {}
     journal = Journal(out, settings, args.restart)
     with cli.engine(args, args.model_path_lvlm) as engine:
-        for attempt in range(tries + 1):
-            left = [s for s in samples if s.key not in done or done[s.key]["left_out"]]
-            left = [s for s in left if not str(done.get(s.key, {}).get("left_out")).startswith("picture")]
-            label = f"PA {lvlm}" if attempt == 0 else f"PA {lvlm}, try {attempt + 1}"
-            replies = ask(engine, [request(s, attempt, args) for s in left], journal, label)
-            for sample in left:
-                reply = replies[f"{sample.key}#{attempt}"]
-                parsed = (
-                    Annotation(None, None, reply["error"])
-                    if "error" in reply
-                    else parse_annotation(reply["text"], args.preset)
-                )
-                done[sample.key] = record(sample, parsed, attempt, reply)
-
-    result = [done[sample.key] for sample in samples]
+        result = annotate(samples, tries, engine, journal, args)
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
     records.write_result(out, result, settings, counts=counts, seconds=round(time.time() - started, 1))

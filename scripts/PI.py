@@ -54,8 +54,11 @@ def arguments(argv=None):
     return args
 
 
-def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str) -> list[dict]:
-    """The answers of one model to the annotated questions, as PI records, written to its PI file."""
+def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, **choice) -> list[dict]:
+    """The answers of one model to the annotated questions, as PI records, written to its PI file.
+
+    `choice` says how the questions were chosen: more settings, that a second call must share.
+    """
     started, name = time.time(), records.short_name(model_path)
     out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
     requests = [
@@ -68,7 +71,7 @@ def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str) 
         )
         for r in annotations
     ]
-    settings = cli.settings(args, requests, model_path=model_path)
+    settings = cli.settings(args, requests, model_path=model_path, **choice)
     if finished(out, settings, args.restart):
         return records.read_records(out, "PI")
     journal = Journal(out, settings, args.restart)
@@ -124,8 +127,8 @@ def is_held_out(record: dict, share: float) -> bool:
     return int(records.digest(record["image_path"])[:8], 16) < share * 16**8
 
 
-def write_held_out(args, lvlm: str, answers: list[dict]) -> None:
-    """What the L-VLM is consistent on among the held-out pictures, as a test set of agreement with it."""
+def write_held_out(args, lvlm: str, consistent: list[dict]) -> None:
+    """The held-out pictures on which the L-VLM agrees with itself: a test set of agreement with it."""
     test = [
         {
             "question_id": r["question_id"],
@@ -133,56 +136,53 @@ def write_held_out(args, lvlm: str, answers: list[dict]) -> None:
             "question": r["PA_question"],
             "answers": [r["PA_answer"]],
         }
-        for r in answers
+        for r in consistent
+        if is_held_out(r, args.hold_out)
     ]
     records.write_json(records.run_folder(args.run) / f"PI_{lvlm}_heldout_{args.dataset}.json", test)
 
 
+def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict], dict]:
+    """The L-VLM's answers to all annotations, the S-VLM's where the first half of PI holds, and the funnel so far."""
+    if lvlm == svlm:
+        raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
+    name = f"PA_{{lvlm}}_{args.dataset}.json"
+    pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
+    annotations = cli.chosen(records.read_records(pa_json, "PA"), args)
+    usable = [r for r in annotations if r["predicted_question"] and r["predicted_answer"]]
+    if not usable:
+        raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
+
+    lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm)
+    consistent = {str(r["question_id"]) for r in lvlm_answers if agrees(r, match)}
+    if args.hold_out:
+        write_held_out(args, lvlm, [r for r in lvlm_answers if str(r["question_id"]) in consistent])
+    asked = [r for r in usable if args.answer_all or str(r["question_id"]) in consistent]
+    asked = [r for r in asked if not is_held_out(r, args.hold_out)]
+    if not asked:
+        raise InputError(
+            f"{pa_json}: the L-VLM agrees with itself on none of {len(usable)} samples (--match {args.match})."
+        )
+    choice = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
+    svlm_answers = answer(args, "S-VLM", args.model_path_svlm, asked, lvlm, **choice)
+    return lvlm_answers, svlm_answers, {"pictures": len(annotations), "parsed": len(usable)}
+
+
 def main(argv=None) -> Path:
     args = arguments(argv)
-    started = time.time()
-    match, folder = MATCHERS[args.match], records.run_folder(args.run)
+    match = MATCHERS[args.match]
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
-    out = args.out or folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
-    funnel = {}
-
     if args.lvlm_json:
         lvlm_answers = records.read_records(args.lvlm_json, "PI")
-        svlm_answers = records.read_records(args.svlm_json, "PI")
-        source = {"lvlm_json": str(args.lvlm_json), "svlm_json": str(args.svlm_json)}
+        svlm_answers, funnel = records.read_records(args.svlm_json, "PI"), {}
     else:
-        if lvlm == svlm:
-            raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
-        pa_json = args.pa_json or records.find_input(
-            folder, f"PA_{{lvlm}}_{args.dataset}.json", lvlm, "--pa-json", "PA.sh"
-        )
-        annotations = records.read_records(pa_json, "PA")[: args.limit]
-        usable = [r for r in annotations if r["predicted_question"] and r["predicted_answer"]]
-        if not usable:
-            raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
-        lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm)
-        consistent = {str(r["question_id"]) for r in lvlm_answers if agrees(r, match)}
-        test = [r for r in lvlm_answers if is_held_out(r, args.hold_out) and str(r["question_id"]) in consistent]
-        if args.hold_out:
-            write_held_out(args, lvlm, test)
-        asked = [
-            r
-            for r in usable
-            if (args.answer_all or str(r["question_id"]) in consistent) and not is_held_out(r, args.hold_out)
-        ]
-        if not asked:
-            raise InputError(
-                f"{pa_json}: the L-VLM agrees with itself on none of {len(usable)} samples (--match {args.match})."
-            )
-        svlm_answers = answer(args, "S-VLM", args.model_path_svlm, asked, lvlm)
-        source = {"pa_json": str(pa_json)}
-        funnel = {"pictures": len(annotations), "parsed": len(usable)}
+        lvlm_answers, svlm_answers, funnel = ask_both(args, lvlm, svlm, match)
 
     parity = identify_parity(lvlm_answers, svlm_answers, match, args.preset)
-    funnel["L-consistent"] = sum(agrees(r, match) for r in lvlm_answers)
-    funnel["parity"] = len(parity)
-    settings = {"preset": args.preset, "match": args.match, "hold_out": args.hold_out, **source}
-    records.write_result(out, parity, settings, funnel=funnel, seconds=round(time.time() - started, 1))
+    funnel |= {"L-consistent": sum(agrees(r, match) for r in lvlm_answers), "parity": len(parity)}
+    out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
+    settings = {name: str(getattr(args, name)) for name in ("preset", "match", "hold_out", "lvlm_json", "svlm_json")}
+    records.write_result(out, parity, settings, funnel=funnel)
     print("PI: " + " → ".join(f"{n} {what}" for what, n in funnel.items()))
     left_out = cli.counted(r["left_out"] for r in [*lvlm_answers, *svlm_answers] if r.get("left_out"))
     if left_out:

@@ -11,7 +11,7 @@ BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/dem
 [[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
 SEEDS=${SEEDS:-0}
 PICTURES=${PICTURES:-1000}  # to annotate
-QUESTIONS=${QUESTIONS:-}    # test questions to ask (default: all 9,673)
+QUESTIONS=${QUESTIONS:-2000} # test questions to ask, drawn at random from 9,673
 export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
 export BATCH_SIZE=${BATCH_SIZE:-128} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=3136
 export PL_BATCH_SIZE=${PL_BATCH_SIZE:-16} ACCUMULATION=1 LEARNING_RATE=${LEARNING_RATE:-1e-4}
@@ -22,7 +22,7 @@ for SEED in $SEEDS; do
     RUN=$BASE$([[ $SEED == 0 ]] || echo "-$SEED")
     export SEED RUN
     RUNS+=("$RUN")
-    LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS=${QUESTIONS:+--limit $QUESTIONS} bash "$ROOT/scripts/mpa.sh"
+    LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" bash "$ROOT/scripts/mpa.sh"
 
     # The baselines of the paper's table 6, one epoch each with the same settings.
     NAMES=teacher_student_easyVQA
@@ -34,7 +34,6 @@ for SEED in $SEEDS; do
         DATA="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT="$RUN/PL_${NAMES}_$BASELINE" \
             bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
     done
-    # shellcheck disable=SC2086
-    bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" ${QUESTIONS:+--limit $QUESTIONS}
+    bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"
 done
 python "$ROOT/scripts/tables.py" --dataset easyVQA --lvlm "$LVLM" --svlm "$SVLM" "${RUNS[@]}"

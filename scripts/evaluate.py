@@ -132,7 +132,7 @@ def main(argv=None) -> None:
         annotations = records.find_input(
             records.run_folder(args.run), "PI_{lvlm}_heldout_images.json", lvlm, "--annotations", "PI.sh"
         )
-    samples = load_samples(args.dataset, "test", annotations, args.image_root, args.limit)
+    samples = cli.chosen(load_samples(args.dataset, "test", annotations, args.image_root), args)
     names = [records.short_name(path) for path in args.model_path]
     if len(set(names)) < len(names):
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")

@@ -66,7 +66,7 @@ class Run:
         main = ("base", "mpa", "lvlm")
         return {
             "PA": of(records.meta_path(self.pa)),
-            "PI": of(records.meta_path(self.train)),
+            "PI": round(sum(of(records.meta_path(self.answers(m))) for m in (self.lvlm, self.svlm)), 1),
             "PL": training["mpa"],
             "evaluate": round(sum(evaluation[row] for row in main), 1),
             "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),

@@ -1,10 +1,12 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import DATA
 from PIL import Image
 
+from mpa.cli import chosen
 from mpa.datasets import DATASETS, load_samples
 from mpa.matching import MATCHERS
 from mpa.metrics import METRICS
@@ -129,3 +131,16 @@ def test_folders_with_nothing_to_read(tmp_path):
 def test_where_no_picture_exists_the_image_root_is_wrong(tmp_path):
     with pytest.raises(InputError, match="--image-root"):
         load_samples("okVQA", "test", DATA / "annotations" / "okvqa_val_combine.json", tmp_path)
+
+
+def test_a_limit_takes_the_first_and_a_sample_draws_with_the_seed():
+    def args(**given):
+        return SimpleNamespace(**{"limit": None, "sample": None, "seed": 0, **given})
+
+    items = list(range(100))
+    assert chosen(items, args()) == items
+    assert chosen(items, args(limit=3)) == [0, 1, 2]
+    drawn = chosen(items, args(sample=10))
+    assert drawn == sorted(set(drawn)) == chosen(items, args(sample=10)) != chosen(items, args(sample=10, seed=1))
+    assert len(drawn) == 10
+    assert chosen(items, args(sample=1000)) == items

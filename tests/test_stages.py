@@ -9,8 +9,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import PA
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
+
+from mpa import cli
+from mpa.datasets import Sample
+from mpa.journal import Journal
 
 EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
 STAGES = {
@@ -205,3 +210,43 @@ def test_a_full_disk_ends_in_a_message_and_nothing_finished_is_lost(run, tmp_pat
         assert (small / "PA_teacher_easyVQA.json").read_bytes() == (run / "PA_teacher_easyVQA.json").read_bytes()
     finally:
         subprocess.run(["umount", "--lazy", small], check=True)
+
+
+class Scripted:
+    """An engine whose replies are written here: a real teacher is too good to show every failure."""
+
+    def __init__(self, replies: dict[str, str]):
+        self.replies, self.asked = replies, []
+
+    def generate(self, requests, done):
+        self.asked += [request for request in requests if request.key not in done]
+        yield [
+            {"key": r.key, "text": self.replies[r.key], "logprob": -1.0, "tokens": 9}
+            if r.key in self.replies
+            else {"key": r.key, "error": "picture: no such file"}
+            for r in requests
+        ]
+
+
+def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tmp_path):
+    args = PA.arguments(["--dataset", "easyVQA"])
+    samples = [Sample(i, f"{i}.png") for i in range(4)]
+    good = "Question: what is it?\nAnswer: a cat"
+    engine = Scripted(
+        {"0#0": good, "1#0": "no idea", "1#1": good, "2#0": "?", "2#1": "Answer: 3", "2#2": "Question: a? b?"}
+    )
+    journal = Journal(tmp_path / "PA.json", {})
+    result = PA.annotate(samples, 2, engine, journal, args)
+    assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [
+        ("a cat", None, 1),
+        ("a cat", None, 2),
+        (None, "two questions", 3),
+        (None, "picture: no such file", 1),
+    ]
+    assert [(r.key, r.temperature) for r in engine.asked] == [
+        *((f"{i}#0", 0.0) for i in range(4)),
+        *(("1#1", 1.0), ("2#1", 1.0), ("2#2", 1.0)),
+    ]
+    assert cli.counted(r["left_out"] for r in result if r["left_out"]) == (
+        "2 left out: 1 two questions, 1 picture: no such file"
+    )

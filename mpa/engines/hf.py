@@ -156,27 +156,27 @@ class Chooser(LogitsProcessor):
     """
 
     def __init__(self, batch: list[Request]):
-        self.batch = batch
         self.draws = [random.Random(f"{r.seed}:{r.key}") for r in batch]
-        self.logprobs = []
+        self.temperature = torch.tensor([[r.temperature] for r in batch], dtype=torch.float64)  # [B, 1]
+        self.top_p = torch.tensor([[r.top_p] for r in batch], dtype=torch.float64)
+        self.logprobs = []  # a [B] each step
 
     def __call__(self, input_ids, scores):  # [B, T], [B, V]
-        logprobs = scores.float().log_softmax(-1)
-        choice = scores.argmax(-1)
-        for row, request in enumerate(self.batch):
-            if request.temperature > 0:
-                choice[row] = self._sample(scores[row], request, self.draws[row].random())
-        self.logprobs.append(logprobs.gather(1, choice[:, None])[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, choice[:, None], 0.0)
+        choice = scores.argmax(-1, keepdim=True)
+        if self.temperature.any():
+            choice = torch.where(self.temperature.to(scores.device) > 0, self._sample(scores), choice)
+        self.logprobs.append(scores.float().log_softmax(-1).gather(1, choice)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, choice, 0.0)
 
-    @staticmethod
-    def _sample(scores, request: Request, draw: float):  # [V] -> []
-        probabilities = (scores.double() / request.temperature).softmax(-1)
+    def _sample(self, scores):  # [B, V] -> [B, 1]
+        draws = torch.tensor([[generator.random()] for generator in self.draws], dtype=torch.float64)
+        draws, temperature, top_p = (t.to(scores.device) for t in (draws, self.temperature, self.top_p))
+        probabilities = (scores.double() / temperature.where(temperature > 0, 1.0)).softmax(-1)
         ranked, order = probabilities.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked
-        kept = torch.zeros_like(probabilities).scatter_(0, order, ranked * (before < request.top_p))
+        kept = torch.zeros_like(probabilities).scatter_(1, order, ranked * (before < top_p))
         steps = kept.cumsum(-1)
-        return torch.searchsorted(steps, draw * steps[-1], right=True).clamp(max=len(steps) - 1)
+        return torch.searchsorted(steps, draws * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
 
 
 class Stopper(StoppingCriteria):

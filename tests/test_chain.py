@@ -1,0 +1,89 @@
+"""The four stages in a row, as the README's commands run them, small."""
+
+import json
+
+import pytest
+from conftest import STUDENT, TEACHER, script
+
+from mpa.metrics import bootstrap_interval
+
+MINI = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16}
+LEVELLED = "PL_teacher_student"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_goes_through_all_stages_with_no_label(tmp_path):
+    from mpa.datasets import load_samples
+
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    for sample in load_samples("easyVQA", "train")[:60]:
+        (folder / f"{sample.question_id}.png").symlink_to(sample.image_path)
+    inside = tmp_path / "copies"
+    inside.mkdir()
+    for link in folder.iterdir():
+        (inside / link.name).write_bytes(link.read_bytes())
+    environment = {"IMAGES": inside, "LVLM": TEACHER, "SVLM": STUDENT, "RUN": f"{tmp_path}/run", "ACCUMULATION": 1}
+    done = script("scripts/mpa.sh", **environment, **MINI, PA_FLAGS="--temperature 1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "agreement with the L-VLM, not accuracy" in done.stdout
+
+    run = tmp_path / "run"
+    annotations = read(run / "PA_teacher_images.json")
+    assert len(annotations) == 60
+    parity = read(run / "PI_teacher_train_teacher_student_images.json")
+    held_out = read(run / "PI_teacher_heldout_images.json")
+    assert parity
+    assert held_out
+    assert not {s["image"] for s in parity} & {r["image_path"] for r in held_out}
+    evaluated = read(run / f"Eval_{LEVELLED}_images_images.json")
+    assert [r["question_id"] for r in evaluated] == [r["question_id"] for r in held_out]
+    assert all(r["predictions"] for r in evaluated)
+    # The L-VLM agrees with itself on these: they were chosen so
+    assert read(run / "summary.json")["rows"]["lvlm"]["accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path):
+    settings = {"RUN": f"{tmp_path}/demo", "PICTURES": 96, "QUESTIONS": 64}
+    done = script("scripts/demo.sh", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "demo"
+    summary = read(run / "summary.json")
+    assert list(summary["rows"]) == ["base", "all_pseudo", "random_pseudo", "mpa", "human_n", "human", "lvlm"]
+    kept = len(read(run / "PI_teacher_train_teacher_student_easyVQA.json"))
+    samples = {row: cells["train_samples"] for row, cells in summary["rows"].items()}
+    assert samples == {
+        "base": 0,
+        "lvlm": 0,
+        "mpa": kept,
+        "random_pseudo": kept,
+        "human_n": kept,
+        "human": 96,
+        "all_pseudo": summary["funnel"]["parsed"],
+    }
+    assert summary["funnel"]["parity"] == kept < summary["funnel"]["L-consistent"] < summary["funnel"]["pictures"] == 96
+    for row, name in (("base", "student"), ("mpa", f"{LEVELLED}_easyVQA"), ("lvlm", "teacher")):
+        records = read(run / f"Eval_{name}_easyVQA.json")
+        right = [float(r["predictions"] == r["GT_answer"]) for r in records]
+        assert summary["rows"][row]["accuracy"] == pytest.approx(sum(right) / 64)
+        assert tuple(summary["rows"][row]["ci95"]) == pytest.approx(bootstrap_interval(right))
+        assert summary["rows"][row]["n"] == 64
+    assert set(summary["seconds"]) == {"PA", "PI", "PL", "evaluate", "baselines"}
+
+    again = script("scripts/demo.sh", **settings)
+    assert again.returncode == 0
+    assert "PA_teacher_easyVQA.json is there already" in again.stdout
+    assert again.stdout.count("is there already, trained with these settings") == 5
+    assert read(run / "summary.json") == summary
+
+
+def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path):
+    done = script("PL/Qwen2-VL-Finetune/scripts/PL.sh", RUN=f"{tmp_path}/", DATASET="easyVQA")
+    assert done.returncode != 0
+    assert "no such file. Run PI.sh first" in done.stderr
+    assert "Traceback" not in done.stderr
