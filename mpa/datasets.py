@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 from mpa.records import REPOSITORY, InputError, read_json
@@ -151,11 +152,16 @@ DATASETS = {
 }
 
 
-def inside(root: str | Path, relative: str) -> str:
+def inside(root: str, relative: str) -> str:
     """`root`/`relative` as a path, or InputError when it, or a link in it, leads out of the root."""
-    path, real_root = os.path.join(root, relative), os.path.realpath(root)
-    leads_out = os.path.commonpath([os.path.realpath(path), real_root]) != real_root
-    if leads_out or (os.path.isabs(relative) and real_root != "/"):
+    path = os.path.normpath(os.path.join(root, relative))
+    below = os.path.relpath(path, root) if os.path.isabs(relative) or ".." in relative else os.path.normpath(relative)
+    leads_out = below.startswith("..") or (os.path.isabs(relative) and root != "/")
+    steps = accumulate(below.split(os.sep), os.path.join)
+    if not leads_out and any(os.path.islink(os.path.join(root, step)) for step in steps):
+        real_root = os.path.realpath(root)
+        leads_out = os.path.commonpath([os.path.realpath(path), real_root]) != real_root
+    if leads_out:
         raise InputError(f"picture {relative!r} lies outside the image root {root}; mend the record or --image-root.")
     return path
 
@@ -180,7 +186,7 @@ def _annotated_samples(name: str, split: Split, annotations: Path, root: Path) -
             question_id, image, question, answers = split.read(record)
             if not isinstance(question, str) or not isinstance(answers, list):
                 raise TypeError("'question' should be text and 'answers' a list")
-            yield Sample(question_id, inside(root, image), question, [str(answer) for answer in answers])
+            yield Sample(question_id, inside(str(root), image), question, [str(answer) for answer in answers])
             index += 1
     except InputError as error:
         raise InputError(f"{annotations}, record {index}: {error}") from None

@@ -45,17 +45,16 @@ def read(path):
 
 
 def kill_at(command, folder, lines: int) -> bool:
-    """Start a stage and kill -9 it, workers and all, once its journals hold so many lines. Was it in time?"""
+    """Start a stage and kill -9 it once its journals hold so many lines; its workers die of it. Was it in time?"""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline:
         if sum(p.read_bytes().count(b"\n") for p in folder.glob("*.journal.jsonl")) >= lines:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.002)
     return process.wait() == -signal.SIGKILL

@@ -12,7 +12,8 @@ import params
 import train
 
 import data
-from mpa.engines.hf import prepare
+from mpa.engines import Request
+from mpa.engines.hf import HFEngine
 from mpa.prompts import answer_prompt
 from mpa.records import train_record
 
@@ -47,7 +48,9 @@ def test_the_prompt_is_token_for_token_what_the_model_is_evaluated_with(tmp_path
     prompt = answer_prompt("is there a red shape?")
     path = write(tmp_path, train_record(1, "a.png", prompt, "yes"))
     encoded = data.encode(data.read_samples(path, str(tmp_path))[0], processor)
-    _, asked, _ = prepare(processor, [("1", str(tmp_path / "a.png"), prompt)])
+    engine = HFEngine(str(STUDENT), min_pixels=3136, max_pixels=3136, dtype="float32")
+    engine.load()
+    _, asked, _ = engine.prepare([Request("1", str(tmp_path / "a.png"), prompt)])
     length = asked["input_ids"].shape[1]
     assert encoded["input_ids"][:length].tolist() == asked["input_ids"][0].tolist()
     assert (encoded["labels"][:length] == data.IGNORE).all()

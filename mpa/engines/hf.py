@@ -1,16 +1,22 @@
 """The `hf` engine: transformers on one GPU or on the CPU, any model that its Auto classes load.
 
-Faster than the plain loop, with the same greedy replies: pictures are decoded and processed in
-worker processes while the model runs, requests of near-equal length share a batch, and a row stops
-at the line that ends its answer.
+Faster than the plain loop, with the same greedy replies. On a GPU, worker processes decode and
+process the pictures while the model runs; on a CPU, they run the model too, each on a core of its
+own, with the weights shared. Requests of near-equal length share a batch, and a row stops at the
+line that ends its answer.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import random
+import signal
+import sys
+import weakref
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -19,6 +25,7 @@ from mpa import models
 from mpa.engines import Request
 from mpa.pictures import PictureError, open_picture, picture_size
 from mpa.prompts import annotation_is_complete, answer_is_complete
+from mpa.records import InputError
 
 STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}
 WINDOW = 64  # batches within which requests are sorted by length
@@ -27,8 +34,8 @@ WINDOW = 64  # batches within which requests are sorted by length
 class HFEngine:
     """`generate` for one model; see `mpa.engines` for what it takes and yields.
 
-    `workers` processes prepare batches ahead of the model, at most two batches each; 0 prepares
-    them in this process.
+    `workers` processes share the work: on a GPU they prepare batches ahead of the model, on a CPU
+    they answer them, one core each. With 0, this process does it all, on all cores.
     """
 
     def __init__(
@@ -37,14 +44,14 @@ class HFEngine:
         batch_size: int = 8,
         device: str = "auto",
         dtype: str = "auto",
-        workers: int = 1,
+        workers: int = 0,
         min_pixels: int = models.MIN_PIXELS,
         max_pixels: int = models.MAX_PIXELS,
         trust_remote_code: bool = False,
     ):
-        self.model_path, self.batch_size, self.workers = model_path, batch_size, workers
-        self.device, self.dtype, self.trust = device, dtype, trust_remote_code
-        self.pixels = (min_pixels, max_pixels)
+        self.model_path, self.batch_size, self.trust = model_path, batch_size, trust_remote_code
+        self.workers = workers if sys.platform == "linux" else 0  # workers are forked
+        self.device, self.dtype, self.pixels = device, dtype, (min_pixels, max_pixels)
         self.model = self.processor = self.pool = None
 
     def __enter__(self):
@@ -53,25 +60,39 @@ class HFEngine:
     def __exit__(self, *_):
         """Free the model and the workers, so that the next model has the memory."""
         if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool.shutdown(cancel_futures=True)
+        model = weakref.ref(self.model) if self.model else lambda: None
         self.model = self.processor = self.pool = None
-        gc.collect()
+        if model() is not None:  # held by a cycle
+            gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def load(self) -> None:
-        """Processor, workers, model, in this order: workers start before the model takes memory."""
+        """Load processor and model, and start the workers."""
         if self.model:
             return
-        self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
-        if self.workers:
-            # Forked, so that a worker has the processor at once; it never touches the device.
-            context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-            self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self.processor,))
-            self.pool.submit(int).result()
         self.device = models.pick_device(self.device)
+        self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
+        # A worker of a CPU is forked with the model in it; one of a GPU before the device is touched.
+        if self.workers and self.device == "cpu":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # OpenMP does not survive a fork once it has started threads
+            self._load_model()
+            self._start_workers()
+            torch.set_num_threads(threads)
+        else:
+            if self.workers:
+                self._start_workers()
+            self._load_model()
+
+    def _load_model(self) -> None:
         self.dtype = models.pick_dtype(self.dtype, self.device)
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust)
+
+    def _start_workers(self) -> None:
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"), _start_worker, (self,))
+        self.pool.submit(int).result()
 
     def generate(self, requests: list[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
         """Replies a batch at a time. Batches are planned over all requests and those without any work
@@ -79,10 +100,12 @@ class HFEngine:
         """
         self.load()
         batches = (b for b in self._plan(requests) if any(r.key not in done for r in b))
-        for batch, (good, inputs, replies) in self._prepare(batches):
-            if good:
-                replies = replies + self._run([batch[i] for i in good], inputs)
-            yield replies
+        if not self.pool:
+            yield from map(self.answer, batches)
+        elif self.device == "cpu":
+            yield from (replies for _, replies in self._ahead(_answer, batches))
+        else:
+            yield from (self._run(batch, *prepared) for batch, prepared in self._ahead(_prepare, batches))
 
     def _plan(self, requests: list[Request]) -> Iterator[list[Request]]:
         """Batches of near-equal length: long pictures and prompts with long ones, within a window."""
@@ -97,23 +120,64 @@ class HFEngine:
         width, height = picture_size(request.image_path)
         return min(max(width * height, self.pixels[0]), self.pixels[1]) / 28**2 + len(request.prompt) / 4
 
-    def _prepare(self, batches):
-        """Each batch with what `prepare` makes of it, prepared ahead and handed on in order."""
-        if not self.pool:
-            for batch in batches:
-                yield batch, prepare(self.processor, _content(batch))
-            return
+    def _ahead(self, work, batches):
+        """(batch, work(batch)) in order, done by the workers at most two batches each ahead."""
         waiting = deque()
-        for batch in batches:
-            waiting.append((batch, self.pool.submit(_prepare_in_worker, _content(batch))))
-            if len(waiting) > 2 * self.workers:
-                first, future = waiting.popleft()
+        try:
+            for batch in batches:
+                waiting.append((batch, self.pool.submit(work, batch)))
+                if len(waiting) > 2 * self.workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
                 yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+        except BrokenProcessPool:
+            raise InputError(
+                "a worker process died, most likely for want of memory. Try a smaller --batch-size or fewer "
+                "--workers; what is finished is kept."
+            ) from None
+
+    def answer(self, batch: list[Request]) -> list[dict]:
+        return self._run(batch, *self.prepare(batch))
+
+    def prepare(self, batch: list[Request]) -> tuple[list[int], dict, list[dict]]:
+        """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
+        good, pictures, errors = [], [], []
+        for row, request in enumerate(batch):
+            try:
+                pictures.append(open_picture(request.image_path))
+                good.append(row)
+            except PictureError as error:
+                errors.append({"key": request.key, "error": f"picture: {error}"})
+        try:
+            return good, self._process(pictures, [batch[row].prompt for row in good]), errors
+        except Exception:  # one picture may have spoilt the batch: an extreme shape, say
+            for row, picture in zip(good[:], pictures[:], strict=True):
+                try:
+                    self._process([picture], [batch[row].prompt])
+                except Exception as error:
+                    errors.append({"key": batch[row].key, "error": f"picture: the processor refuses it ({error})"})
+                    good.remove(row)
+                    pictures.remove(picture)
+            return good, self._process(pictures, [batch[row].prompt for row in good]), errors
+
+    def _process(self, pictures: list, prompts: list[str]) -> dict:
+        """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
+        if not pictures:
+            return {}
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts
+        ]
+        texts = [self.processor.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        return {name: tensor.numpy() for name, tensor in inputs.items()}
 
     @torch.inference_mode()
-    def _run(self, batch: list[Request], inputs: dict) -> list[dict]:
+    def _run(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
+        """Replies of the good rows, whose `inputs` these are, and the others' errors."""
+        if not good:
+            return errors
+        batch = [batch[row] for row in good]
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         floating = {n: v.to(self.dtype) for n, v in inputs.items() if v.is_floating_point()}
         prompt_length = inputs["input_ids"].shape[1]
@@ -137,7 +201,7 @@ class HFEngine:
         first_end = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, written.shape[1])
         lengths = torch.minimum(first_end, stopper.lengths.to(written.device)).tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).cpu()  # [B, T]
-        return [
+        return errors + [
             {
                 "key": request.key,
                 "text": self.processor.tokenizer.decode(row[:n], skip_special_tokens=True),
@@ -169,9 +233,10 @@ class Chooser(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, choice, 0.0)
 
     def _sample(self, scores):  # [B, V] -> [B, 1]
+        precision = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         draws = torch.tensor([[generator.random()] for generator in self.draws], dtype=torch.float64)
-        draws, temperature, top_p = (t.to(scores.device) for t in (draws, self.temperature, self.top_p))
-        probabilities = (scores.double() / temperature.where(temperature > 0, 1.0)).softmax(-1)
+        draws, temperature, top_p = (t.to(scores.device, precision) for t in (draws, self.temperature, self.top_p))
+        probabilities = (scores.to(precision) / temperature.where(temperature > 0, 1.0)).softmax(-1)
         ranked, order = probabilities.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked
         kept = torch.zeros_like(probabilities).scatter_(1, order, ranked * (before < top_p))
@@ -201,49 +266,16 @@ class Stopper(StoppingCriteria):
 # --- in the workers ---------------------------------------------------------------------------------
 
 
-def _content(batch: list[Request]) -> list[tuple[str, str]]:
-    return [(request.key, request.image_path, request.prompt) for request in batch]
-
-
-def prepare(processor, content: list[tuple[str, str, str]]) -> tuple[list[int], dict, list[dict]]:
-    """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
-    good, pictures, errors = [], [], []
-    for row, (key, path, _) in enumerate(content):
-        try:
-            pictures.append(open_picture(path))
-            good.append(row)
-        except PictureError as error:
-            errors.append({"key": key, "error": f"picture: {error}"})
-    try:
-        return good, _process(processor, pictures, [content[row][2] for row in good]), errors
-    except Exception:  # one picture may have spoilt the batch: an extreme shape, say
-        for row, picture in zip(good[:], pictures[:], strict=True):
-            try:
-                _process(processor, [picture], [content[row][2]])
-            except Exception as error:
-                errors.append({"key": content[row][0], "error": f"picture: the processor refuses it ({error})"})
-                good.remove(row)
-                pictures.remove(picture)
-        return good, _process(processor, pictures, [content[row][2] for row in good]), errors
-
-
-def _process(processor, pictures: list, prompts: list[str]) -> dict:
-    """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
-    if not pictures:
-        return {}
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts
-    ]
-    texts = [processor.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
-    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-def _start_worker(processor) -> None:
-    global _processor
-    _processor = processor
+def _start_worker(engine: HFEngine) -> None:
+    global _engine
+    _engine = engine
     torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however it ends
 
 
-def _prepare_in_worker(content):
-    return prepare(_processor, content)
+def _prepare(batch: list[Request]):
+    return _engine.prepare(batch)
+
+
+def _answer(batch: list[Request]) -> list[dict]:
+    return _engine.answer(batch)
