@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import PA
 import PI
 import torch
+from qwen_vl_utils import process_vision_info
 
 from mpa import models, records
 from mpa.datasets import DATASETS, load_samples
 from mpa.matching import exact
-from mpa.pictures import open_picture
 from mpa.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
 
 ROOT = records.REPOSITORY
@@ -49,14 +49,12 @@ class PlainModel:
         written = []
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
-            texts = [
-                self.processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-                    add_generation_prompt=True,
-                )
-                for _, prompt in batch
+            messages = [
+                [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": prompt}]}]
+                for path, prompt in batch
             ]
-            pictures = [open_picture(path) for path, _ in batch]
+            texts = [self.processor.apply_chat_template(m, add_generation_prompt=True) for m in messages]
+            pictures, _ = process_vision_info(messages)
             inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
                 self.model.device, self.model.dtype
             )
@@ -113,7 +111,7 @@ def main(argv=None) -> None:
     p.add_argument("--lvlm", default=str(ROOT / "data/mini/teacher"))
     p.add_argument("--svlm", default=str(ROOT / "data/mini/student"))
     p.add_argument("--pictures", type=int, default=400)
-    p.add_argument("--batch-size", type=int, default=128, help="of our stages; also measured at 8")
+    p.add_argument("--batch-size", type=int, default=50, help="of our stages; also measured at 8")
     p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
     p.add_argument("--min-pixels", type=int, default=3136)
     p.add_argument("--max-pixels", type=int, default=3136)

@@ -214,7 +214,7 @@ def learn_to_see(model, pictures: Pictures, steps: int, lr: float, log: dict):
     targets = torch.tensor([(list(COLORS).index(c), SHAPES.index(s)) for c, s in pictures.truth])
     optimizer, schedule = one_cycle([*model.model.visual.parameters(), *heads.parameters()], lr, steps)
     rng, started = random.Random(11), time.time()
-    for step in tqdm(range(steps), desc="vision", mininterval=10):
+    for step in tqdm(range(steps), desc="vision", mininterval=10, disable=None):
         rows = rng.choices(range(len(pictures.truth)), k=64)
         batch = pictures.inputs(rows)
         seen = model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
@@ -289,7 +289,7 @@ def learn_to_speak(name, model, processor, pictures, steps: int, annotating: flo
     language = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = one_cycle(language, 1e-3, steps)
     rng, started = random.Random(22), time.time()
-    for step in tqdm(range(steps), desc="language", mininterval=10):
+    for step in tqdm(range(steps), desc="language", mininterval=10, disable=None):
         annotate = rng.random() < annotating
         rows = rng.choices(range(len(pictures.truth)), k=32 if annotate else 64)
         confused = name == "student" and step > 0.7 * steps
@@ -349,11 +349,13 @@ def make(name: str, args):
     log = {"parameters": sum(p.numel() for p in model.parameters()), "vision": [], "language": [], "seconds": {}}
     pictures = Pictures(args.pictures, seed=7, processor=processor)
     tower = HERE / ".build" / f"{name}_{args.pictures}_{args.vision_steps}.safetensors"
-    if tower.exists():
+    if tower.exists():  # left by a call that was stopped
         model.model.visual.load_state_dict(load_file(tower))
+        log = json.loads(tower.with_suffix(".json").read_text())
     else:
         learn_to_see(model, pictures, args.vision_steps, SIZES[name]["vision_lr"], log)
         tower.parent.mkdir(exist_ok=True)
+        tower.with_suffix(".json").write_text(json.dumps(log))
         save_file(model.model.visual.state_dict(), tower)
     learn_to_speak(name, model, processor, pictures, SIZES[name]["language_steps"], SIZES[name]["annotating"], log)
     model.half().save_pretrained(HERE / name)

@@ -116,9 +116,10 @@ class HFEngine:
                 yield window[first : first + self.batch_size]
 
     def _length(self, request: Request) -> float:
-        """A stand-in for the prompt's length in tokens: pixels of the picture as resized, and characters."""
-        width, height = picture_size(request.image_path)
-        return min(max(width * height, self.pixels[0]), self.pixels[1]) / 28**2 + len(request.prompt) / 4
+        """A stand-in for the prompt's length in tokens: the area of the picture as resized, and characters."""
+        least, most = self.pixels
+        width, height = (0, 0) if least == most else picture_size(request.image_path)
+        return min(max(width * height, least), most) / 28**2 + len(request.prompt) / 4
 
     def _ahead(self, work, batches):
         """(batch, work(batch)) in order, done by the workers at most two batches each ahead."""
