@@ -11,6 +11,9 @@ from mpa.records import InputError
 MIN_PIXELS = 128 * 28 * 28
 MAX_PIXELS = 512 * 28 * 28
 
+# Families whose key-values of a picture may serve a second prompt: tested to give the same replies.
+SHARES_PREFIX = {"qwen2_vl"}
+
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

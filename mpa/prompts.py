@@ -92,6 +92,13 @@ def parse_annotation(reply: str, preset: str = "paper") -> Annotation:
     return Annotation(question, answer)
 
 
+def follow_up_prompt(reply: str, preset: str) -> str | None:
+    """What PI asks the L-VLM about its own annotation; None where the annotation cannot be used."""
+    parsed = parse_annotation(reply, preset)
+    usable = parsed.question and parsed.answer and not parsed.reason
+    return answer_prompt(parsed.question, preset) if usable else None
+
+
 def annotation_is_complete(reply: str) -> bool:
     """True once the line that ends the answer is written: generation can stop.
 

@@ -9,6 +9,7 @@ A reply that cannot be read is asked for again, then left out with the reason.
 Killed or stopped, it goes on where it was when called again.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,12 @@ def arguments(argv=None):
         "--top-p", type=float, default=0.95, help="sample among the likeliest that sum to this (default: 0.95)"
     )
     p.add_argument("--tries", type=int, default=2, help="more tries, sampled, for unreadable replies (default: 2)")
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask the L-VLM its own question at once, while it has the picture: PI then finds its answers ready",
+    )
     return p.parse_args(argv)
 
 
@@ -46,6 +53,7 @@ def request(sample: Sample, attempt: int, args) -> Request:
         top_p=args.top_p,
         seed=args.seed,
         stop="" if args.preset == "released" else "annotation",
+        follow_up=args.preset if args.fused else "",
     )
 
 
@@ -62,6 +70,7 @@ def record(sample: Sample, attempt: int, reply: dict, preset: str) -> dict:
         "tries": attempt + 1,
         "reply": reply.get("text"),
         "logprob": reply.get("logprob"),
+        "follow_up": reply.get("follow_up"),
     }
 
 
@@ -90,6 +99,7 @@ def main(argv=None) -> Path:
         temperature=args.temperature,
         top_p=args.top_p,
         tries=tries,
+        fused=args.fused,
     )
     out = args.out or records.run_folder(args.run) / f"PA_{lvlm}_{args.dataset}.json"
     if finished(out, settings, args.restart):

@@ -54,10 +54,29 @@ def arguments(argv=None):
     return args
 
 
-def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, **choice) -> list[dict]:
+def ask_model(args, model_path: str, requests: list[Request], journal: Journal, label: str) -> dict[str, dict]:
+    with cli.engine(args, model_path) as engine:
+        return ask(engine, requests, journal, label)
+
+
+def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dict] | None:
+    """The L-VLM's replies that PA has brought along by id, or None: not all there, or made with other settings."""
+    if not records.meta_path(pa_json).exists() or not all(r.get("follow_up") for r in annotations):
+        return None
+    made = records.read_json(records.meta_path(pa_json))["settings"]
+    ours = {name: getattr(args, name) for name in ("preset", "engine", "dtype", "max_new_tokens")}
+    ours |= {"model_path_lvlm": args.model_path_lvlm, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    same = all(made.get(name) == value for name, value in ours.items())
+    return {str(r["question_id"]): r["follow_up"] for r in annotations} if same else None
+
+
+def answer(
+    args, who: str, model_path: str, annotations: list[dict], lvlm: str, ready: dict | None = None, **choice
+) -> list[dict]:
     """The answers of one model to the annotated questions, as PI records, written to its PI file.
 
-    `choice` says how the questions were chosen: more settings, that a second call must share.
+    `ready` are its replies where they are known already. `choice` says how the questions were chosen:
+    more settings, that a second call must share.
     """
     started, name = time.time(), records.short_name(model_path)
     out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
@@ -75,8 +94,7 @@ def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, 
     if finished(out, settings, args.restart):
         return records.read_records(out, "PI")
     journal = Journal(out, settings, args.restart)
-    with cli.engine(args, model_path) as engine:
-        replies = ask(engine, requests, journal, f"PI {who} {name}")
+    replies = ready if ready is not None else ask_model(args, model_path, requests, journal, f"PI {who} {name}")
     result = []
     for r in annotations:
         reply = replies[str(r["question_id"])]
@@ -153,7 +171,8 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     if not usable:
         raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
 
-    lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm)
+    ready = answers_of_pa(args, pa_json, usable)
+    lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
     consistent = {str(r["question_id"]) for r in lvlm_answers if agrees(r, match)}
     if args.hold_out:
         write_held_out(args, lvlm, [r for r in lvlm_answers if str(r["question_id"]) in consistent])

@@ -9,7 +9,7 @@ from mpa import models
 from mpa.engines import Request, open_engine
 from mpa.engines.hf import HFEngine
 from mpa.pictures import open_picture
-from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.prompts import TASK_PROMPTS, answer_prompt, follow_up_prompt
 from mpa.records import InputError
 
 MINI = {"min_pixels": 3136, "max_pixels": 3136, "dtype": "float32"}
@@ -156,3 +156,30 @@ def test_the_dtype_is_measured_and_the_processors_limits_are_set():
 def test_on_a_gpu_the_float32_replies_are_the_cpus(pictures, one_by_one):
     got = replies(requests(pictures), device="cuda:0")
     assert {k: r["text"] for k, r in got.items()} == {k: r["text"] for k, r in one_by_one.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_follow_up_on_the_kept_picture_is_what_asking_anew_replies(pictures, batch_size):
+    """Of the 24 requests, half are no annotations and have no follow-up; sizes and prompts differ within a batch."""
+    asked = requests(pictures, follow_up="paper")
+    first = replies(asked, batch_size=batch_size, max_pixels=20_000)
+    anew = [
+        Request(r.key, r.image_path, follow_up_prompt(first[r.key]["text"], "paper"), stop="answer")
+        for r in asked
+        if "follow_up" in first[r.key]
+    ]
+    assert len(anew) == 12
+    alone = replies(anew, batch_size=1, max_pixels=20_000)
+    for key, reply in alone.items():
+        followed = first[key]["follow_up"]
+        assert (followed["text"], followed["tokens"]) == (reply["text"], reply["tokens"])
+        assert followed["logprob"] == pytest.approx(reply["logprob"], abs=1e-3)
+
+
+def test_a_family_that_is_not_known_to_share_asks_anew(pictures, monkeypatch):
+    asked = requests(pictures, follow_up="paper")[10:14]
+    shared = replies(asked)
+    monkeypatch.setattr(models, "SHARES_PREFIX", set())
+    assert {k: r.get("follow_up", {}).get("text") for k, r in replies(asked).items()} == {
+        k: r.get("follow_up", {}).get("text") for k, r in shared.items()
+    }

@@ -9,6 +9,7 @@ from mpa.prompts import (
     answer_is_complete,
     answer_prompt,
     first_line,
+    follow_up_prompt,
     parse_annotation,
 )
 
@@ -89,3 +90,11 @@ def test_stopping_early_reads_the_same(reply):
 def test_the_short_answer_is_the_first_line_with_text():
     assert first_line("\n  red \nbecause") == "red"
     assert first_line("") == ""
+
+
+def test_an_annotation_is_put_to_the_model_as_a_question_only_if_it_can_be_used():
+    good = "Question: What is it?\nAnswer: a cat"
+    assert follow_up_prompt(good, "paper") == answer_prompt("What is it?")
+    assert follow_up_prompt(good, "released") == answer_prompt("What is it", "released")
+    for reply in ("no idea", "Question: What is it?", "Question: a? b?\nAnswer: x"):
+        assert follow_up_prompt(reply, "paper") is None

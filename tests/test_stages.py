@@ -92,6 +92,7 @@ def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run)
         *("question_id", "image_path", "ground_truth_question", "ground_truth_answer"),
         *("predicted_question", "predicted_answer"),
     ]
+    assert all(r["follow_up"]["text"] for r in annotations)
     assert list(read(run / "PI_teacher_student_easyVQA.json")[0])[:5] == [
         *("question_id", "image_path", "PA_question", "PA_answer", "predictions")
     ]
@@ -129,6 +130,26 @@ def test_the_student_is_asked_only_where_the_teacher_agrees_with_itself(run, tmp
     assert [r["question_id"] for r in read(tmp_path / "PI_teacher_student_easyVQA.json")] == agreed
     train = "PI_teacher_train_teacher_student_easyVQA.json"
     assert (tmp_path / train).read_bytes() == (run / train).read_bytes()
+
+
+def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_asked_anew(run, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(TEACHER, teacher)
+    at = [str(teacher) if argument == str(TEACHER) else argument for argument in STAGES["PA"]]
+    assert script(*at, "--run", f"{tmp_path}/fused/").returncode == 0
+    assert script(*at, "--run", f"{tmp_path}/apart/", "--no-fused").returncode == 0
+    pi = [str(teacher) if argument == str(TEACHER) else argument for argument in STAGES["PI"]]
+    assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
+    shutil.rmtree(teacher)  # nobody may need it now
+    done = script(*pi, "--run", f"{tmp_path}/fused/")
+    assert done.returncode == 0, done.stderr
+    for name in OUTPUTS["PI"][2:]:
+        assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
+    fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
+    assert [r["predictions"] for r in fused] == [r["predictions"] for r in apart]
+    # With other settings than PA's, the answers are not taken over.
+    other = script(*pi, "--run", f"{tmp_path}/fused/", "--max-new-tokens", "7", "--restart")
+    assert "no such model folder" in other.stderr
 
 
 def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):

@@ -3,7 +3,8 @@
 An engine is a context manager with `generate(requests, done) -> Iterator[list[dict]]`. It yields
 lists of replies, each `{"key", "text", "logprob", "tokens"}` or `{"key", "error"}`: one picture that
 cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token included.
-Requests whose key is in `done` need no reply.
+Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under
+that name, the reply to the prompt that followed.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: str = ""  # "answer", "annotation": may end where this is complete (a key of hf.STOPS); "": at the end token
+    # A preset: an annotation in the reply is put to the model as a question at once, greedily, while the
+    # picture is still at hand. "": it is not.
+    follow_up: str = ""
 
 
 def open_engine(name: str, **settings):

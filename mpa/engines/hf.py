@@ -17,14 +17,15 @@ from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mpa import models
 from mpa.engines import Request
 from mpa.pictures import PictureError, open_picture, picture_size
-from mpa.prompts import annotation_is_complete, answer_is_complete
+from mpa.prompts import annotation_is_complete, answer_is_complete, follow_up_prompt
 from mpa.records import InputError
 
 STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}
@@ -166,12 +167,15 @@ class HFEngine:
         """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
         if not pictures:
             return {}
+        inputs = self.processor(text=self._texts(prompts), images=pictures, padding=True, return_tensors="pt")
+        return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+    def _texts(self, prompts) -> list[str]:
+        """Each prompt after a picture, in the model's chat template."""
         messages = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts
         ]
-        texts = [self.processor.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-        return {name: tensor.numpy() for name, tensor in inputs.items()}
+        return [self.processor.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
 
     @torch.inference_mode()
     def _run(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
@@ -180,12 +184,36 @@ class HFEngine:
             return errors
         batch = [batch[row] for row in good]
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
-        floating = {n: v.to(self.dtype) for n, v in inputs.items() if v.is_floating_point()}
+        inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        replies, cache = self._generate(batch, inputs)
+
+        prompts = [
+            follow_up_prompt(reply["text"], r.follow_up) if r.follow_up else None
+            for r, reply in zip(batch, replies, strict=True)
+        ]
+        rows = [row for row, prompt in enumerate(prompts) if prompt]
+        if rows:
+            stop = {"paper": "answer", "released": ""}
+            asked = [
+                replace(batch[i], prompt=prompts[i], temperature=0.0, stop=stop[batch[i].follow_up], follow_up="")
+                for i in rows
+            ]
+            if self.model.config.model_type in models.SHARES_PREFIX:
+                answers, _ = self._generate(asked, *self._continue(inputs, cache, rows, asked))
+            else:
+                answers = self.answer(asked)
+            for row, answer in zip(rows, answers, strict=True):
+                replies[row]["follow_up"] = answer
+        return errors + replies
+
+    def _generate(self, batch: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
+        """Replies to a batch and the cache they leave; `cache` holds the key-values of the inputs' first columns."""
         prompt_length = inputs["input_ids"].shape[1]
         chooser = Chooser(batch)
         stopper = Stopper(batch, self.processor.tokenizer, prompt_length)
         out = self.model.generate(
-            **{**inputs, **floating},
+            **inputs,
+            **({"past_key_values": cache} if cache else {}),
             max_new_tokens=max(r.max_new_tokens for r in batch),
             do_sample=False,  # `chooser` has chosen; what the checkpoint's generation_config says of sampling is void
             temperature=None,
@@ -193,8 +221,9 @@ class HFEngine:
             top_k=None,
             logits_processor=LogitsProcessorList([chooser]),
             stopping_criteria=StoppingCriteriaList([stopper]),
+            return_dict_in_generate=True,
         )
-        written = out[:, prompt_length:]
+        written = out.sequences[:, prompt_length:]
         # A row that ended early is padded; its length counts the end token.
         ends = self.model.generation_config.eos_token_id
         ends = self.processor.tokenizer.eos_token_id if ends is None else ends
@@ -202,7 +231,7 @@ class HFEngine:
         first_end = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, written.shape[1])
         lengths = torch.minimum(first_end, stopper.lengths.to(written.device)).tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).cpu()  # [B, T]
-        return errors + [
+        replies = [
             {
                 "key": request.key,
                 "text": self.processor.tokenizer.decode(row[:n], skip_special_tokens=True),
@@ -211,6 +240,42 @@ class HFEngine:
             }
             for request, row, n, values in zip(batch, written, lengths, logprobs, strict=True)
         ]
+        return replies, out.past_key_values
+
+    def _continue(self, inputs: dict, cache, rows: list[int], asked: list[Request]) -> tuple[dict, DynamicCache]:
+        """Inputs and cache to put other prompts about the pictures of `rows` to the model.
+
+        The key-values of each row's system text and picture are kept, moved to the right edge of a common
+        width; the new prompts follow, each with its padding before it. Positions come from the mask.
+        """
+        ids, image_token = inputs["input_ids"], self.model.config.image_token_id
+        starts = inputs["attention_mask"].argmax(1).tolist()
+        ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in range(len(ids))]
+        tails = [text.rsplit(self.processor.image_token, 1)[1] for text in self._texts(r.prompt for r in asked)]
+        tails = [self.processor.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails]
+        width = max(ends[row] - starts[row] for row in rows)
+        total = width + max(map(len, tails))
+
+        new_ids = ids.new_full((len(rows), total), self.processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(new_ids)
+        for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
+            head = ids[row, starts[row] : ends[row]]
+            new_ids[i, width - len(head) : width] = head
+            new_ids[i, total - len(tail) :] = ids.new_tensor(tail)
+            mask[i, width - len(head) : width] = mask[i, total - len(tail) :] = 1
+        kept = DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            keys_values = []
+            for source in (layer.keys, layer.values):  # [B, heads, columns, size]
+                moved = source.new_zeros(len(rows), source.shape[1], width, source.shape[3])
+                for i, row in enumerate(rows):
+                    moved[i, :, width - (ends[row] - starts[row]) :] = source[row, :, starts[row] : ends[row]]
+                keys_values.append(moved)
+            kept.update(*keys_values, index)
+        self.model.model.rope_deltas = None  # left by the call before, for its rows; to be computed from these inputs
+        new = {"input_ids": new_ids, "attention_mask": mask, "image_grid_thw": inputs["image_grid_thw"][rows]}
+        new["mm_token_type_ids"] = (new_ids == image_token).to(inputs["mm_token_type_ids"].dtype)
+        return new, kept
 
 
 class Chooser(LogitsProcessor):
