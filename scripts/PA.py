@@ -106,8 +106,8 @@ def main(argv=None) -> Path:
         print(f"PA: {out} is there already, made with these settings (--restart makes it anew).")
         return out
 
-    journal = Journal(out, settings, args.restart)
     with cli.engine(args, args.model_path_lvlm) as engine:
+        journal = Journal(out, settings, args.restart)
         result = annotate(samples, tries, engine, journal, args)
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}

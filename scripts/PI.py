@@ -12,16 +12,14 @@ One model is in memory at a time, and the S-VLM is asked only where the L-VLM ag
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
-from mpa.engines import Request, ask
-from mpa.journal import Journal, finished
+from mpa.answering import answers, question_request
 from mpa.matching import MATCHERS
-from mpa.prompts import answer_prompt, first_line
+from mpa.prompts import answer_prompt
 from mpa.records import InputError
 
 
@@ -54,11 +52,6 @@ def arguments(argv=None):
     return args
 
 
-def ask_model(args, model_path: str, requests: list[Request], journal: Journal, label: str) -> dict[str, dict]:
-    with cli.engine(args, model_path) as engine:
-        return ask(engine, requests, journal, label)
-
-
 def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dict] | None:
     """The L-VLM's replies that PA has brought along by id, or None: not all there, or made with other settings."""
     if not records.meta_path(pa_json).exists() or not all(r.get("follow_up") for r in annotations):
@@ -70,49 +63,21 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dic
     return {str(r["question_id"]): r["follow_up"] for r in annotations} if same else None
 
 
-def answer(
-    args, who: str, model_path: str, annotations: list[dict], lvlm: str, ready: dict | None = None, **choice
-) -> list[dict]:
-    """The answers of one model to the annotated questions, as PI records, written to its PI file.
+def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, ready=None, **choice) -> list[dict]:
+    """The answers of one model to the annotated questions, in its PI file.
 
-    `ready` are its replies where they are known already. `choice` says how the questions were chosen:
-    more settings, that a second call must share.
+    `ready` are its replies where they are known already; `choice` says how the questions were chosen.
     """
-    started, name = time.time(), records.short_name(model_path)
+    name = records.short_name(model_path)
     out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
-    requests = [
-        Request(
-            key=str(r["question_id"]),
-            image_path=r["image_path"],
-            prompt=answer_prompt(r["predicted_question"], args.preset),
-            max_new_tokens=args.max_new_tokens,
-            stop="" if args.preset == "released" else "answer",
-        )
-        for r in annotations
-    ]
-    settings = cli.settings(args, requests, model_path=model_path, **choice)
-    if finished(out, settings, args.restart):
-        return records.read_records(out, "PI")
-    journal = Journal(out, settings, args.restart)
-    replies = ready if ready is not None else ask_model(args, model_path, requests, journal, f"PI {who} {name}")
-    result = []
+    asked = []
     for r in annotations:
-        reply = replies[str(r["question_id"])]
-        text = reply.get("text")
-        result.append(
-            {
-                "question_id": r["question_id"],
-                "image_path": r["image_path"],
-                "PA_question": r["predicted_question"],
-                "PA_answer": r["predicted_answer"],
-                "predictions": first_line(text) if text is not None and args.preset != "released" else text,
-                "left_out": reply.get("error"),
-                "logprob": reply.get("logprob"),
-            }
+        request = question_request(args, str(r["question_id"]), r["image_path"], r["predicted_question"])
+        fields = {field: r[field] for field in ("question_id", "image_path")}
+        asked.append(
+            (request, fields | {"PA_question": r["predicted_question"], "PA_answer": r["predicted_answer"]}, {})
         )
-    records.write_result(out, result, settings, seconds=round(time.time() - started, 1))
-    journal.close(remove=True)
-    return result
+    return answers(args, model_path, out, "PI", asked, f"PI {who} {name}", ready, choice)
 
 
 def agrees(record: dict, match) -> bool:

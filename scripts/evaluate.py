@@ -9,17 +9,14 @@ For `images`, which have no human labels, the score is agreement with the L-VLM 
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
+from mpa.answering import answers, question_request
 from mpa.datasets import DATASETS, load_samples
-from mpa.engines import Request, ask
-from mpa.journal import Journal, finished
 from mpa.metrics import METRICS, bootstrap_interval, most_common
-from mpa.prompts import answer_prompt, first_line
 
 
 def arguments(argv=None):
@@ -33,45 +30,19 @@ def arguments(argv=None):
 
 
 def predict(args, model_path: str, samples) -> tuple[Path, list[dict]]:
-    """One model's answers to the test questions, written to its Eval file with their scores."""
-    started, name = time.time(), records.short_name(model_path)
+    """One model's answers to the test questions, in its Eval file with the scores in the meta file."""
+    name = records.short_name(model_path)
     out = args.out or records.run_folder(args.run) / f"Eval_{name}_{args.dataset}.json"
-    requests = [
-        Request(
-            key=sample.key,
-            image_path=sample.image_path,
-            prompt=answer_prompt(sample.question, args.preset),
-            max_new_tokens=args.max_new_tokens,
-            stop="" if args.preset == "released" else "answer",
-        )
-        for sample in samples
-    ]
-    settings = cli.settings(args, requests, model_path=model_path)
-    if finished(out, settings, args.restart):
-        return out, records.read_records(out, "Eval")
-    journal = Journal(out, settings, args.restart)
-    with cli.engine(args, model_path) as engine:
-        replies = ask(engine, requests, journal, f"evaluate {name}")
-    result = []
-    for sample in samples:
-        reply = replies[sample.key]
-        text = reply.get("text")
-        result.append(
-            {
-                "question_id": sample.question_id,
-                "image_path": sample.image_path,
-                "GT_question": sample.question,
-                "GT_answer": most_common(sample.answers),
-                "predictions": first_line(text) if text is not None and args.preset != "released" else text,
-                "answers": sample.answers,
-                "left_out": reply.get("error"),
-                "logprob": reply.get("logprob"),
-            }
-        )
-    seconds = round(time.time() - started, 1)
-    records.write_result(out, result, settings, seconds=seconds, scores=score(args.dataset, result, args.preset))
-    journal.close(remove=True)
-    return out, result
+    asked = []
+    for s in samples:
+        request = question_request(args, s.key, s.image_path, s.question)
+        fields = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
+        asked.append((request, fields | {"GT_answer": most_common(s.answers)}, {"answers": s.answers}))
+
+    def facts(result: list[dict]) -> dict:
+        return {"scores": score(args.dataset, result, args.preset)}
+
+    return out, answers(args, model_path, out, "Eval", asked, f"evaluate {name}", facts=facts)
 
 
 def score(dataset: str, result: list[dict], preset: str) -> dict:

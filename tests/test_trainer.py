@@ -123,3 +123,13 @@ def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("visual.blocks", "merger", "language_model")):
             assert parameter.requires_grad is (frozen not in name), name
+
+
+def test_a_model_that_cannot_be_loaded_is_named():
+    arguments = params.ModelArguments(model_id="/no/such/model")
+    data_arguments = params.DataArguments(data_path="")
+    with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
+        train.load(arguments, data_arguments)
+    arguments.model_id = str(STUDENT)
+    _, processor = train.load(arguments, data_arguments)
+    assert processor.image_processor.size["shortest_edge"] == 128 * 28 * 28

@@ -36,17 +36,19 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
 
 
 def load(model_args: ModelArguments, data_args: DataArguments):
-    """Model in float32 (DeepSpeed casts what it computes in), processor with the pixel limits."""
-    processor = AutoProcessor.from_pretrained(model_args.model_id, trust_remote_code=model_args.trust_remote_code)
+    """Model in float32 (DeepSpeed casts what it computes in), processor with the pixel limits.
+
+    Raises DataError when there is no such model, or it has no processor.
+    """
+    source = {"pretrained_model_name_or_path": model_args.model_id, "trust_remote_code": model_args.trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype="float32", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model_args.model_id}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     images = processor.image_processor
     if hasattr(images, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
         images.size = {"shortest_edge": data_args.image_min_pixels, "longest_edge": data_args.image_max_pixels}
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_args.model_id,
-        dtype="float32",
-        trust_remote_code=model_args.trust_remote_code,
-        use_safetensors=True,
-    )
     freeze(model, model_args)
     return model, processor
 

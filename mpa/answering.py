@@ -1,0 +1,66 @@
+"""One model answers questions about pictures, and a result file comes of it: what PI and evaluate share."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mpa import cli, records
+from mpa.engines import Request, ask
+from mpa.journal import Journal, finished
+from mpa.prompts import answer_prompt, first_line
+
+
+def question_request(args, key: str, image_path: str, question: str) -> Request:
+    """A question as the preset puts it. Under `paper` the reply may end with its first line."""
+    return Request(
+        key=key,
+        image_path=image_path,
+        prompt=answer_prompt(question, args.preset),
+        max_new_tokens=args.max_new_tokens,
+        stop="" if args.preset == "released" else "answer",
+    )
+
+
+def prediction(reply: dict, preset: str) -> str | None:
+    """What counts as the answer: all of the reply under `released`, else its first line; None for an error."""
+    text = reply.get("text")
+    return text if text is None or preset == "released" else first_line(text)
+
+
+def answers(
+    args,
+    model_path: str,
+    out: Path,
+    kind: str,
+    asked: list[tuple[Request, dict, dict]],
+    label: str,
+    ready: dict[str, dict] | None = None,
+    choice: dict | None = None,
+    facts: Callable[[list[dict]], dict] = lambda result: {},
+) -> list[dict]:
+    """The records of the result file `out`: read when it is finished, else made, resumably.
+
+    `asked` are requests, each with the fields of its record before and after `predictions`. `ready`
+    are replies that need not be asked for. `choice` are more settings that decide the outcome, and
+    `facts(result)` goes to the meta file.
+    """
+    started = time.time()
+    requests = [request for request, _, _ in asked]
+    settings = cli.settings(args, requests, model_path=model_path, **(choice or {}))
+    if finished(out, settings, args.restart):
+        return records.read_records(out, kind)
+    if ready is None:
+        with cli.engine(args, model_path) as engine:
+            journal = Journal(out, settings, args.restart)
+            ready = ask(engine, requests, journal, label)
+    else:
+        journal = None
+    result = []
+    for request, before, after in asked:
+        reply = ready[request.key]
+        record = {**before, "predictions": prediction(reply, args.preset), **after}
+        result.append(record | {"left_out": reply.get("error"), "logprob": reply.get("logprob")})
+    records.write_result(out, result, settings, seconds=round(time.time() - started, 1), **facts(result))
+    if journal:
+        journal.close(remove=True)
+    return result
