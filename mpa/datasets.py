@@ -89,9 +89,10 @@ def _easyvqa_all(document):  # ["what is the blue shape?", "rectangle", 0]
 def _easyvqa_one_per_image(document):
     """One question an image, drawn with the image's id as seed."""
     by_image = {}
-    for record in _easyvqa_all(document):
-        by_image.setdefault(record[3], []).append(record)
-    return [random.Random(image).choice(records) for image, records in by_image.items()]
+    for index, (_, _, image) in enumerate(_list(document)):
+        by_image.setdefault(image, []).append(index)
+    drawn = [random.Random(image).choice(indices) for image, indices in by_image.items()]
+    return [(index, *document[index]) for index in drawn]
 
 
 def _easyvqa(record):

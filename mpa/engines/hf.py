@@ -75,6 +75,7 @@ class HFEngine:
             return
         self.device = models.pick_device(self.device)
         self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
+        self.line_breaks = line_breaks(self.processor.tokenizer)
         # A worker of a CPU is forked with the model in it; one of a GPU before the device is touched.
         if self.workers and self.device == "cpu":
             threads = torch.get_num_threads()
@@ -172,10 +173,11 @@ class HFEngine:
 
     def _texts(self, prompts) -> list[str]:
         """Each prompt after a picture, in the model's chat template."""
-        messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts
-        ]
-        return [self.processor.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
+        texts, prompts = {}, list(prompts)
+        for prompt in set(prompts):
+            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+            texts[prompt] = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        return [texts[prompt] for prompt in prompts]
 
     @torch.inference_mode()
     def _run(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
@@ -210,7 +212,7 @@ class HFEngine:
         """Replies to a batch and the cache they leave; `cache` holds the key-values of the inputs' first columns."""
         prompt_length = inputs["input_ids"].shape[1]
         chooser = Chooser(batch)
-        stopper = Stopper(batch, self.processor.tokenizer, prompt_length)
+        stopper = Stopper(batch, self.processor.tokenizer, self.line_breaks, prompt_length)
         out = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
@@ -310,22 +312,29 @@ class Chooser(LogitsProcessor):
         return torch.searchsorted(steps, draws * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
 
 
+def line_breaks(tokenizer):  # -> [n]
+    """Ids of the tokens with a line break in them, as byte-level ("Ċ") and other vocabularies write it."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return torch.tensor([i for i, t in enumerate(tokens) if t and ("Ċ" in t or "\n" in t or t == "<0x0A>")])
+
+
 class Stopper(StoppingCriteria):
     """Ends a row at the line break that completes what was asked; `lengths` are the tokens kept of each."""
 
-    def __init__(self, batch: list[Request], tokenizer, prompt_length: int):
+    def __init__(self, batch: list[Request], tokenizer, line_breaks, prompt_length: int):
         self.batch, self.tokenizer, self.prompt_length = batch, tokenizer, prompt_length
+        self.line_breaks = line_breaks
         self.lengths = torch.tensor([r.max_new_tokens for r in batch])
 
     def __call__(self, input_ids, scores, **_):  # [B, T] -> [B]
         written = input_ids[:, self.prompt_length :]
-        if any(request.stop for request in self.batch):
-            last = self.tokenizer.batch_decode(written[:, -1:])
-            for row, request in enumerate(self.batch):
-                if request.stop and "\n" in last[row] and written.shape[1] < self.lengths[row]:
-                    text = self.tokenizer.decode(written[row], skip_special_tokens=True)
-                    if STOPS[request.stop](text):
-                        self.lengths[row] = written.shape[1]
+        broken = torch.isin(written[:, -1], self.line_breaks.to(written.device))
+        for row in broken.nonzero()[:, 0].tolist():
+            stop = self.batch[row].stop
+            if stop and written.shape[1] < self.lengths[row]:
+                text = self.tokenizer.decode(written[row], skip_special_tokens=True)
+                if STOPS[stop](text):
+                    self.lengths[row] = written.shape[1]
         return (self.lengths <= written.shape[1]).to(input_ids.device)
 
 
