@@ -29,7 +29,7 @@ class TrainingArguments(transformers.TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data (the paper's: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch."})
     report_to: str = field(default="none", metadata={"help": "Where curves go: none, tensorboard, wandb …"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs them all."})
