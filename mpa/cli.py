@@ -70,9 +70,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     model.add_argument(
         "--workers",
         type=int,
-        default=min(4, os.cpu_count() or 1),
+        metavar="N",
         help="processes that read pictures ahead of a GPU, or share the model's work on a CPU, a core each; "
-        "0: none (default: %(default)s)",
+        "0: none (default: 4, or a CPU's cores)",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     return p

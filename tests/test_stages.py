@@ -85,6 +85,29 @@ def test_killed_at_three_places_and_called_again_the_bytes_are_the_same(run, tmp
         assert not list(folders[stage].glob(".*"))
 
 
+def test_ctrl_c_ends_at_once_with_a_word_on_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/PA.py"),
+        *STAGES["PA"][1:],
+        "--limit",
+        "4000",
+        "--run",
+        f"{tmp_path}/",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("*.jsonl")):
+        time.sleep(0.05)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert said.strip().splitlines()[-1] == "stopped. Run the same command again to go on."
+    assert "Traceback" not in said
+
+
 def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run):
     annotations = read(run / "PA_teacher_easyVQA.json")
     assert len(annotations) == 40

@@ -9,6 +9,7 @@ line that ends its answer.
 import ctypes
 import gc
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -36,7 +37,8 @@ class HFEngine:
     """`generate` for one model; see `mpa.engines` for what it takes and yields.
 
     `workers` processes share the work: on a GPU they prepare batches ahead of the model, on a CPU
-    they answer them, one core each. With 0, this process does it all, on all cores.
+    they answer them, one core each. With 0, this process does it all, on all cores; None is as many
+    as there are cores on a CPU, and at most 4 beside a GPU.
     """
 
     def __init__(
@@ -45,22 +47,24 @@ class HFEngine:
         batch_size: int = 8,
         device: str = "auto",
         dtype: str = "auto",
-        workers: int = 0,
+        workers: int | None = 0,
         min_pixels: int = models.MIN_PIXELS,
         max_pixels: int = models.MAX_PIXELS,
         trust_remote_code: bool = False,
     ):
         self.model_path, self.batch_size, self.trust = model_path, batch_size, trust_remote_code
-        self.workers = workers if sys.platform == "linux" else 0  # workers are forked
+        self.workers = workers
         self.device, self.dtype, self.pixels = device, dtype, (min_pixels, max_pixels)
         self.model = self.processor = self.pool = None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failure, *_):
         """Free the model and the workers, so that the next model has the memory."""
         if self.pool:
+            for worker in multiprocessing.active_children() if failure else ():
+                worker.kill()  # nobody waits for its batch any more
             self.pool.shutdown(cancel_futures=True)
         model = weakref.ref(self.model) if self.model else lambda: None
         self.model = self.processor = self.pool = None
@@ -74,6 +78,11 @@ class HFEngine:
         if self.model:
             return
         self.device = models.pick_device(self.device)
+        if sys.platform != "linux":
+            self.workers = 0  # workers are forked
+        elif self.workers is None:
+            cores = len(os.sched_getaffinity(0))
+            self.workers = cores if self.device == "cpu" else min(4, cores)
         self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
         self.line_breaks = line_breaks(self.processor.tokenizer)
         # A worker of a CPU is forked with the model in it; one of a GPU before the device is touched.
@@ -204,8 +213,9 @@ class HFEngine:
                 answers, _ = self._generate(asked, *self._continue(inputs, cache, rows, asked))
             else:
                 answers = self.answer(asked)
-            for row, answer in zip(rows, answers, strict=True):
-                replies[row]["follow_up"] = answer
+            answers = {answer["key"]: answer for answer in answers}
+            for row in rows:
+                replies[row]["follow_up"] = answers[batch[row].key]
         return errors + replies
 
     def _generate(self, batch: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
@@ -345,6 +355,7 @@ def _start_worker(engine: HFEngine) -> None:
     global _engine
     _engine = engine
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however it ends
 
 
