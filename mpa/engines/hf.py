@@ -55,7 +55,7 @@ class HFEngine:
         self.model_path, self.batch_size, self.trust = model_path, batch_size, trust_remote_code
         self.workers = workers
         self.device, self.dtype, self.pixels = device, dtype, (min_pixels, max_pixels)
-        self.model = self.processor = self.pool = None
+        self.model = self.processor = self.pool = self.head = None
 
     def __enter__(self):
         return self
@@ -67,7 +67,7 @@ class HFEngine:
                 worker.kill()  # nobody waits for its batch any more
             self.pool.shutdown(cancel_futures=True)
         model = weakref.ref(self.model) if self.model else lambda: None
-        self.model = self.processor = self.pool = None
+        self.model = self.processor = self.pool = self.head = None
         if model() is not None:  # held by a cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -196,7 +196,8 @@ class HFEngine:
         batch = [batch[row] for row in good]
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
-        replies, cache = self._generate(batch, inputs)
+        inputs, cache = self._with_head(inputs)
+        replies, cache = self._generate(batch, inputs, cache)
 
         prompts = [
             follow_up_prompt(reply["text"], r.follow_up) if r.follow_up else None
@@ -254,6 +255,32 @@ class HFEngine:
         ]
         return replies, out.past_key_values
 
+    def _with_head(self, inputs: dict) -> tuple[dict, DynamicCache | None]:
+        """The inputs with their system text in front of the padding, and its key-values, computed once.
+
+        None and the inputs as they are where the family is not known to share, or the rows differ there.
+        """
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.model.config.model_type not in models.SHARES_PREFIX:
+            return inputs, None
+        starts = mask.argmax(1).tolist()
+        size = int((ids[0] == self.model.config.image_token_id).int().argmax()) - starts[0]
+        heads = torch.stack([row[start : start + size] for row, start in zip(ids, starts, strict=True)])
+        if not size or (heads != heads[0]).any():
+            return inputs, None
+        if self.head is None or not torch.equal(self.head[0], heads[0]):
+            self.head = heads[0], self.model(input_ids=heads[:1], use_cache=True).past_key_values
+        moved = {name: inputs[name].clone() for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        for name, value in moved.items():
+            for row, start in enumerate(starts):
+                value[row, :size] = inputs[name][row, start : start + size]
+                value[row, size : size + start] = inputs[name][row, :start]
+        cache = DynamicCache()
+        for index, layer in enumerate(self.head[1].layers):
+            cache.update(*(part.expand(len(ids), -1, -1, -1) for part in (layer.keys, layer.values)), index)
+        self.model.model.rope_deltas = None
+        return inputs | moved, cache
+
     def _continue(self, inputs: dict, cache, rows: list[int], asked: list[Request]) -> tuple[dict, DynamicCache]:
         """Inputs and cache to put other prompts about the pictures of `rows` to the model.
 
@@ -261,18 +288,17 @@ class HFEngine:
         width; the new prompts follow, each with its padding before it. Positions come from the mask.
         """
         ids, image_token = inputs["input_ids"], self.model.config.image_token_id
-        starts = inputs["attention_mask"].argmax(1).tolist()
-        ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in range(len(ids))]
+        ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
+        heads = [inputs["attention_mask"][row, :end].nonzero()[:, 0] for row, end in zip(rows, ends, strict=True)]
         tails = [text.rsplit(self.processor.image_token, 1)[1] for text in self._texts(r.prompt for r in asked)]
         tails = [self.processor.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails]
-        width = max(ends[row] - starts[row] for row in rows)
+        width = max(map(len, heads))
         total = width + max(map(len, tails))
 
         new_ids = ids.new_full((len(rows), total), self.processor.tokenizer.pad_token_id)
         mask = torch.zeros_like(new_ids)
-        for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
-            head = ids[row, starts[row] : ends[row]]
-            new_ids[i, width - len(head) : width] = head
+        for i, (row, head, tail) in enumerate(zip(rows, heads, tails, strict=True)):
+            new_ids[i, width - len(head) : width] = ids[row, head]
             new_ids[i, total - len(tail) :] = ids.new_tensor(tail)
             mask[i, width - len(head) : width] = mask[i, total - len(tail) :] = 1
         kept = DynamicCache()
@@ -280,8 +306,8 @@ class HFEngine:
             keys_values = []
             for source in (layer.keys, layer.values):  # [B, heads, columns, size]
                 moved = source.new_zeros(len(rows), source.shape[1], width, source.shape[3])
-                for i, row in enumerate(rows):
-                    moved[i, :, width - (ends[row] - starts[row]) :] = source[row, :, starts[row] : ends[row]]
+                for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
+                    moved[i, :, width - len(head) :] = source[row, :, head]
                 keys_values.append(moved)
             kept.update(*keys_values, index)
         self.model.model.rope_deltas = None  # left by the call before, for its rows; to be computed from these inputs
