@@ -31,7 +31,7 @@ for SEED in $SEEDS; do
     MODELS=()
     for BASELINE in all_pseudo random_pseudo human_n human; do
         MODELS+=("$RUN/PL_${NAMES}_$BASELINE")
-        DATA="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT="$RUN/PL_${NAMES}_$BASELINE" \
+        TRAIN_JSON="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT_DIR="$RUN/PL_${NAMES}_$BASELINE" \
             bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
     done
     bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"

@@ -1,9 +1,10 @@
 import json
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT
+from conftest import ROOT, STUDENT, script
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -95,6 +96,8 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         ('[{"id": 1, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}]', "must alternate"),
         (json.dumps([train_record(1, "a.png", "q", " ")]), "an answer is empty"),
         (json.dumps([train_record(1, "gone.png", "q", "x")]), "none of its 1 pictures"),
+        (json.dumps([train_record(1, "a.png", "q", "x"), train_record(2, "a.png", "q", 2013)]), "record 1: .* string"),
+        (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: expected one image and one <image>"),
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "expected one image"),
     ],
 )
@@ -102,14 +105,14 @@ def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, content, s
     write(tmp_path)
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(data.DataError, match=says) as error:
-        data.read_samples(str(tmp_path / "train.json"), str(tmp_path))
+        data.readable(data.read_samples(str(tmp_path / "train.json"), str(tmp_path)), "train.json")
     assert "train.json" in str(error.value)
 
 
 def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, capsys):
     path = write(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")
-    assert [s["id"] for s in data.read_samples(path, str(tmp_path))] == [1]
+    assert [s["id"] for s in data.readable(data.read_samples(path, str(tmp_path)), path)] == [1]
     assert "id 2" in capsys.readouterr().out
 
 
@@ -129,7 +132,154 @@ def test_a_model_that_cannot_be_loaded_is_named():
     arguments = params.ModelArguments(model_id="/no/such/model")
     data_arguments = params.DataArguments(data_path="")
     with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
-        train.load(arguments, data_arguments)
+        train.load_processor(arguments, data_arguments)
+    with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
+        train.load_model(arguments)
     arguments.model_id = str(STUDENT)
-    _, processor = train.load(arguments, data_arguments)
+    processor = train.load_processor(arguments, data_arguments)
     assert processor.image_processor.size["shortest_edge"] == 128 * 28 * 28
+
+
+def call(folder, *flags) -> None:
+    """Train on the folder's train.json from its copy of the student, without DeepSpeed."""
+    if not (folder / "student").exists():
+        shutil.copytree(STUDENT, folder / "student")
+    paths = ["--model_id", "student", "--data_path", "train.json", "--image_folder", "", "--output_dir", "out"]
+    paths = [str(folder / word) if not word.startswith("--") else word for word in paths]
+    train.main([*paths, "--use_cpu", "True", "--image_min_pixels", "3136", "--image_max_pixels", "3136", *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with all that a finished training has read and written."""
+    folder = tmp_path_factory.mktemp("trained")
+    write(folder, train_record(1, "a.png", answer_prompt("what is it?"), "red"))
+    call(folder)
+    assert (folder / "out/model.safetensors").exists()
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """The same, to change; trained under the paths that it now has."""
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    meta = folder / "out/train_meta.json"
+    meta.write_text(meta.read_text().replace(str(trained), str(folder)))
+    return folder
+
+
+def test_a_second_call_says_that_all_is_done_however_it_reports_and_saves(trained, capsys):
+    call(trained, *"--logging_steps 1 --save_strategy epoch --run_name again --dataloader_num_workers 1".split())
+    assert "is there already, trained with these settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--learning_rate 2e-05",
+        "--lr_scheduler_type linear",
+        "--optim sgd",
+        "--max_grad_norm 2.0",
+        "--adam_beta2 0.95",
+        "--label_smoothing_factor 0.1",
+        "--neftune_noise_alpha 5.0",
+        "--freeze_llm True",
+    ],
+)
+def test_a_second_call_with_another_setting_is_refused_and_the_setting_named(trained, flag):
+    name, value = flag.removeprefix("--").split()
+    with pytest.raises(data.DataError, match=f"other settings: {name} was .*, is now '?{value}") as error:
+        call(trained, *flag.split())
+    assert error.value.args[0].count("is now") == 1
+
+
+def test_a_base_model_that_changed_at_its_path_is_another_setting(copy, capsys):
+    call(copy)
+    assert "is there already" in capsys.readouterr().out
+    weights = copy / "student/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(data.DataError, match="other settings: model_sha256 was"):
+        call(copy)
+
+
+def test_the_fingerprint_of_a_large_file_notices_a_change_in_its_middle(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**24))
+    before = train.fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**23) + b"x" * 2**19 + bytes(2**23 - 2**19))
+    assert train.fingerprint(tmp_path) != before
+
+
+def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
+    write(tmp_path)
+    model = params.ModelArguments(model_id="hub/name")
+    arguments = params.TrainingArguments(output_dir="", use_cpu=True)
+
+    def settings(name: str, content: str) -> dict:
+        (tmp_path / name).write_text(content)
+        arguments.deepspeed = str(tmp_path / name)
+        return train.settings(model, params.DataArguments(data_path=str(tmp_path / "train.json")), arguments)
+
+    assert settings("a.json", '{"stage": 2}') == settings("b.json", '{"stage": 2}')
+    assert settings("a.json", '{"stage": 2}') != settings("a.json", '{"stage": 3}')
+
+
+def test_that_all_is_done_is_said_without_opening_a_picture(copy, capsys):
+    (copy / "a.png").unlink()
+    call(copy)
+    assert "is there already" in capsys.readouterr().out
+    (copy / "train.json").unlink()
+    with pytest.raises(data.DataError, match=r"train.json: no such file. Run PI.sh first"):
+        call(copy)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "token"),
+    [("q", "red<|im_end|>blue", "<|im_end|>"), ("is <|image_pad|> there?", "x", "<|image_pad|>")],
+)
+def test_text_with_a_special_token_is_refused_with_its_record_before_training(tmp_path, question, answer, token):
+    write(tmp_path, train_record(1, "a.png", "q <b> |", "x"), train_record(2, "a.png", question, answer))
+    with pytest.raises(data.DataError) as error:
+        call(tmp_path)
+    assert f"train.json, record 1: {token} is a special token" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def launched(folder, bf16: bool, **environment) -> list[str]:
+    """What PL.sh would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
+    (folder / "torch.py").write_text(
+        "import sys\n"
+        "if sys.argv[0].endswith('deepspeed'):\n"
+        "    sys.exit(print(*sys.argv, sep='\\n'))\n"
+        "class cuda:\n"
+        "    device_count = lambda: 1\n"
+        f"    is_bf16_supported = lambda including_emulation=True: including_emulation or {bf16}\n"
+    )
+    done = script("PL/Qwen2-VL-Finetune/scripts/PL.sh", PYTHONPATH=folder, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def after(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(tmp_path):
+    new, old = launched(tmp_path, True), launched(tmp_path, False)
+    assert ("--bf16" in new, "--fp16" in new) == (True, False)
+    assert ("--bf16" in old, "--fp16" in old) == (False, True)
+    assert after(old, "--fp16") == "True"
+
+
+def test_two_trainings_on_one_machine_get_a_port_each(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    ports = {after(launched(tmp_path, True), "--master_port") for _ in range(2)}
+    assert len(ports) == 2
+    assert after(launched(tmp_path, True, MASTER_PORT=4321), "--master_port") == "4321"
+
+
+def test_the_script_takes_its_paths_from_the_environment(tmp_path):
+    words = launched(tmp_path, True, TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
+    assert after(words, "--data_path") == "/a b/train.json"
+    assert after(words, "--output_dir") == "/a b/out"

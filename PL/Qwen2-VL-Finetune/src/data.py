@@ -7,6 +7,7 @@ A record (LLaVA form, as the Parity Identifier writes it):
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def open_picture(path: str) -> Image.Image:
 def read_samples(data_path: str, image_folder: str = "") -> list[dict]:
     """The records, checked, as {"id", "image", "messages"} with chat-template messages.
 
-    Raises DataError for a file that is no list of such records. Every picture is opened: samples whose
-    picture cannot be read are left out, said how many and why; none left is an error.
+    Raises DataError for a file that is no list of such records. No picture is opened: see `readable`.
     """
     try:
         records = json.loads(Path(data_path).read_text(encoding="utf-8"))
@@ -47,8 +47,27 @@ def read_samples(data_path: str, image_folder: str = "") -> list[dict]:
         raise DataError(f"{data_path}: not JSON ({error}). Write it again.") from None
     if not isinstance(records, list) or not records:
         raise DataError(f"{data_path}: no samples in it; there is nothing to train on.")
-    samples = [_read(record, f"{data_path}, record {i}", image_folder) for i, record in enumerate(records)]
+    return [_read(record, f"{data_path}, record {i}", image_folder) for i, record in enumerate(records)]
 
+
+def refuse_special_tokens(samples: list[dict], tokenizer, data_path: str) -> None:
+    """Raises DataError for text with a mark that the tokenizer keeps for itself, such as <|im_end|>.
+
+    In an answer it would cut the label short; in a question it could stand for a picture that is not there.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = re.compile("|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}))))
+    for i, sample in enumerate(samples):
+        parts = [part for message in sample["messages"] for part in message["content"]]
+        for found in filter(None, (special.search(part.get("text", "")) for part in parts)):
+            raise DataError(f"{data_path}, record {i}: {found[0]} is a special token of the model. Take it out.")
+
+
+def readable(samples: list[dict], data_path: str) -> list[dict]:
+    """The samples whose picture can be read. Opens all; says how many are left out and why.
+
+    Raises DataError when none is left.
+    """
     with ThreadPoolExecutor() as pool:
         checks = pool.map(_why_unreadable, (sample["image"] for sample in samples))
         reasons = list(tqdm(checks, total=len(samples), desc="checking pictures", unit="picture", disable=None))
@@ -73,6 +92,8 @@ def _read(record, where: str, image_folder: str) -> dict:
         raise DataError(f"{where}: missing {error}; expected id, image and conversations of from and value.") from None
     if [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
         raise DataError(f"{where}: conversations must alternate human and gpt, starting with human.")
+    if not all(isinstance(text, str) for _, text in turns):
+        raise DataError(f"{where}: a turn's value is not text; write it as a string.")
     if not isinstance(image, str) or [text.count(IMAGE) for _, text in turns] != [1] + [0] * (len(turns) - 1):
         raise DataError(f"{where}: expected one image and one {IMAGE}, in the first human turn.")
     if not all(text.strip() for who, text in turns if who == "gpt"):

@@ -24,12 +24,20 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments with this trainer's defaults: one epoch, and only the final model is saved."""
+    """transformers' arguments with this trainer's defaults: one epoch, and only the final model is saved.
+
+    A training that was killed starts again from the base model, whatever checkpoints it left.
+    """
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data (the paper's: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch. None is resumed from."}
+    )
     report_to: str = field(default="none", metadata={"help": "Where curves go: none, tensorboard, wandb …"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Has no effect: a killed training starts again from the base model."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs them all."})

@@ -4,6 +4,7 @@
 
 Writes model, tokenizer and processor to OUT, which is then a model path like any other, and
 train_meta.json last: where it is, the training is complete, and a second call with it says so.
+A training that was killed does not resume: the same call starts it again from MODEL.
 """
 
 import hashlib
@@ -17,40 +18,80 @@ import transformers
 from params import DataArguments, ModelArguments, TrainingArguments
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Trainer
 
-from data import Collator, DataError, Samples, read_samples
+from data import Collator, DataError, Samples, read_samples, readable, refuse_special_tokens
 
 META = "train_meta.json"
 
+# transformers' arguments, or how their names start, that cannot change what is learnt: what is reported and
+# saved on the way, evaluation (this trainer does none), and how batches are fetched.
+WITHOUT_EFFECT = ("output_dir", "log_", "logging_", "disable_tqdm", "report_to", "run_name", "project", "trackio_")
+WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "local_rank")
+WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
+WITHOUT_EFFECT += ("eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_", "bf16_full", "fp16_full")
+WITHOUT_EFFECT += ("load_best_model", "metric_for_best", "greater_is_better", "do_train", "do_eval", "do_predict")
+WITHOUT_EFFECT += ("dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch")
+WITHOUT_EFFECT += ("dataloader_multiprocessing", "ddp_timeout", "debug", "skip_memory_metrics", "torch_empty_cache")
+
 
 def settings(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
-    """What decides the outcome of a training."""
-    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
-    names += ("gradient_accumulation_steps", "warmup_ratio", "warmup_steps", "seed", "bf16", "fp16", "world_size")
-    data = hashlib.sha256(Path(data_args.data_path).read_bytes()).hexdigest()
-    return {
-        **vars(model_args),
-        **vars(data_args),
-        "data_sha256": data,
-        **{name: getattr(args, name) for name in names if hasattr(args, name)},
-    }
+    """What decides the outcome of a training, as JSON gives it back. Files count by content, a hub id by name."""
+    decides = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
+    if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
+        del decides["deepspeed"]
+        decides["deepspeed_sha256"] = sha256(Path(args.deepspeed))
+    decides |= {**vars(model_args), **vars(data_args), "world_size": args.world_size}
+    decides["data_sha256"] = sha256(Path(data_args.data_path))
+    if Path(model_args.model_id).is_dir():
+        decides["model_sha256"] = fingerprint(Path(model_args.model_id))
+    return json.loads(json.dumps(decides, default=str))
 
 
-def load(model_args: ModelArguments, data_args: DataArguments):
-    """Model in float32 (DeepSpeed casts what it computes in), processor with the pixel limits.
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    Raises DataError when there is no such model, or it has no processor.
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and content of the files in a model's folder, not of those in folders below.
+
+    Of a file above 1 MiB the content is its first and last MiB, and 64 pieces of 4 KiB evenly spaced.
     """
-    source = {"pretrained_model_name_or_path": model_args.model_id, "trust_remote_code": model_args.trust_remote_code}
+    digest, mib = hashlib.sha256(), 2**20
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        pieces = [(0, mib)]
+        if size > mib:
+            pieces += [(size * i // 64, 4096) for i in range(64)] + [(size - mib, mib)]
+        with path.open("rb") as file:
+            for start, length in pieces:
+                file.seek(start)
+                digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def load(kind, model_args: ModelArguments, **options):
+    """The model's processor or weights, as `kind` loads them. Raises DataError when it has none."""
+    source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
     try:
-        processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype="float32", use_safetensors=True)
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise DataError(f"{model_args.model_id}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_processor(model_args: ModelArguments, data_args: DataArguments):
+    """Processor with the pixel limits."""
+    processor = load(AutoProcessor, model_args)
     images = processor.image_processor
     if hasattr(images, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
         images.size = {"shortest_edge": data_args.image_min_pixels, "longest_edge": data_args.image_max_pixels}
+    return processor
+
+
+def load_model(model_args: ModelArguments):
+    """Model in float32 (DeepSpeed casts what it computes in), frozen where asked."""
+    model = load(AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True)
     freeze(model, model_args)
-    return model, processor
+    return model
 
 
 def freeze(model, model_args: ModelArguments) -> None:
@@ -76,14 +117,18 @@ def main(argv=None) -> None:
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
         made = json.loads((out / META).read_text())["settings"]
-        if made == asked:
+        differ = [name for name in made | asked if made.get(name) != asked.get(name)]
+        if not differ:
             print(f"PL: {out} is there already, trained with these settings.")
             return
-        differ = "; ".join(f"{k} was {made.get(k)!r}, is now {v!r}" for k, v in asked.items() if made.get(k) != v)
-        raise DataError(f"{out}: was trained with other settings: {differ}. Choose another --output_dir or remove it.")
+        says = "; ".join(f"{name} was {made.get(name)!r}, is now {asked.get(name)!r}" for name in differ)
+        raise DataError(f"{out}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
 
+    processor = load_processor(model_args, data_args)
+    refuse_special_tokens(samples, processor.tokenizer, data_args.data_path)
+    samples = readable(samples, data_args.data_path)
     transformers.set_seed(args.seed)
-    model, processor = load(model_args, data_args)
+    model = load_model(model_args)
     collator = Collator(processor.tokenizer.pad_token_id)
     trainer = Trainer(model=model, args=args, train_dataset=Samples(samples, processor), data_collator=collator)
     result = trainer.train()
