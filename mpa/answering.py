@@ -36,31 +36,36 @@ def answers(
     label: str,
     ready: dict[str, dict] | None = None,
     choice: dict | None = None,
+    finish: Callable[[dict], dict] = lambda record: record,
     facts: Callable[[list[dict]], dict] = lambda result: {},
 ) -> list[dict]:
     """The records of the result file `out`: read when it is finished, else made, resumably.
 
     `asked` are requests, each with the fields of its record before and after `predictions`. `ready`
-    are replies that need not be asked for. `choice` are more settings that decide the outcome, and
-    `facts(result)` goes to the meta file.
+    are replies that need not be asked for. `choice` are more settings that decide the outcome,
+    `finish(record)` may add to a record, and `facts(result)` goes to the meta file.
     """
     started = time.time()
-    requests = [request for request, _, _ in asked]
-    settings = cli.settings(args, requests, model_path=model_path, **(choice or {}))
+    content = [(request.key, request.image_path, request.prompt, before, after) for request, before, after in asked]
+    settings = cli.settings(args, model_path, content, **(choice or {}))
     if finished(out, settings, args.restart):
+        print(f"{label}: {out} is there already, made with these settings (--restart makes it anew).")
         return records.read_records(out, kind)
+    journal, ran_on = None, {}
     if ready is None:
         with cli.engine(args, model_path) as engine:
             journal = Journal(out, settings, args.restart)
-            ready = ask(engine, requests, journal, label)
+            ready = ask(engine, [request for request, _, _ in asked], journal, label)
+            ran_on = cli.ran_on(engine)
     else:
-        journal = None
+        print(f"{label}: its {len(asked)} answers were made along with the annotations.")
     result = []
     for request, before, after in asked:
         reply = ready[request.key]
         record = {**before, "predictions": prediction(reply, args.preset), **after}
-        result.append(record | {"left_out": reply.get("error"), "logprob": reply.get("logprob")})
-    records.write_result(out, result, settings, seconds=round(time.time() - started, 1), **facts(result))
+        result.append(finish(record | {"left_out": reply.get("error"), "logprob": reply.get("logprob")}))
+    more = {"model_path": model_path, **ran_on, "seconds": round(time.time() - started, 1), **facts(result)}
+    records.write_result(out, result, settings, **more)
     if journal:
         journal.close(remove=True)
     return result

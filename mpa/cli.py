@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import json
 import os
 import random
+import re
 import sys
 from collections import Counter
 from datetime import date
@@ -12,7 +14,7 @@ from pathlib import Path
 from mpa import records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
-from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path
+from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, identity
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
@@ -21,17 +23,24 @@ PRESETS = ("paper", "released")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with what every stage takes. `doc`, the script's docstring, is its help text."""
+    """A parser with what every stage takes; see `parse`. `doc`, the script's docstring, is its help text."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=DATASETS, help="which data set")
+    data.add_argument("--dataset", choices=DATASETS, help="which data set")
     data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the data set's, under data/)")
     data.add_argument(
         "--image-root", metavar="DIR", help="folder of the pictures (default: the data set's, under data/)"
     )
+    data.add_argument(
+        "--path-map",
+        type=_path_map,
+        action="append",
+        metavar="OLD=NEW",
+        help="where files say OLD/…, the pictures now lie in NEW/…; may be given several times",
+    )
     some = data.add_mutually_exclusive_group()
-    some.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples (default: all)")
-    some.add_argument("--sample", type=_positive, metavar="N", help="only N samples, drawn at random with --seed")
+    some.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples (default: all)")
+    some.add_argument("--sample", type=number(1), metavar="N", help="only N samples, drawn at random with --seed")
     out = p.add_argument_group("results")
     out.add_argument(
         "--run",
@@ -48,10 +57,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="paper: as the paper says. released: as the released code does, to the letter (default: %(default)s)",
     )
     method.add_argument("--seed", type=int, default=0, help="of everything that is sampled (default: %(default)s)")
-    method.add_argument("--max-new-tokens", type=_positive, default=128, help="longest reply (default: %(default)s)")
+    method.add_argument("--max-new-tokens", type=number(1), default=128, help="longest reply (default: %(default)s)")
     model = p.add_argument_group("model")
     model.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
-    model.add_argument("--batch-size", type=_positive, default=8, help="samples a batch (default: %(default)s)")
+    model.add_argument("--batch-size", type=number(1), default=8, help="samples a batch (default: %(default)s)")
     model.add_argument(
         "--device", default="auto", help="cpu, cuda:0, mps …; auto: the first GPU, else the CPU (default: auto)"
     )
@@ -62,14 +71,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="auto: the one this device is quick in, by measuring (default: auto)",
     )
     model.add_argument(
-        "--min-pixels", type=_positive, default=MIN_PIXELS, help="enlarge pictures to this area (default: 128*28*28)"
+        "--min-pixels", type=number(1), default=MIN_PIXELS, help="enlarge pictures to this area (default: 128*28*28)"
     )
     model.add_argument(
-        "--max-pixels", type=_positive, default=MAX_PIXELS, help="shrink pictures to this area (default: 512*28*28)"
+        "--max-pixels", type=number(1), default=MAX_PIXELS, help="shrink pictures to this area (default: 512*28*28)"
     )
     model.add_argument(
         "--workers",
-        type=int,
+        type=number(0),
         metavar="N",
         help="processes that read pictures ahead of a GPU, or share the model's work on a CPU, a core each; "
         "0: none (default: 4, or a CPU's cores)",
@@ -78,11 +87,44 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+def number(least, most=None, kind=int, above: bool = False):
+    """An argparse type: an int (or `kind`) from `least`, which `above` leaves out, to `most`."""
+
+    def read(text: str):
+        value = kind(text)
+        if not (value > least or (value == least and not above)) or (most is not None and value > most):
+            limit = f"{'more than' if above else 'at least'} {least}" + (
+                f" and at most {most}" if most is not None else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {limit}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return read
+
+
+def _path_map(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise argparse.ArgumentTypeError("expected OLD=NEW, as in /workspace/data=/mnt/data")
+    return old, new
+
+
+def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
+    """The arguments, checked against each other. `named_by` are those whose files may name the data set."""
+    args = p.parse_args(argv)
+    if not args.dataset:
+        files = " ".join(str(getattr(args, name)) for name in named_by)
+        of_file = [name for name in DATASETS if re.search(rf"_{name}\.", files)]
+        if not of_file:
+            p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
+        args.dataset = of_file[0]
+    if args.min_pixels > args.max_pixels:
+        p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
+    if args.out and args.out.is_dir():
+        p.error(f"--out {args.out} is a folder; name a file")
+    args.path_map = dict(args.path_map or ())
+    return args
 
 
 def chosen(items: list, args) -> list:
@@ -109,12 +151,19 @@ def engine(args, model_path: str):
     )
 
 
-def settings(args, requests, **more) -> dict:
-    """What decides a stage's outcome. Batch size, workers and the like do not, and are free to change."""
-    named = ("dataset", "annotations", "image_root", "limit", "sample", "preset", "seed", "engine", "dtype")
-    asked = records.digest(*(f"{r.key}\n{r.image_path}\n{r.prompt}" for r in requests))
+def settings(args, model_path: str, content: list, **more) -> dict:
+    """What decides a stage's outcome. Batch size, workers and the like do not, and are free to change.
+
+    `content`: all that goes into the records beside the replies, as JSON can hold it.
+    """
+    named = ("dataset", "limit", "sample", "preset", "seed", "engine", "dtype")
     common = {name: getattr(args, name) for name in (*named, "max_new_tokens", "min_pixels", "max_pixels")}
-    return {**common, **more, "requests": asked}
+    return {**common, "model": identity(model_path), **more, "content": records.digest(json.dumps(content))}
+
+
+def ran_on(engine) -> dict:
+    """For the meta file: the device and the dtype that an engine has chosen."""
+    return {"device": str(engine.device), "dtype": str(engine.dtype).removeprefix("torch.")}
 
 
 def counted(reasons) -> str:
@@ -126,6 +175,8 @@ def counted(reasons) -> str:
 
 def run(main) -> None:
     """Run a script's `main()`; what a user can mend ends in one line, not in a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

@@ -47,7 +47,9 @@ class Journal:
         except OSError:
             self._file.close()
             raise InputError(f"{self.path}: another process is writing it; wait for it or stop it.") from None
-        if restart:
+        if restart:  # from here on there is nothing to fall back on, so that a kill cannot bring the old result back
+            for old in (result, meta_path(result)):
+                Path(old).unlink(missing_ok=True)
             self._file.truncate(0)
         self._read(settings)
 
@@ -73,7 +75,7 @@ class Journal:
             self._write([{"settings": settings}])
 
     def _write(self, entries: list[dict]) -> None:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
         start = os.fstat(self._file.fileno()).st_size
         try:
             while lines:

@@ -31,6 +31,7 @@ MATCHERS = {
     "contains": contains,
     "anls": _scored(metrics.anls, 0.5),
     "relaxed": _scored(metrics.relaxed, 1.0),
+    "tolerant": _scored(metrics.tolerant, 1.0),
     # As if ten people had given the answer; the EvalAI form, since `vqa` leaves the unanimous as they are.
     "vqa": _scored(metrics.textvqa, 1.0, copies=10),
 }

@@ -5,6 +5,7 @@ Pure functions. Each names its source and where it departs from it; golden cases
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -35,6 +36,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # re.UNICODE stands where the official code's `sub` takes its count
 
 
+@lru_cache(2**16)
 def _strip_punctuation(text: str) -> str:
     glue = _DIGIT_COMMA_DIGIT.search(text) is not None
     stripped = text
@@ -44,6 +46,7 @@ def _strip_punctuation(text: str) -> str:
     return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
 
 
+@lru_cache(2**16)
 def _normalise_words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -72,6 +75,7 @@ def vqa(prediction: str, answers: list[str]) -> float:
     return _soft_accuracy(prediction, answers)
 
 
+@lru_cache(2**16)
 def evalai(text: str) -> str:
     """An answer as the EvalAI processor of the TextVQA challenge leaves it (MMF)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -125,6 +129,52 @@ def relaxed(prediction: str, answers: list[str]) -> float:
     return float(any(map(matches, answers)))
 
 
+# --- for people ------------------------------------------------------------------------------------
+
+_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_WORD_VALUES = {word: value for value, word in enumerate((_UNITS + " seventeen eighteen nineteen").split())}
+_TENS = {word: 10 * (i + 2) for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+_WORD_VALUES |= _TENS | {
+    f"{ten}-{_UNITS.split()[unit]}": value + unit for ten, value in _TENS.items() for unit in range(1, 10)
+}
+_THOUSANDS = re.compile(r"(?<![\d.,])[+-]?\d{1,3}(?:,\d{3})+(?![\d,])")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%?")
+_YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
+
+
+@lru_cache(2**16)
+def plain(text: str) -> str:
+    """An answer without what people do not count: case, outer space, a closing full stop, thousands separators,
+    and whether numbers and percent are words or signs.
+
+    >>> plain(" 12,500 per cent."), plain("Twenty-five"), plain("Route 66.")
+    ('12500%', '25', 'route 66')
+    """
+    text = " ".join(text.lower().split()).removesuffix(".")
+    text = re.sub(r"\s*(?:%|\b(?:percent|per cent)\b)", "%", text)
+    text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
+    return " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
+
+
+def tolerant(prediction: str, answers: list[str]) -> float:
+    """1 if a person would take the prediction for one of the answers: both `plain`, equal, or numbers within 5 %.
+
+    The tolerance is ChartQA's; here years (1500 to 2099) must be equal, and "5%" is 5.
+    """
+
+    def matches(answer: str) -> bool:
+        ours, theirs = plain(prediction), plain(answer)
+        if ours == theirs:
+            return bool(theirs)
+        if _YEAR.fullmatch(theirs) or not (_NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs)):
+            return False
+        ours, theirs = float(ours.rstrip("%")), float(theirs.rstrip("%"))
+        return abs(ours - theirs) <= 0.05 * abs(theirs)
+
+    return float(any(map(matches, answers)))
+
+
+@lru_cache(2**16)
 def squeeze(text: str | None) -> str:
     """Lower case, without white space and non-word characters: how the released code compares.
 
@@ -160,15 +210,19 @@ METRICS = {
     "relaxed": relaxed,
     "exact": exact,
     "contains": contains,
+    "tolerant": tolerant,
 }
 
 
 def bootstrap_interval(scores, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores."""
-    scores = np.asarray(scores, dtype=float)
+    """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores.
+
+    Drawing n scores with replacement is drawing how often each distinct score occurs, which are few.
+    """
     if not len(scores):
         return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(resamples)]
+    values, counts = np.unique(np.asarray(scores, dtype=float), return_counts=True)
+    n = counts.sum()
+    means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -1,5 +1,6 @@
 """Load any supported VLM: what is checked before, and which device and dtype it runs on."""
 
+import hashlib
 import os
 import sys
 import time
@@ -16,6 +17,9 @@ SHARES_PREFIX = {"qwen2_vl"}
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What in a model's folder decides its replies: weights, configuration, tokenizer, processor, chat template.
+MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".jinja", ".model", ".py"}
+NOT_THE_MODEL = {"train_meta.json", "train_log.json", "trainer_state.json"}
 
 
 def check_model_path(path: str) -> None:
@@ -39,11 +43,42 @@ def check_model_path(path: str) -> None:
         )
 
 
+def identity(path: str) -> str:
+    """What tells a model from another: a hub id as it is; a folder's name with a digest of what is in it.
+
+    Whole files up to 1 MB, and of larger ones their size, both ends and 64 places between, so that a
+    model trained anew in the same folder is another one, and 16 GB are not read to see that.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    content = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.suffix in MODEL_SUFFIXES and f.name not in NOT_THE_MODEL):
+        size = file.stat().st_size
+        content.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as data:
+            if size <= 2**20:
+                content.update(data.read())
+                continue
+            for place in range(66):
+                data.seek((size - 4096) * place // 65)
+                content.update(data.read(4096))
+    return f"{folder.resolve().name}@{content.hexdigest()[:16]}"
+
+
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is the first CUDA GPU, else Apple's, else the CPU."""
+    """ "auto" is the first CUDA GPU, else Apple's, else the CPU. Raises InputError where there is no such device."""
     import torch
 
     if device != "auto":
+        try:
+            asked = torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"--device {device}: {_first_line(error)}") from None
+        # Counted, not tried: the device must not be touched before the workers are forked.
+        here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (asked.index or 0) >= here.get(asked.type, sys.maxsize):
+            raise InputError(f"--device {device}: there is no such device here; auto takes what there is.")
         return device
     if torch.cuda.is_available():
         return "cuda:0"
@@ -62,7 +97,7 @@ def pick_dtype(dtype: str, device: str):
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     seconds = {}
     for candidate in (torch.float32, torch.bfloat16):
         matrix = torch.ones(512, 512, dtype=candidate, device=device)
@@ -112,3 +147,11 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
+
+
+if __name__ == "__main__":  # python -m mpa.models PATH…: the check alone, before hours of work for another model
+    try:
+        for model_path in sys.argv[1:]:
+            check_model_path(model_path)
+    except InputError as failure:
+        sys.exit(f"error: {failure}")

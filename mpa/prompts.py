@@ -43,6 +43,11 @@ def answer_prompt(question: str, preset: str = "paper") -> str:
     return f"{question}{'' if preset == 'released' else ' '}{ANSWER_SUFFIX}"
 
 
+def train_prompt(question: str, preset: str = "paper") -> str:
+    """What PL trains on: the prompt that the S-VLM is evaluated with, or under `released` the bare question."""
+    return question if preset == "released" else answer_prompt(question)
+
+
 @dataclass(frozen=True)
 class Annotation:
     """A parsed PA reply. `reason` is None, or says why the reply cannot be used."""
@@ -52,8 +57,16 @@ class Annotation:
     reason: str | None = None
 
 
-# A label at the start of a line, as models decorate it: "- **Question:** …", "1. Question: …".
-_LABEL = re.compile(r"^[ \t\-*#>\d.)]*(question|answer)[ \t*]*[:：][ \t*]*", re.IGNORECASE | re.MULTILINE)
+# A label at the start of a line, as models decorate it: "- **Question:** …", "1. Question: …"; an answer's
+# also behind the question on one line: "Question: …? Answer: …".
+_LABEL = re.compile(
+    r"(?:^[ \t\-*#>\d.)]*|(?<=[?？؟])[ \t*]+(?=answer))(question|answer)[ \t*]*[:：][ \t*]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+# A question mark that ends a sentence; not the one in: What does the sign "WHY?" say?
+_QUESTION_MARK = re.compile(r"[?؟]+(?=\s|$)|？+")
+# What a chat template or a train record would take for its own mark, if a question or answer held it.
+_MARK = re.compile(r"<image>|<video>|<\|[^|\n]*\|>")
 _RELEASED_QUESTION = re.compile(r"question:\s*([^\n]*?)\?", re.IGNORECASE)
 _RELEASED_ANSWER = re.compile(r"answer:\s*([^\n]*)", re.IGNORECASE)
 
@@ -62,8 +75,8 @@ def parse_annotation(reply: str, preset: str = "paper") -> Annotation:
     """Read question and answer from a PA reply.
 
     `paper`: the text after the first "Question:" (it keeps its question mark) and after the first
-    "Answer:" that follows, on the label's line or the next. A question that holds two questions, and
-    an empty one or an empty answer, cannot be used.
+    "Answer:" that follows, on the label's line or the next. A question that holds two questions, an
+    empty one, an empty answer, or a mark such as <image>, cannot be used.
     `released`: the text before the first "?" after "Question:", and the line after "Answer:",
     each null when it is not there; nothing is refused.
 
@@ -85,10 +98,12 @@ def parse_annotation(reply: str, preset: str = "paper") -> Annotation:
             break
     if not question:
         return Annotation(None, answer, "no question")
-    if len(re.findall(r"[?？؟]+", question)) > 1:
+    if len(_QUESTION_MARK.findall(question)) > 1:
         return Annotation(question, answer, "two questions")
     if not answer:
         return Annotation(question, None, "no answer")
+    if _MARK.search(question + answer):
+        return Annotation(question, answer, "a mark of the prompt's format in it")
     return Annotation(question, answer)
 
 

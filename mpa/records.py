@@ -39,9 +39,12 @@ class InputError(Exception):
 
 
 def read_json(path: str | Path):
-    """The JSON in `path`. Raises InputError when there is none to read."""
+    """The JSON in `path`, or a list of what its lines hold if it is JSON lines; a byte order mark is passed over.
+
+    A last line that was cut off is left out, said on stderr. Raises InputError when there is nothing to read.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -49,17 +52,37 @@ def read_json(path: str | Path):
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected JSON.")
     try:
-        return json.loads(text)
+        document = json.loads(text)
+        return [document] if Path(path).suffix == ".jsonl" and isinstance(document, dict) else document
     except json.JSONDecodeError as error:
+        if (lines := _json_lines(path, text)) is not None:
+            return lines
         raise InputError(
             f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}). Was it cut off? Write or download it again."
         ) from None
 
 
+def _json_lines(path: str | Path, text: str) -> list | None:
+    """A record a line, the last one maybe torn; None where it is no such file."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if not found or not all(isinstance(record, dict) for record in found) or len(found) < len(lines) - 1:
+        return None
+    if len(found) < len(lines):
+        print(f"warning: {path}: its last line, {len(lines)}, is cut off and left out.", file=sys.stderr)
+    return found
+
+
 def read_records(path: str | Path, kind: str) -> list[dict]:
     """The records of a result file of `kind` (a key of FIELDS), checked.
 
-    Raises InputError for another kind of file, a missing field or an id that occurs twice.
+    Raises InputError for another kind of file, a missing field, one that should be text and is not, or an
+    id that occurs twice.
     """
     records = read_json(path)
     if not isinstance(records, list):
@@ -71,6 +94,9 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
             raise InputError(
                 f"{path}, record {index}: no field {missing[0]!r}. A {kind} file has {', '.join(FIELDS[kind])}."
             )
+        no_text = [f for f in FIELDS[kind][1:] if f != "conversations" and not isinstance(record[f], str | None)]
+        if no_text:
+            raise InputError(f"{path}, record {index}: {no_text[0]!r} should be text or null: {record[no_text[0]]!r}.")
         key = str(record[FIELDS[kind][0]])
         if key in seen:
             raise InputError(f"{path}: records {seen[key]} and {index} have the same {FIELDS[kind][0]}, {key!r}.")
@@ -79,14 +105,19 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
 
 
 def write_json(path: str | Path, data) -> None:
-    """Write JSON whole or not at all: to a temporary name beside `path`, then renamed."""
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(data, indent=4, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=4, ensure_ascii=False)
-            file.write("\n")
+        # What is no Unicode (half a surrogate pair, a file name in another encoding) becomes JSON's own escape.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -106,6 +137,7 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     seconds, device …) tell how it went.
     """
     meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
+    Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
     write_json(meta_path(path), meta)
     write_json(path, records)
 
@@ -116,18 +148,16 @@ def made_by() -> dict:
     for package in ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": versions,
-        "commit": git.stdout.strip() or None,
-    }
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    return {"command": sys.argv, "python": platform.python_version(), "packages": versions, "commit": commit}
 
 
 def digest(*parts: str) -> str:
     """A short fingerprint of some text."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def short_name(model_path: str) -> str:

@@ -7,6 +7,7 @@ Reads  the data set's train pictures, one question each; no label of theirs reac
 Writes results/RUN/PA_<lvlm>_<dataset>.json (paper, section 3.1).
 A reply that cannot be read is asked for again, then left out with the reason.
 Killed or stopped, it goes on where it was when called again.
+Your own pictures: --task says of what kind the questions should be, or --prompt-file asks in your own words.
 """
 
 import argparse
@@ -27,19 +28,50 @@ from mpa.prompts import TASK_PROMPTS, Annotation, parse_annotation
 def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the data set's task)")
-    p.add_argument("--temperature", type=float, default=0.0, help="of the first try; 0: greedy (default: 0)")
-    p.add_argument(
-        "--top-p", type=float, default=0.95, help="sample among the likeliest that sum to this (default: 0.95)"
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the data set's task)")
+    what.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="a task prompt of your own; it asks for the lines Question: and Answer:",
     )
-    p.add_argument("--tries", type=int, default=2, help="more tries, sampled, for unreadable replies (default: 2)")
+    p.add_argument(
+        "--temperature", type=cli.number(0, kind=float), default=0.0, help="of the first try; 0: greedy (default: 0)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=cli.number(0, 1, float, above=True),
+        default=0.95,
+        help="sample among the likeliest that sum to this (default: 0.95)",
+    )
+    p.add_argument(
+        "--tries", type=cli.number(0), default=2, help="more tries, sampled, for unreadable replies (default: 2)"
+    )
     p.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="ask the L-VLM its own question at once, while it has the picture: PI then finds its answers ready",
     )
-    return p.parse_args(argv)
+    args = cli.parse(p, argv)
+    args.prompt = (
+        own_prompt(args.prompt_file) if args.prompt_file else TASK_PROMPTS[args.task or DATASETS[args.dataset].task]
+    )
+    return args
+
+
+def own_prompt(file: Path) -> str:
+    """The user's own task prompt. Raises InputError when it does not ask for the lines that are read from the reply."""
+    try:
+        prompt = file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise records.InputError(f"{file}: cannot be read as text: {error}.") from None
+    if not ("question:" in prompt.lower() and "answer:" in prompt.lower()):
+        raise records.InputError(
+            f"{file}: should ask for the two lines 'Question: …' and 'Answer: …', as they are read."
+        )
+    return prompt
 
 
 def request(sample: Sample, attempt: int, args) -> Request:
@@ -47,7 +79,7 @@ def request(sample: Sample, attempt: int, args) -> Request:
     return Request(
         key=f"{sample.key}#{attempt}",
         image_path=sample.image_path,
-        prompt=TASK_PROMPTS[args.task or DATASETS[args.dataset].task],
+        prompt=args.prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature if attempt == 0 else args.temperature or 1.0,
         top_p=args.top_p,
@@ -91,11 +123,12 @@ def main(argv=None) -> Path:
     started = time.time()
     tries = 0 if args.preset == "released" else args.tries
     lvlm = records.short_name(args.model_path_lvlm)
-    samples = cli.chosen(load_samples(args.dataset, "train", args.annotations, args.image_root), args)
+    samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
+    samples = cli.chosen(samples, args)
     settings = cli.settings(
         args,
-        [request(sample, 0, args) for sample in samples],
-        model_path_lvlm=args.model_path_lvlm,
+        args.model_path_lvlm,
+        [args.prompt, *((s.key, s.image_path, s.question, s.answers) for s in samples)],
         temperature=args.temperature,
         top_p=args.top_p,
         tries=tries,
@@ -109,9 +142,11 @@ def main(argv=None) -> Path:
     with cli.engine(args, args.model_path_lvlm) as engine:
         journal = Journal(out, settings, args.restart)
         result = annotate(samples, tries, engine, journal, args)
+        ran_on = cli.ran_on(engine)
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
-    records.write_result(out, result, settings, counts=counts, seconds=round(time.time() - started, 1))
+    facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}
+    records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
     journal.close(remove=True)
     print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")

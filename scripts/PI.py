@@ -5,12 +5,14 @@
     python scripts/PI.py --dataset textVQA --lvlm-json PI_…7B….json --svlm-json PI_…2B….json --out train.json
 
 Reads  the PA file of the same run, or --pa-json. With --lvlm-json and --svlm-json, answers of both
-       models made before: then no model is loaded.
+       models made before: then no model is loaded, and the data set is read from the file's name.
+       Pictures that have moved are found with --path-map OLD=NEW, or below --image-root.
 Writes results/RUN/PI_<lvlm>_<lvlm>_<dataset>.json and PI_<lvlm>_<svlm>_<dataset>.json, the answers, and
        PI_<lvlm>_train_<lvlm>_<svlm>_<dataset>.json, the parity set (paper, section 3.2, equations 1 and 2).
 One model is in memory at a time, and the S-VLM is asked only where the L-VLM agrees with itself.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
 from mpa.answering import answers, question_request
+from mpa.datasets import locate
+from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.prompts import answer_prompt
+from mpa.models import check_model_path, identity
+from mpa.prompts import parse_annotation, train_prompt
 from mpa.records import InputError
 
 
@@ -27,7 +32,9 @@ def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
     p.add_argument("--model-path-svlm", default=cli.SVLM, help="the S-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--pa-json", type=Path, metavar="FILE", help="the annotations (default: those of this run)")
+    p.add_argument(
+        "--pa-json", type=Path, metavar="FILE", help="the PA file, as --annotations (default: that of this run)"
+    )
     p.add_argument(
         "--lvlm-json", type=Path, metavar="FILE", help="the L-VLM's answers; with --svlm-json, no model runs"
     )
@@ -40,13 +47,16 @@ def arguments(argv=None):
     )
     p.add_argument(
         "--hold-out",
-        type=float,
+        type=cli.number(0, 0.99, float),
         metavar="SHARE",
         help="of the pictures, kept from training to evaluate on (default: 0.15 for images, which have no test set)",
     )
-    args = p.parse_args(argv)
+    args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
         p.error("--lvlm-json and --svlm-json go together")
+    if args.annotations and args.pa_json:
+        p.error("--annotations and --pa-json both name the PA file; give one")
+    args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or ("contains" if args.preset == "released" else "exact")
     args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if args.dataset == "images" else 0.0
     return args
@@ -56,10 +66,14 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dic
     """The L-VLM's replies that PA has brought along by id, or None: not all there, or made with other settings."""
     if not records.meta_path(pa_json).exists() or not all(r.get("follow_up") for r in annotations):
         return None
-    made = records.read_json(records.meta_path(pa_json))["settings"]
-    ours = {name: getattr(args, name) for name in ("preset", "engine", "dtype", "max_new_tokens")}
-    ours |= {"model_path_lvlm": args.model_path_lvlm, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    made = records.read_json(records.meta_path(pa_json)).get("settings", {})
+    names = ("preset", "engine", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+    ours = {name: getattr(args, name) for name in names} | {"model": identity(args.model_path_lvlm)}
     same = all(made.get(name) == value for name, value in ours.items())
+    # The question must be the one that was put to it: people edit these files.
+    same = same and all(
+        parse_annotation(r["reply"], args.preset).question == r["predicted_question"] for r in annotations
+    )
     return {str(r["question_id"]): r["follow_up"] for r in annotations} if same else None
 
 
@@ -99,19 +113,23 @@ def identify_parity(lvlm: list[dict], svlm: list[dict], match, preset: str) -> l
             continue
         # The annotation is the S-VLM file's for both, as in the released code.
         if match(l["predictions"], s["PA_answer"]) and not agrees(s, match):
-            question = s["PA_question"]
-            prompt = question if preset == "released" else answer_prompt(question)
+            prompt = train_prompt(s["PA_question"], preset)
             parity.append(records.train_record(s["question_id"], s["image_path"], prompt, s["PA_answer"]))
     return parity
 
 
-def is_held_out(record: dict, share: float) -> bool:
-    """A share of the pictures, chosen by a hash of their path."""
-    return int(records.digest(record["image_path"])[:8], 16) < share * 16**8
+def held_out_pictures(consistent: list[dict], share: float) -> set[str]:
+    """A share of the pictures, at least one if any, chosen by a hash of their path."""
+    pictures = sorted({r["image_path"] for r in consistent}, key=records.digest)
+    return set(pictures[: max(1, round(share * len(pictures)))]) if share else set()
 
 
-def write_held_out(args, lvlm: str, consistent: list[dict]) -> None:
-    """The held-out pictures on which the L-VLM agrees with itself: a test set of agreement with it."""
+def held_out_file(args, lvlm: str) -> Path:
+    return records.run_folder(args.run) / f"PI_{lvlm}_heldout_{args.dataset}.json"
+
+
+def write_held_out(args, lvlm: str, held_out: list[dict]) -> None:
+    """Pictures on which the L-VLM agrees with itself, kept from training: a test set of agreement with it."""
     test = [
         {
             "question_id": r["question_id"],
@@ -119,37 +137,47 @@ def write_held_out(args, lvlm: str, consistent: list[dict]) -> None:
             "question": r["PA_question"],
             "answers": [r["PA_answer"]],
         }
-        for r in consistent
-        if is_held_out(r, args.hold_out)
+        for r in held_out
     ]
-    records.write_json(records.run_folder(args.run) / f"PI_{lvlm}_heldout_{args.dataset}.json", test)
+    records.write_json(held_out_file(args, lvlm), test)
 
 
 def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict], dict]:
     """The L-VLM's answers to all annotations, the S-VLM's where the first half of PI holds, and the funnel so far."""
     if lvlm == svlm:
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
+    for model_path in (args.model_path_lvlm, args.model_path_svlm):
+        check_model_path(model_path)
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.chosen(records.read_records(pa_json, "PA"), args)
-    usable = [r for r in annotations if r["predicted_question"] and r["predicted_answer"]]
+    usable = [
+        r | {"image_path": locate(r["image_path"], args.path_map, args.image_root)}
+        for r in annotations
+        if r["predicted_question"] and r["predicted_answer"]
+    ]
     if not usable:
         raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
 
     ready = answers_of_pa(args, pa_json, usable)
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
-    consistent = {str(r["question_id"]) for r in lvlm_answers if agrees(r, match)}
-    if args.hold_out:
-        write_held_out(args, lvlm, [r for r in lvlm_answers if str(r["question_id"]) in consistent])
-    asked = [r for r in usable if args.answer_all or str(r["question_id"]) in consistent]
-    asked = [r for r in asked if not is_held_out(r, args.hold_out)]
+    consistent = [r for r in lvlm_answers if agrees(r, match)]
+    held_out = held_out_pictures(consistent, args.hold_out)
+    if held_out:
+        write_held_out(args, lvlm, [r for r in consistent if r["image_path"] in held_out])
+    ids = {str(r["question_id"]) for r in consistent}
+    asked = [r for r in usable if args.answer_all or str(r["question_id"]) in ids]
+    asked = [r for r in asked if r["image_path"] not in held_out]
     if not asked:
+        kept = f", all held out (--hold-out {args.hold_out:g}): nothing is left to train on" if held_out else ""
         raise InputError(
-            f"{pa_json}: the L-VLM agrees with itself on none of {len(usable)} samples (--match {args.match})."
+            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(usable)} samples "
+            f"(--match {args.match}){kept}. Annotate more pictures."
         )
     choice = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = answer(args, "S-VLM", args.model_path_svlm, asked, lvlm, **choice)
-    return lvlm_answers, svlm_answers, {"pictures": len(annotations), "parsed": len(usable)}
+    funnel = {"pictures": len(annotations), "parsed": len(usable), "L-consistent": len(consistent)}
+    return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {})
 
 
 def main(argv=None) -> Path:
@@ -158,22 +186,33 @@ def main(argv=None) -> Path:
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
     if args.lvlm_json:
         lvlm_answers = records.read_records(args.lvlm_json, "PI")
-        svlm_answers, funnel = records.read_records(args.svlm_json, "PI"), {}
+        svlm_answers = [
+            r | {"image_path": locate(r["image_path"], args.path_map, args.image_root)}
+            for r in cli.chosen(records.read_records(args.svlm_json, "PI"), args)
+        ]
+        funnel = {"L-consistent": sum(agrees(r, match) for r in lvlm_answers)}
     else:
         lvlm_answers, svlm_answers, funnel = ask_both(args, lvlm, svlm, match)
 
     parity = identify_parity(lvlm_answers, svlm_answers, match, args.preset)
-    funnel |= {"L-consistent": sum(agrees(r, match) for r in lvlm_answers), "parity": len(parity)}
+    funnel["parity"] = len(parity)
     out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
     settings = {name: str(getattr(args, name)) for name in ("preset", "match", "hold_out", "lvlm_json", "svlm_json")}
-    records.write_result(out, parity, settings, funnel=funnel)
+    settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
+    facts = {"funnel": funnel}
+    if not args.lvlm_json:
+        facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
+    if args.hold_out and not args.lvlm_json:
+        facts["held_out"] = held_out_file(args, lvlm).name
+    if not finished(out, settings, args.restart):
+        records.write_result(out, parity, settings, **facts)
     print("PI: " + " → ".join(f"{n} {what}" for what, n in funnel.items()))
     left_out = cli.counted(r["left_out"] for r in [*lvlm_answers, *svlm_answers] if r.get("left_out"))
     if left_out:
         print(f"PI: {left_out}")
     if not parity:
         print("PI: the parity set is empty: the S-VLM already answers everything that the L-VLM does.", file=sys.stderr)
-    print(f"Wrote {out}. Next: PL/Qwen2-VL-Finetune/scripts/PL.sh with the same RUN and DATASET.")
+    print(f"The parity set is {out}. Next: PL/Qwen2-VL-Finetune/scripts/PL.sh with the same RUN and DATASET.")
     return out
 
 

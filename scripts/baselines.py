@@ -2,6 +2,7 @@
 
     python scripts/baselines.py --pa-json results/RUN/PA_….json --train-json results/RUN/PI_…_train_….json --seed 0
 
+Reads  the PA file and the parity set, whose meta file says the preset and which pictures were held out.
 Writes beside the train JSON, for each baseline, <train-json's name>_<baseline>.json:
   all_pseudo     every pseudo label, without PI
   random_pseudo  as many pseudo labels as MPA kept, at random
@@ -17,18 +18,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
-from mpa.prompts import answer_prompt
+from mpa.prompts import train_prompt
 
 BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
 
 
-def train_sets(annotations: list[dict], n: int, seed: int) -> dict[str, list[dict]]:
+def train_sets(annotations: list[dict], n: int, seed: int, preset: str = "paper") -> dict[str, list[dict]]:
     """{baseline: train records}; those for which the pictures have no labels are empty."""
 
     def as_records(who: str) -> list[dict]:
         return [
             records.train_record(
-                r["question_id"], r["image_path"], answer_prompt(r[f"{who}_question"]), r[f"{who}_answer"]
+                r["question_id"], r["image_path"], train_prompt(r[f"{who}_question"], preset), r[f"{who}_answer"]
             )
             for r in annotations
             if r[f"{who}_question"] and r[f"{who}_answer"]
@@ -51,7 +52,12 @@ def main(argv=None) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     args = p.parse_args(argv)
     n = len(records.read_records(args.train_json, "train"))
-    for name, samples in train_sets(records.read_records(args.pa_json, "PA"), n, args.seed).items():
+    meta = records.read_json(records.meta_path(args.train_json))
+    annotations = records.read_records(args.pa_json, "PA")
+    if meta.get("held_out"):
+        held_out = {r["image_path"] for r in records.read_json(args.train_json.with_name(meta["held_out"]))}
+        annotations = [r for r in annotations if r["image_path"] not in held_out]
+    for name, samples in train_sets(annotations, n, args.seed, meta["settings"]["preset"]).items():
         out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
         records.write_json(out, samples)
         print(f"{name}: {len(samples)} samples, wrote {out}")

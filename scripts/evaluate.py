@@ -1,10 +1,13 @@
 """Stage 4: ask models the human test questions, and score the answers as the data set's field does.
 
     python scripts/evaluate.py --dataset textVQA --model-path Qwen/Qwen2-VL-2B-Instruct results/RUN/PL_…
-    python scripts/evaluate.py --dataset textVQA --predictions results/RUN/Eval_….json
+    python scripts/evaluate.py --predictions results/RUN/Eval_…_textVQA.json
+    python scripts/evaluate.py --compare results/RUN/Eval_before_textVQA.json results/RUN/Eval_after_textVQA.json
 
-Reads  the data set's test questions; or, with --predictions, a result file to score without a model.
-Writes results/RUN/Eval_<model>_<dataset>.json for each model, its scores in the meta file beside it.
+Reads  the data set's test questions; or, with --predictions or --compare, result files (ours, the released
+       code's, or lmms-eval's samples_….jsonl) to score without a model.
+Writes results/RUN/Eval_<model>_<dataset>.json for each model, with each question's scores; the means in the
+       meta file beside it. With --log-samples also lmms-eval's files, in results/RUN/lmms-eval/<model>/.
 For `images`, which have no human labels, the score is agreement with the L-VLM on pictures held out.
 """
 
@@ -13,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli, interchange, records, scoring
 from mpa.answering import answers, question_request
-from mpa.datasets import DATASETS, load_samples
-from mpa.metrics import METRICS, bootstrap_interval, most_common
+from mpa.datasets import load_samples
+from mpa.metrics import most_common
+from mpa.models import check_model_path
 
 
 def arguments(argv=None):
@@ -24,9 +28,17 @@ def arguments(argv=None):
     p.add_argument(
         "--model-path", nargs="+", default=[cli.SVLM], help="models: folders or hub ids (default: %(default)s)"
     )
-    p.add_argument("--predictions", type=Path, metavar="FILE", help="an Eval_….json to score; no model runs")
+    made = p.add_mutually_exclusive_group()
+    made.add_argument("--predictions", type=Path, metavar="FILE", help="a result file to score; no model runs")
+    made.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="what AFTER gains, question by question"
+    )
+    p.add_argument("--log-samples", action="store_true", help="also write lmms-eval's results.json and samples_….jsonl")
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="for images: whose held-out answers to compare with")
-    return p.parse_args(argv)
+    args = cli.parse(p, argv, named_by=("predictions", "compare"))
+    if args.out and len(args.model_path) > 1:
+        p.error("--out names one file; with several --model-path use --run")
+    return args
 
 
 def predict(args, model_path: str, samples) -> tuple[Path, list[dict]]:
@@ -37,80 +49,108 @@ def predict(args, model_path: str, samples) -> tuple[Path, list[dict]]:
     for s in samples:
         request = question_request(args, s.key, s.image_path, s.question)
         fields = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
-        asked.append((request, fields | {"GT_answer": most_common(s.answers)}, {"answers": s.answers}))
+        asked.append((request, fields | {"GT_answer": most_common(s.answers)}, {"answers": s.answers, **s.more}))
+
+    def finish(record: dict) -> dict:
+        names = scoring.metric_names(args.dataset, args.preset)
+        return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
 
     def facts(result: list[dict]) -> dict:
-        return {"scores": score(args.dataset, result, args.preset)}
+        return {"scores": scoring.score(result, args.dataset, args.preset)}
 
-    return out, answers(args, model_path, out, "Eval", asked, f"evaluate {name}", facts=facts)
-
-
-def score(dataset: str, result: list[dict], preset: str) -> dict:
-    """{metric: {"score", "ci95", "n"}} over a result file's records, the headline first; from 0 to 1.
-
-    A question without a prediction counts as wrong. Files of the released code hold only the most
-    common answer, `GT_answer`; they are scored as if all ten people had given it.
-    """
-    names = DATASETS[dataset].metrics
-    names = ("contains", *(n for n in names if n != "contains")) if preset == "released" else names
-    scores = {}
-    for name in names:
-        values = [
-            METRICS[name](r["predictions"], r.get("answers") or [r["GT_answer"]] * 10)
-            if r["predictions"] is not None
-            else 0.0
-            for r in result
-        ]
-        mean = sum(values) / len(values)
-        scores[name] = {"score": mean, "ci95": bootstrap_interval(values), "n": len(values)}
-    return scores
+    return out, answers(args, model_path, out, "Eval", asked, f"evaluate {name}", finish=finish, facts=facts)
 
 
-def report(args, what: str, result: list[dict]) -> None:
-    scores = score(args.dataset, result, args.preset)
-    print(
-        f"\n{what} on {args.dataset}" + (": agreement with the L-VLM, not accuracy" if args.dataset == "images" else "")
-    )
-    for i, (name, s) in enumerate(scores.items()):
-        low, high = s["ci95"]
-        mark = "  ← headline" if i == 0 else ""
-        print(
-            f"  {name:<9} {100 * s['score']:5.1f} %   95 % interval {100 * low:.1f} to {100 * high:.1f}   n = {s['n']}{mark}"
-        )
+def read_predictions(args, path: Path) -> list[dict]:
+    """A result file's records, with the answers of --annotations if that is given."""
+    samples = None
+    if args.annotations:
+        samples = load_samples(args.dataset, "test", args.annotations, args.image_root, pictures=False)
+    lines = records.read_json(path)
+    if interchange.is_lmms_eval(lines):
+        result = interchange.read_lmms_eval(path, lines, samples)
+    else:
+        result = records.read_records(path, "Eval")
+        by_id = {s.key: {"answers": s.answers, **s.more} for s in samples or ()}
+        result = [r | by_id.get(str(r["question_id"]), {}) for r in result]
+    for i, r in enumerate(result):
+        if not r.get("answers") and r["GT_answer"] is None:
+            raise records.InputError(f"{path}, record {i}: no answer to score against; name them with --annotations.")
+    if not result:
+        raise records.InputError(f"{path}: no records in it.")
+    return cli.chosen(result, args)
+
+
+def report(args, what: str, result: list[dict]) -> dict:
+    """Print the scores of a result; they are returned, too."""
+    scores = scoring.score(result, args.dataset, args.preset)
+    agreement = ": agreement with the L-VLM, not accuracy" if args.dataset == "images" else ""
+    print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores)]))
     left_out = cli.counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
-    if not all("answers" in r for r in result):
+    if not all(r.get("answers") for r in result):
         print("  This file holds one answer a question: scored as if all people had given it.")
+    return scores
+
+
+def compare(args) -> dict:
+    """Print what the second file gains on the first, over the questions that both hold."""
+    before, after = (read_predictions(args, path) for path in args.compare)
+    rows = scoring.compare(before, after, args.dataset, args.preset)
+    n = next(iter(rows.values()))["n"]
+    if not n:
+        raise records.InputError(
+            f"{args.compare[1]}: no question of it is in {args.compare[0]}; compare like with like."
+        )
+    print(
+        "\n".join(
+            [f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}", *scoring.comparison(rows)]
+        )
+    )
+    if n < max(len(before), len(after)):
+        print(
+            f"  {len(before) - n} questions only in the first file and {len(after) - n} only in the second: not compared."
+        )
+    return rows
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    if args.predictions:
-        result = records.read_records(args.predictions, "Eval")
-        if not result:
-            raise records.InputError(f"{args.predictions}: no records in it.")
-        report(args, args.predictions.name, result)
+    if args.predictions or args.compare:
+        found = (
+            compare(args)
+            if args.compare
+            else report(args, args.predictions.name, read_predictions(args, args.predictions))
+        )
         if args.out:
-            records.write_json(args.out, score(args.dataset, result, args.preset))
+            records.write_json(args.out, found)
             print(f"Wrote {args.out}.")
         return
-    if args.out and len(args.model_path) > 1:
-        raise records.InputError("--out names one file; with several --model-path use --run.")
     annotations = args.annotations
     if args.dataset == "images" and not annotations:
         lvlm = records.short_name(args.model_path_lvlm)
         annotations = records.find_input(
             records.run_folder(args.run), "PI_{lvlm}_heldout_images.json", lvlm, "--annotations", "PI.sh"
         )
-    samples = cli.chosen(load_samples(args.dataset, "test", annotations, args.image_root), args)
+    for model_path in args.model_path:
+        check_model_path(model_path)
     names = [records.short_name(path) for path in args.model_path]
     if len(set(names)) < len(names):
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
-    for model_path in args.model_path:
+    samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
+    samples = cli.chosen(samples, args)
+    scores = {}
+    for name, model_path in zip(names, args.model_path, strict=True):
         out, result = predict(args, model_path, samples)
-        report(args, records.short_name(model_path), result)
-        print(f"Wrote {out}.")
+        scores[name] = report(args, name, result)
+        print(f"Results are in {out}.")
+        if args.log_samples:
+            folder = out.parent / "lmms-eval" / name
+            interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model_path)
+            print(f"lmms-eval's files are in {folder}.")
+    if len(scores) > 1:
+        print("\n".join(["", *scoring.side_by_side(scores)]))
 
 
 if __name__ == "__main__":

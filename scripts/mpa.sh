@@ -19,6 +19,7 @@ EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
+PYTHONPATH=$ROOT python -m mpa.models "$LVLM" "$SVLM" # both, before hours of work for the first
 # shellcheck disable=SC2086 # the flags are words
 bash "$ROOT/scripts/PA.sh" ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
 # shellcheck disable=SC2086

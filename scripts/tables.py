@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli, records, scoring
 from mpa.datasets import DATASETS
-from mpa.metrics import METRICS, bootstrap_interval
+from mpa.matching import MATCHERS
 
 ROWS = {
     "base": "S-VLM before",
@@ -37,6 +37,7 @@ class Run:
         self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
         self.pa = folder / f"PA_{lvlm}_{dataset}.json"
         self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
+        self.meta = records.read_json(records.meta_path(self.train))
 
     def answers(self, model: str) -> Path:
         return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
@@ -47,13 +48,14 @@ class Run:
             return self.svlm if row == "base" else self.lvlm
         return f"PL_{self.lvlm}_{self.svlm}_{self.dataset}" + ("" if row == "mpa" else f"_{row}")
 
-    def scores(self, row: str) -> list[float] | None:
-        """The headline score of each test question, or None where the row was not evaluated."""
+    @property
+    def preset(self) -> str:
+        return self.meta["settings"]["preset"]
+
+    def evaluation(self, row: str) -> list[dict] | None:
+        """The records of a row's Eval file, or None where the row was not evaluated."""
         path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
-        if not path.exists():
-            return None
-        metric = METRICS[DATASETS[self.dataset].metrics[0]]
-        return [metric(r["predictions"] or "", r["answers"]) for r in records.read_records(path, "Eval")]
+        return records.read_records(path, "Eval") if path.exists() else None
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage; the baselines' training and evaluation apart."""
@@ -74,33 +76,47 @@ class Run:
 
 
 def summary(run: Run) -> dict:
-    rows, scores = {}, {row: run.scores(row) for row in ROWS}
-    for row, values in scores.items():
-        if values is None:
+    metric = scoring.metric_names(run.dataset, run.preset)[0]
+    rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
+    for row, found in evaluated.items():
+        if not found:
             continue
         meta = run.folder / run.model(row) / "train_meta.json"
+        mean = scoring.summary(scoring.values(found, metric))
         rows[row] = {
-            "accuracy": statistics.fmean(values),
-            "n": len(values),
-            "ci95": bootstrap_interval(values),
+            "accuracy": mean["score"],
+            "n": mean["n"],
+            "ci95": mean["ci95"],
             "train_samples": records.read_json(meta)["samples"] if meta.exists() else 0,
         }
-    result = {
-        "rows": rows,
-        "funnel": records.read_json(records.meta_path(run.train))["funnel"],
-        "seconds": run.seconds(),
-    }
-    if scores["base"] and scores["mpa"] and len(scores["base"]) == len(scores["mpa"]):
-        gains = [after - before for after, before in zip(scores["mpa"], scores["base"], strict=True)]
-        result["gain"] = {"accuracy": statistics.fmean(gains), "ci95": bootstrap_interval(gains)}
+    result = {"rows": rows, "funnel": run.meta["funnel"], "seconds": run.seconds()}
+    if evaluated["base"] and evaluated["mpa"]:
+        gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
+        result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
     return result
+
+
+def verdict(lvlm: dict, asked: dict | None, held_out: set[str], match) -> str:
+    """What PI made of an annotation; `asked` is the S-VLM's record, if it was asked."""
+    for who, r in (("L-VLM", lvlm), ("S-VLM", asked or {})):
+        if r.get("left_out"):
+            return f"{who}: {r['left_out']}"
+    if not match(lvlm["predictions"], lvlm["PA_answer"]):
+        return "L-VLM disagrees with itself"
+    if lvlm["image_path"] in held_out:
+        return "held out, to evaluate on"
+    if not asked:
+        return "S-VLM not asked"
+    return "S-VLM knows it" if match(asked["predictions"], lvlm["PA_answer"]) else "parity sample"
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
     """A few annotated pictures and what became of them, in words."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
-    kept = {str(r["id"]) for r in records.read_records(run.train, "train")}
+    match, held_out = MATCHERS[run.meta["settings"]["match"]], set()
+    if run.meta.get("held_out"):
+        held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
     lines = []
     for r in records.read_records(run.pa, "PA")[:n]:
         key = str(r["question_id"])
@@ -108,11 +124,10 @@ def examples(run: Run, n: int = 6) -> list[str]:
             lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
             continue
         asked = svlm.get(key)
-        said = f"S-VLM: {asked['predictions']}" if asked else "S-VLM not asked"
-        verdict = "parity sample" if key in kept else "S-VLM knows it" if asked else "L-VLM disagrees with itself"
+        said = f" · S-VLM: {asked['predictions']}" if asked else ""
         lines.append(
             f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
-            f"      L-VLM again: {lvlm[key]['predictions']} · {said} → {verdict}"
+            f"      L-VLM again: {lvlm[key]['predictions']}{said} → {verdict(lvlm[key], asked, held_out, match)}"
         )
     return lines
 

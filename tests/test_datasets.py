@@ -30,7 +30,7 @@ def test_every_row_names_a_task_metrics_and_no_one_else():
     for row in DATASETS.values():
         assert row.task in TASK_PROMPTS
         assert set(row.metrics) <= set(METRICS)
-    assert {"exact", "contains", "anls", "relaxed", "vqa"} == set(MATCHERS)
+    assert {"exact", "contains", "anls", "relaxed", "vqa", "tolerant"} == set(MATCHERS)
 
 
 @pytest.mark.parametrize(

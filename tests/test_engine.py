@@ -104,6 +104,15 @@ def test_bad_pictures_cost_only_themselves(pictures, tmp_path, one_by_one, worke
     assert got["dot"]["text"]
 
 
+def test_a_processor_that_fails_on_every_picture_is_an_error_and_not_the_pictures_fault(pictures, tmp_path):
+    for file in STUDENT.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ no_such_function() }}")
+    with pytest.raises(InputError, match="its processor fails on a plain picture"):
+        replies(requests(pictures)[:3], model=tmp_path, workers=0)
+
+
 def test_finished_batches_are_passed_over_and_the_others_are_formed_as_before(pictures):
     asked = requests(pictures)
     with HFEngine(str(STUDENT), batch_size=4, workers=0, **MINI) as engine:

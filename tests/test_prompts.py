@@ -49,6 +49,13 @@ DIGESTS = {
         ("Question:\nWhat is it?\n\nAnswer:\na cat", Annotation("What is it?", "a cat")),
         ("Answer: a cat", Annotation(None, None, "no question")),
         ("Question:\nAnswer: a cat", Annotation(None, "a cat", "no question")),
+        ("Question: What is it? Answer: a cat", Annotation("What is it?", "a cat")),
+        ('Question: What does the sign "WHY?" say?\nAnswer: why', Annotation('What does the sign "WHY?" say?', "why")),
+        ("Question: 这是什么？那是什么？\nAnswer: 猫", Annotation("这是什么？那是什么？", "猫", "two questions")),
+        (
+            "Question: What is <image>?\nAnswer: x",
+            Annotation("What is <image>?", "x", "a mark of the prompt's format in it"),
+        ),
         ("", Annotation(None, None, "no question")),
         ("Die Frage: Was ist das?\nAntwort: Katze", Annotation(None, None, "no question")),
     ],
@@ -76,6 +83,7 @@ def test_the_released_preset_reads_as_the_released_code(reply, question, answer)
     [
         "Question: What is it?\nAnswer: a cat\nExplanation: it purrs",
         "Question: What is it?\nAnswer:\na cat\n",
+        "Question: What is it? Answer: a cat\nExplanation: it purrs",
         "No idea.\nQuestion: A?\n\nAnswer: x\n\nQuestion: B?\nAnswer: y\n",
     ],
 )

@@ -37,12 +37,12 @@ def test_the_paper_preset_trains_on_the_prompt_that_is_evaluated(tmp_path):
 
 @pytest.mark.parametrize(
     ("preset", "dataset", "says"),
-    [("released", "chartVQA", "contains   75.0 %"), ("paper", "chartVQA", "relaxed    87.5 %")],
+    [("released", "chartVQA", "contains 75.0 %"), ("paper", "chartVQA", "relaxed 87.5 %")],
 )
 def test_a_released_result_file_is_scored_without_a_model(preset, dataset, says):
     file = OFFICIAL / f"Eval_{SVLM}_{dataset}.json"
     done = script("evaluate.py", "--dataset", dataset, "--preset", preset, "--predictions", file)
     assert done.returncode == 0, done.stderr
     headline = next(line for line in done.stdout.splitlines() if "headline" in line)
-    assert says in headline
+    assert says in " ".join(headline.split())
     assert "n = 8" in headline

@@ -10,11 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import PA
+import PI
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
 
 from mpa import cli
-from mpa.datasets import Sample
+from mpa.datasets import Sample, locate
 from mpa.journal import Journal
 
 EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
@@ -122,7 +123,9 @@ def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run)
     evaluated = read(run / "Eval_student_easyVQA.json")
     assert list(evaluated[0])[:5] == ["question_id", "image_path", "GT_question", "GT_answer", "predictions"]
     meta = read(run / "Eval_student_easyVQA.meta.json")
-    assert meta["settings"]["model_path"] == str(STUDENT)
+    assert meta["model_path"] == str(STUDENT)
+    assert (meta["device"], meta["dtype"]) == ("cpu", "float32")
+    assert meta["settings"]["model"].startswith("student@")
     assert meta["made_by"]["packages"]["transformers"]
     right = sum(r["predictions"] == r["GT_answer"] for r in evaluated)
     assert meta["scores"]["exact"]["score"] == pytest.approx(right / 48)
@@ -163,16 +166,116 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     assert script(*at, "--run", f"{tmp_path}/apart/", "--no-fused").returncode == 0
     pi = [str(teacher) if argument == str(TEACHER) else argument for argument in STAGES["PI"]]
     assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
-    shutil.rmtree(teacher)  # nobody may need it now
     done = script(*pi, "--run", f"{tmp_path}/fused/")
     assert done.returncode == 0, done.stderr
+    assert "its 40 answers were made along with the annotations" in done.stdout
     for name in OUTPUTS["PI"][2:]:
         assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
     fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
     assert [r["predictions"] for r in fused] == [r["predictions"] for r in apart]
-    # With other settings than PA's, the answers are not taken over.
-    other = script(*pi, "--run", f"{tmp_path}/fused/", "--max-new-tokens", "7", "--restart")
-    assert "no such model folder" in other.stderr
+    # With other settings than PA's, or where a question was edited, the answers are not taken over.
+    arguments = PI.arguments([*pi[1:], "--run", f"{tmp_path}/fused/"])
+    pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
+    annotations = [r for r in read(pa_json) if r["predicted_answer"]]
+    assert PI.answers_of_pa(arguments, pa_json, annotations)
+    arguments.max_new_tokens = 7
+    assert PI.answers_of_pa(arguments, pa_json, annotations) is None
+    arguments.max_new_tokens = 128
+    annotations[3]["predicted_question"] = "is it red?"
+    assert PI.answers_of_pa(arguments, pa_json, annotations) is None
+
+
+def test_a_model_trained_anew_in_the_same_folder_is_another_model(run, tmp_path):
+    model = tmp_path / "student"
+    shutil.copytree(STUDENT, model)
+    command = [str(model) if argument == str(STUDENT) else argument for argument in STAGES["evaluate"]]
+    assert script(*command, "--run", f"{tmp_path}/").returncode == 0
+    (model / "train_log.json").write_text("{}")  # says nothing about the model
+    assert "is there already" in script(*command, "--run", f"{tmp_path}/").stdout
+    shutil.copy(TEACHER / "model.safetensors", model)
+    other = script(*command, "--run", f"{tmp_path}/")
+    assert other.returncode == 1
+    assert "model was 'student@" in other.stderr
+
+
+def test_a_restart_that_is_killed_does_not_bring_the_old_result_back(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    command = [*STAGES["evaluate"], "--preset", "released", "--restart"]
+    assert kill_at(command, tmp_path, 10)
+    assert not (tmp_path / "Eval_student_easyVQA.json").exists()
+    assert not (tmp_path / "Eval_student_easyVQA.meta.json").exists()
+    assert script(*command[:-1], "--run", f"{tmp_path}/").returncode == 0
+    assert read(tmp_path / "Eval_student_easyVQA.meta.json")["settings"]["preset"] == "released"
+
+
+def test_answers_that_were_edited_are_not_taken_for_those_that_were_asked_about(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    annotations = read(tmp_path / "PA_teacher_easyVQA.json")
+    next(r for r in annotations if r["predicted_answer"])["predicted_answer"] = "nothing"
+    (tmp_path / "PA_teacher_easyVQA.json").write_text(json.dumps(annotations))
+    done = script(*STAGES["PI"], "--run", f"{tmp_path}/")
+    assert done.returncode == 1
+    assert "content was" in done.stderr
+
+
+def test_the_released_codes_own_command_needs_no_data_set_and_overwrites_nothing(tmp_path):
+    official = ROOT / "tests/data/official"
+    files = [official / f"PI_Qwen2vl7b_Qwen2-VL-{size}-Instruct_textVQA.json" for size in ("7B", "2B")]
+    command = ["PI.py", "--lvlm-json", files[0], "--svlm-json", files[1], "--run", f"{tmp_path}/"]
+    done = script(*command, "--preset", "released", "--path-map", "/workspace/data=/mnt/data")
+    assert done.returncode == 0, done.stderr
+    train = "PI_Qwen2-VL-7B-Instruct_train_Qwen2-VL-7B-Instruct_Qwen2-VL-2B-Instruct_textVQA.json"
+    (sample,) = read(tmp_path / train)
+    assert sample["image"].startswith("/mnt/data/")
+    other = script(*command, "--preset", "paper")
+    assert other.returncode == 1
+    assert "preset was 'released', is now 'paper'" in other.stderr
+
+
+def test_pictures_that_have_moved_are_found_below_the_image_root(run, tmp_path, pictures):
+    moved = locate(f"/old/place/{next(pictures.glob('more/*.png')).relative_to(pictures)}", {}, str(pictures))
+    assert os.path.exists(moved)
+    assert locate("/old/place/none.png", {"/old": "/new"}, str(pictures)) == "/new/place/none.png"
+
+
+def test_a_hold_out_takes_at_least_one_picture_and_says_when_nothing_is_left(pictures, tmp_path):
+    consistent = [{"image_path": f"{i}.png"} for i in range(100)]
+    assert len(PI.held_out_pictures(consistent, 0.15)) == 15
+    assert len(PI.held_out_pictures(consistent[:2], 0.15)) == 1
+    assert PI.held_out_pictures(consistent, 0.0) == set()
+    asked = {"predicted_question": "what color is the shape?", "predicted_answer": "red"}
+    annotation = {"question_id": 1, "image_path": str(pictures / "more/00.png"), **asked}
+    annotations = [annotation | {"ground_truth_question": None, "ground_truth_answer": None}]
+    (tmp_path / "PA_teacher_images.json").write_text(json.dumps(annotations))
+    command = [argument.replace("easyVQA", "images") for argument in STAGES["PI"][:-1]]
+    done = script(*command, "--run", f"{tmp_path}/")
+    assert done.returncode == 1
+    assert "on 1 of 1 samples (--match exact), all held out (--hold-out 0.15): nothing is left" in done.stderr
+
+
+def test_file_names_that_are_no_unicode_go_through(pictures, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for i, path in enumerate(sorted(pictures.glob("*.png"))[:4]):
+        shutil.copy(path, os.fsencode(folder) + f"/{i}".encode() + b"\xe9.png")
+    command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
+    for _ in range(2):
+        done = script("PA.py", *command, "--model-path-lvlm", TEACHER)
+        assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path / "run/PA_teacher_images.json")) == 4
+
+
+def test_a_task_prompt_of_ones_own_is_what_the_model_sees(pictures, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Ask about the colour.\nQuestion: <question>\nAnswer: <answer>\n")
+    command = ["PA.py", "--dataset", "images", "--image-root", pictures, *MINI, "--run", f"{tmp_path}/run"]
+    done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    meta = read(tmp_path / "run/PA_teacher_images.meta.json")
+    assert meta["prompt"] == "Ask about the colour.\nQuestion: <question>\nAnswer: <answer>"
+    prompt.write_text("Describe this.")
+    refused = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
+    assert "should ask for the two lines" in refused.stderr
 
 
 def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):
@@ -212,7 +315,15 @@ def test_bad_pictures_among_good_ones_are_counted_and_explained(pictures, tmp_pa
     [
         (["--dataset", "nonsense"], "textVQA"),
         (["--dataset", "easyVQA", "--preset", "nonsense"], "released"),
-        (["--dataset", "easyVQA", "--limit", "0"], "1 or more"),
+        ([], "--dataset is required: one of textVQA"),
+        (["--dataset", "easyVQA", "--limit", "0"], "must be at least 1"),
+        (["--dataset", "easyVQA", "--workers", "-1"], "must be at least 0"),
+        (["--dataset", "easyVQA", "--top-p", "0"], "must be more than 0 and at most 1"),
+        (["--dataset", "easyVQA", "--min-pixels", "9", "--max-pixels", "4"], "is more than --max-pixels"),
+        (["--dataset", "easyVQA", "--out", "/tmp"], "is a folder"),
+        (["--dataset", "easyVQA", "--path-map", "x"], "expected OLD=NEW"),
+        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device here"),
+        (["--dataset", "easyVQA", "--device", "gpu", "--model-path-lvlm", TEACHER], "--device gpu"),
         (["--dataset", "easyVQA", "--model-path-lvlm", "/no/such/model"], "/no/such/model: no such model folder"),
         (["--dataset", "images", "--image-root", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--dataset", "textVQA", "--annotations", "/no/such.json"], "/no/such.json: no such file"),

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import torch
+from PIL import Image
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mpa import models
@@ -154,24 +155,37 @@ class HFEngine:
 
     def prepare(self, batch: list[Request]) -> tuple[list[int], dict, list[dict]]:
         """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
-        good, pictures, errors = [], [], []
+        pictures, errors = {}, []  # by row
         for row, request in enumerate(batch):
             try:
-                pictures.append(open_picture(request.image_path))
-                good.append(row)
+                pictures[row] = open_picture(request.image_path)
             except PictureError as error:
                 errors.append({"key": request.key, "error": f"picture: {error}"})
+
+        def process(rows):
+            return self._process([pictures[row] for row in rows], [batch[row].prompt for row in rows])
+
         try:
-            return good, self._process(pictures, [batch[row].prompt for row in good]), errors
+            return list(pictures), process(pictures), errors
+        except MemoryError:
+            raise
         except Exception:  # one picture may have spoilt the batch: an extreme shape, say
-            for row, picture in zip(good[:], pictures[:], strict=True):
+            good = []
+            for row in pictures:
                 try:
-                    self._process([picture], [batch[row].prompt])
+                    process([row])
+                    good.append(row)
                 except Exception as error:
+                    self._check_processor()
                     errors.append({"key": batch[row].key, "error": f"picture: the processor refuses it ({error})"})
-                    good.remove(row)
-                    pictures.remove(picture)
-            return good, self._process(pictures, [batch[row].prompt for row in good]), errors
+            return good, process(good), errors
+
+    def _check_processor(self) -> None:
+        """Raise InputError where the processor fails on a plain picture: then no picture is to blame."""
+        try:
+            self._process([Image.new("RGB", (64, 64))], ["What is it?"])
+        except Exception as error:
+            raise InputError(f"{self.model_path}: its processor fails on a plain picture: {error}") from None
 
     def _process(self, pictures: list, prompts: list[str]) -> dict:
         """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
@@ -324,7 +338,8 @@ class Chooser(LogitsProcessor):
     """
 
     def __init__(self, batch: list[Request]):
-        self.draws = [random.Random(f"{r.seed}:{r.key}") for r in batch]
+        # A key may hold a file name that is no Unicode.
+        self.draws = [random.Random(f"{r.seed}:{r.key}".encode("utf-8", "surrogatepass")) for r in batch]
         self.temperature = torch.tensor([[r.temperature] for r in batch], dtype=torch.float64)  # [B, 1]
         self.top_p = torch.tensor([[r.top_p] for r in batch], dtype=torch.float64)
         self.logprobs = []  # a [B] each step

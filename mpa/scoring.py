@@ -1,0 +1,102 @@
+"""Scores of a result file: every metric side by side, the data set's headline first, each with n and an interval."""
+
+from collections import defaultdict
+
+from mpa.datasets import DATASETS
+from mpa.metrics import METRICS, bootstrap_interval
+
+
+def metric_names(dataset: str, preset: str = "paper") -> list[str]:
+    """All metrics in the order of the table: the headline, the others of this data set's field, the rest."""
+    first = ("contains",) if preset == "released" else ()
+    return list(dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS)))
+
+
+def answers_of(record: dict) -> list[str]:
+    """A test question's answers. Files of the released code hold only the most common one: as if all ten had given it."""
+    return record.get("answers") or [record["GT_answer"]] * 10
+
+
+def values(records: list[dict], metric: str, field: str = "answers") -> list[float]:
+    """Each record's score, 0 to 1. A question without a prediction counts as wrong."""
+    of = METRICS[metric]
+    found = []
+    for r in records:
+        answers = answers_of(r) if field == "answers" else r[field]
+        found.append(0.0 if r["predictions"] is None else of(r["predictions"], answers))
+    return found
+
+
+def summary(scores: list[float]) -> dict:
+    """{"score", "ci95", "n"}: mean, its 95 % bootstrap interval and the number of questions."""
+    mean = sum(scores) / len(scores) if scores else float("nan")
+    return {"score": mean, "ci95": bootstrap_interval(scores), "n": len(scores)}
+
+
+def score(records: list[dict], dataset: str, preset: str = "paper") -> dict:
+    """{row: summary}, the headline first; `records` are an Eval file's.
+
+    Rows are the metrics; after the headline come its parts, where questions have a `type` (ChartQA:
+    human, augmented), and the same metric on `raw_answers` (OK-VQA, whose `answers` are stemmed).
+    """
+    names = metric_names(dataset, preset)
+    headline = values(records, names[0])
+    rows = {names[0]: summary(headline)}
+    by_type = defaultdict(list)
+    for record, value in zip(records, headline, strict=True):
+        by_type[record.get("type")].append(value)
+    if len(by_type) > 1:
+        rows |= {f"{names[0]}, {kind}": summary(found) for kind, found in sorted(by_type.items(), key=str)}
+    if all(r.get("raw_answers") for r in records):
+        rows[f"{names[0]}, raw answers"] = summary(values(records, names[0], "raw_answers"))
+    return rows | {name: summary(values(records, name)) for name in names[1:]}
+
+
+def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "paper") -> dict:
+    """{metric: summary of after - before} over the questions that both files hold, paired by question id.
+
+    Each also says on how many questions `after` is better and worse.
+    """
+    old = {str(r["question_id"]): r for r in before}
+    pairs = [(old[str(r["question_id"])], r) for r in after if str(r["question_id"]) in old]
+    rows = {}
+    for name in metric_names(dataset, preset):
+        was, now = (values([pair[i] for pair in pairs], name) for i in (0, 1))
+        gains = [b - a for a, b in zip(was, now, strict=True)]
+        rows[name] = summary(gains) | {"better": sum(g > 0 for g in gains), "worse": sum(g < 0 for g in gains)}
+    return rows
+
+
+def table(rows: dict) -> list[str]:
+    """The rows of `score` as text, in percent."""
+    lines = []
+    for i, (name, s) in enumerate(rows.items()):
+        low, high = (100 * bound for bound in s["ci95"])
+        mark = "  ← headline" if i == 0 else ""
+        lines.append(
+            f"  {name:<24}{100 * s['score']:6.1f} %   95 % interval {low:.1f} to {high:.1f}   n = {s['n']}{mark}"
+        )
+    return lines
+
+
+def comparison(rows: dict) -> list[str]:
+    """The rows of `compare` as text, in points."""
+    lines = []
+    for i, (name, s) in enumerate(rows.items()):
+        low, high = (100 * bound for bound in s["ci95"])
+        mark = "  ← headline" if i == 0 else ""
+        lines.append(
+            f"  {name:<24}{100 * s['score']:+6.1f} points   95 % interval {low:+.1f} to {high:+.1f}   "
+            f"better on {s['better']}, worse on {s['worse']} of {s['n']}{mark}"
+        )
+    return lines
+
+
+def side_by_side(scores: dict[str, dict]) -> list[str]:
+    """{model: rows of `score`} as one table, in percent: a model a line, the headline first."""
+    rows = next(iter(scores.values()))
+    wide = max(map(len, scores))
+    lines = [f"  {'':<{wide}}" + "".join(f"  {name}" for name in rows)]
+    for model, of_it in scores.items():
+        lines.append(f"  {model:<{wide}}" + "".join(f"  {100 * of_it[name]['score']:>{len(name)}.1f}" for name in rows))
+    return lines
