@@ -33,7 +33,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--path-map",
-        type=_path_map,
+        type=path_map,
         action="append",
         metavar="OLD=NEW",
         help="where files say OLD/…, the pictures now lie in NEW/…; may be given several times",
@@ -103,7 +103,7 @@ def number(least, most=None, kind=int, above: bool = False):
     return read
 
 
-def _path_map(text: str) -> tuple[str, str]:
+def path_map(text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not (old and equals and new):
         raise argparse.ArgumentTypeError("expected OLD=NEW, as in /workspace/data=/mnt/data")

@@ -151,9 +151,9 @@ def plain(text: str) -> str:
     ('12500%', '25', 'route 66')
     """
     text = " ".join(text.lower().split()).removesuffix(".")
+    text = " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
     text = re.sub(r"\s*(?:%|\b(?:percent|per cent)\b)", "%", text)
-    text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
-    return " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
+    return _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
 
 
 def tolerant(prediction: str, answers: list[str]) -> float:

@@ -107,6 +107,11 @@ def parse_annotation(reply: str, preset: str = "paper") -> Annotation:
     return Annotation(question, answer)
 
 
+def with_question_mark(question: str) -> str:
+    """A question of the released code's PA files with the "?" that it cut off."""
+    return question if question.rstrip()[-1:] in "?？؟" else f"{question}?"
+
+
 def follow_up_prompt(reply: str, preset: str) -> str | None:
     """What PI asks the L-VLM about its own annotation; None where the annotation cannot be used."""
     parsed = parse_annotation(reply, preset)

@@ -9,7 +9,10 @@ from mpa.metrics import METRICS, bootstrap_interval
 def metric_names(dataset: str, preset: str = "paper") -> list[str]:
     """All metrics in the order of the table: the headline, the others of this data set's field, the rest."""
     first = ("contains",) if preset == "released" else ()
-    return list(dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS)))
+    names = dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS))
+    if "vqa" not in DATASETS[dataset].metrics:  # its questions have fewer answers than the four that full marks take
+        del names["vqa"], names["textvqa"]
+    return list(names)
 
 
 def answers_of(record: dict) -> list[str]:

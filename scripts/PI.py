@@ -24,7 +24,7 @@ from mpa.datasets import locate
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.models import check_model_path, identity
-from mpa.prompts import parse_annotation, train_prompt
+from mpa.prompts import parse_annotation, train_prompt, with_question_mark
 from mpa.records import InputError
 
 
@@ -142,6 +142,23 @@ def write_held_out(args, lvlm: str, held_out: list[dict]) -> None:
     records.write_json(held_out_file(args, lvlm), test)
 
 
+def usable_annotations(annotations: list[dict], args) -> list[dict]:
+    """The PA records that have a question and an answer, their pictures where they lie now.
+
+    The released code's, which have no `reply`, have lost their question mark; under `paper` it is put back.
+    """
+    usable = []
+    for r in annotations:
+        if not (r["predicted_question"] and r["predicted_answer"]):
+            continue
+        question = r["predicted_question"]
+        if args.preset == "paper" and "reply" not in r:
+            question = with_question_mark(question)
+        path = locate(r["image_path"], args.path_map, args.image_root)
+        usable.append(r | {"image_path": path, "predicted_question": question})
+    return usable
+
+
 def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict], dict]:
     """The L-VLM's answers to all annotations, the S-VLM's where the first half of PI holds, and the funnel so far."""
     if lvlm == svlm:
@@ -151,11 +168,7 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.chosen(records.read_records(pa_json, "PA"), args)
-    usable = [
-        r | {"image_path": locate(r["image_path"], args.path_map, args.image_root)}
-        for r in annotations
-        if r["predicted_question"] and r["predicted_answer"]
-    ]
+    usable = usable_annotations(annotations, args)
     if not usable:
         raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
 

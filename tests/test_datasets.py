@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from conftest import DATA
 from PIL import Image
 
 from mpa.cli import chosen
-from mpa.datasets import DATASETS, load_samples
+from mpa.datasets import DATASETS, load_samples, moved
 from mpa.matching import MATCHERS
 from mpa.metrics import METRICS
 from mpa.prompts import TASK_PROMPTS
@@ -144,3 +145,50 @@ def test_a_limit_takes_the_first_and_a_sample_draws_with_the_seed():
     assert drawn == sorted(set(drawn)) == chosen(items, args(sample=10)) != chosen(items, args(sample=10, seed=1))
     assert len(drawn) == 10
     assert chosen(items, args(sample=1000)) == items
+
+
+def test_json_lines_byte_order_marks_and_foreign_line_ends_read_as_json_does(root, tmp_path, capsys):
+    shutil.copy(root / "a.jpg", root / "é.jpg")
+    records = [{"question_id": i, "image_id": "aé"[i % 2], "question": "où?", "answers": ["x"]} for i in range(4)]
+    text = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    whole = {"data": records}
+    for name, content in (
+        ("a.json", json.dumps(whole, indent=1).replace("\n", "\r\n")),
+        ("b.json", "\ufeff" + json.dumps(whole)),
+        ("c.jsonl", text),
+        ("d.json", "\ufeff" + text + "\n"),
+        ("e.jsonl", text + '\r\n{"question_id": 4, "image_'),
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert [s.question_id for s in load_samples("textVQA", "train", tmp_path / name, root)] == [0, 1, 2, 3], name
+    assert "its last line, 5, is cut off and left out" in capsys.readouterr().err
+
+
+def test_ids_stay_what_they_were_and_a_picture_may_have_many_questions(root, tmp_path):
+    records = [{"question_id": i, "image_id": "a", "question": "q", "answers": ["x"]} for i in (3, "n/4", "05")]
+    (tmp_path / "a.json").write_text(json.dumps({"data": records}))
+    samples = load_samples("textVQA", "test", tmp_path / "a.json", root)
+    assert [s.question_id for s in samples] == [3, "n/4", "05"]
+    assert len({s.image_path for s in samples}) == 1
+
+
+def test_missing_pictures_are_counted_before_a_model_is_loaded(root, tmp_path, capsys):
+    records = [{"question_id": i, "image_id": image, "question": "q", "answers": []} for i, image in enumerate("ab")]
+    (tmp_path / "a.json").write_text(json.dumps({"data": records}))
+    assert len(load_samples("textVQA", "train", tmp_path / "a.json", root)) == 2
+    assert "1 of 2 pictures are not there, the first is" in capsys.readouterr().err
+
+
+def test_chartqa_says_who_asked_also_of_the_released_file():
+    file = Path(__file__).parents[2] / "shared/reference/annotations/chartqa_test_combined.json"
+    if not file.exists():
+        pytest.skip("the released annotation files are not here")
+    samples = load_samples("chartVQA", "test", file, "/", pictures=False)
+    assert [s.more["type"] for s in samples] == ["augmented"] * 1250 + ["human"] * 1250
+
+
+def test_the_longest_folder_that_fits_says_where_a_picture_has_moved():
+    moves = {"/workspace": "/a", "/workspace/data/": "/b/"}
+    assert moved("/workspace/data/x.jpg", moves) == "/b/x.jpg"
+    assert moved("/workspace/x.jpg", moves) == "/a/x.jpg"
+    assert moved("/workspaces/x.jpg", moves) == "/workspaces/x.jpg"

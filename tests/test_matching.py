@@ -27,6 +27,18 @@ def test_an_empty_answer_matches_nothing(name):
         ("vqa", "two", "2", True),
         ("vqa", "the cat.", "cat", True),
         ("vqa", "dog", "cat", False),
+        ("tolerant", "12,500", "12500", True),
+        ("tolerant", "Twelve.", "12", True),
+        ("tolerant", "twenty-five percent", "25%", True),
+        ("tolerant", "25", "25 per cent", True),
+        ("tolerant", "104", "100", True),
+        ("tolerant", "106", "100", False),
+        ("tolerant", "2013", "2014", False),
+        ("tolerant", "2014.", "2014", True),
+        ("tolerant", "1,2", "12", False),
+        ("tolerant", "two cats", "2 cats", True),
+        ("tolerant", "cat", "dog", False),
+        ("tolerant", "-5", "5", False),
     ],
 )
 def test_matchers(name, prediction, answer, agrees):

@@ -45,6 +45,18 @@ def test_most_common_takes_the_first_on_a_tie():
     assert most_common(["b", "a", "a", "b"]) == "b"
 
 
+def test_stvqa_accuracy_takes_any_of_the_answers_after_the_evalai_processor():
+    assert METRICS["accuracy"]("The Dog's", ["cat", "dog 's"]) == 1.0
+    assert METRICS["accuracy"]("dogs", ["cat", "dog"]) == 0.0
+
+
+def test_the_interval_is_that_of_drawing_the_scores_themselves():
+    scores = np.random.default_rng(1).choice([0.0, 0.3, 0.6, 1.0], 400)
+    draws = np.random.default_rng(2)
+    means = [scores[draws.integers(0, 400, 400)].mean() for _ in range(4000)]
+    assert bootstrap_interval(scores) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.004)
+
+
 def test_the_interval_holds_the_mean_and_narrows_with_n():
     rng = np.random.default_rng(0)
     few, many = rng.random(100) < 0.7, rng.random(10_000) < 0.7

@@ -1,10 +1,17 @@
 import struct
+import sys
 import zlib
 
+import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
+from mpa.datasets import load_samples
 from mpa.pictures import PictureError, open_picture, picture_size
+
+sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
+import data
 
 
 def bomb(path):
@@ -65,3 +72,29 @@ def test_pictures_come_out_as_people_see_them(tmp_path):
 
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
     assert open_picture(tmp_path / "print.jpg").mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_grey_is_scaled_and_not_cut_to_white(tmp_path, mode):
+    values = np.array([[0, 16384], [32768, 65535]])
+    Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(tmp_path / "a.tif")
+    picture = open_picture(tmp_path / "a.tif")
+    assert picture.mode == "RGB"
+    assert [picture.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".PNG", ".webp", ".bmp", ".tiff", ".gif"])
+def test_the_trainer_sees_the_same_pixels_as_the_stages(tmp_path, suffix):
+    """Its code is its own, so that it needs no mpa."""
+    path = tmp_path / f"a{suffix}"
+    noise = Image.effect_noise((40, 30), 80).convert("RGB")
+    noise.save(path)
+    (sample,) = load_samples("images", "train", image_root=tmp_path)
+    assert sample.question_id == path.name
+    assert data.open_picture(path).tobytes() == open_picture(path).tobytes()
+    for mode in ("LA", "RGBA", "P", "I;16"):
+        other = tmp_path / "b.png"
+        Image.effect_noise((40, 30), 80).convert(mode if mode != "I;16" else "L").save(other)
+        if mode == "I;16":
+            Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(other)
+        assert data.open_picture(other).tobytes() == open_picture(other).tobytes()

@@ -1,9 +1,14 @@
 """The authors' own files in, the authors' own files out."""
 
 import json
+import time
+from types import SimpleNamespace
 
+import PI
 import pytest
-from conftest import DATA, script
+from conftest import DATA, ROOT, script
+
+from mpa.records import read_records
 
 OFFICIAL = DATA / "official"
 LVLM, SVLM = "Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"
@@ -46,3 +51,19 @@ def test_a_released_result_file_is_scored_without_a_model(preset, dataset, says)
     headline = next(line for line in done.stdout.splitlines() if "headline" in line)
     assert says in " ".join(headline.split())
     assert "n = 8" in headline
+
+
+def test_nine_thousand_released_annotations_get_their_question_marks_back():
+    reference = ROOT.parent / "shared/reference/official/PA_okvqa_full.json"
+    if not reference.exists():
+        pytest.skip("the file is not here")
+    started = time.time()
+    annotations = read_records(reference, "PA")
+    args = SimpleNamespace(preset="paper", path_map={"/workspace/data/okvqa": "/mnt/okvqa"}, image_root=None)
+    usable = PI.usable_annotations(annotations, args)
+    assert time.time() - started < 5
+    assert len(usable) == 9009
+    assert all(r["predicted_question"].count("?") == 1 and r["predicted_question"].endswith("?") for r in usable)
+    assert all(r["image_path"].startswith("/mnt/okvqa/images/train2014/") for r in usable)
+    args.preset = "released"
+    assert not any("?" in r["predicted_question"] for r in PI.usable_annotations(annotations, args))

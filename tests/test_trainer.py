@@ -109,6 +109,14 @@ def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, content, s
     assert "train.json" in str(error.value)
 
 
+def test_pictures_that_have_moved_are_found_by_the_map(tmp_path):
+    path = write(tmp_path, train_record(1, "/workspace/data/a.png", "q", "x"))
+    (sample,) = data.read_samples(path, path_map=["/workspace/data/=" + str(tmp_path)])
+    assert sample["image"] == str(tmp_path / "a.png")
+    with pytest.raises(data.DataError, match="expected OLD=NEW"):
+        data.read_samples(path, path_map=["/workspace/data"])
+
+
 def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, capsys):
     path = write(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")

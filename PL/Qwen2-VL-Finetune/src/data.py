@@ -8,9 +8,11 @@ A record (LLaVA form, as the Parity Identifier writes it):
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -24,30 +26,39 @@ class DataError(Exception):
 
 
 def open_picture(path: str) -> Image.Image:
-    """The picture as the stages see it: first frame, turned as its EXIF says, alpha over white, RGB."""
-    with Image.open(path) as file:
-        file.load()
-        picture = ImageOps.exif_transpose(file)
+    """The picture as the stages see it: first frame, turned as its EXIF says, 8 bits, alpha over white, RGB."""
+    with Image.open(path) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I") or picture.mode == "F":  # deep grey, which Pillow's conversion would cut to white
+        values = np.asarray(picture, dtype=np.float64)
+        most = values.max()
+        white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else max(most, 255)
+        picture = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_samples(data_path: str, image_folder: str = "") -> list[dict]:
+def read_samples(data_path: str, image_folder: str = "", path_map: Sequence[str] = ()) -> list[dict]:
     """The records, checked, as {"id", "image", "messages"} with chat-template messages.
 
-    Raises DataError for a file that is no list of such records. No picture is opened: see `readable`.
+    `path_map` are "OLD=NEW" folders of pictures that have moved. Raises DataError for a file that is no
+    list of such records. No picture is opened: see `readable`.
     """
+    moves = [tuple(folder.rstrip("/") + "/" for folder in move.partition("=")[::2]) for move in path_map]
+    if not all("=" in move and all(map(len, move.split("="))) for move in path_map):
+        raise DataError(f"--path_map {' '.join(path_map)}: expected OLD=NEW, as in /workspace/data=/mnt/data.")
     try:
-        records = json.loads(Path(data_path).read_text(encoding="utf-8"))
+        records = json.loads(Path(data_path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{data_path}: no such file. Run PI.sh first, or name the file with --data_path.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{data_path}: not JSON ({error}). Write it again.") from None
     if not isinstance(records, list) or not records:
         raise DataError(f"{data_path}: no samples in it; there is nothing to train on.")
-    return [_read(record, f"{data_path}, record {i}", image_folder) for i, record in enumerate(records)]
+    return [_read(record, f"{data_path}, record {i}", image_folder, moves) for i, record in enumerate(records)]
 
 
 def refuse_special_tokens(samples: list[dict], tokenizer, data_path: str) -> None:
@@ -84,7 +95,7 @@ def readable(samples: list[dict], data_path: str) -> list[dict]:
     return good
 
 
-def _read(record, where: str, image_folder: str) -> dict:
+def _read(record, where: str, image_folder: str, moves: list[tuple[str, str]]) -> dict:
     try:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
         sample_id, image = record["id"], record["image"]
@@ -98,6 +109,7 @@ def _read(record, where: str, image_folder: str) -> dict:
         raise DataError(f"{where}: expected one image and one {IMAGE}, in the first human turn.")
     if not all(text.strip() for who, text in turns if who == "gpt"):
         raise DataError(f"{where}: an answer is empty; there is nothing to learn from it.")
+    image = next((new + image.removeprefix(old) for old, new in moves if image.startswith(old)), image)
     messages = [{"role": "user" if who == "human" else "assistant", "content": _content(text)} for who, text in turns]
     return {"id": sample_id, "image": os.path.join(image_folder, image), "messages": messages}
 

@@ -18,6 +18,9 @@ class ModelArguments:
 class DataArguments:
     data_path: str = field(metadata={"help": "Train JSON: a list of {id, image, conversations} (LLaVA form)."})
     image_folder: str = field(default="", metadata={"help": "Folder that relative image paths start from."})
+    path_map: list[str] = field(
+        default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON has in OLD/ now lie in NEW/."}
+    )
     image_min_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Enlarge pictures to this area, in pixels."})
     image_max_pixels: int = field(default=512 * 28 * 28, metadata={"help": "Shrink pictures to this area, in pixels."})
 

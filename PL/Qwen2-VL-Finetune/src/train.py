@@ -113,7 +113,7 @@ def main(argv=None) -> None:
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
-    samples = read_samples(data_args.data_path, data_args.image_folder)
+    samples = read_samples(data_args.data_path, data_args.image_folder, data_args.path_map)
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
         made = json.loads((out / META).read_text())["settings"]

@@ -1,0 +1,361 @@
+"""Each official download in miniature, as it comes; what prepare makes of it, and the four stages on that."""
+
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, STUDENT, TEACHER, script
+from PIL import Image
+
+from mpa.datasets import DATASETS, EASY, load_samples
+from mpa.records import InputError, read_json, read_records
+
+sys.path.insert(0, str(ROOT / "data"))
+import prepare
+
+REFERENCE = ROOT.parent / "shared/reference/annotations"
+NAMES = ["textVQA", "stVQA", "chartVQA", "okVQA"]
+N = 24  # pictures in a train part; a third as many in a test part
+
+
+def drawings(part: str):
+    """(bytes of an easy-VQA picture, [(question, answer), …]) without end."""
+    asked = {}
+    for question, answer, image in read_json(f"{EASY}/data/{part}/questions.json"):
+        asked.setdefault(image, []).append((question, answer))
+    for image, of_it in asked.items():
+        yield Path(f"{EASY}/data/{part}/images/{image}.png").read_bytes(), of_it
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def zipped(folder: Path, archive: Path) -> None:
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(folder.parent))
+    shutil.rmtree(folder)
+
+
+def textvqa(root: Path) -> None:
+    """The 0.5.1 JSON files, and the pictures of both parts in one archive."""
+    ids = count()
+    for part, name, n in (("train", "train", N), ("test", "val", N // 3)):
+        data = []
+        for (picture, asked), _ in zip(drawings(part), range(n), strict=False):
+            image_id = hashlib.md5(picture).hexdigest()[:16]
+            write(root / f"train_images/{image_id}.jpg", picture)
+            for question, answer in asked[:2]:
+                record = {"question_id": next(ids), "image_id": image_id, "question": question, "set_name": name}
+                data.append(record | {"answers": [answer] * 10, "image_classes": ["Clock"]})
+        write(root / f"TextVQA_0.5.1_{name}.json", {"dataset_type": name, "dataset_name": "textvqa", "data": data})
+    zipped(root / "train_images", root / "train_val_images.zip")
+
+
+def stvqa(root: Path) -> None:
+    """Task 1 of the train part, which has all answers, and its image tree."""
+    data = []
+    for i, ((picture, asked), _) in enumerate(zip(drawings("train"), range(N + N // 3), strict=False)):
+        folder = ("coco-text", "iiit_text", "vizwiz")[i % 3]
+        write(root / f"train/{folder}/img_{i:06}.jpg", picture)
+        for question, answer in asked[:2]:
+            record = {"question_id": len(data), "dataset": folder, "file_name": f"img_{i:06}.jpg", "set_name": "train"}
+            data.append(record | {"file_path": f"{folder}/img_{i:06}.jpg", "question": question, "answers": [answer]})
+    write(root / "train_task_1.json", {"dataset_name": "st-vqa", "data": data})
+
+
+def chartqa(root: Path) -> None:
+    """The repository's folder; a picture of the same name in two parts is another picture."""
+    for part, n in (("train", N), ("val", 3), ("test", N // 3)):
+        by_kind = {"human": [], "augmented": []}
+        for i, ((picture, asked), _) in enumerate(
+            zip(drawings("test" if part == "test" else "train"), range(n), strict=False)
+        ):
+            write(root / f"ChartQA Dataset/{part}/png/{i}.png", picture)
+            for question, answer in asked[:2]:
+                by_kind["human" if i % 2 else "augmented"].append(
+                    {"imgname": f"{i}.png", "query": question, "label": answer}
+                )
+        for kind, data in by_kind.items():
+            write(root / f"ChartQA Dataset/{part}/{part}_{kind}.json", data)
+
+
+def okvqa(root: Path) -> None:
+    """Questions and annotations apart, each in an archive, with COCO's pictures: one part zipped, the other not."""
+    for part, name, n in (("train", "train2014", N), ("test", "val2014", N // 3)):
+        questions, annotations = [], []
+        for i, ((picture, asked), _) in enumerate(zip(drawings(part), range(n), strict=False)):
+            write(root / f"{name}/COCO_{name}_{i + 1:012}.jpg", picture)
+            for j, (question, answer) in enumerate(asked[: 1 + (i == 0)]):
+                ids = {"image_id": i + 1, "question_id": 10 * (i + 1) + j}
+                questions.append({**ids, "question": question})
+                answers = [{"answer_id": k, "answer": answer[:5], "raw_answer": answer} for k in range(10)]
+                annotations.append({**ids, "question_type": "one", "answers": answers})
+        for file, content in (
+            (f"OpenEnded_mscoco_{name}_questions.json", {"questions": questions}),
+            (f"mscoco_{name}_annotations.json", {"annotations": annotations}),
+        ):
+            with zipfile.ZipFile(root / f"{file}.zip", "w") as archive:
+                archive.writestr(file, json.dumps(content))
+    zipped(root / "train2014", root / "train2014.zip")
+
+
+LAYOUTS = {"textVQA": textvqa, "stVQA": stvqa, "chartVQA": chartqa, "okVQA": okvqa}
+FILES = {
+    "textVQA": [
+        "TextVQA_0.5.1_unique_train.json",
+        "TextVQA_0.5.1_val.json",
+        "qwenTrainFormat_eval.json",
+        "qwenTrainFormat_train.json",
+    ],
+    "stVQA": [
+        *("QwenTrainFormat_train_task_1_onePerImage_eval.json", "QwenTrainFormat_train_task_1_onePerImage_train.json"),
+        *("train_task_1_onePerImage_train.json", "train_task_1_onePerImage_val.json"),
+    ],
+    "chartVQA": [
+        *("test_combined.json", "train_onePerImage.json"),
+        *("train_onePerImage_QwenFormat_eval.json", "train_onePerImage_QwenFormat_train.json"),
+    ],
+    "okVQA": [
+        "okvqa_QwenFormat_eval.json",
+        "okvqa_QwenFormat_train.json",
+        "okvqa_train_unique_combine.json",
+        "okvqa_val_combine.json",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """{data set: data folder}, each prepared from its download in miniature."""
+    folders = {}
+    for name, layout in LAYOUTS.items():
+        source = tmp_path_factory.mktemp(f"{name}-download")
+        layout(source)
+        folders[name] = tmp_path_factory.mktemp(f"{name}-data")
+        prepare.main([name, "--source", str(source), "--data", str(folders[name])])
+    return folders
+
+
+def folder_of(prepared, name) -> Path:
+    return prepared[name] / prepare.PREPARATIONS[name].folder
+
+
+def samples_of(prepared, name, split):
+    where = getattr(DATASETS[name], split)
+    return load_samples(name, split, prepared[name] / where.annotations, prepared[name] / where.images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_released_file_names_come_out_and_read_back_with_their_pictures(prepared, name):
+    assert sorted(p.name for p in folder_of(prepared, name).glob("*.json")) == FILES[name]
+    train, test = samples_of(prepared, name, "train"), samples_of(prepared, name, "test")
+    assert len({s.image_path for s in train}) in (N, int(0.85 * (N + N // 3)))
+    assert all(Image.open(s.image_path).size == (64, 64) for s in [*train, *test])
+    assert not {s.image_path for s in train} & {s.image_path for s in test}
+    if name != "okVQA":
+        assert len({s.image_path for s in train}) == len(train)
+    for file in (f for f in FILES[name] if "ormat" in f):
+        records = read_records(folder_of(prepared, name) / file, "train")
+        assert all(Path(r["image"]).exists() for r in records)
+        assert all(r["conversations"][0]["value"].endswith("single word or phrase.") for r in records)
+
+
+@pytest.mark.parametrize("name", ["textVQA", "stVQA", "okVQA"])
+def test_the_split_is_by_image_and_85_to_15(prepared, name):
+    train, val = (
+        read_json(folder_of(prepared, name) / file)
+        for part in ("train", "eval")
+        for file in FILES[name]
+        if "ormat" in file and file.endswith(f"{part}.json")
+    )
+    images = [{r["image"] for r in part} for part in (train, val)]
+    assert not images[0] & images[1]
+    assert len(images[0]) == int(0.85 * len(images[0] | images[1]))
+
+
+def test_okvqa_keeps_the_stemmed_answers_and_the_raw_ones_beside(prepared):
+    (sample, *_) = samples_of(prepared, "okVQA", "test")
+    assert sample.answers == [a[:5] for a in sample.more["raw_answers"]]
+    train = read_json(folder_of(prepared, "okVQA") / "okvqa_train_unique_combine.json")
+    assert [len(r["qas"]) for r in train] == [2] + [1] * (N - 1)
+
+
+def test_chartqa_says_who_asked_and_keeps_the_parts_pictures_apart(prepared):
+    test = samples_of(prepared, "chartVQA", "test")
+    assert {s.more["type"] for s in test} == {"human", "augmented"}
+    train = samples_of(prepared, "chartVQA", "train")
+    assert Path(train[0].image_path).name == Path(test[0].image_path).name
+    assert Path(train[0].image_path).read_bytes() != Path(test[0].image_path).read_bytes()
+
+
+def test_a_second_call_changes_nothing_and_a_file_that_differs_is_not_overwritten(tmp_path, capsys):
+    textvqa(tmp_path)
+    arguments = ["textVQA", "--source", str(tmp_path), "--data", str(tmp_path / "data")]
+    prepare.main(arguments)
+    (tmp_path / "data/TextVQA/qwenTrainFormat_eval.json").unlink()  # as if it had been killed
+    next((tmp_path / "data/TextVQA/train_images").iterdir()).unlink()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*") if p.is_file()}
+    prepare.main(arguments)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert len(list((tmp_path / "data/TextVQA").glob("*.json"))) == 4
+    assert len(list((tmp_path / "data/TextVQA/train_images").iterdir())) == N + N // 3
+    with pytest.raises(InputError, match="is there already and differs"):
+        prepare.main([*arguments, "--seed", "1"])
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
+    with pytest.raises(InputError, match=f"nothing of {name} in it. Expected .*train"):
+        prepare.main([name, "--source", str(tmp_path), "--data", str(tmp_path / "data")])
+    with pytest.raises(InputError, match="no such folder"):
+        prepare.main([name, "--source", str(tmp_path / "none")])
+    (tmp_path / "x.zip").write_bytes(b"PK but cut off")
+    with pytest.raises(InputError, match=r"x\.zip: no whole zip archive"):
+        prepare.main([name, "--source", str(tmp_path), "--data", str(tmp_path / "data")])
+
+
+def parquet(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "image"} for row in rows])
+    table = table.append_column("image", pa.array([{"bytes": row["image"], "path": None} for row in rows], image))
+    pa.parquet.write_table(table, path)
+
+
+def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):
+    """As lmms-lab and HuggingFaceM4 publish them: shards by split, the pictures inside, columns of their own."""
+    source = tmp_path / "hf"
+    rows = {"train": [], "validation": []}
+    for part, name in (("train", "train"), ("test", "validation")):
+        for (picture, asked), _ in zip(drawings(part), range(6), strict=False):
+            for question, answer in asked[:2]:
+                ids = {"question_id": len(rows[name]), "image_id": hashlib.md5(picture).hexdigest()[:16]}
+                rows[name].append(ids | {"question": question, "answers": [answer] * 10, "image": picture})
+        parquet(source / f"textvqa/data/{name}-00000-of-00001.parquet", rows[name])
+    prepare.main(
+        ["textVQA", "--source", str(source / "textvqa"), "--source-format", "hf", "--data", str(tmp_path / "t")]
+    )
+    ours, theirs = (samples_of(folders, "textVQA", "train") for folders in ({"textVQA": tmp_path / "t"}, prepared))
+    assert [Path(s.image_path).read_bytes() for s in ours] == [Path(s.image_path).read_bytes() for s in theirs[:6]]
+    assert [(s.question, s.answers) for s in ours] == [(s.question, s.answers) for s in theirs[:6]]
+
+    charts = [
+        {"query": r["question"], "label": r["answers"][:1], "human_or_machine": i % 2, "image": r["image"]}
+        for i, r in enumerate(rows["validation"])
+    ]
+    parquet(source / "chartqa/data/test-00000-of-00001.parquet", charts)
+    prepare.main(
+        ["chartVQA", "--source", str(source / "chartqa"), "--source-format", "hf", "--data", str(tmp_path / "c")]
+    )
+    test = samples_of({"chartVQA": tmp_path / "c"}, "chartVQA", "test")
+    assert [s.more["type"] for s in test[:2]] == ["human", "augmented"]
+    assert len({s.image_path for s in test}) == 6
+
+    knowledge = [
+        {
+            "question_id": str(10 * (i // 2) + 5 + i % 2),
+            "question": r["question"],
+            "answers": r["answers"],
+            "image": r["image"],
+        }
+        for i, r in enumerate(rows["validation"])
+    ]
+    parquet(source / "okvqa/data/val2014-00000-of-00001.parquet", knowledge)
+    prepare.main(["okVQA", "--source", str(source / "okvqa"), "--source-format", "hf", "--data", str(tmp_path / "o")])
+    test = samples_of({"okVQA": tmp_path / "o"}, "okVQA", "test")
+    assert test[2].image_path.endswith("COCO_val2014_000000000001.jpg")
+    assert test[2].question_id == 15
+
+    parquet(source / "stvqa/data/train-00000-of-00001.parquet", [{**r, "path": "a/../../x.jpg"} for r in rows["train"]])
+    with pytest.raises(InputError, match="outside the image root"):
+        prepare.main(
+            ["stVQA", "--source", str(source / "stvqa"), "--source-format", "hf", "--data", str(tmp_path / "s")]
+        )
+
+
+def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_path, capsys):
+    chartqa(tmp_path)
+    arguments = ["--data", str(tmp_path / "data")]
+    prepare.main(["chartVQA", "--source", str(tmp_path), *arguments])
+    prepare.main(["check", "chartVQA", *arguments])
+    said = capsys.readouterr().out
+    assert f"{N} questions about {N} pictures" in said
+    assert "visual tokens of Qwen2-VL 144 to 144 a picture" in said
+    assert "All is well." in said
+    pictures = tmp_path / "ChartQA Dataset/test/png"
+    (pictures / "1.png").unlink()
+    (pictures / "2.png").write_bytes(b"")
+    Image.new("RGB", (2, 900)).save(pictures / "3.png")
+    shutil.copy(pictures / "4.png", pictures / "5.png")
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["check", "chartVQA", *arguments])
+    said = capsys.readouterr().out
+    assert "6 samples would be lost" in str(ended.value)
+    for words in (
+        "1.png: no such file",
+        "2.png: cannot be read (not a picture",
+        "3.png: the processor refuses it",
+        "copies of others",
+    ):
+        assert words in said
+
+
+def test_a_folder_of_ones_own_pictures_is_checked(pictures, capsys):
+    prepare.main(["check", "images", "--image-root", str(pictures)])
+    assert "12 questions about 12 pictures" in capsys.readouterr().out
+
+
+def test_one_question_a_picture_and_splits_by_picture_have_the_released_counts():
+    """On the released annotation files themselves. Which pictures fall on which side is theirs alone: no seed is published."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the released annotation files are not here")
+    records = [
+        {"image_id": r["image_id"], **qa}
+        for r in read_json(REFERENCE / "okvqa_train_unique_combine.json")
+        for qa in r["qas"]
+    ]
+    files = prepare.files_okvqa({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
+    train, val = (files[f"okvqa_QwenFormat_{part}.json"] for part in ("train", "eval"))
+    assert {len({r["image_id"] for r in part}) for part in (train, val)} == {7648, 1350}
+    assert files["okvqa_train_unique_combine.json"] == read_json(REFERENCE / "okvqa_train_unique_combine.json")
+    theirs = [read_json(REFERENCE / f"okvqa_QwenFormat_{part}.json") for part in ("train", "eval")]
+    assert [len(part) for part in theirs] == [7659, 1350]
+    assert {r["id"] for part in theirs for r in part} == {r["question_id"] for r in records}
+    for name, split in (("okVQA", "train"), ("okVQA", "test"), ("chartVQA", "train"), ("chartVQA", "test")):
+        file = Path(getattr(DATASETS[name], split).annotations).name
+        expected = prepare.PREPARATIONS[name].expected[file]
+        reference = REFERENCE / (file if name == "okVQA" else f"chartqa_{file}")
+        assert prepare.count(name, file, read_json(reference)) == expected
+
+
+@pytest.mark.slow
+def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, tmp_path):
+    def run(name: str):
+        settings = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16, "ACCUMULATION": 1}
+        settings |= {"LVLM": TEACHER, "SVLM": STUDENT, "DATASET": name, "RUN": f"{tmp_path}/{name}"}
+        flags = {"PA_FLAGS": "--temperature 1 --task general", "EVALUATE_FLAGS": "--log-samples"}
+        return script("scripts/mpa.sh", MPA_DATA=prepared[name], **settings, **flags)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(NAMES, pool.map(run, NAMES), strict=True))
+    for name, done in results.items():
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = tmp_path / name
+        summary = read_json(folder / "summary.json")
+        assert set(summary["rows"]) == {"base", "mpa", "lvlm"}
+        assert summary["funnel"]["parity"] > 0
+        for file in folder.glob("Eval_*.json"):
+            if not file.name.endswith(".meta.json"):
+                assert len(read_records(file, "Eval")) == len(samples_of(prepared, name, "test"))
