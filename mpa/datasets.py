@@ -287,13 +287,22 @@ def load_samples(
                 f"{source}: records {first_with[sample.key]} and {index} have the same id {sample.key!r}. "
                 "Ids must differ: results are kept by id."
             )
-    missing = [s.image_path for s in samples if not os.path.exists(s.image_path)] if pictures else []
-    if len(missing) == len(samples):
-        raise InputError(f"{missing[0]}: no such picture, and none of the others. Name their folder with --image-root.")
+    if pictures:
+        look_for_pictures([s.image_path for s in samples])
+    return samples
+
+
+def look_for_pictures(paths: list[str]) -> None:
+    """Count on stderr the pictures that are not there. Raises InputError where none is."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    if len(missing) == len(paths):
+        raise InputError(
+            f"{missing[0]}: no such picture, and none of the others. Name their folder with --image-root, "
+            "or say where they have moved with --path-map."
+        )
     if missing:
         print(
-            f"warning: {len(missing)} of {len(samples)} pictures are not there, the first is {missing[0]}; their samples "
+            f"warning: {len(missing)} of {len(paths)} pictures are not there, the first is {missing[0]}; their samples "
             "will be left out. `python data/prepare.py check` looks at all.",
             file=sys.stderr,
         )
-    return samples

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
 from mpa.answering import answers, question_request
-from mpa.datasets import locate
+from mpa.datasets import locate, look_for_pictures
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.models import check_model_path, identity
@@ -172,6 +172,7 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     if not usable:
         raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
 
+    look_for_pictures([r["image_path"] for r in usable])
     ready = answers_of_pa(args, pa_json, usable)
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
     consistent = [r for r in lvlm_answers if agrees(r, match)]

@@ -348,6 +348,8 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         flags = {"PA_FLAGS": "--temperature 1 --task general", "EVALUATE_FLAGS": "--log-samples"}
         return script("scripts/mpa.sh", MPA_DATA=prepared[name], **settings, **flags)
 
+    for name in NAMES:
+        prepare.main(["check", name, "--data", str(prepared[name])])
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(NAMES, pool.map(run, NAMES), strict=True))
     for name, done in results.items():
@@ -356,6 +358,11 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         summary = read_json(folder / "summary.json")
         assert set(summary["rows"]) == {"base", "mpa", "lvlm"}
         assert summary["funnel"]["parity"] > 0
-        for file in folder.glob("Eval_*.json"):
-            if not file.name.endswith(".meta.json"):
-                assert len(read_records(file, "Eval")) == len(samples_of(prepared, name, "test"))
+        files = [file for file in folder.glob("*_*.json") if not file.name.endswith(".meta.json")]
+        read_back = {}
+        for file in files:
+            kind = "train" if "_train_" in file.name else file.name.split("_")[0]
+            read_back.setdefault(kind, []).append(read_records(file, kind))
+        assert {kind: len(found) for kind, found in read_back.items()} == {"PA": 1, "PI": 2, "train": 1, "Eval": 3}
+        assert {len(found) for found in read_back["Eval"]} == {len(samples_of(prepared, name, "test"))}
+        assert len(list(folder.glob("lmms-eval/*/samples_*.jsonl"))) == 3
