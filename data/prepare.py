@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -300,7 +299,7 @@ PREPARATIONS = {
         "TextVQA",
         official_textvqa,
         files_textvqa,
-        ("TextVQA_0.5.1_train.json", "TextVQA_0.5.1_val.json", "train_val_images.zip"),
+        ("TextVQA_0.5.1_{train,val}.json", "train_val_images.zip"),
         {
             "official train": (34602, 21953),
             "TextVQA_0.5.1_unique_train.json": (21953, 21953),
@@ -320,7 +319,7 @@ PREPARATIONS = {
         "ChartVQA",
         official_chartqa,
         files_chartqa,
-        tuple(f"{p}/{p}_{k}.json" for p in ("train", "val", "test") for k in ("human", "augmented")) + ("{part}/png/",),
+        ("train/, val/ and test/, each with *_human.json, *_augmented.json and png/",),
         {
             "official train": (28299, 18317),
             "train_onePerImage.json": (18317, 18317),
@@ -333,8 +332,11 @@ PREPARATIONS = {
         "OKVQA",
         official_okvqa,
         files_okvqa,
-        tuple(f"{n}.json" for p in ("train", "val") for n in (f"OpenEnded_mscoco_{p}2014_questions", f"mscoco_{p}2014_annotations"))
-        + ("train2014/ and val2014/ of COCO",),
+        (
+            "OpenEnded_mscoco_{train,val}2014_questions.json",
+            "mscoco_{train,val}2014_annotations.json",
+            "train2014/ and val2014/ of COCO",
+        ),
         {
             "official train": (9009, 8998),
             "okvqa_train_unique_combine.json": (9009, 8998),
@@ -537,7 +539,10 @@ def arguments(argv=None):
     p.add_argument("--source-format", choices=("official", "hf"), default="official", help="(default: official)")
     p.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
     p.add_argument(
-        "--preset", choices=cli.PRESETS, default="paper", help="prompt in the train JSON (default: paper; released: bare)"
+        "--preset",
+        choices=cli.PRESETS,
+        default="paper",
+        help="prompt in the train JSON (default: paper; released: bare)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files that are there already and differ")
     c = p.add_argument_group("check")

@@ -55,13 +55,13 @@ def answers(
     if ready is None:
         with cli.engine(args, model_path) as engine:
             journal = Journal(out, settings, args.restart)
-            ready = ask(engine, [request for request, _, _ in asked], journal, label)
+            ask(engine, [request for request, _, _ in asked], journal, label)
             ran_on = cli.ran_on(engine)
     else:
         print(f"{label}: its {len(asked)} answers were made along with the annotations.")
-    result = []
+    result, replies = [], ready or journal
     for request, before, after in asked:
-        reply = ready[request.key]
+        reply = replies[request.key]
         record = {**before, "predictions": prediction(reply, args.preset), **after}
         result.append(finish(record | {"left_out": reply.get("error"), "logprob": reply.get("logprob")}))
     more = {"model_path": model_path, **ran_on, "seconds": round(time.time() - started, 1), **facts(result)}

@@ -7,6 +7,8 @@ holds the settings that decide the outcome; a journal of other settings is refus
 import fcntl
 import json
 import os
+import sqlite3
+from itertools import accumulate
 from pathlib import Path
 
 from mpa.records import InputError, meta_path, read_json
@@ -31,15 +33,22 @@ def finished(result: Path, settings: dict, restart: bool) -> bool:
     return True
 
 
-class Journal:
-    """Replies by key, kept on disk beside the result they belong to.
+def _text(key: str) -> bytes:
+    """A key as SQLite takes it: a file name in it may be no Unicode."""
+    return key.encode("utf-8", "surrogatepass")
 
-    Raises InputError when the journal was begun with other settings, or another process is writing it.
+
+class Journal:
+    """Replies by key, kept on disk beside the result they belong to: `journal[key]`, `key in journal`.
+
+    In memory there is only SQLite's cache of where each reply lies in the file. Raises InputError when the
+    journal was begun with other settings, or another process is writing it.
     """
 
     def __init__(self, result: Path, settings: dict, restart: bool = False):
         self.path = Path(result).with_suffix(".journal.jsonl")
-        self.replies: dict[str, dict] = {}
+        self._places = sqlite3.connect("")  # a database of this process alone, on disk where it is large
+        self._places.execute("CREATE TABLE places (key BLOB PRIMARY KEY, start INTEGER) WITHOUT ROWID")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
@@ -51,50 +60,72 @@ class Journal:
             for old in (result, meta_path(result)):
                 Path(old).unlink(missing_ok=True)
             self._file.truncate(0)
+        self._lines = open(self.path, "rb")  # noqa: SIM115
         self._read(settings)
 
     def _read(self, settings: dict) -> None:
         whole = 0  # bytes up to the end of the last whole line
-        with open(self.path, "rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill; the reply will be made again
-                entry = json.loads(line)
-                if whole == 0 and entry["settings"] != settings:
-                    self._file.close()
-                    raise InputError(
-                        f"{self.path}: an unfinished run with other settings: "
-                        f"{differences(entry['settings'], settings)}. "
-                        "Go on with those, or begin anew with --restart."
-                    )
-                if whole:
-                    self.replies[entry["key"]] = entry
-                whole += len(line)
+        for line in self._lines:
+            if not line.endswith(b"\n"):
+                break  # torn by a kill; the reply will be made again
+            entry = json.loads(line)
+            if whole == 0 and entry["settings"] != settings:
+                self.close()
+                raise InputError(
+                    f"{self.path}: an unfinished run with other settings: {differences(entry['settings'], settings)}. "
+                    "Go on with those, or begin anew with --restart."
+                )
+            if whole:
+                self._keep([(entry["key"], whole)])
+            whole += len(line)
         self._file.truncate(whole)
         if not whole:
             self._write([{"settings": settings}])
 
-    def _write(self, entries: list[dict]) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    def _keep(self, places: list[tuple[str, int]]) -> None:
+        self._places.executemany("INSERT OR IGNORE INTO places VALUES (?, ?)", ((_text(key), at) for key, at in places))
+
+    def _place(self, key: str) -> int | None:
+        found = self._places.execute("SELECT start FROM places WHERE key = ?", (_text(key),)).fetchone()
+        return found and found[0]
+
+    def _write(self, entries: list[dict]) -> list[int]:
+        """Append a line for each entry, all or none; where each begins."""
+        lines = [(json.dumps(entry) + "\n").encode() for entry in entries]
         start = os.fstat(self._file.fileno()).st_size
+        left = b"".join(lines)
         try:
-            while lines:
-                lines = lines[self._file.write(lines) :]
+            while left:
+                left = left[self._file.write(left) :]
         except OSError:  # a full disk: leave no half line behind
             self._file.truncate(start)
             raise
+        return [start + at for at in accumulate(map(len, lines[:-1]), initial=0)] if lines else []
 
     def append(self, replies: list[dict]) -> None:
         """Keep finished replies: dicts with a "key". A key that is there already stays as it was."""
-        new = [reply for reply in replies if reply["key"] not in self.replies]
-        self._write(new)
-        self.replies.update((reply["key"], reply) for reply in new)
+        new = {}
+        for reply in replies:
+            if reply["key"] not in self:
+                new.setdefault(reply["key"], reply)
+        self._keep(list(zip(new, self._write(list(new.values())), strict=True)))
 
     def __contains__(self, key: str) -> bool:
-        return key in self.replies
+        return self._place(key) is not None
+
+    def __getitem__(self, key: str) -> dict:
+        place = self._place(key)
+        if place is None:
+            raise KeyError(key)
+        self._lines.seek(place)
+        return json.loads(self._lines.readline())
+
+    def __len__(self) -> int:
+        return self._places.execute("SELECT count(*) FROM places").fetchone()[0]
 
     def close(self, remove: bool = False) -> None:
         """Let go of the file; `remove` it once the result is written."""
         if remove:
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        for held in (self._file, self._lines, self._places):
+            held.close()

@@ -111,9 +111,9 @@ def annotate(samples: list[Sample], tries: int, engine, journal: Journal, args) 
     done, left = {}, samples
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
-        replies = ask(engine, [request(sample, attempt, args) for sample in left], journal, label)
+        ask(engine, [request(sample, attempt, args) for sample in left], journal, label)
         for sample in left:
-            done[sample.key] = record(sample, attempt, replies[f"{sample.key}#{attempt}"], args.preset)
+            done[sample.key] = record(sample, attempt, journal[f"{sample.key}#{attempt}"], args.preset)
         left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
 

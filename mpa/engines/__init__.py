@@ -7,6 +7,7 @@ Requests whose key is in `done` need no reply. The reply to a request with a `fo
 that name, the reply to the prompt that followed.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -40,8 +41,8 @@ def open_engine(name: str, **settings):
     return getattr(import_module(module), cls)(**settings)
 
 
-def ask(engine, requests: list[Request], journal: Journal, label: str) -> dict[str, dict]:
-    """Every request's reply by key, from the journal or else from the engine."""
+def ask(engine, requests: Collection[Request], journal: Journal, label: str) -> None:
+    """See to it that every request's reply is in the journal."""
     missing = sum(request.key not in journal for request in requests)
     if missing:
         bar = tqdm(total=len(requests), initial=len(requests) - missing, desc=label, unit="sample", disable=None)
@@ -50,4 +51,3 @@ def ask(engine, requests: list[Request], journal: Journal, label: str) -> dict[s
                 new = sum(reply["key"] not in journal for reply in replies)
                 journal.append(replies)
                 bar.update(new)
-    return {request.key: journal.replies[request.key] for request in requests}
