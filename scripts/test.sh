@@ -8,4 +8,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@" # a file at a time on each of two cores
