@@ -56,7 +56,7 @@ def answers(
         with cli.engine(args, model_path) as engine:
             journal = Journal(out, settings, args.restart)
             ask(engine, [request for request, _, _ in asked], journal, label)
-            ran_on = cli.ran_on(engine)
+            ran_on = engine.facts()
     else:
         print(f"{label}: its {len(asked)} answers were made along with the annotations.")
     result, replies = [], ready or journal

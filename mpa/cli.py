@@ -60,7 +60,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     method.add_argument("--max-new-tokens", type=number(1), default=128, help="longest reply (default: %(default)s)")
     model = p.add_argument_group("model")
     model.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
-    model.add_argument("--batch-size", type=number(1), default=8, help="samples a batch (default: %(default)s)")
+    model.add_argument(
+        "--batch-size", type=number(1), default=8, help="most samples a batch, memory permitting (default: %(default)s)"
+    )
+    model.add_argument(
+        "--batch-tokens",
+        type=number(1),
+        metavar="N",
+        help="most tokens a batch, prompts and replies (default: what fits in a GPU's memory, by trying; else no limit)",
+    )
     model.add_argument(
         "--device", default="auto", help="cpu, cuda:0, mps …; auto: the first GPU, else the CPU (default: auto)"
     )
@@ -138,17 +146,8 @@ def chosen(items: list, args) -> list:
 def engine(args, model_path: str):
     """The engine that the arguments ask for, to run `model_path`, which is checked before torch is imported."""
     check_model_path(model_path)
-    return open_engine(
-        args.engine,
-        model_path=model_path,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        workers=args.workers,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        trust_remote_code=args.trust_remote_code,
-    )
+    taken = {name: getattr(args, name) for name in ENGINES[args.engine].settings}
+    return open_engine(args.engine, model_path=model_path, **taken)
 
 
 def settings(args, model_path: str, content: list, **more) -> dict:
@@ -159,11 +158,6 @@ def settings(args, model_path: str, content: list, **more) -> dict:
     named = ("dataset", "limit", "sample", "preset", "seed", "engine", "dtype")
     common = {name: getattr(args, name) for name in (*named, "max_new_tokens", "min_pixels", "max_pixels")}
     return {**common, "model": identity(model_path), **more, "content": records.digest(json.dumps(content))}
-
-
-def ran_on(engine) -> dict:
-    """For the meta file: the device and the dtype that an engine has chosen."""
-    return {"device": str(engine.device), "dtype": str(engine.dtype).removeprefix("torch.")}
 
 
 def counted(reasons) -> str:

@@ -137,3 +137,7 @@ def first_line(reply: str) -> str:
 def answer_is_complete(reply: str) -> bool:
     """True once `first_line(reply)` cannot change any more."""
     return bool(first_line(reply)) and "\n" in reply.lstrip()
+
+
+# What a reply may end with, by name: see `Request.stop`.
+STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}

@@ -142,7 +142,7 @@ def main(argv=None) -> Path:
     with cli.engine(args, args.model_path_lvlm) as engine:
         journal = Journal(out, settings, args.restart)
         result = annotate(samples, tries, engine, journal, args)
-        ran_on = cli.ran_on(engine)
+        ran_on = engine.facts()
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
     facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}

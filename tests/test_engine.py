@@ -185,6 +185,43 @@ def test_a_follow_up_on_the_kept_picture_is_what_asking_anew_replies(pictures, b
         assert followed["logprob"] == pytest.approx(reply["logprob"], abs=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(pictures, one_by_one, monkeypatch, rows):
+    asked = requests(pictures)[:7]
+    run = HFEngine._run
+
+    def small_memory(self, batch, good, inputs, errors):
+        if len(good) > rows - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, batch, good, inputs, errors)
+
+    monkeypatch.setattr(HFEngine, "_run", small_memory)
+    got = replies(asked, batch_size=7, workers=0)
+    assert set(got) == {r.key for r in asked}
+    if rows == 1:  # nothing fits, not even one
+        assert all("out of memory" in reply["error"] for reply in got.values())
+    else:
+        assert [got[r.key]["text"] for r in asked] == [one_by_one[r.key]["text"] for r in asked]
+
+
+def test_batches_keep_to_the_budget_of_tokens(pictures):
+    engine = HFEngine(str(TEACHER), batch_size=8, batch_tokens=600, min_pixels=3136, max_pixels=12544)
+    batches = list(engine._plan(iter(requests(pictures, max_new_tokens=100))))
+    assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests(pictures))
+    assert max(map(len, batches)) < 6
+    assert all(len(b) == 1 or len(b) * (engine._length(b[-1]) + 100) <= 600 for b in batches)
+
+
+def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(pictures):
+    with HFEngine(str(STUDENT), batch_size=4, workers=1, **MINI) as engine:
+        written = sum(reply["tokens"] for batch in engine.generate(requests(pictures)) for reply in batch)
+        facts = engine.facts()
+        assert facts["tokens"] == written
+        assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+        assert 0 < facts["waited"] < 1
+        assert "tokens/s, waited" in engine.status()
+
+
 def test_a_family_that_is_not_known_to_share_asks_anew(pictures, monkeypatch):
     asked = requests(pictures, follow_up="paper")[10:14]
     shared = replies(asked)

@@ -372,6 +372,9 @@ class Scripted:
     def __init__(self, replies: dict[str, str]):
         self.replies, self.asked = replies, []
 
+    def status(self) -> str:
+        return ""
+
     def generate(self, requests, done):
         self.asked += [request for request in requests if request.key not in done]
         yield [

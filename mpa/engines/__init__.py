@@ -5,6 +5,9 @@ lists of replies, each `{"key", "text", "logprob", "tokens"}` or `{"key", "error
 cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token included.
 Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under
 that name, the reply to the prompt that followed.
+
+`facts()` tells for the meta file how it went. `status()` is what the progress bar shows beside rate and
+time left, such as the share of the time in which the model waited for pictures.
 """
 
 from collections.abc import Collection
@@ -14,8 +17,6 @@ from importlib import import_module
 from tqdm import tqdm
 
 from mpa.journal import Journal
-
-ENGINES = {"hf": "mpa.engines.hf:HFEngine"}
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,45 @@ class Request:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     seed: int = 0
-    stop: str = ""  # "answer", "annotation": may end where this is complete (a key of hf.STOPS); "": at the end token
+    stop: str = (
+        ""  # "answer", "annotation": may end where this is complete (a key of prompts.STOPS); "": at the end token
+    )
     # A preset: an annotation in the reply is put to the model as a question at once, greedily, while the
     # picture is still at hand. "": it is not.
     follow_up: str = ""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """Where an engine is, and which arguments of the stages it takes, beside `model_path`."""
+
+    where: str
+    settings: tuple[str, ...]
+
+
+_PIXELS = ("min_pixels", "max_pixels")
+ENGINES = {
+    "hf": Engine(
+        "mpa.engines.hf:HFEngine",
+        ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_PIXELS),
+    ),
+}
+
+
 def open_engine(name: str, **settings):
     """The engine called `name`; its model is loaded when the first reply is asked for."""
-    module, cls = ENGINES[name].split(":")
+    module, cls = ENGINES[name].where.split(":")
     return getattr(import_module(module), cls)(**settings)
 
 
 def ask(engine, requests: Collection[Request], journal: Journal, label: str) -> None:
     """See to it that every request's reply is in the journal."""
     missing = sum(request.key not in journal for request in requests)
-    if missing:
-        bar = tqdm(total=len(requests), initial=len(requests) - missing, desc=label, unit="sample", disable=None)
-        with bar:
-            for replies in engine.generate(requests, journal):
-                new = sum(reply["key"] not in journal for reply in replies)
-                journal.append(replies)
-                bar.update(new)
+    if not missing:
+        return
+    with tqdm(total=len(requests), initial=len(requests) - missing, desc=label, unit="sample", disable=None) as bar:
+        for replies in engine.generate(requests, journal):
+            new = sum(reply["key"] not in journal for reply in replies)
+            journal.append(replies)
+            bar.set_postfix_str(engine.status(), refresh=False)
+            bar.update(new)

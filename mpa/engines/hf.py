@@ -8,17 +8,20 @@ line that ends its answer.
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import time
 import weakref
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -27,11 +30,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from mpa import models
 from mpa.engines import Request
 from mpa.pictures import PictureError, open_picture, picture_size
-from mpa.prompts import annotation_is_complete, answer_is_complete, follow_up_prompt
+from mpa.prompts import STOPS, follow_up_prompt
 from mpa.records import InputError
 
-STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}
 WINDOW = 64  # batches within which requests are sorted by length
+OF_MEMORY = 0.8  # the share of a GPU's free memory that batches may fill
 
 
 class HFEngine:
@@ -39,13 +42,15 @@ class HFEngine:
 
     `workers` processes share the work: on a GPU they prepare batches ahead of the model, on a CPU
     they answer them, one core each. With 0, this process does it all, on all cores; None is as many
-    as there are cores on a CPU, and at most 4 beside a GPU.
+    as there are cores on a CPU, and at most 4 beside a GPU. A batch has at most `batch_size` rows and
+    `batch_tokens` tokens, padding and replies included; None is what fits in a GPU's memory, by trying.
     """
 
     def __init__(
         self,
         model_path: str,
         batch_size: int = 8,
+        batch_tokens: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
         workers: int | None = 0,
@@ -54,7 +59,8 @@ class HFEngine:
         trust_remote_code: bool = False,
     ):
         self.model_path, self.batch_size, self.trust = model_path, batch_size, trust_remote_code
-        self.workers = workers
+        self.workers, self.batch_tokens = workers, batch_tokens
+        self.tokens, self.worked, self.waited, self.started = 0, 0.0, 0.0, 0.0  # of replies; seconds
         self.device, self.dtype, self.pixels = device, dtype, (min_pixels, max_pixels)
         self.model = self.processor = self.pool = self.head = None
 
@@ -101,31 +107,85 @@ class HFEngine:
     def _load_model(self) -> None:
         self.dtype = models.pick_dtype(self.dtype, self.device)
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust)
+        if self.batch_tokens is None and self.device.startswith("cuda"):
+            self.batch_tokens = self._probe()
+
+    def _probe(self) -> int:
+        """How many tokens of a batch fit in the GPU's memory, from the peaks of batches of one and of three rows."""
+        edge = int(self.pixels[1] ** 0.5)
+        picture, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=8)
+        peaks = {}
+        for rows in (1, 3):
+            inputs = self._process([picture] * rows, [request.prompt] * rows)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._run([request] * rows, list(range(rows)), inputs, [])
+            peaks[rows] = torch.cuda.max_memory_allocated(self.device)
+        a_token = max(1, peaks[3] - peaks[1]) / (2 * (inputs["input_ids"].shape[1] + 8))
+        torch.cuda.empty_cache()
+        return max(1, int(OF_MEMORY * torch.cuda.mem_get_info(self.device)[0] / a_token))
+
+    def facts(self) -> dict:
+        """Where it ran, tokens written, and the share of the model's time that went by waiting for pictures."""
+        of_time = self.waited / max(self.waited + self.worked, 1e-9)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(of_time, 4)}
+
+    def status(self) -> str:
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return f"{self.tokens / seconds:.0f} tokens/s, waited {self.facts()['waited']:.0%}"
 
     def _start_workers(self) -> None:
         self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"), _start_worker, (self,))
         self.pool.submit(int).result()
 
-    def generate(self, requests: list[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
+    def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
         """Replies a batch at a time. Batches are planned over all requests and those without any work
         left are passed over, so that a resumed run forms the batches that an uninterrupted one would.
         """
         self.load()
+        self.started = time.perf_counter()
         batches = (b for b in self._plan(requests) if any(r.key not in done for r in b))
         if not self.pool:
-            yield from map(self.answer, batches)
+            answered = (self._timed_answer(batch) for batch in batches)
         elif self.device == "cpu":
-            yield from (replies for _, replies in self._ahead(_answer, batches))
+            answered = (answer for _, answer in self._ahead(_answer, batches))
         else:
-            yield from (self._run(batch, *prepared) for batch, prepared in self._ahead(_prepare, batches))
+            answered = self._beside_workers(batches)
+        for replies, waited, worked in answered:
+            self.waited, self.worked = self.waited + waited, self.worked + worked
+            self.tokens += sum(written(reply) for reply in replies)
+            yield replies
 
-    def _plan(self, requests: list[Request]) -> Iterator[list[Request]]:
+    def _beside_workers(self, batches: Iterable[list[Request]]) -> Iterator[tuple[list[dict], float, float]]:
+        clock = time.perf_counter
+        started = clock()
+        for batch, prepared in self._ahead(_prepare, batches):
+            ready = clock()
+            replies = self._run_in_memory(batch, *prepared)
+            yield replies, ready - started, clock() - ready
+            started = clock()
+
+    def _timed_answer(self, batch: list[Request]) -> tuple[list[dict], float, float]:
+        """(replies, seconds of preparing the pictures, seconds of the model)."""
+        started = time.perf_counter()
+        prepared = self.prepare(batch)
+        ready = time.perf_counter()
+        return self._run_in_memory(batch, *prepared), ready - started, time.perf_counter() - ready
+
+    def _plan(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """Batches of near-equal length: long pictures and prompts with long ones, within a window."""
-        size = WINDOW * self.batch_size
-        for start in range(0, len(requests), size):
-            window = sorted(requests[start : start + size], key=self._length)
-            for first in range(0, len(window), self.batch_size):
-                yield window[first : first + self.batch_size]
+        requests = iter(requests)
+        while window := list(islice(requests, WINDOW * self.batch_size)):
+            batch, lengths = [], [self._length(request) for request in window]
+            for index in sorted(range(len(window)), key=lengths.__getitem__):
+                request = window[index]
+                # Sorted: this one is the longest so far, to which the others are padded.
+                tokens = (len(batch) + 1) * (lengths[index] + request.max_new_tokens)
+                if batch and (len(batch) == self.batch_size or tokens > (self.batch_tokens or math.inf)):
+                    yield batch
+                    batch = []
+                batch.append(request)
+            yield batch
 
     def _length(self, request: Request) -> float:
         """A stand-in for the prompt's length in tokens: the area of the picture as resized, and characters."""
@@ -151,7 +211,25 @@ class HFEngine:
             ) from None
 
     def answer(self, batch: list[Request]) -> list[dict]:
-        return self._run(batch, *self.prepare(batch))
+        return self._run_in_memory(batch, *self.prepare(batch))
+
+    def _run_in_memory(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
+        """`_run`, in halves where the memory does not suffice; a request too large alone is an error of its own."""
+        try:
+            return self._run(batch, good, inputs, errors)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is a CPU's
+            if not any(words in str(error) for words in ("out of memory", "not enough memory")):
+                raise
+        if len(good) == 1:
+            return [*errors, {"key": batch[good[0]].key, "error": "out of memory; try a smaller --max-pixels"}]
+        self.model.model.rope_deltas = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = [batch[row] for row in good]
+        if self.batch_tokens:
+            self.batch_tokens //= 2
+        halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+        return errors + [reply for half in halves for reply in self.answer(half)]
 
     def prepare(self, batch: list[Request]) -> tuple[list[int], dict, list[dict]]:
         """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
@@ -363,6 +441,11 @@ class Chooser(LogitsProcessor):
         return torch.searchsorted(steps, draws * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
 
 
+def written(reply: dict) -> int:
+    """Tokens of a reply and of what followed it."""
+    return reply.get("tokens", 0) + reply.get("follow_up", {}).get("tokens", 0)
+
+
 def line_breaks(tokenizer):  # -> [n]
     """Ids of the tokens with a line break in them, as byte-level ("Ċ") and other vocabularies write it."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -404,5 +487,5 @@ def _prepare(batch: list[Request]):
     return _engine.prepare(batch)
 
 
-def _answer(batch: list[Request]) -> list[dict]:
-    return _engine.answer(batch)
+def _answer(batch: list[Request]) -> tuple[list[dict], float, float]:
+    return _engine._timed_answer(batch)
