@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mpa import cli, records
+from mpa import cli, ranks, records
 from mpa.engines import Request, ask
 from mpa.journal import Journal, finished
 from mpa.prompts import answer_prompt, first_line
@@ -67,5 +67,5 @@ def answers(
     more = {"model_path": model_path, **ran_on, "seconds": round(time.time() - started, 1), **facts(result)}
     records.write_result(out, result, settings, **more)
     if journal:
-        journal.close(remove=True)
+        journal.close(remove=ranks.FIRST)
     return result

@@ -11,7 +11,7 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
-from mpa import records
+from mpa import ranks, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
 from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, identity
@@ -171,8 +171,11 @@ def run(main) -> None:
     """Run a script's `main()`; what a user can mend ends in one line, not in a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
+    if not ranks.FIRST:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- all say the same
     try:
         main()
+        ranks.end()
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

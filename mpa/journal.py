@@ -5,12 +5,16 @@ holds the settings that decide the outcome; a journal of other settings is refus
 """
 
 import fcntl
+import glob
 import json
 import os
 import sqlite3
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
+from mpa import ranks
 from mpa.records import InputError, meta_path, read_json
 
 
@@ -41,14 +45,19 @@ def _text(key: str) -> bytes:
 class Journal:
     """Replies by key, kept on disk beside the result they belong to: `journal[key]`, `key in journal`.
 
-    In memory there is only SQLite's cache of where each reply lies in the file. Raises InputError when the
-    journal was begun with other settings, or another process is writing it.
+    In memory there is only SQLite's cache of where each reply lies. Of several processes (`mpa.ranks`) each
+    writes a file of its own and reads all. Raises InputError when a journal was begun with other settings, or
+    another process is writing it.
     """
 
     def __init__(self, result: Path, settings: dict, restart: bool = False):
-        self.path = Path(result).with_suffix(".journal.jsonl")
+        self.result, self.settings = Path(result), settings
+        self.path = self.result.with_suffix(f".journal-{ranks.RANK}.jsonl" if ranks.RANK else ".journal.jsonl")
         self._places = sqlite3.connect("")  # a database of this process alone, on disk where it is large
-        self._places.execute("CREATE TABLE places (key BLOB PRIMARY KEY, start INTEGER) WITHOUT ROWID")
+        self._places.execute("CREATE TABLE places (key BLOB PRIMARY KEY, file INTEGER, start INTEGER) WITHOUT ROWID")
+        self._files: list[BinaryIO] = []  # to read from
+        if restart and not ranks.FIRST:
+            ranks.wait()  # until the first has cleared the place
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
@@ -57,37 +66,54 @@ class Journal:
             self._file.close()
             raise InputError(f"{self.path}: another process is writing it; wait for it or stop it.") from None
         if restart:  # from here on there is nothing to fall back on, so that a kill cannot bring the old result back
-            for old in (result, meta_path(result)):
-                Path(old).unlink(missing_ok=True)
+            for old in (self.result, meta_path(result), *self._others()) if ranks.FIRST else ():
+                old.unlink(missing_ok=True)
             self._file.truncate(0)
-        self._lines = open(self.path, "rb")  # noqa: SIM115
-        self._read(settings)
+            if ranks.FIRST:
+                ranks.wait()
+        whole = self._read(self.path)
+        self._file.truncate(whole)  # a torn line; its reply will be made again
+        if not whole:
+            self._write([{"settings": settings}])
+        self.read_others()
 
-    def _read(self, settings: dict) -> None:
-        whole = 0  # bytes up to the end of the last whole line
-        for line in self._lines:
+    def _others(self) -> list[Path]:
+        """The files of the other processes, or those of a run that had more."""
+        return sorted(set(self.path.parent.glob(f"{glob.escape(self.result.stem)}.journal*.jsonl")) - {self.path})
+
+    def read_others(self) -> None:
+        """Take in what the other processes have finished by now."""
+        for file in self._files[1:]:
+            file.close()
+        del self._files[1:]
+        for path in self._others():
+            self._read(path)
+
+    def _read(self, path: Path) -> int:
+        """Keep where the replies in a file are; the bytes up to the end of its last whole line."""
+        self._files.append(open(path, "rb"))  # noqa: SIM115
+        whole, number = 0, len(self._files) - 1
+        for line in self._files[-1]:
             if not line.endswith(b"\n"):
-                break  # torn by a kill; the reply will be made again
+                break  # torn by a kill
             entry = json.loads(line)
-            if whole == 0 and entry["settings"] != settings:
+            if whole == 0 and entry["settings"] != self.settings:
                 self.close()
                 raise InputError(
-                    f"{self.path}: an unfinished run with other settings: {differences(entry['settings'], settings)}. "
+                    f"{path}: an unfinished run with other settings: {differences(entry['settings'], self.settings)}. "
                     "Go on with those, or begin anew with --restart."
                 )
             if whole:
-                self._keep([(entry["key"], whole)])
+                self._keep([(entry["key"], whole)], number)
             whole += len(line)
-        self._file.truncate(whole)
-        if not whole:
-            self._write([{"settings": settings}])
+        return whole
 
-    def _keep(self, places: list[tuple[str, int]]) -> None:
-        self._places.executemany("INSERT OR IGNORE INTO places VALUES (?, ?)", ((_text(key), at) for key, at in places))
+    def _keep(self, places: Iterable[tuple[str, int]], file: int = 0) -> None:
+        rows = ((_text(key), file, at) for key, at in places)
+        self._places.executemany("INSERT OR IGNORE INTO places VALUES (?, ?, ?)", rows)
 
-    def _place(self, key: str) -> int | None:
-        found = self._places.execute("SELECT start FROM places WHERE key = ?", (_text(key),)).fetchone()
-        return found and found[0]
+    def _place(self, key: str) -> tuple[int, int] | None:
+        return self._places.execute("SELECT file, start FROM places WHERE key = ?", (_text(key),)).fetchone()
 
     def _write(self, entries: list[dict]) -> list[int]:
         """Append a line for each entry, all or none; where each begins."""
@@ -108,7 +134,7 @@ class Journal:
         for reply in replies:
             if reply["key"] not in self:
                 new.setdefault(reply["key"], reply)
-        self._keep(list(zip(new, self._write(list(new.values())), strict=True)))
+        self._keep(zip(new, self._write(list(new.values())), strict=True))
 
     def __contains__(self, key: str) -> bool:
         return self._place(key) is not None
@@ -117,15 +143,16 @@ class Journal:
         place = self._place(key)
         if place is None:
             raise KeyError(key)
-        self._lines.seek(place)
-        return json.loads(self._lines.readline())
+        file, start = place
+        self._files[file].seek(start)
+        return json.loads(self._files[file].readline())
 
     def __len__(self) -> int:
         return self._places.execute("SELECT count(*) FROM places").fetchone()[0]
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; `remove` it once the result is written."""
-        if remove:
-            self.path.unlink(missing_ok=True)
-        for held in (self._file, self._lines, self._places):
+        """Let go of the files; `remove` them once the result is written."""
+        for path in (self.path, *self._others()) if remove else ():
+            path.unlink(missing_ok=True)
+        for held in (self._file, *self._files, self._places):
             held.close()

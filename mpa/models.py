@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from mpa import ranks
 from mpa.records import InputError
 
 # The paper's pixels per image, passed to every processor that takes such limits.
@@ -67,7 +68,7 @@ def identity(path: str) -> str:
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is the first CUDA GPU, else Apple's, else the CPU. Raises InputError where there is no such device."""
+    """ "auto" is the first CUDA GPU, or this process's own of several, else Apple's, else the CPU. Raises InputError where there is no such device."""
     import torch
 
     if device != "auto":
@@ -81,7 +82,7 @@ def pick_device(device: str = "auto") -> str:
             raise InputError(f"--device {device}: there is no such device here; auto takes what there is.")
         return device
     if torch.cuda.is_available():
-        return "cuda:0"
+        return f"cuda:{ranks.LOCAL_RANK}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -14,6 +14,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from mpa import ranks
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 FIELDS = {
@@ -134,12 +136,14 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     """Write a result file and its meta file. The result comes last: where it is, it is complete.
 
     `settings` decide the outcome and are compared when the stage is called again; `facts` (counts,
-    seconds, device …) tell how it went.
+    seconds, device …) tell how it went. Of several processes the first writes, and the others wait for it.
     """
     meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
-    Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
-    write_json(meta_path(path), meta)
-    write_json(path, records)
+    if ranks.FIRST:
+        Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
+        write_json(meta_path(path), meta)
+        write_json(path, records)
+    ranks.wait()
 
 
 def made_by() -> dict:

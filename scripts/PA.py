@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli, ranks, records
 from mpa.datasets import DATASETS, Sample, load_samples
 from mpa.engines import Request, ask
 from mpa.journal import Journal, finished
@@ -147,7 +147,7 @@ def main(argv=None) -> Path:
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
     facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}
     records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
-    journal.close(remove=True)
+    journal.close(remove=ranks.FIRST)
     print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")
     return out

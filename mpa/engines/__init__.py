@@ -10,12 +10,13 @@ that name, the reply to the prompt that followed.
 time left, such as the share of the time in which the model waited for pictures.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from tqdm import tqdm
 
+from mpa import ranks
 from mpa.journal import Journal
 
 
@@ -61,14 +62,17 @@ def open_engine(name: str, **settings):
     return getattr(import_module(module), cls)(**settings)
 
 
-def ask(engine, requests: Collection[Request], journal: Journal, label: str) -> None:
-    """See to it that every request's reply is in the journal."""
-    missing = sum(request.key not in journal for request in requests)
-    if not missing:
-        return
-    with tqdm(total=len(requests), initial=len(requests) - missing, desc=label, unit="sample", disable=None) as bar:
-        for replies in engine.generate(requests, journal):
-            new = sum(reply["key"] not in journal for reply in replies)
-            journal.append(replies)
-            bar.set_postfix_str(engine.status(), refresh=False)
-            bar.update(new)
+def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
+    """See to it that every request's reply is in the journal; of several processes each asks for its part."""
+    ours = requests[ranks.RANK :: ranks.WORLD]
+    missing = sum(request.key not in journal for request in ours)
+    if missing:
+        quiet = None if ranks.FIRST else True  # None: where there is no terminal
+        with tqdm(total=len(ours), initial=len(ours) - missing, desc=label, unit="sample", disable=quiet) as bar:
+            for replies in engine.generate(ours, journal):
+                new = sum(reply["key"] not in journal for reply in replies)
+                journal.append(replies)
+                bar.set_postfix_str(engine.status(), refresh=False)
+                bar.update(new)
+    ranks.wait()
+    journal.read_others()

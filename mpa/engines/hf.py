@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from mpa import models
+from mpa import models, ranks
 from mpa.engines import Request
 from mpa.pictures import PictureError, open_picture, picture_size
 from mpa.prompts import STOPS, follow_up_prompt
@@ -88,7 +88,7 @@ class HFEngine:
         if sys.platform != "linux":
             self.workers = 0  # workers are forked
         elif self.workers is None:
-            cores = len(os.sched_getaffinity(0))
+            cores = max(1, len(os.sched_getaffinity(0)) // ranks.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(4, cores)
         self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
         self.line_breaks = line_breaks(self.processor.tokenizer)

@@ -1,0 +1,32 @@
+"""Several processes of one stage, as `accelerate launch` or `torchrun` starts them: a GPU and a part of the requests each.
+
+All do the same, but for the requests they answer; only the first writes results. Alone, every function here is trivial.
+"""
+
+import os
+from datetime import timedelta
+from functools import cache
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+FIRST = RANK == 0
+
+
+@cache
+def _state():
+    from accelerate import PartialState
+
+    # On the CPU: these only wait for each other. For as long as the slowest may take.
+    return PartialState(cpu=True, timeout=timedelta(days=30))
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if WORLD > 1:
+        _state().wait_for_everyone()
+
+
+def end() -> None:
+    """Leave the group in order, so that none waits in vain for another to go."""
+    if WORLD > 1:
+        _state().destroy_process_group()
