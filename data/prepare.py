@@ -7,209 +7,35 @@
 
 Reads  the download as it is, zipped or not, anywhere below --source (data/README.md says what to download),
        or a copy of a Hugging Face data set: parquet files with the pictures inside.
-Writes the annotation files of the released MPA code under data/<Name>/. Pictures in plain folders are linked,
-       those in archives unpacked. What is there already stays; a file that would change is refused.
+Writes the annotation files of the released MPA code under data/<Name>/. A folder that holds all pictures of a part
+       is linked; else they are unpacked, or linked one by one (copied from another disk). What is there already
+       stays; a file that would change is refused.
 """
 
 import argparse
-import hashlib
-import json
+import contextlib
 import os
 import random
+import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sources
+from sources import Member, Source
 from tqdm import tqdm
 
 from mpa import checking, cli, records
-from mpa.datasets import DATA, DATASETS, inside, load_samples, one_per_image
+from mpa.datasets import DATA, DATASETS, Sample, load_samples, locate, no_twice, one_per_image, samples_from
 from mpa.metrics import most_common
 from mpa.prompts import train_prompt
 from mpa.records import InputError
 
-
-@dataclass(frozen=True)
-class Member:
-    """A file below the source, or one in an archive there (`archive` is its path)."""
-
-    name: str
-    archive: Path | None = None
-
-    def open(self):
-        return zipfile.ZipFile(self.archive).open(self.name) if self.archive else open(self.name, "rb")
-
-
-class Source:
-    """The files below a folder, those inside its zip archives too, found by the end of their path."""
-
-    def __init__(self, root: Path):
-        if not root.exists():
-            raise InputError(f"{root}: no such folder. Name that of the download with --source.")
-        self.root, self.by_name = root, {}
-        for folder, folders, files in [(root.parent, [], [root.name])] if root.is_file() else os.walk(root):
-            folders.sort()
-            for name in sorted(files):
-                path = Path(folder, name)
-                self.by_name.setdefault(name, []).append(Member(str(path)))
-                if path.suffix == ".zip":
-                    self._read_archive(path)
-
-    def _read_archive(self, path: Path) -> None:
-        try:
-            names = zipfile.ZipFile(path).namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{path}: no whole zip archive ({error}). Download it again.") from None
-        for name in names:
-            self.by_name.setdefault(PurePosixPath(name).name, []).append(Member(name, path))
-
-    def find(self, ending: str) -> Member | None:
-        """The file whose path ends so, a plain one rather than one in an archive."""
-        found = [m for m in self.by_name.get(PurePosixPath(ending).name, ()) if f"/{m.name}".endswith(f"/{ending}")]
-        return min(found, key=lambda m: m.archive is not None, default=None)
-
-    def json(self, ending: str):
-        """What the JSON file whose path ends so holds, or None where there is none."""
-        member = self.find(ending)
-        if member is None:
-            return None
-        try:
-            with member.open() as file:
-                return json.loads(file.read().decode("utf-8-sig"))
-        except ValueError as error:
-            raise InputError(f"{member.archive or ''} {member.name}: not JSON ({error}). Download it again.") from None
-
-
-# --- official downloads: {"train", "val", "test"} to records in the released shape; what is not there is left out
-
-
-def official_textvqa(source: Source) -> dict[str, list[dict]]:
-    found = {"train": source.json("TextVQA_0.5.1_train.json"), "test": source.json("TextVQA_0.5.1_val.json")}
-    return {part: document["data"] for part, document in found.items() if document}
-
-
-def official_stvqa(source: Source) -> dict[str, list[dict]]:
-    document = source.json("train_task_1.json")
-    if not document:
-        return {}
-    return {"all": [{"file_path": f"{r.get('dataset')}/{r.get('file_name')}", **r} for r in document["data"]]}
-
-
-def official_chartqa(source: Source) -> dict[str, list[dict]]:
-    found = {}
-    for part in ("train", "val", "test"):
-        by_kind = {kind: source.json(f"{part}/{part}_{kind}.json") for kind in ("augmented", "human")}
-        if all(by_kind.values()):
-            found[part] = [{**r, "type": kind} for kind, of_it in by_kind.items() for r in of_it]
-            found[part] = [{**r, "question_id": i} for i, r in enumerate(found[part])]
-    return found
-
-
-def official_okvqa(source: Source) -> dict[str, list[dict]]:
-    found = {}
-    for part, name in (("train", "train2014"), ("test", "val2014")):
-        questions = source.json(f"OpenEnded_mscoco_{name}_questions.json")
-        annotations = source.json(f"mscoco_{name}_annotations.json")
-        if not (questions and annotations):
-            continue
-        answered = {a["question_id"]: a["answers"] for a in annotations["annotations"]}
-        found[part] = []
-        for q in questions["questions"]:
-            answers = answered[q["question_id"]]
-            record = {name: q[name] for name in ("image_id", "question", "question_id")}
-            record |= {"answers": [a["answer"] for a in answers], "raw_answers": [a["raw_answer"] for a in answers]}
-            found[part].append(record)
-    return found
-
-
-# --- copies of Hugging Face data sets: the same, the pictures written on the way
-
-HF_PARTS = {"train": "train", "validation": "val", "val": "val", "val2014": "test", "test": "test"}
-
-
-def hf_rows(source: Path, dataset: str, data: Path) -> Iterator[tuple[str, dict, bytes]]:
-    """(part, row without its picture, the picture's bytes) of all parquet files below `source`."""
-    import pyarrow.parquet
-
-    files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-    if not files:
-        raise InputError(f"{source}: no parquet files in it; --source-format hf reads a copy with data/*.parquet.")
-    for path in files:
-        part = HF_PARTS.get(path.name.split("-")[0].split(".")[0])
-        if part is None:
-            raise InputError(f"{path}: its name begins with no split's name ({', '.join(HF_PARTS)}).")
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{path}: no whole parquet file ({error}). Download it again.") from None
-        for batch in file.iter_batches(batch_size=32):
-            for row in batch.to_pylist():
-                image = row.pop("image", None)
-                yield part, row, image["bytes"] if isinstance(image, dict) else image
-
-
-def hf_record(dataset: str, part: str, index: int, row: dict, picture: bytes) -> tuple[dict, str]:
-    """A row as a record in the released shape, and the picture's name below the image root.
-
-    Copies name their columns as they like; a picture without a name gets one from its content.
-    """
-    question, answers = row.get("question", row.get("query")), row.get("answers", row.get("answer", row.get("label")))
-    if question is None or not answers:
-        raise KeyError("question or answers")
-    by_content = hashlib.sha256(picture).hexdigest()[:16] + ".png"
-    if dataset == "textVQA":
-        record = {"question_id": row["question_id"], "image_id": row["image_id"], "question": question}
-        return record | {"answers": answers}, f"{row['image_id']}.jpg"
-    if dataset == "stVQA":
-        name = row.get("file_path") or row.get("path") or by_content
-        record = {"question_id": row.get("question_id", index), "file_path": name, "question": question}
-        return record | {"answers": [answers] if isinstance(answers, str) else answers}, name
-    if dataset == "chartVQA":
-        name = row.get("imgname") or by_content
-        kind = row.get("type", {0: "human", 1: "augmented"}.get(row.get("human_or_machine"), ""))
-        label = answers if isinstance(answers, str) else answers[0]
-        record = {"imgname": name, "query": question, "label": label, "type": kind.removesuffix("_test")}
-        return record | {"question_id": index}, name
-    question_id = int(row["question_id"])  # COCO's question ids are image ids with one more digit
-    prefix = "COCO_train2014" if part == "train" else "COCO_val2014"
-    record = {"image_id": question_id // 10, "question": question, "question_id": question_id, "answers": answers}
-    return record, f"{prefix}_{question_id // 10:012d}.jpg"
-
-
-def from_hf(source: Path, dataset: str, data: Path) -> dict[str, list[dict]]:
-    found = {}
-    rows = tqdm(hf_rows(source, dataset, data), desc="reading parquet", unit="question", disable=None)
-    for index, (part, row, picture) in enumerate(rows):
-        if dataset == "stVQA":
-            part = "all"  # the split is ours
-        elif dataset == "textVQA" and part == "test":
-            continue  # has no answers
-        elif dataset == "textVQA" and part == "val":
-            part = "test"
-        try:
-            record, name = hf_record(dataset, part, index, row, picture)
-        except (KeyError, TypeError, AttributeError) as error:
-            columns = ", ".join(row)
-            raise InputError(f"{source}, {part}, row {index}: no {error} for {dataset}; columns: {columns}.") from None
-        write_picture(Path(inside(str(data / root_of(dataset, part)), name)), picture)
-        found.setdefault(part, []).append(record)
-    return found
-
-
-def write_picture(path: Path, content: bytes) -> None:
-    if path.exists() and path.stat().st_size == len(content):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-# --- what is written, from either source: {file: content}
+# --- what is written: {file: content} from {part: records}
 
 
 def split_by_image(items: list, image_of: Callable, share: float, seed: int) -> tuple[list, list]:
@@ -232,8 +58,6 @@ def files_textvqa(parts: dict, seed: int) -> dict:
 
 
 def files_stvqa(parts: dict, seed: int) -> dict:
-    if "all" not in parts:
-        return {}
     unique = one_per_image(parts["all"], lambda r: r["file_path"])
     rest, test = split_by_image(unique, lambda r: r["file_path"], 0.85, seed)
     train, val = split_by_image(rest, lambda r: r["file_path"], 0.85, seed)
@@ -279,9 +103,8 @@ def files_easyvqa(parts: dict, seed: int) -> dict:
     return {"easyvqa_QwenFormat_train.json": train, "easyvqa_QwenFormat_eval.json": val}
 
 
-def official_easyvqa(source: Source) -> dict[str, list]:
-    of_package = records.read_json(DATASETS["easyVQA"].train.annotations)
-    return {"train": DATASETS["easyVQA"].train.records(of_package)}
+def of_package(source: Source | None) -> dict[str, list]:
+    return {"train": DATASETS["easyVQA"].train.records(records.read_json(DATASETS["easyVQA"].train.annotations))}
 
 
 @dataclass(frozen=True)
@@ -289,17 +112,18 @@ class Preparation:
     folder: str
     official: Callable
     files: Callable
-    download: tuple[str, ...]  # what the official site has, for the message when nothing is found
-    # {file: (questions, images)} as paper, README or released files have it
-    expected: dict[str, tuple[int, int | None]]
+    download: str  # what the official site has, for the message when nothing is found
+    expected: dict[
+        str, tuple[int, int | None]
+    ]  # {file: (questions, images)} as paper, README or released files have it
 
 
 PREPARATIONS = {
     "textVQA": Preparation(
         "TextVQA",
-        official_textvqa,
+        sources.textvqa,
         files_textvqa,
-        ("TextVQA_0.5.1_{train,val}.json", "train_val_images.zip"),
+        "TextVQA_0.5.1_train.json, TextVQA_0.5.1_val.json and train_val_images.zip",
         {
             "official train": (34602, 21953),
             "TextVQA_0.5.1_unique_train.json": (21953, 21953),
@@ -310,16 +134,16 @@ PREPARATIONS = {
     ),
     "stVQA": Preparation(
         "STVQA",
-        official_stvqa,
+        sources.stvqa,
         files_stvqa,
-        ("train_task_1.json", "the folder of pictures: coco-text/ …"),
+        "train_task_1.json and the folders of pictures (coco-text/ …)",
         {"official train": (26074, None), "QwenTrainFormat_train_task_1_onePerImage_eval.json": (2413, 2413)},
     ),
     "chartVQA": Preparation(
         "ChartVQA",
-        official_chartqa,
+        sources.chartqa,
         files_chartqa,
-        ("train/, val/ and test/, each with *_human.json, *_augmented.json and png/",),
+        "train/, val/ and test/, each with *_human.json, *_augmented.json and png/",
         {
             "official train": (28299, 18317),
             "train_onePerImage.json": (18317, 18317),
@@ -330,13 +154,9 @@ PREPARATIONS = {
     ),
     "okVQA": Preparation(
         "OKVQA",
-        official_okvqa,
+        sources.okvqa,
         files_okvqa,
-        (
-            "OpenEnded_mscoco_{train,val}2014_questions.json",
-            "mscoco_{train,val}2014_annotations.json",
-            "train2014/ and val2014/ of COCO",
-        ),
+        "OpenEnded_mscoco_{train,val}2014_questions.json, mscoco_{train,val}2014_annotations.json and COCO's pictures",
         {
             "official train": (9009, 8998),
             "okvqa_train_unique_combine.json": (9009, 8998),
@@ -347,9 +167,9 @@ PREPARATIONS = {
     ),
     "easyVQA": Preparation(
         "EasyVQA",
-        official_easyvqa,
+        of_package,
         files_easyvqa,
-        (),
+        "",
         {"easyvqa_QwenFormat_train.json": (3400, 3400), "easyvqa_QwenFormat_eval.json": (600, 600)},
     ),
 }
@@ -359,28 +179,27 @@ def split_of(dataset: str, part: str):
     return getattr(DATASETS[dataset], "test" if part == "test" else "train")
 
 
-def root_of(dataset: str, part: str) -> str:
-    """The image root of a part, below the data folder. ChartQA's val part is no split of ours."""
+def root_of(dataset: str, part: str, data: Path) -> Path:
+    """The image root of a part. ChartQA's val part is no split of ours."""
     root = split_of(dataset, part).images
-    return root.replace("/train/", "/val/") if (dataset, part) == ("chartVQA", "val") else root
+    root = root.replace("/train/", "/val/") if (dataset, part) == ("chartVQA", "val") else root
+    return Path(os.path.abspath(data / root))
 
 
-def read(dataset: str, part: str, items: list) -> list[tuple]:
-    """(id, image below its root, question, answers) of records in the released shape."""
-    split = split_of(dataset, part)
-    return [tuple(split.read(item))[:4] for item in items]
+def samples_of(dataset: str, part: str, items: list, data: Path, where: str) -> list[Sample]:
+    """Records in the released shape, checked as the stages check them."""
+    return list(samples_from(dataset, split_of(dataset, part), items, root_of(dataset, part, data), where))
 
 
-def as_train_json(dataset: str, part: str, items: list, data: Path, preset: str) -> list[dict]:
-    root = os.path.abspath(data / root_of(dataset, part))
+def as_train_json(samples: list[Sample], preset: str) -> list[dict]:
     return [
-        records.train_record(i, os.path.join(root, image), train_prompt(question, preset), most_common(answers))
-        for i, image, question, answers in read(dataset, part, items)
+        records.train_record(s.question_id, s.image_path, train_prompt(s.question, preset), most_common(s.answers))
+        for s in samples
     ]
 
 
 def part_of(dataset: str, file: str) -> str:
-    if file in (Path(DATASETS[dataset].test.annotations).name,):
+    if file == Path(DATASETS[dataset].test.annotations).name:
         return "test"
     return "val" if dataset == "chartVQA" and file.endswith("_eval.json") else "train"
 
@@ -389,26 +208,48 @@ def is_train_json(file: str) -> bool:
     return "format" in file.lower()
 
 
-def place_pictures(source: Source, dataset: str, parts: dict, data: Path) -> None:
-    """Link the image roots to the source's folders; unpack what is in archives."""
-    by_root = {}
-    for part, items in parts.items():
-        of_root = by_root.setdefault(root_of(dataset, part), {})
-        of_root.update((image, part) for _, image, _, _ in read(dataset, part, items))
-    for root, images in by_root.items():
-        target = data / root
-        missing = {name: part for name, part in images.items() if not (target / name).exists()}
-        members = ((name, find_picture(source, dataset, part, name)) for name, part in missing.items())
-        name, member = next(((name, member) for name, member in members if member), (None, None))
-        if member and member.archive:
-            unpack(source, dataset, missing, target)
-        elif member and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(os.path.abspath(member.name.removesuffix(name)))
-        there = sum((target / name).exists() for name in images)
-        print(f"  {target}: {there:,} of {len(images):,} pictures")
-        if there < len(images):
-            print(f"    the others are not below {source.root}, or the folder above lacks them.")
+def write_files(files: dict[Path, object], overwrite: bool) -> None:
+    """Write what is new. A file that would change is refused before any is written; white space is no change."""
+
+    def content_of(document):
+        return document.get("data", document) if isinstance(document, dict) else document
+
+    there = {
+        path: path.exists() and content_of(records.read_json(path)) == content_of(new) for path, new in files.items()
+    }
+    changed = [path for path in files if path.exists() and not there[path]]
+    if changed and not overwrite:
+        raise InputError(
+            f"{changed[0]}: is there already and differs (of {len(changed)} files). The released code's own files are "
+            "best kept; choose another --data folder, or --overwrite."
+        )
+    for path, content in files.items():
+        if not there[path]:
+            records.write_json(path, content)
+        print(f"  {path}: {'is there already' if there[path] else 'written'}")
+
+
+# --- pictures
+
+
+def write_picture(path: Path, content: bytes) -> None:
+    if path.exists() and path.stat().st_size == len(content):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def link_picture(path: Path, source: str) -> None:
+    """The same file under another name; a copy where it lies on another disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        os.link(os.path.realpath(source), temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
 
 
 def find_picture(source: Source, dataset: str, part: str, name: str) -> Member | None:
@@ -416,118 +257,159 @@ def find_picture(source: Source, dataset: str, part: str, name: str) -> Member |
     return source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
 
 
-def unpack(source: Source, dataset: str, images: dict[str, str], target: Path) -> None:
-    archives = {}
-    try:
-        for name, part in tqdm(images.items(), desc=f"unpacking {target.name}", unit="picture", disable=None):
-            member = find_picture(source, dataset, part, name)
-            if member is None or member.archive is None:
+def one_folder(members: dict[str, Member | None]) -> Path | None:
+    """The plain folder that holds all of these pictures, none of them behind a link; or None."""
+    folders = {m and not m.archive and m.name.removesuffix(f"/{name}") for name, m in members.items()}
+    folder = folders.pop() if len(folders) == 1 else None
+    if not folder:
+        return None
+    real = os.path.realpath(folder)
+    straight = all(
+        os.path.realpath(m.name) == os.path.join(real, os.path.normpath(name)) for name, m in members.items()
+    )
+    return Path(real) if straight else None
+
+
+def place_pictures(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> int:
+    """Bring the pictures to the image roots; how many are nowhere to be found."""
+    by_root, lost = {}, 0
+    for part, samples in parts.items():
+        root = root_of(dataset, part, data)
+        by_root.setdefault(root, {}).update((os.path.relpath(s.image_path, root), part) for s in samples)
+    for root, wanted in by_root.items():
+        members = {name: find_picture(source, dataset, part, name) for name, part in wanted.items()}
+        complete = root.is_symlink() and all((root / name).exists() for name in wanted)
+        if not complete and not (root.is_dir() and not root.is_symlink()) and (folder := one_folder(members)):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            root.unlink(missing_ok=True)  # a link to where they are no more
+            root.symlink_to(folder)
+        elif not complete:
+            if root.is_symlink():
+                root.unlink()  # never write into the download
+            place_one_by_one(root, members)
+        there = sum((root / name).exists() for name in wanted)
+        lost += len(wanted) - there
+        print(f"  {root}: {there:,} of {len(wanted):,} pictures")
+    return lost
+
+
+def place_one_by_one(root: Path, members: dict[str, Member | None]) -> None:
+    with contextlib.ExitStack() as stack:
+        archives = {m.archive for m in members.values() if m and m.archive}
+        archives = {path: stack.enter_context(zipfile.ZipFile(path)) for path in archives}
+        for name, member in tqdm(members.items(), desc=f"pictures of {root.name}", unit="picture", disable=None):
+            path = root / name
+            if member is None:
                 continue
-            if member.archive not in archives:
-                archives[member.archive] = zipfile.ZipFile(member.archive)
+            if member.archive is None:
+                if not path.exists() or path.stat().st_size != os.stat(member.name).st_size:
+                    link_picture(path, member.name)
+                continue
+            archive = archives[member.archive]
+            if path.exists() and path.stat().st_size == archive.getinfo(member.name).file_size:
+                continue
             try:
-                write_picture(Path(inside(str(target), name)), archives[member.archive].read(member.name))
+                write_picture(path, archive.read(member.name))
             except zipfile.BadZipFile as error:
-                raise InputError(f"{member.archive}: {member.name}: {error}. Download it again.") from None
-    finally:
-        for archive in archives.values():
-            archive.close()
+                raise InputError(f"{member}: {error}. Download it again.") from None
 
 
 # --- what a person types
 
 
-def write_files(files: dict[Path, object], overwrite: bool) -> None:
-    """Write what is new. A file that would change is refused before any is written."""
-    texts = {path: json.dumps(content, indent=4, ensure_ascii=False) + "\n" for path, content in files.items()}
-    same = {path: path.exists() and path.read_text(encoding="utf-8") == text for path, text in texts.items()}
-    changed = [path for path in texts if path.exists() and not same[path]]
-    if changed and not overwrite:
-        raise InputError(
-            f"{changed[0]}: is there already and differs (of {len(changed)} files). The released code's own files are "
-            "best kept; choose another --data folder, or --overwrite."
-        )
-    for path, text in texts.items():
-        if not same[path]:
-            records.write_text(path, text)
-        print(f"  {path}: {'is there already' if same[path] else 'written'}")
-
-
-def count(dataset: str, file: str, content) -> tuple[int, int]:
-    """(questions, images) of a file's content."""
-    if is_train_json(file):
-        return len(content), len({r["image"] for r in content})
-    part = part_of(dataset, file)
-    found = read(dataset, part, list(split_of(dataset, part).records(content)))
-    return len(found), len({image for _, image, _, _ in found})
-
-
-def report(dataset: str, parts: dict, files: dict[str, object]) -> None:
-    """What was found beside what the paper, its README and its released files state."""
+def report(dataset: str, official: tuple[int, int] | None, files: dict[str, tuple[int, int]]) -> None:
+    """What was found beside what the paper, its README and its released files state: (questions, images)."""
     expected = PREPARATIONS[dataset].expected
-    official = [item for part, items in parts.items() if part in ("train", "all") for item in items]
-    part = "train" if official else "test"
-    found = {name: count(dataset, name, content) for name, content in files.items()}
-    if official and "official train" in expected:
-        rows = read(dataset, part, official)
-        found = {"official train": (len(rows), len({image for _, image, _, _ in rows})), **found}
+    found = {"official train": official, **files} if official and "official train" in expected else files
     print(f"\n  {'questions / images':<58}{'found':>16}{'released':>16}")
     for name, numbers in found.items():
         there = expected.get(name)
         same = there is None or all(n is None or n == m for n, m in zip(there, numbers, strict=True))
-        mark = "" if same else "   differs"
-        print(f"  {name:<58}{_pair(numbers):>16}{_pair(there) if there else '–':>16}{mark}")
+        print(f"  {name:<58}{_pair(numbers):>16}{_pair(there) if there else '–':>16}{'' if same else '   differs'}")
 
 
 def _pair(numbers: tuple[int, int | None]) -> str:
     return " / ".join("?" if n is None else f"{n:,}" for n in numbers)
 
 
+def count(samples: list[Sample]) -> tuple[int, int]:
+    return len(samples), len({s.image_path for s in samples})
+
+
 def prepare(args) -> None:
-    dataset, steps = args.dataset, PREPARATIONS[args.dataset]
+    dataset, steps, data = args.dataset, PREPARATIONS[args.dataset], args.data
     if dataset != "easyVQA" and not args.source:
-        raise InputError(f"--source is needed: the folder with {', '.join(steps.download)}.")
+        raise InputError(f"--source is needed: the folder with {steps.download}.")
     source = None
     if args.source_format == "hf":
-        parts = from_hf(args.source, dataset, args.data)
+
+        def keep_picture(where: str, part: str, record: dict, picture: bytes) -> None:
+            (sample,) = samples_of(dataset, part, [record], data, where)
+            write_picture(Path(sample.image_path), picture)
+
+        parts = sources.from_hf(args.source, dataset, keep_picture)
     else:
         source = Source(args.source) if args.source else None
-        parts = steps.official(source)
+        parts = {part: items for part, items in steps.official(source).items() if items}
     if not parts:
-        raise InputError(f"{args.source}: nothing of {dataset} in it. Expected {', '.join(steps.download)}.")
+        unopened = f" Not opened: {', '.join(map(str, source.unopened))}." if source and source.unopened else ""
+        raise InputError(f"{args.source}: nothing of {dataset} in it. Expected {steps.download}.{unopened}")
     for part in ("train", "test"):
         if part not in parts and "all" not in parts and dataset != "easyVQA":
             print(f"  no {part} part in the source: its files are not written.")
-    files = steps.files(parts, args.seed)
+    samples = {}
+    for part, items in parts.items():
+        samples[part] = samples_of(dataset, part, items, data, f"{args.source or 'easy-vqa'}, {part} part")
+        no_twice(samples[part], f"{args.source}, {part} part")
+
+    files, counts = steps.files(parts, args.seed), {}
     for name, content in files.items():
+        items = split_of(dataset, part_of(dataset, name)).records(content) if not is_train_json(name) else content
+        of_file = samples_of(dataset, part_of(dataset, name), list(items), data, name)
+        counts[name] = count(of_file)
         if is_train_json(name):
-            files[name] = as_train_json(dataset, part_of(dataset, name), content, args.data, args.preset)
-    write_files({args.data / steps.folder / name: content for name, content in files.items()}, args.overwrite)
-    if source and dataset != "easyVQA":
-        place_pictures(source, dataset, parts, args.data)
-    report(dataset, parts, files)
+            files[name] = as_train_json(of_file, args.preset)
+    write_files({data / steps.folder / name: content for name, content in files.items()}, args.overwrite)
+    lost = place_pictures(source, dataset, samples, data) if source and dataset != "easyVQA" else 0
+    official = samples.get("train", samples.get("all"))
+    report(dataset, count(official) if official else None, counts)
+    if lost:
+        unopened = f" Archives that were not opened: {', '.join(map(str, source.unopened))}." if source.unopened else ""
+        sys.exit(f"\n{lost:,} pictures are not below {args.source}.{unopened} Add them and call again.")
     print(f"\nNext: python data/prepare.py check {dataset}")
 
 
-def check(args) -> int:
-    """Print what is right and wrong with a data set; the number of samples that a run would lose."""
-    lost = 0
-    for split in ("train", "test"):
-        if args.dataset == "images" and split == "test":
-            continue
-        where = getattr(DATASETS[args.dataset], split)
-        annotations = getattr(args, f"{split}_annotations")
-        if args.dataset != "images" and not Path(annotations or args.data / where.annotations).exists():
-            print(f"{args.dataset}, {split}: {annotations or args.data / where.annotations}: no such file.")
-            lost += 1
-            continue
-        root = args.image_root or args.data / where.images
-        annotations = annotations or args.data / where.annotations
-        samples = load_samples(args.dataset, split, annotations, root, pictures=False)[: args.limit]
-        found = checking.check(samples, args.workers, args.min_pixels, args.max_pixels)
-        print("\n".join([f"{args.dataset}, {split}:", *found.lines()]))
+def check(args) -> None:
+    """Print what is right and wrong with a data set; exit with 1 where a run would lose samples."""
+    dataset, lost, missing = args.dataset, 0, []
+    if dataset == "images":
+        groups = {"images": load_samples("images", "train", None, args.image_root, pictures=False)}
+    else:
+        groups = {}
+        for split in (args.split,) if args.split else ("train", "test"):
+            where = getattr(DATASETS[dataset], split)
+            file = Path(args.annotations or args.data / where.annotations)
+            if file.exists():
+                root = args.image_root or args.data / where.images
+                groups[file] = load_samples(dataset, split, file, root, args.path_map, pictures=False)
+            else:
+                missing.append(file)
+        folder = args.data / PREPARATIONS[dataset].folder
+        for file in sorted(folder.glob("*.json")) if not args.annotations else ():
+            if is_train_json(file.name):
+                groups[file] = [
+                    Sample(r["id"], locate(r["image"], args.path_map, args.image_root))
+                    for r in records.read_records(file, "train")
+                ]
+    for file, samples in groups.items():
+        found = checking.check(samples[: args.limit], args.workers, args.min_pixels, args.max_pixels)
+        print("\n".join([f"{file}:", *found.lines()]))
         lost += found.lost
-    return lost
+    for file in missing:
+        print(f"{file}: no such file.")
+    if lost or missing:
+        sys.exit(f"{lost} samples would be lost and {len(missing)} files are missing; mend what is listed above.")
+    print("All is well.")
 
 
 def arguments(argv=None):
@@ -546,30 +428,29 @@ def arguments(argv=None):
     )
     p.add_argument("--overwrite", action="store_true", help="replace files that are there already and differ")
     c = p.add_argument_group("check")
-    c.add_argument("--image-root", metavar="DIR", help="folder of the pictures (default: the data set's)")
-    c.add_argument("--train-annotations", metavar="FILE", help="(default: the data set's)")
-    c.add_argument("--test-annotations", metavar="FILE", help="(default: the data set's)")
-    c.add_argument("--limit", type=cli.number(1), metavar="N", help="only the first N samples of each part")
+    c.add_argument("--split", choices=("train", "test"), help="check this one only (default: both)")
+    c.add_argument("--annotations", metavar="FILE", help="of --split (default: the data set's)")
+    c.add_argument("--image-root", metavar="DIR", help="folder of the pictures of --split (default: the data set's)")
+    c.add_argument(
+        "--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved pictures"
+    )
+    c.add_argument("--limit", type=cli.number(1), metavar="N", help="only the first N samples of each file")
     c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: a core each)")
     c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="to count visual tokens with")
     c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="to count visual tokens with")
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):
         p.error("check takes the name of a data set, and nothing else does")
-    args.command, args.dataset = args.what, args.dataset or args.what
+    if (args.annotations or args.image_root) and not args.split and args.dataset != "images":
+        p.error("--annotations and --image-root are of one --split")
+    args.command, args.dataset, args.path_map = args.what, args.dataset or args.what, dict(args.path_map)
     return args
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    if args.command != "check":
-        prepare(args)
-        return
-    lost = check(args)
-    if lost:
-        sys.exit(f"{lost} samples would be lost; mend what is listed above, or go on without them.")
-    print("All is well.")
+    check(args) if args.command == "check" else prepare(args)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, remedy="Choose another --data folder.")

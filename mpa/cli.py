@@ -167,8 +167,11 @@ def counted(reasons) -> str:
     return f"{reasons.total()} left out: {causes}" if reasons else ""
 
 
-def run(main) -> None:
-    """Run a script's `main()`; what a user can mend ends in one line, not in a traceback."""
+def run(main, remedy: str = "Choose another --run or --out.") -> None:
+    """Run a script's `main()`; what a user can mend ends in one line, not in a traceback.
+
+    `remedy` is for a place that cannot be written.
+    """
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
     if not ranks.FIRST:
@@ -185,7 +188,7 @@ def run(main) -> None:
                 "Make room and run the same command again: what is finished is kept."
             )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). Choose another --run or --out.")
+            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). {remedy}")
         raise
     except KeyboardInterrupt:
         sys.exit("stopped. Run the same command again to go on.")

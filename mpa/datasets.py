@@ -7,8 +7,9 @@ Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annota
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from mpa.records import REPOSITORY, InputError, read_json
 
 DATA = Path(os.environ.get("MPA_DATA", REPOSITORY / "data"))
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def _data(document) -> list:
 
 
 def _textvqa(r):  # {"question_id": 0, "image_id": "0054c91397f2fe05", "question": …, "answers": [10]}
+    if not isinstance(r["image_id"], str):
+        raise TypeError("'image_id' should be text")
     return r["question_id"], f"{r['image_id']}.jpg", r["question"], r["answers"]
 
 
@@ -182,6 +185,8 @@ DATASETS = {
 def inside(root: str, relative: str) -> str:
     """`root`/`relative` as a path, or InputError when it, or a link in it, leads out of the root."""
     path = os.path.normpath(os.path.join(root, relative))
+    if "\0" in relative:
+        raise InputError(f"picture {relative!r}: no file can be called so; mend the record.")
     below = os.path.relpath(path, root) if os.path.isabs(relative) or ".." in relative else os.path.normpath(relative)
     leads_out = below.startswith("..") or (os.path.isabs(relative) and root != "/")
     steps = accumulate(below.split(os.sep), os.path.join)
@@ -197,12 +202,19 @@ def _folder_samples(root: Path) -> Iterator[Sample]:
     """All pictures below `root`, in the order of their paths; the relative path is the id."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Name your folder of pictures with --image-root.")
+    others = Counter()
     for folder, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in PICTURE_SUFFIXES:
                 path = os.path.join(folder, name)
                 yield Sample(os.path.relpath(path, root), path)
+            else:
+                others[suffix or "no suffix"] += 1
+    if others:
+        what = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+        print(f"note: {root}: {others.total()} other files passed over ({what}).", file=sys.stderr)
 
 
 def moved(path: str, path_map: dict[str, str]) -> str:
@@ -227,33 +239,49 @@ def locate(path: str, path_map: dict[str, str], image_root: str | None) -> str:
     return path
 
 
-def _annotated_samples(name: str, split: Split, annotations: Path, root: Path, path_map: dict) -> Iterator[Sample]:
-    document = read_json(annotations)
+def samples_from(
+    name: str, split: Split, document, root: Path, where, path_map: dict[str, str] | None = None
+) -> Iterator[Sample]:
+    """The samples of an annotation file's `document`; `where` names it.
+
+    Raises InputError for a record that is not as it should be, or whose picture lies outside the root.
+    """
     index = 0
     try:
         for record in split.records(document):
             question_id, image, question, answers, *more = split.read(record)
-            if not isinstance(question, str) or not isinstance(answers, list):
-                raise TypeError("'question' should be text and 'answers' a list")
-            answers = [str(answer) for answer in answers]
-            yield Sample(question_id, inside(str(root), moved(image, path_map)), question, answers, *more)
+            if not isinstance(question, str):
+                raise TypeError(f"'question' should be text: {question!r}")
+            answers = _texts(answers)
+            more = {
+                field: _texts(value) if field == "raw_answers" else value for field, value in (more or [{}])[0].items()
+            }
+            path = inside(str(root), moved(image, path_map or {}))
+            yield Sample(question_id, path, question, answers, more)
             index += 1
     except InputError as error:
-        raise InputError(f"{annotations}, record {index}: {error}") from None
+        raise InputError(f"{where}, record {index}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
         other = [o for o in DATASETS if o not in (name, "images") and _reads(o, document)]
         hint = f" It reads as {other[0]}: did you mean --dataset {other[0]}?" if other else ""
         raise InputError(
-            f"{annotations}, record {index}: not in the format of {name}: {what}.{hint} data/README.md shows a record."
+            f"{where}, record {index}: not in the format of {name}: {what}.{hint} data/README.md shows a record."
         ) from None
+
+
+def _texts(answers) -> list[str]:
+    """Answers as text; numbers are taken, other things are no answers."""
+    if not isinstance(answers, list) or not all(isinstance(a, str | int | float) for a in answers):
+        raise TypeError(f"the answers should be a list of text: {str(answers)[:80]}")
+    return [str(answer) for answer in answers]
 
 
 def _reads(name: str, document) -> bool:
     """Would the document's first record read as data set `name`?"""
     try:
-        DATASETS[name].train.read(next(iter(DATASETS[name].train.records(document))))
-        return True
+        _, _, question, answers, *_ = DATASETS[name].train.read(next(iter(DATASETS[name].train.records(document))))
+        return isinstance(question, str) and isinstance(answers, list)
     except Exception:  # any failure at all means no
         return False
 
@@ -277,9 +305,26 @@ def load_samples(
             raise InputError(f"{root}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))}).")
     else:
         source = Path(annotations or DATA / where.annotations)
-        samples = list(_annotated_samples(name, where, source, root, path_map or {}))
+        below = Path("/") if name == "images" else root  # PI's held-out file has whole paths
+        samples = list(samples_from(name, where, read_json(source), below, source, path_map))
         if not samples:
             raise InputError(f"{source}: no records in it.")
+    if name == "images" and split == "test":
+        samples = [replace(s, image_path=locate(s.image_path, {}, image_root)) for s in samples]
+    if split == "test":
+        for index, sample in enumerate(samples):
+            if not sample.answers:
+                raise InputError(
+                    f"{source}, record {index}: no answers to score against; is it a test part without labels?"
+                )
+    no_twice(samples, source)
+    if pictures:
+        look_for_pictures([s.image_path for s in samples])
+    return samples
+
+
+def no_twice(samples: list[Sample], source) -> None:
+    """Raises InputError where two samples have the same id, as text."""
     first_with = {}
     for index, sample in enumerate(samples):
         if first_with.setdefault(sample.key, index) != index:
@@ -287,13 +332,10 @@ def load_samples(
                 f"{source}: records {first_with[sample.key]} and {index} have the same id {sample.key!r}. "
                 "Ids must differ: results are kept by id."
             )
-    if pictures:
-        look_for_pictures([s.image_path for s in samples])
-    return samples
 
 
-def look_for_pictures(paths: list[str]) -> None:
-    """Count on stderr the pictures that are not there. Raises InputError where none is."""
+def look_for_pictures(paths: list[str]) -> list[str]:
+    """The pictures that are not there; said on stderr. Raises InputError where none is."""
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise InputError(
@@ -306,3 +348,4 @@ def look_for_pictures(paths: list[str]) -> None:
             "will be left out. `python data/prepare.py check` looks at all.",
             file=sys.stderr,
         )
+    return missing

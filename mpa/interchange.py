@@ -92,7 +92,11 @@ def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) 
             reply = reply[0] if isinstance(reply, list) else reply
             doc, submission = line.get("doc") or {}, line.get("submission") or {}
             answers = doc.get("answers") or ([doc["answer"]] if "answer" in doc else None)
+            if not isinstance(reply, str) or not all(isinstance(answer, str) for answer in answers or ()):
+                raise TypeError("text where replies and answers should be")
             question, more = doc.get("question"), {k: doc[k] for k in ("type", "raw_answers") if k in doc}
+            if "type" in more:
+                more["type"] = more["type"].removesuffix("_test")  # lmms-lab/ChartQA's human_test
             question_id = doc.get("question_id", submission.get("question_id", line["doc_id"]))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{path}, line {i + 1}: no sample of lmms-eval: no {error}.") from None

@@ -137,9 +137,9 @@ _TENS = {word: 10 * (i + 2) for i, word in enumerate("twenty thirty forty fifty 
 _WORD_VALUES |= _TENS | {
     f"{ten}-{_UNITS.split()[unit]}": value + unit for ten, value in _TENS.items() for unit in range(1, 10)
 }
+_TENS_AND_UNIT = re.compile(rf"\b({'|'.join(_TENS)}) ({'|'.join(_UNITS.split()[1:10])})\b")
 _THOUSANDS = re.compile(r"(?<![\d.,])[+-]?\d{1,3}(?:,\d{3})+(?![\d,])")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%?")
-_YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
 
 
 @lru_cache(2**16)
@@ -150,9 +150,10 @@ def plain(text: str) -> str:
     >>> plain(" 12,500 per cent."), plain("Twenty-five"), plain("Route 66.")
     ('12500%', '25', 'route 66')
     """
-    text = " ".join(text.lower().split()).removesuffix(".")
+    text = " ".join(text.lower().replace("−", "-").split()).removesuffix(".")
+    text = _TENS_AND_UNIT.sub(r"\1-\2", text)
     text = " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
-    text = re.sub(r"\s*(?:%|\b(?:percent|per cent)\b)", "%", text)
+    text = re.sub(r"(?<=\d)\s*(?:%|percent\b|per cent\b)", "%", text)
     return _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
 
 
@@ -166,10 +167,12 @@ def tolerant(prediction: str, answers: list[str]) -> float:
         ours, theirs = plain(prediction), plain(answer)
         if ours == theirs:
             return bool(theirs)
-        if _YEAR.fullmatch(theirs) or not (_NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs)):
+        if not (_NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs)):
             return False
+        is_share = "%" in ours + theirs
         ours, theirs = float(ours.rstrip("%")), float(theirs.rstrip("%"))
-        return abs(ours - theirs) <= 0.05 * abs(theirs)
+        is_year = not is_share and any(n.is_integer() and 1500 <= n < 2100 for n in (ours, theirs))
+        return ours == theirs if is_year else abs(ours - theirs) <= 0.05 * abs(theirs)
 
     return float(any(map(matches, answers)))
 

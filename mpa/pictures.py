@@ -43,9 +43,9 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Deep grey to 8 bits; Pillow's own conversion would cut all above 255 to white."""
-    values = np.asarray(picture, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
     most = values.max()
-    white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else max(most, 255)
+    white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else 1 if most <= 1 else max(most, 255)
     return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 
 

@@ -3,7 +3,8 @@
 from collections import defaultdict
 
 from mpa.datasets import DATASETS
-from mpa.metrics import METRICS, bootstrap_interval
+from mpa.metrics import METRICS, bootstrap_interval, squeeze
+from mpa.records import InputError
 
 
 def metric_names(dataset: str, preset: str = "paper") -> list[str]:
@@ -55,14 +56,28 @@ def score(records: list[dict], dataset: str, preset: str = "paper") -> dict:
     return rows | {name: summary(values(records, name)) for name in names[1:]}
 
 
-def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "paper") -> dict:
-    """{metric: summary of after - before} over the questions that both files hold, paired by question id.
+def same_questions(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """The records of two result files, paired by question id.
 
-    Each also says on how many questions `after` is better and worse.
+    Raises InputError where a pair asks two different things: ids are numbers from 0 in many files.
     """
     old = {str(r["question_id"]): r for r in before}
     pairs = [(old[str(r["question_id"])], r) for r in after if str(r["question_id"]) in old]
-    rows = {}
+    for a, b in pairs:
+        if squeeze(a["GT_question"]) != squeeze(b["GT_question"]):
+            raise InputError(
+                f"question {a['question_id']!r} is {a['GT_question']!r} in the one file and {b['GT_question']!r} in the "
+                "other: these are not the same questions."
+            )
+    return pairs
+
+
+def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "paper") -> dict:
+    """{metric: summary of after - before} over the questions that both files hold.
+
+    Each also says on how many questions `after` is better and worse. Raises InputError for other questions.
+    """
+    pairs, rows = same_questions(before, after), {}
     for name in metric_names(dataset, preset):
         was, now = (values([pair[i] for pair in pairs], name) for i in (0, 1))
         gains = [b - a for a, b in zip(was, now, strict=True)]

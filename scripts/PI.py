@@ -211,7 +211,9 @@ def main(argv=None) -> Path:
     parity = identify_parity(lvlm_answers, svlm_answers, match, args.preset)
     funnel["parity"] = len(parity)
     out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
-    settings = {name: str(getattr(args, name)) for name in ("preset", "match", "hold_out", "lvlm_json", "svlm_json")}
+    settings = {name: getattr(args, name) for name in ("preset", "match", "hold_out")}
+    if args.lvlm_json:
+        settings |= {"lvlm_json": str(args.lvlm_json), "svlm_json": str(args.svlm_json)}
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     facts = {"funnel": funnel}
     if not args.lvlm_json:

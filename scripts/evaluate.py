@@ -71,14 +71,28 @@ def read_predictions(args, path: Path) -> list[dict]:
         result = interchange.read_lmms_eval(path, lines, samples)
     else:
         result = records.read_records(path, "Eval")
-        by_id = {s.key: {"answers": s.answers, **s.more} for s in samples or ()}
-        result = [r | by_id.get(str(r["question_id"]), {}) for r in result]
-    for i, r in enumerate(result):
-        if not r.get("answers") and r["GT_answer"] is None:
-            raise records.InputError(f"{path}, record {i}: no answer to score against; name them with --annotations.")
+        if samples:
+            result = with_answers(path, result, samples)
     if not result:
         raise records.InputError(f"{path}: no records in it.")
+    for i, r in enumerate(result):
+        if not r.get("answers") and not r["GT_answer"]:
+            raise records.InputError(f"{path}, record {i}: no answer to score against; name them with --annotations.")
     return cli.chosen(result, args)
+
+
+def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
+    """The records with all answers of their questions in the annotation file."""
+    asked = [{"question_id": s.key, "GT_question": s.question, "answers": s.answers, **s.more} for s in samples]
+    pairs = scoring.same_questions(asked, result)
+    if len(pairs) < len(result):
+        raise records.InputError(
+            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file: another data set or part?"
+        )
+    return [
+        found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question")}
+        for of_file, found in pairs
+    ]
 
 
 def report(args, what: str, result: list[dict]) -> dict:
@@ -89,8 +103,9 @@ def report(args, what: str, result: list[dict]) -> dict:
     left_out = cli.counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
-    if not all(r.get("answers") for r in result):
-        print("  This file holds one answer a question: scored as if all people had given it.")
+    single = sum(not r.get("answers") for r in result)
+    if single:
+        print(f"  {single} of {len(result)} records hold one answer: scored as if all people had given it.")
     return scores
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
-from mpa.datasets import locate
+from mpa.datasets import locate, look_for_pictures
 from mpa.records import InputError
 
 MARK = "<image>"
@@ -151,11 +151,9 @@ def main(argv=None) -> None:
         out = out.with_suffix(".jsonl")
     if out == args.train_json:
         raise InputError(f"{out}: is what is read; name another file with --out.")
-    missing = [s["image"] for s in samples if not os.path.exists(s["image"])]
+    missing = look_for_pictures([s["image"] for s in samples])
     if missing and folder:
-        raise InputError(
-            f"{missing[0]}: no such picture, nor {len(missing) - 1} others. See --path-map and --image-root."
-        )
+        raise InputError(f"{missing[0]}: no such picture, nor {len(missing) - 1} others; a folder holds them all.")
     if folder:
         write_folder(out, samples, FORMS[args.to], data_card(args.train_json, samples))
     elif args.to == "ms-swift":

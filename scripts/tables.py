@@ -5,7 +5,7 @@
 
 Reads  the result and meta files of each run folder.
 Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel",
-       "seconds"}; accuracies from 0 to 1, by the data set's headline metric.
+       "seconds"}; accuracies from 0 to 1, by the data set's headline metric; for `images`, agreement with the L-VLM, which is no accuracy.
 """
 
 import argparse
@@ -132,13 +132,14 @@ def examples(run: Run, n: int = 6) -> list[str]:
     return lines
 
 
-def table(result: dict) -> list[str]:
-    lines = [f"  {'':<32}{'train samples':>14}{'accuracy':>10}   {'95 % interval':<16}{'n':>6}"]
+def table(result: dict, what: str) -> list[str]:
+    """The rows as text; `what` they measure: accuracy, or agreement with the L-VLM."""
+    lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
     for row, r in result["rows"].items():
         low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
         samples = r["train_samples"] or "–"
         lines.append(
-            f"  {ROWS[row]:<32}{samples:>14}{100 * r['accuracy']:>9.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
+            f"  {ROWS[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
         )
     if "gain" in result:
         low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
@@ -148,9 +149,9 @@ def table(result: dict) -> list[str]:
     return lines
 
 
-def over_runs(results: list[dict]) -> list[str]:
+def over_runs(results: list[dict], what: str) -> list[str]:
     """Mean and standard deviation of each row over runs."""
-    lines = [f"  {'':<32}{'train samples':>16}{'accuracy':>16}"]
+    lines = [f"  {'':<32}{'train samples':>16}{what:>16}"]
     for row in results[0]["rows"]:
         cells = [result["rows"][row] for result in results if row in result["rows"]]
         accuracy = [100 * c["accuracy"] for c in cells]
@@ -170,7 +171,7 @@ def main(argv=None) -> None:
     p.add_argument("--lvlm", default=cli.LVLM, help="the L-VLM of the runs (default: %(default)s)")
     p.add_argument("--svlm", default=cli.SVLM, help="the S-VLM of the runs (default: %(default)s)")
     args = p.parse_args(argv)
-    results = []
+    results, what = [], "agreement" if args.dataset == "images" else "accuracy"
     for folder in args.runs:
         run = Run(folder, args.dataset, records.short_name(args.lvlm), records.short_name(args.svlm))
         result = summary(run)
@@ -178,12 +179,14 @@ def main(argv=None) -> None:
         results.append(result)
         print(f"\n{folder}: " + " → ".join(f"{n} {what}" for what, n in result["funnel"].items()))
         print("\n".join(["A few of them:", *examples(run), ""]))
-        print("\n".join(table(result)))
+        print("\n".join(table(result, what)))
+        if args.dataset == "images":
+            print("  Agreement with the L-VLM on pictures kept from training. It is no accuracy: the L-VLM errs, too.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
         print(f"Wrote {folder / 'summary.json'}.")
     if len(results) > 1:
         print(f"\nOver {len(results)} runs, mean ± standard deviation:")
-        print("\n".join(over_runs(results)))
+        print("\n".join(over_runs(results, what)))
 
 
 if __name__ == "__main__":

@@ -192,3 +192,33 @@ def test_the_longest_folder_that_fits_says_where_a_picture_has_moved():
     assert moved("/workspace/data/x.jpg", moves) == "/b/x.jpg"
     assert moved("/workspace/x.jpg", moves) == "/a/x.jpg"
     assert moved("/workspaces/x.jpg", moves) == "/workspaces/x.jpg"
+
+
+def test_things_that_are_no_answers_are_refused_and_test_questions_need_some(root, tmp_path):
+    def load(answers, split="train"):
+        record = {"question_id": 1, "image_id": "a", "question": "q", "answers": answers}
+        (tmp_path / "a.json").write_text(json.dumps({"data": [record]}))
+        return load_samples("textVQA", split, tmp_path / "a.json", root)
+
+    assert load([1, 2.5, "x"])[0].answers == ["1", "2.5", "x"]
+    for bad in ([{"answer": "x"}], [None], "abc", {"a": 1}):
+        with pytest.raises(InputError, match=r"record 0: .*should be a list of text"):
+            load(bad)
+    assert load([])[0].answers == []
+    with pytest.raises(InputError, match="record 0: no answers to score against"):
+        load([], "test")
+
+
+def test_held_out_pictures_that_have_moved_are_found_below_the_image_root(pictures, tmp_path):
+    record = {"question_id": "x", "image_path": "/gone/more/00.png", "question": "q", "answers": ["red"]}
+    (tmp_path / "heldout.json").write_text(json.dumps([record]))
+    (sample,) = load_samples("images", "test", tmp_path / "heldout.json", pictures)
+    assert sample.image_path == str(pictures / "more/00.png")
+
+
+def test_files_of_a_folder_that_are_no_pictures_are_counted(pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "a")
+    (tmp_path / "a/x.HEIC").touch()
+    (tmp_path / "a/notes").touch()
+    assert len(load_samples("images", "train", image_root=tmp_path / "a")) == 12
+    assert "2 other files passed over" in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_evaluate_scores_compares_and_writes_all_these_files(tmp_path):
     for bad, says in (
         ([{**RESULT[0], "predictions": 3}], "'predictions' should be text or null"),
         ([{**RESULT[0], "answers": None, "GT_answer": None}], "no answer to score against"),
+        ([{**RESULT[0], "answers": [5, 6]}], "'answers' should be a list of text"),
     ):
         better.write_text(json.dumps(bad))
         done = script("evaluate.py", "--predictions", better)
@@ -98,6 +99,19 @@ def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_p
     args = evaluate.arguments(["--predictions", str(eval_file), "--annotations", str(tmp_path / "val.json")])
     assert args.dataset == "textVQA"
     assert all(r["answers"][-1] == "!" for r in evaluate.read_predictions(args, eval_file))
+    data[0]["question"] = "what else?"
+    (tmp_path / "val.json").write_text(json.dumps({"data": data}))
+    with pytest.raises(InputError, match="these are not the same questions"):
+        evaluate.read_predictions(args, eval_file)
+    (tmp_path / "val.json").write_text(json.dumps({"data": data[1:]}))
+    with pytest.raises(InputError, match="questions are in the annotation file: another data set or part"):
+        evaluate.read_predictions(args, eval_file)
+
+
+def test_files_of_other_questions_with_the_same_ids_are_not_compared():
+    other = [{**r, "GT_question": "how few?"} for r in RESULT]
+    with pytest.raises(InputError, match="question 0 is 'how many\\?' in the one file and 'how few\\?' in the other"):
+        scoring.compare(RESULT, other, "chartVQA")
 
 
 @pytest.fixture
@@ -168,3 +182,6 @@ def test_a_picture_that_is_not_there_is_named_before_a_folder_is_written(parity_
     with pytest.raises(InputError, match=r"a\.png: no such picture"):
         exported(parity_set, "hf")
     assert not (parity_set.parent / "out-hf").exists()
+    (parity_set.parent / "b.jpg").unlink()
+    with pytest.raises(InputError, match="no such picture, and none of the others"):
+        exported(parity_set, "ms-swift")

@@ -39,6 +39,13 @@ def test_an_empty_answer_matches_nothing(name):
         ("tolerant", "two cats", "2 cats", True),
         ("tolerant", "cat", "dog", False),
         ("tolerant", "-5", "5", False),
+        ("tolerant", "−5", "-5", True),
+        ("tolerant", "twenty five", "25", True),
+        ("tolerant", "5percent", "5 %", True),
+        ("tolerant", "2000.0", "2001", False),
+        ("tolerant", "2001", "2000.0", False),
+        ("tolerant", "2010", "2050.5", False),
+        ("tolerant", "1990%", "2000%", True),
     ],
 )
 def test_matchers(name, prediction, answer, agrees):

@@ -8,6 +8,7 @@ A record (LLaVA form, as the Parity Identifier writes it):
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,13 +28,16 @@ class DataError(Exception):
 
 def open_picture(path: str) -> Image.Image:
     """The picture as the stages see it: first frame, turned as its EXIF says, 8 bits, alpha over white, RGB."""
-    with Image.open(path) as picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        picture = Image.open(path)
+    with picture:
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I") or picture.mode == "F":  # deep grey, which Pillow's conversion would cut to white
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
         most = values.max()
-        white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else max(most, 255)
+        white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else 1 if most <= 1 else max(most, 255)
         picture = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
