@@ -1,20 +1,23 @@
 """What the stages' command lines share: arguments, the settings that decide an outcome, errors."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import random
 import re
 import sys
+import time
 from collections import Counter
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 
 from mpa import ranks, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
 from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, identity
+from mpa.pictures import picture_size
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
@@ -49,6 +52,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     out.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
     out.add_argument("--restart", action="store_true", help="begin anew: drop what an earlier call has finished")
+    out.add_argument(
+        "--dry-run", action="store_true", help="try a few samples, say how long all would take, and write nothing"
+    )
     method = p.add_argument_group("method")
     method.add_argument(
         "--preset",
@@ -90,6 +96,36 @@ def parser(doc: str) -> argparse.ArgumentParser:
         metavar="N",
         help="processes that read pictures ahead of a GPU, or share the model's work on a CPU, a core each; "
         "0: none (default: 4, or a CPU's cores)",
+    )
+    vllm = p.add_argument_group("model, with --engine vllm (pip install -r requirements-vllm.txt)")
+    vllm.add_argument(
+        "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
+    )
+    vllm.add_argument(
+        "--pipeline-parallel-size", type=number(1), default=1, help="GPUs that share the layers (default: %(default)s)"
+    )
+    vllm.add_argument(
+        "--gpu-memory-utilization",
+        type=number(0, 1, float, above=True),
+        default=0.9,
+        help="share of the GPU's memory to take (default: %(default)s)",
+    )
+    vllm.add_argument(
+        "--max-model-len", type=number(1), help="longest prompt and reply, tokens (default: from the data)"
+    )
+    openai = p.add_argument_group("model, with --engine openai (its key from $OPENAI_API_KEY)")
+    openai.add_argument("--base-url", help="of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
+    openai.add_argument("--concurrency", type=number(1), default=16, help="requests at a time (default: %(default)s)")
+    openai.add_argument(
+        "--max-cost",
+        type=number(0, kind=float),
+        metavar="MONEY",
+        help="stop before this call has cost more (default: never)",
+    )
+    openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="of a million prompt tokens")
+    openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="of a million reply tokens")
+    openai.add_argument(
+        "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely pictures are looked at"
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     return p
@@ -145,19 +181,52 @@ def chosen(items: list, args) -> list:
 
 def engine(args, model_path: str):
     """The engine that the arguments ask for, to run `model_path`, which is checked before torch is imported."""
-    check_model_path(model_path)
+    if ENGINES[args.engine].local:
+        check_model_path(model_path)
     taken = {name: getattr(args, name) for name in ENGINES[args.engine].settings}
     return open_engine(args.engine, model_path=model_path, **taken)
 
 
+def dry_run(args, model_path: str, requests: list, label: str) -> None:
+    """Print how much there is to ask, and how long it would take by the pace of some of it; nothing is kept."""
+    some = requests[: 1 + 2 * args.batch_size]
+    with engine(args, model_path) as tried:
+        list(tried.generate(some[:1]))  # loads the model
+        before, started = tried.facts(), time.perf_counter()
+        n = sum(len(replies) for replies in tried.generate(some[1:] or some))
+        seconds, after = time.perf_counter() - started, tried.facts()
+    print(f"{label}: {len(requests):,} requests about {len({r.image_path for r in requests}):,} pictures.")
+    print(f"  visual tokens of Qwen2-VL, some: {visual_tokens([r.image_path for r in requests], args):,}")
+    print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
+    if "cost" in after:
+        spent = after["cost"] - before["cost"]
+        print(f"  cost, by that of {n}: {spent / n * len(requests):.2f} (this trial: {after['cost']:.4f})")
+
+
+def visual_tokens(paths: list[str], args) -> int:
+    """From the headers of the pictures; one that cannot be read counts for none."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    total, known = 0, {}
+    for path in paths:
+        if path not in known:
+            width, height = picture_size(path)
+            with contextlib.suppress(ValueError, ZeroDivisionError):  # a shape that the processor refuses
+                high, wide = smart_resize(height, width, 28, args.min_pixels, args.max_pixels)
+                known[path] = high * wide // 28**2
+        total += known.get(path, 0)
+    return total
+
+
 def settings(args, model_path: str, content: list, **more) -> dict:
-    """What decides a stage's outcome. Batch size, workers and the like do not, and are free to change.
+    """What decides a stage's outcome. Batch size, workers, the engine of greedy replies do not: they are free to change.
 
     `content`: all that goes into the records beside the replies, as JSON can hold it.
     """
-    named = ("dataset", "limit", "sample", "preset", "seed", "engine", "dtype")
-    common = {name: getattr(args, name) for name in (*named, "max_new_tokens", "min_pixels", "max_pixels")}
-    return {**common, "model": identity(model_path), **more, "content": records.digest(json.dumps(content))}
+    named = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+    common = {name: getattr(args, name) for name in named}
+    model = identity(model_path) if ENGINES[args.engine].local else model_path
+    return {**common, "model": model, **more, "content": records.digest(json.dumps(content))}
 
 
 def counted(reasons) -> str:

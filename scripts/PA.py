@@ -133,12 +133,17 @@ def main(argv=None) -> Path:
         top_p=args.top_p,
         tries=tries,
         fused=args.fused,
+        # Every engine draws in its own way; greedily all say the same.
+        engine=args.engine if args.temperature or tries else "any",
     )
     out = args.out or records.run_folder(args.run) / f"PA_{lvlm}_{args.dataset}.json"
     if finished(out, settings, args.restart):
         print(f"PA: {out} is there already, made with these settings (--restart makes it anew).")
         return out
 
+    if args.dry_run:
+        cli.dry_run(args, args.model_path_lvlm, [request(sample, 0, args) for sample in samples], "PA")
+        return out
     with cli.engine(args, args.model_path_lvlm) as engine:
         journal = Journal(out, settings, args.restart)
         result = annotate(samples, tries, engine, journal, args)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, records
 from mpa.answering import answers, question_request
 from mpa.datasets import locate, look_for_pictures
+from mpa.engines import Request
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.models import check_model_path, identity
@@ -67,7 +68,7 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dic
     if not records.meta_path(pa_json).exists() or not all(r.get("follow_up") for r in annotations):
         return None
     made = records.read_json(records.meta_path(pa_json)).get("settings", {})
-    names = ("preset", "engine", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+    names = ("preset", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
     ours = {name: getattr(args, name) for name in names} | {"model": identity(args.model_path_lvlm)}
     same = all(made.get(name) == value for name, value in ours.items())
     # The question must be the one that was put to it: people edit these files.
@@ -75,6 +76,12 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dic
         parse_annotation(r["reply"], args.preset).question == r["predicted_question"] for r in annotations
     )
     return {str(r["question_id"]): r["follow_up"] for r in annotations} if same else None
+
+
+def question_of(annotation: dict, args) -> Request:
+    return question_request(
+        args, str(annotation["question_id"]), annotation["image_path"], annotation["predicted_question"]
+    )
 
 
 def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, ready=None, **choice) -> list[dict]:
@@ -86,10 +93,13 @@ def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, 
     out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
     asked = []
     for r in annotations:
-        request = question_request(args, str(r["question_id"]), r["image_path"], r["predicted_question"])
         fields = {field: r[field] for field in ("question_id", "image_path")}
         asked.append(
-            (request, fields | {"PA_question": r["predicted_question"], "PA_answer": r["predicted_answer"]}, {})
+            (
+                question_of(r, args),
+                fields | {"PA_question": r["predicted_question"], "PA_answer": r["predicted_answer"]},
+                {},
+            )
         )
     return answers(args, model_path, out, "PI", asked, f"PI {who} {name}", ready, choice)
 
@@ -174,6 +184,11 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
 
     look_for_pictures([r["image_path"] for r in usable])
     ready = answers_of_pa(args, pa_json, usable)
+    if args.dry_run:
+        for who, model_path in (("L-VLM", args.model_path_lvlm), ("S-VLM, at most", args.model_path_svlm)):
+            if who != "L-VLM" or ready is None:
+                cli.dry_run(args, model_path, [question_of(r, args) for r in usable], f"PI {who}")
+        raise SystemExit
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
     consistent = [r for r in lvlm_answers if agrees(r, match)]
     held_out = held_out_pictures(consistent, args.hold_out)

@@ -155,6 +155,11 @@ def main(argv=None) -> None:
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
     samples = cli.chosen(samples, args)
+    if args.dry_run:
+        asked = [question_request(args, s.key, s.image_path, s.question) for s in samples]
+        for model_path in args.model_path:
+            cli.dry_run(args, model_path, asked, f"evaluate {records.short_name(model_path)}")
+        return
     scores = {}
     for name, model_path in zip(names, args.model_path, strict=True):
         out, result = predict(args, model_path, samples)

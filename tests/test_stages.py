@@ -407,3 +407,62 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     assert cli.counted(r["left_out"] for r in result if r["left_out"]) == (
         "2 left out: 1 two questions, 1 picture: no such file"
     )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, tmp_path, stage):
+    for name in OUTPUTS["PA"] if stage == "PI" else ():
+        shutil.copy(run / f"{name}.json", tmp_path)
+    before = sorted(tmp_path.iterdir())
+    done = script(*STAGES[stage], "--dry-run", "--run", f"{tmp_path}/")
+    assert done.returncode == 0, done.stderr
+    n = len(read(run / f"{OUTPUTS[stage][0]}.json"))
+    assert f"{n} requests about" in done.stdout
+    assert f"visual tokens of Qwen2-VL, some: {n * 4}" in done.stdout
+    assert "time, by the pace of" in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def launch(command, folder, processes: int) -> subprocess.Popen:
+    flags = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    stage = [str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, *stage],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
+    """Killed on the way, and then anew."""
+    process = launch(STAGES["PA"], tmp_path, 2)
+    while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.journal*.jsonl")) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = launch(STAGES["PA"], tmp_path, 2)
+    said, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    assert said.count("pictures annotated") == 1
+    (name,) = OUTPUTS["PA"]
+    assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
+    assert not list(tmp_path.glob("*.journal*.jsonl"))
+
+
+def test_a_run_that_several_began_one_finishes_alone(run, tmp_path):
+    settings = read(run / "Eval_student_easyVQA.meta.json")["settings"]
+    answers = {str(r["question_id"]): r for r in read(run / "Eval_student_easyVQA.json")}
+    for rank, keys in (("", list(answers)[:3]), ("-1", list(answers)[3:5]), ("-7", list(answers)[5:6])):
+        replies = [
+            {"key": k, "text": answers[k]["predictions"], "logprob": answers[k]["logprob"], "tokens": 2} for k in keys
+        ]
+        lines = [json.dumps(line) + "\n" for line in ({"settings": settings}, *replies)]
+        (tmp_path / f"Eval_student_easyVQA.journal{rank}.jsonl").write_text("".join(lines) + '{"torn')
+    done = script(*STAGES["evaluate"], "--run", f"{tmp_path}/")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "Eval_student_easyVQA.json").read_bytes() == (run / "Eval_student_easyVQA.json").read_bytes()
+    assert not list(tmp_path.glob("*.journal*.jsonl"))

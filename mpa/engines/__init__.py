@@ -41,10 +41,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where an engine is, and which arguments of the stages it takes, beside `model_path`."""
+    """Where an engine is, and which arguments of the stages it takes, beside `model_path`.
+
+    `local`: its model is a folder or a hub id, whose files are read here; else a name that a server knows.
+    """
 
     where: str
     settings: tuple[str, ...]
+    local: bool = True
 
 
 _PIXELS = ("min_pixels", "max_pixels")
@@ -52,6 +56,18 @@ ENGINES = {
     "hf": Engine(
         "mpa.engines.hf:HFEngine",
         ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_PIXELS),
+    ),
+    "vllm": Engine(
+        "mpa.engines.vllm:VLLMEngine",
+        (
+            *("dtype", "trust_remote_code", "tensor_parallel_size", "pipeline_parallel_size"),
+            *("gpu_memory_utilization", "max_model_len", *_PIXELS),
+        ),
+    ),
+    "openai": Engine(
+        "mpa.engines.openai:OpenAIEngine",
+        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", *_PIXELS),
+        local=False,
     ),
 }
 
