@@ -66,6 +66,8 @@ def answers(
         result.append(finish(record | {"left_out": reply.get("error"), "logprob": reply.get("logprob")}))
     more = {"model_path": model_path, **ran_on, "seconds": round(time.time() - started, 1), **facts(result)}
     records.write_result(out, result, settings, **more)
+    if account := cli.account(ran_on):
+        print(f"{label}: {account}")
     if journal:
         journal.close(remove=ranks.FIRST)
     return result

@@ -179,12 +179,36 @@ def chosen(items: list, args) -> list:
     return items[: args.limit]
 
 
-def engine(args, model_path: str):
-    """The engine that the arguments ask for, to run `model_path`, which is checked before torch is imported."""
-    if ENGINES[args.engine].local:
+def check_model(args, model_path: str) -> None:
+    """Raise InputError for a model's folder that is not as it should be, before anything heavy is imported."""
+    if ENGINES[engine_of(args, model_path)].local:
         check_model_path(model_path)
-    taken = {name: getattr(args, name) for name in ENGINES[args.engine].settings}
-    return open_engine(args.engine, model_path=model_path, **taken)
+
+
+def engine_of(args, model_path: str) -> str:
+    """The name of the engine for a model: the L-VLM may have one of its own."""
+    is_lvlm = model_path == getattr(args, "model_path_lvlm", None)
+    return getattr(args, "engine_lvlm", None) or args.engine if is_lvlm else args.engine
+
+
+def engine(args, model_path: str):
+    """The engine that the arguments ask for, to run `model_path`."""
+    check_model(args, model_path)
+    name = engine_of(args, model_path)
+    return open_engine(name, model_path=model_path, **{s: getattr(args, s) for s in ENGINES[name].settings})
+
+
+def model_identity(args, model_path: str) -> str:
+    """`identity` of a model here; the name of one behind a server."""
+    return identity(model_path) if ENGINES[engine_of(args, model_path)].local else model_path
+
+
+def account(facts: dict) -> str:
+    """What a server has been asked for and what it cost, as a line; "" where nothing is counted."""
+    if "tokens_in" not in facts:
+        return ""
+    cost = f", cost {facts['cost']:.4f}" if facts["cost"] else ""
+    return f"{facts['requests']:,} replies, {facts['tokens_in']:,} tokens in and {facts['tokens_out']:,} out{cost}."
 
 
 def dry_run(args, model_path: str, requests: list, label: str) -> None:
@@ -225,8 +249,7 @@ def settings(args, model_path: str, content: list, **more) -> dict:
     """
     named = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
     common = {name: getattr(args, name) for name in named}
-    model = identity(model_path) if ENGINES[args.engine].local else model_path
-    return {**common, "model": model, **more, "content": records.digest(json.dumps(content))}
+    return {**common, "model": model_identity(args, model_path), **more, "content": records.digest(json.dumps(content))}
 
 
 def counted(reasons) -> str:

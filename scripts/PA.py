@@ -154,6 +154,8 @@ def main(argv=None) -> Path:
     records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
     journal.close(remove=ranks.FIRST)
     print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
+    if account := cli.account(ran_on):
+        print(f"PA: {account}")
     if not counts["parsed"]:
         raise records.InputError(f"{out}: not one picture could be annotated; `reply` and `left_out` in it say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")

@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, records
 from mpa.answering import answers, question_request
 from mpa.datasets import locate, look_for_pictures
-from mpa.engines import Request
+from mpa.engines import ENGINES, Request
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.models import check_model_path, identity
 from mpa.prompts import parse_annotation, train_prompt, with_question_mark
 from mpa.records import InputError
 
@@ -33,6 +32,7 @@ def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
     p.add_argument("--model-path-svlm", default=cli.SVLM, help="the S-VLM: a folder or hub id (default: %(default)s)")
+    p.add_argument("--engine-lvlm", choices=ENGINES, help="what runs the L-VLM (default: what runs the S-VLM)")
     p.add_argument(
         "--pa-json", type=Path, metavar="FILE", help="the PA file, as --annotations (default: that of this run)"
     )
@@ -69,7 +69,7 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dic
         return None
     made = records.read_json(records.meta_path(pa_json)).get("settings", {})
     names = ("preset", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
-    ours = {name: getattr(args, name) for name in names} | {"model": identity(args.model_path_lvlm)}
+    ours = {name: getattr(args, name) for name in names} | {"model": cli.model_identity(args, args.model_path_lvlm)}
     same = all(made.get(name) == value for name, value in ours.items())
     # The question must be the one that was put to it: people edit these files.
     same = same and all(
@@ -174,7 +174,7 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     if lvlm == svlm:
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
     for model_path in (args.model_path_lvlm, args.model_path_svlm):
-        check_model_path(model_path)
+        cli.check_model(args, model_path)
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.chosen(records.read_records(pa_json, "PA"), args)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, interchange, records, scoring
 from mpa.answering import answers, question_request
 from mpa.datasets import load_samples
+from mpa.engines import ENGINES
 from mpa.metrics import most_common
-from mpa.models import check_model_path
 
 
 def arguments(argv=None):
@@ -34,7 +34,10 @@ def arguments(argv=None):
         "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="what AFTER gains, question by question"
     )
     p.add_argument("--log-samples", action="store_true", help="also write lmms-eval's results.json and samples_….jsonl")
-    p.add_argument("--model-path-lvlm", default=cli.LVLM, help="for images: whose held-out answers to compare with")
+    p.add_argument(
+        "--model-path-lvlm", default=cli.LVLM, help="the L-VLM; for images: whose held-out answers to compare with"
+    )
+    p.add_argument("--engine-lvlm", choices=ENGINES, help="what runs the L-VLM (default: what runs the others)")
     args = cli.parse(p, argv, named_by=("predictions", "compare"))
     if args.out and len(args.model_path) > 1:
         p.error("--out names one file; with several --model-path use --run")
@@ -149,7 +152,7 @@ def main(argv=None) -> None:
             records.run_folder(args.run), "PI_{lvlm}_heldout_images.json", lvlm, "--annotations", "PI.sh"
         )
     for model_path in args.model_path:
-        check_model_path(model_path)
+        cli.check_model(args, model_path)
     names = [records.short_name(path) for path in args.model_path]
     if len(set(names)) < len(names):
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")

@@ -17,6 +17,7 @@ from conftest import MINI, ROOT, STUDENT, TEACHER, script
 from mpa import cli
 from mpa.datasets import Sample, locate
 from mpa.journal import Journal
+from mpa.prompts import TASK_PROMPTS
 
 EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
 STAGES = {
@@ -97,7 +98,14 @@ def test_ctrl_c_ends_at_once_with_a_word_on_how_to_go_on(tmp_path):
         f"{tmp_path}/",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # what runs the tests may ignore it
     )
     while process.poll() is None and not list(tmp_path.glob("*.jsonl")):
         time.sleep(0.05)
@@ -267,12 +275,15 @@ def test_file_names_that_are_no_unicode_go_through(pictures, tmp_path):
 
 def test_a_task_prompt_of_ones_own_is_what_the_model_sees(pictures, tmp_path):
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text("Ask about the colour.\nQuestion: <question>\nAnswer: <answer>\n")
+    prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the teacher understands no other
     command = ["PA.py", "--dataset", "images", "--image-root", pictures, *MINI, "--run", f"{tmp_path}/run"]
     done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert done.returncode == 0, done.stderr
     meta = read(tmp_path / "run/PA_teacher_images.meta.json")
-    assert meta["prompt"] == "Ask about the colour.\nQuestion: <question>\nAnswer: <answer>"
+    assert meta["prompt"] == TASK_PROMPTS["general"]
+    prompt.write_text("Say nothing.\nQuestion: Answer:")
+    other = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
+    assert "content was" in other.stderr
     prompt.write_text("Describe this.")
     refused = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
     assert "should ask for the two lines" in refused.stderr

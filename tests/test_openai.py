@@ -1,0 +1,273 @@
+"""The openai engine against a real server with the embedded teacher, and a proxy in between that fails in every way."""
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import MINI, TEACHER, script
+from test_engine import QUESTIONS
+from test_engine import replies as hf_replies
+
+from mpa.engines import Request, open_engine
+from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.records import InputError, read_json
+
+MODEL = str(TEACHER)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """`transformers serve` with the embedded teacher; its address."""
+    port = free_port()
+    command = [Path(sys.executable).with_name("transformers"), "serve", MODEL, "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(
+        [*map(str, command), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on, but for those whose turn it is to fail."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server = self.server
+        with server.lock:
+            fault = next(server.faults, None)
+            server.seen[repr(fault)] += 1
+            server.keys.add(self.headers["Authorization"])
+        if callable(fault):
+            fault = fault(json.loads(body))
+        if fault == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        if fault == "slow":
+            time.sleep(1.5)
+        if fault in (None, "slow"):
+            connection = http.client.HTTPConnection(server.behind.netloc, timeout=60)
+            connection.request("POST", self.path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            self.send(answer.status, answer.read())
+        elif fault == "garbage":
+            self.send(200, b'{"id": "x", "choi')
+        elif fault == "html":
+            self.send(200, b"<html>busy</html>", "text/html")
+        elif fault == "empty":
+            self.send(200, b'{"error": "overloaded"}')
+        else:
+            status, error, headers = fault
+            self.send(status, json.dumps({"error": error}).encode(), **headers)
+
+    def send(self, status: int, body: bytes, content_type: str = "application/json", **headers):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    """`proxy(faults)` -> (address, what was seen): a fault for each request in turn, None to pass it on."""
+    started = []
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    def start(faults=()):
+        running = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+        running.behind, running.faults, running.lock = urlsplit(server), iter(faults), threading.Lock()
+        running.seen, running.keys = Counter(), set()
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        started.append(running)
+        return f"http://127.0.0.1:{running.server_port}/v1", running
+
+    yield start
+    for running in started:
+        running.shutdown()
+        running.server_close()
+
+
+def requests(pictures, **more) -> list[Request]:
+    paths = sorted(pictures.rglob("*.png"))[:6]
+    asked = [Request(f"q{i}", str(p), answer_prompt(QUESTIONS[i % 3]), **more) for i, p in enumerate(paths)]
+    return asked + [Request(f"a{i}", str(p), TASK_PROMPTS["general"], **more) for i, p in enumerate(paths)]
+
+
+def replies(asked, base_url, **settings) -> dict[str, dict]:
+    with open_engine("openai", model_path=MODEL, base_url=base_url, **settings) as engine:
+        return {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+
+
+def texts(found: dict[str, dict]) -> dict:
+    return {
+        key: (reply["text"], reply["tokens"], reply.get("follow_up", {}).get("text")) for key, reply in found.items()
+    }
+
+
+FAULTS = [
+    (429, {"message": "slow down"}, {"Retry_After": "0.3"}),
+    (429, {"message": "slow down"}, {"Retry_After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    *("cut", None, "garbage", "html", "empty", "slow", None),
+    (500, {"message": "oops"}, {}),
+    (503, {"message": "busy"}, {}),
+    *(None, "cut", "garbage"),
+]
+
+
+def test_replies_are_those_of_the_hf_engine_whatever_fails_on_the_way(pictures, proxy):
+    asked = requests(pictures, follow_up="paper")
+    address, seen = proxy(FAULTS)
+    got = replies(asked, address, concurrency=4)
+    assert texts(got) == texts(hf_replies(asked, batch_size=4, workers=0))
+    assert {repr(fault) for fault in FAULTS} <= set(seen.seen)  # each one happened
+    assert seen.keys == {"Bearer sk-very-secret"}
+
+
+def test_one_refused_request_costs_only_itself(pictures, proxy, tmp_path):
+    (tmp_path / "bad.png").write_text("x")
+    asked = [
+        *requests(pictures)[:4],
+        Request("bad", str(tmp_path / "bad.png"), "q"),
+        Request("no", asked_path(pictures), "NO"),
+    ]
+
+    def refuse(body):
+        wanted = body["messages"][0]["content"][1]["text"] == "NO"
+        return (400, {"message": "against the policy"}, {}) if wanted else None
+
+    address, _ = proxy([refuse] * 20)
+    got = replies(asked, address, concurrency=1)
+    assert got["bad"]["error"].startswith("picture: cannot be read")
+    assert got["no"] == {"key": "no", "error": "server: 400: against the policy"}
+    assert all(got[r.key]["text"] for r in asked[:4])
+
+
+def asked_path(pictures) -> str:
+    return str(next(pictures.glob("*.png")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ((401, {"message": "Incorrect API key provided: sk-very-secret"}, {}), "401: Incorrect API key provided: …"),
+        ((404, {"message": "no such model"}, {}), "404: no such model"),
+        ((429, {"message": "pay first", "code": "insufficient_quota"}, {}), "429: pay first"),
+        ((400, {"message": "unknown field"}, {}), "refuses every request: 400: unknown field"),
+    ],
+)
+def test_what_concerns_every_request_ends_the_run_and_keeps_the_key_to_itself(pictures, proxy, fault, says):
+    address, _ = proxy([fault] * 99)
+    with pytest.raises(InputError) as error:
+        replies(requests(pictures), address, concurrency=2)
+    assert says in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_ends_the_run_after_a_while(pictures, monkeypatch):
+    monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.05)
+    with pytest.raises(InputError, match="keeps failing: APIConnectionError"):
+        replies(requests(pictures)[:1], f"http://127.0.0.1:{free_port()}/v1")
+
+
+def test_a_server_without_log_probabilities_is_asked_without(pictures, proxy):
+    def refuse(body):
+        return (400, {"message": "logprobs are not supported"}, {}) if "logprobs" in body else None
+
+    address, _ = proxy([refuse] * 99)
+    got = replies(requests(pictures)[:3], address, concurrency=1)
+    assert [reply["logprob"] for reply in got.values()] == [None] * 3
+
+
+def test_the_account_adds_up_and_no_more_is_spent_than_allowed(pictures, proxy, tmp_path):
+    address, _ = proxy()
+    asked = requests(pictures)[:6]
+    with open_engine("openai", model_path=MODEL, base_url=address, price_in=100.0, price_out=1000.0) as engine:
+        got = [reply for batch in engine.generate(asked) for reply in batch]
+        whole = engine.facts()
+    assert whole["tokens_out"] == sum(reply["tokens"] for reply in got)
+    assert whole["cost"] == pytest.approx((100 * whole["tokens_in"] + 1000 * whole["tokens_out"]) / 1e6)
+    kept = []
+    with (
+        open_engine(
+            "openai", model_path=MODEL, base_url=address, price_in=100.0, price_out=1000.0, max_cost=whole["cost"] / 2
+        ) as engine,
+        pytest.raises(InputError, match="is all but spent"),
+    ):
+        for batch in engine.generate(asked):
+            kept += batch
+    assert 1 <= len(kept) < 6
+    assert engine.cost <= whole["cost"] / 2
+    done = {reply["key"] for reply in kept}
+    rest = replies([r for r in asked if r.key not in done], address)
+    assert {r["key"]: r["text"] for r in kept} | {k: r["text"] for k, r in rest.items()} == {
+        r["key"]: r["text"] for r in got
+    }
+
+
+def test_what_is_missing_is_said_before_anything_is_sent(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        open_engine("openai", model_path="gpt-4o")
+    with pytest.raises(InputError, match="--max-cost needs --price-in and --price-out"):
+        open_engine("openai", model_path="gpt-4o", base_url="http://x", max_cost=1.0)
+
+
+def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(pictures, proxy, tmp_path):
+    """The L-VLM behind a server, the S-VLM here; stopped by the budget and gone on with."""
+    student = tmp_path / "student"
+    shutil.copytree(TEACHER.parent / "student", student)
+    address, _ = proxy()
+    data = ["--dataset", "images", "--image-root", pictures, *MINI, "--run", f"{tmp_path}/run", "--tries", "0"]
+    server = ["--engine", "openai", "--base-url", address, "--price-in", "10", "--price-out", "10"]
+    pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
+    poor = script(*pa, "--max-cost", "0.005")
+    assert poor.returncode == 1
+    assert "the same command with more goes on" in poor.stderr
+    done = script(*pa)
+    assert done.returncode == 0, done.stderr
+    assert "tokens in and" in done.stdout
+    annotations = read_json(tmp_path / "run/PA_teacher_images.json")
+    assert sum(bool(r["predicted_question"]) for r in annotations) >= 11
+    flags = ["--engine-lvlm", "openai", "--base-url", address, "--model-path-lvlm", MODEL, "--model-path-svlm", student]
+    done = script("PI.py", *[d for d in data if d not in ("--tries", "0")], *flags)
+    assert done.returncode == 0, done.stderr
+    assert "answers were made along with the annotations" in done.stdout
+    for path in (tmp_path / "run").iterdir():
+        assert b"secret" not in path.read_bytes()
