@@ -11,6 +11,9 @@ export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids
 export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
 export RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 LIMIT=${LIMIT:-}                                    # annotate only the first so many pictures
+ENGINE=${ENGINE:-hf}                                # what runs the models
+LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is behind a server
+SERVER_FLAGS=${SERVER_FLAGS:-}                      # for it, e.g. "--base-url http://localhost:8000/v1"
 PA_FLAGS=${PA_FLAGS:-}                              # more flags for a stage, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
@@ -19,12 +22,16 @@ EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
-PYTHONPATH=$ROOT python -m mpa.models "$LVLM" "$SVLM" # both, before hours of work for the first
+# Both models are looked at before hours of work for the first.
+LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
+PYTHONPATH=$ROOT python -m mpa.models "${LOCAL[@]}"
 # shellcheck disable=SC2086 # the flags are words
-bash "$ROOT/scripts/PA.sh" ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
+bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
+    ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
 # shellcheck disable=SC2086
-bash "$ROOT/scripts/PI.sh" $PI_FLAGS
+bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $PI_FLAGS
 bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
 # shellcheck disable=SC2086
-bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" $EVALUATE_FLAGS
+bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
+    --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $EVALUATE_FLAGS
 python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"

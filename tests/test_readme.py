@@ -39,7 +39,9 @@ def test_every_flag_and_variable_in_the_readme_is_known():
     text = (ROOT / "README.md").read_text()
     helps = "".join(script(name, "--help").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
     assert {flag for flag in re.findall(r"`(--[\w-]+)", text) if flag not in helps} - {"--help"} == set()
-    scripts = "".join(p.read_text() for p in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("PL/*/scripts/*.sh")])
+    scripts = "".join(
+        p.read_text() for p in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("PL/*/scripts/*.sh"), *ROOT.glob("mpa/**/*.py")]
+    )
     assert {name for name in re.findall(r"\b([A-Z_]{2,})=", text) if f"{name}" not in scripts} == set()
 
 
