@@ -1,13 +1,15 @@
 """PA + PI against the plain loop, on the same pictures: how many times the images per second, and are the outputs equal?
 
     python benchmarks/pipeline.py                       # 400 easy-VQA pictures, the embedded pair
+    python benchmarks/pipeline.py --compute-bound       # 12 pictures, 150 M and 40 M random parameters
     python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
         --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
 
 The plain loop is the released code's way, made whole: batches of 8 (PA) and 4 (PI) in file order, pictures
 read between the batches, both models in memory, the S-VLM asked about everything, up to 128 tokens. Ours are the
 stages as they are, journal and files included. Both greedy, in this process, in turn, after a warm-up;
-loading the models counts for both. Prints one JSON object of its figures as its last line.
+loading the models counts for both. --compute-bound is the same at a size where arithmetic counts: the share of the
+plain loop's time, of its operations, and the ratio of the paces at which they are done. Prints one JSON object of its figures as its last line.
 """
 
 import argparse
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import PA
 import PI
+import shapes
 import torch
 from qwen_vl_utils import process_vision_info
 
@@ -117,7 +120,14 @@ def main(argv=None) -> None:
     p.add_argument("--max-pixels", type=int, default=3136)
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", help="in bfloat16 the outputs of any two ways may differ")
+    p.add_argument("--compute-bound", action="store_true", help="larger models with random weights; see shapes.py")
     args = p.parse_args(argv)
+    if args.compute_bound:
+        with tempfile.TemporaryDirectory() as work:
+            device = models.pick_device(args.device)
+            shape = (shapes.COMPUTE_BOUND, Path(work), device, args.dtype, 12, 448, 0.68)  # 256 visual tokens
+            print(json.dumps(shapes.compare(*shape, batch_size=6, workers=None)))
+        return
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.lvlm).is_dir() else "0")
 
     ways = {

@@ -236,7 +236,7 @@ def write_picture(path: Path, content: bytes) -> None:
     if path.exists() and path.stat().st_size == len(content):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
@@ -244,7 +244,8 @@ def write_picture(path: Path, content: bytes) -> None:
 def link_picture(path: Path, source: str) -> None:
     """The same file under another name; a copy where it lies on another disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(source), temporary)
     except OSError:

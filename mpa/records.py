@@ -119,7 +119,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # the same each time: one left by a kill goes with the next
     try:
         # What is no Unicode (half a surrogate pair, a file name in another encoding) becomes JSON's own escape.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -1,8 +1,10 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from mpa.journal import Journal, finished
 from mpa.records import InputError, write_result
@@ -83,3 +85,14 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
         assert len(again) == kept
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_stages_killed_at_random_moments_lose_double_and_change_nothing():
+    """A few of the kills of benchmarks/faults.py, which makes 200."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/faults.py", "--kills", "6"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["kills"] >= 6
+    assert (figures["differing"], figures["failed_calls"]) == (0, 0)

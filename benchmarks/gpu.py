@@ -1,0 +1,66 @@
+"""The true shapes of Qwen2-VL-7B and 2B, with random weights, on one GPU: PA + PI by the plain loop and by `hf`.
+
+    python benchmarks/gpu.py                       # 256 pictures of 512 visual tokens each
+    python benchmarks/gpu.py --pictures 64 --batch-size 32
+
+Annotations have 25 tokens and answers 4; see shapes.py. Nothing comes from the network. Prints images per second of
+both, the share of the time in which the model waited for pictures, and the share of this GPU's bfloat16 matrix
+product pace, measured in the same run, that each way achieves. The last line is a JSON object.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import shapes
+import torch
+
+
+def peak_flops(device: str) -> float:
+    """Operations a second of a large bfloat16 matrix product."""
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pictures", type=int, default=256)
+    p.add_argument("--batch-size", type=int, default=64, help="most rows a batch, memory permitting")
+    p.add_argument("--workers", type=int, default=8, help="processes that prepare pictures")
+    p.add_argument(
+        "--consistent", type=float, default=0.68, help="share that the L-VLM repeats, so that the S-VLM is asked"
+    )
+    args = p.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA GPU here; pipeline.py --compute-bound is the same for a CPU.")
+    peak = peak_flops("cuda:0")
+    edge = 28 * 23  # 529 visual tokens
+    with tempfile.TemporaryDirectory() as work:
+        figures = shapes.compare(
+            *(shapes.QWEN2_VL, Path(work), "cuda:0", "bfloat16", args.pictures, edge, args.consistent),
+            **{"batch_size": args.batch_size, "workers": args.workers},
+        )
+    for way in ("plain", "our"):
+        per_second = (
+            figures[f"{way}_images_per_second"]
+            * figures["gflops_a_picture"]["plain" if way == "plain" else "ours"]
+            * 1e9
+        )
+        figures[f"{way}_share_of_peak"] = per_second / peak
+    figures |= {"device": torch.cuda.get_device_name(0), "bf16_peak_tflops": peak / 1e12, "torch": torch.__version__}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
