@@ -127,6 +127,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     openai.add_argument(
         "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely pictures are looked at"
     )
+    ray = p.add_argument_group("model, with --engine ray (pip install -r requirements-ray.txt; joins $RAY_ADDRESS)")
+    ray.add_argument(
+        "--ray-engine",
+        default="hf",
+        choices=[name for name in ENGINES if name != "ray"],
+        help="what runs the model in each actor (default: %(default)s)",
+    )
+    ray.add_argument(
+        "--actors",
+        type=number(1),
+        metavar="N",
+        help="how many, over all nodes (default: one a GPU, else one for two cores; of openai one a node)",
+    )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     return p
 
@@ -181,7 +194,7 @@ def chosen(items: list, args) -> list:
 
 def check_model(args, model_path: str) -> None:
     """Raise InputError for a model's folder that is not as it should be, before anything heavy is imported."""
-    if ENGINES[engine_of(args, model_path)].local:
+    if ENGINES[replier(args, model_path)].local:
         check_model_path(model_path)
 
 
@@ -189,6 +202,12 @@ def engine_of(args, model_path: str) -> str:
     """The name of the engine for a model: the L-VLM may have one of its own."""
     is_lvlm = model_path == getattr(args, "model_path_lvlm", None)
     return getattr(args, "engine_lvlm", None) or args.engine if is_lvlm else args.engine
+
+
+def replier(args, model_path: str) -> str:
+    """The name of the engine whose replies these are: with Ray, that of its actors."""
+    name = engine_of(args, model_path)
+    return args.ray_engine if name == "ray" else name
 
 
 def engine(args, model_path: str):
@@ -200,7 +219,7 @@ def engine(args, model_path: str):
 
 def model_identity(args, model_path: str) -> str:
     """`identity` of a model here; the name of one behind a server."""
-    return identity(model_path) if ENGINES[engine_of(args, model_path)].local else model_path
+    return identity(model_path) if ENGINES[replier(args, model_path)].local else model_path
 
 
 def account(facts: dict) -> str:

@@ -134,7 +134,7 @@ def main(argv=None) -> Path:
         tries=tries,
         fused=args.fused,
         # Every engine draws in its own way; greedily all say the same.
-        engine=args.engine if args.temperature or tries else "any",
+        engine=cli.replier(args, args.model_path_lvlm) if args.temperature or tries else "any",
     )
     out = args.out or records.run_folder(args.run) / f"PA_{lvlm}_{args.dataset}.json"
     if finished(out, settings, args.restart):

