@@ -19,6 +19,7 @@ from mpa.datasets import DATASETS, EASY, load_samples
 from mpa.records import InputError, read_json, read_records
 
 sys.path.insert(0, str(ROOT / "data"))
+import layouts
 import prepare
 
 REFERENCE = ROOT.parent / "shared/reference/annotations"
@@ -148,7 +149,7 @@ def prepared(tmp_path_factory):
 
 
 def folder_of(prepared, name) -> Path:
-    return prepared[name] / prepare.PREPARATIONS[name].folder
+    return prepared[name] / layouts.PREPARATIONS[name].folder
 
 
 def samples_of(prepared, name, split):
@@ -326,7 +327,7 @@ def test_one_question_a_picture_and_splits_by_picture_have_the_released_counts()
         for r in read_json(REFERENCE / "okvqa_train_unique_combine.json")
         for qa in r["qas"]
     ]
-    files = prepare.files_okvqa({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
+    files = layouts.files_okvqa({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
     train, val = (files[f"okvqa_QwenFormat_{part}.json"] for part in ("train", "eval"))
     assert {len({r["image_id"] for r in part}) for part in (train, val)} == {7648, 1350}
     assert files["okvqa_train_unique_combine.json"] == read_json(REFERENCE / "okvqa_train_unique_combine.json")
@@ -335,10 +336,18 @@ def test_one_question_a_picture_and_splits_by_picture_have_the_released_counts()
     assert {r["id"] for part in theirs for r in part} == {r["question_id"] for r in records}
     for name, split in (("okVQA", "train"), ("okVQA", "test"), ("chartVQA", "train"), ("chartVQA", "test")):
         file = Path(getattr(DATASETS[name], split).annotations).name
-        expected = prepare.PREPARATIONS[name].expected[file]
+        expected = layouts.PREPARATIONS[name].expected[file]
         reference = REFERENCE / (file if name == "okVQA" else f"chartqa_{file}")
         samples = load_samples(name, split, reference, "/", pictures=False)
         assert prepare.count(samples) == expected
+
+
+def test_easy_vqa_needs_no_download_and_keeps_the_ids_that_pa_has(tmp_path, capsys):
+    prepare.main(["easyVQA", "--data", str(tmp_path)])
+    assert "differs" not in capsys.readouterr().out
+    ids = {s.question_id: s.image_path for s in load_samples("easyVQA", "train")}
+    files = [read_json(tmp_path / f"EasyVQA/easyvqa_QwenFormat_{part}.json") for part in ("train", "eval")]
+    assert {r["id"]: r["image"] for part in files for r in part} == ids
 
 
 @pytest.mark.slow
@@ -375,7 +384,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def prepared_from(source: Path, name: str, tmp_path: Path) -> Path:
     prepare.main([name, "--source", str(source), "--data", str(tmp_path / "data")])
-    return tmp_path / "data" / prepare.PREPARATIONS[name].folder
+    return tmp_path / "data" / layouts.PREPARATIONS[name].folder
 
 
 def test_pictures_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):
