@@ -143,6 +143,7 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     seconds, device …) tell how it went. Of several processes the first writes, and the others wait for it.
     """
     meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
+    ranks.wait()  # until all have seen that there is none yet
     if ranks.FIRST:
         Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
         write_json(meta_path(path), meta)

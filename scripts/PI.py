@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli, ranks, records
 from mpa.answering import answers, question_request
 from mpa.datasets import locate, look_for_pictures
 from mpa.engines import ENGINES, Request
@@ -192,7 +192,7 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
     consistent = [r for r in lvlm_answers if agrees(r, match)]
     held_out = held_out_pictures(consistent, args.hold_out)
-    if held_out:
+    if held_out and ranks.FIRST:
         write_held_out(args, lvlm, [r for r in consistent if r["image_path"] in held_out])
     ids = {str(r["question_id"]) for r in consistent}
     asked = [r for r in usable if args.answer_all or str(r["question_id"]) in ids]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, interchange, records, scoring
+from mpa import cli, interchange, ranks, records, scoring
 from mpa.answering import answers, question_request
 from mpa.datasets import load_samples
 from mpa.engines import ENGINES
@@ -168,7 +168,7 @@ def main(argv=None) -> None:
         out, result = predict(args, model_path, samples)
         scores[name] = report(args, name, result)
         print(f"Results are in {out}.")
-        if args.log_samples:
+        if args.log_samples and ranks.FIRST:
             folder = out.parent / "lmms-eval" / name
             interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model_path)
             print(f"lmms-eval's files are in {folder}.")

@@ -462,6 +462,11 @@ def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
     (name,) = OUTPUTS["PA"]
     assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
     assert not list(tmp_path.glob("*.journal*.jsonl"))
+    parity = launch(STAGES["PI"], tmp_path, 2)  # the L-VLM's answers are there, the S-VLM's are shared
+    _, errors = parity.communicate(timeout=300)
+    assert parity.returncode == 0, errors
+    for name in OUTPUTS["PI"]:
+        assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
 
 
 def test_a_run_that_several_began_one_finishes_alone(run, tmp_path):
