@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from mpa import engines
-from mpa.engines import Request
-from mpa.prompts import follow_up_prompt
+from mpa.engines import Request, following
 
 
 class InstantEngine:
@@ -41,8 +40,7 @@ class InstantEngine:
         text = f"Question: is it number {chance % 9}?\nAnswer: yes" if "Question:" in request.prompt else "yes"
         text = "nothing to say" if chance % 7 == 0 else text
         reply = {"key": request.key, "text": text, "logprob": -(chance % 999) / 100, "tokens": len(text.split())}
-        prompt = follow_up_prompt(text, request.follow_up) if request.follow_up else None
-        if prompt:
+        if following(request, text):
             reply["follow_up"] = {
                 "key": request.key,
                 "text": "yes" if chance % 3 else "no",

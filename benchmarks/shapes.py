@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mpa import models
+from mpa import engines, models
 from mpa.engines import Request, hf
 from mpa.prompts import TASK_PROMPTS, answer_prompt
 
@@ -133,7 +133,7 @@ def ours(
     result, waited, started = {}, {}, time.perf_counter()
     settings = {"device": device, "dtype": dtype, "min_pixels": pixels, "max_pixels": pixels, **engine}
     asked = [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(paths)]
-    hf.follow_up_prompt = lambda text, preset: QUESTION  # before the workers are forked
+    engines.follow_up_prompt = lambda text, preset: QUESTION  # before the workers are forked
     with Forced(str(folders["lvlm"]), **settings) as engine:
         replies = {r["key"]: r for batch in engine.generate(asked) for r in batch}
         waited["lvlm"] = engine.facts()["waited"]

@@ -59,7 +59,7 @@ def answers(
             ran_on = engine.facts()
     else:
         print(f"{label}: its {len(asked)} answers were made along with the annotations.")
-    result, replies = [], ready or journal
+    result, replies = [], journal if ready is None else ready
     for request, before, after in asked:
         reply = replies[request.key]
         record = {**before, "predictions": prediction(reply, args.preset), **after}

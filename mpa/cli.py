@@ -97,6 +97,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="processes that read pictures ahead of a GPU, or share the model's work on a CPU, a core each; "
         "0: none (default: 4, or a CPU's cores)",
     )
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
+    _engine_flags(p)
+    return p
+
+
+def _engine_flags(p: argparse.ArgumentParser) -> None:
+    """What single engines take beside."""
     vllm = p.add_argument_group("model, with --engine vllm (pip install -r requirements-vllm.txt)")
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
@@ -140,8 +147,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
         metavar="N",
         help="how many, over all nodes (default: one a GPU, else one for two cores; of openai one a node)",
     )
-    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
-    return p
 
 
 def number(least, most=None, kind=int, above: bool = False):

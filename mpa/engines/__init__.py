@@ -11,13 +11,14 @@ time left, such as the share of the time in which the model waited for pictures.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 from tqdm import tqdm
 
 from mpa import ranks
 from mpa.journal import Journal
+from mpa.prompts import follow_up_prompt
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Request:
     # A preset: an annotation in the reply is put to the model as a question at once, greedily, while the
     # picture is still at hand. "": it is not.
     follow_up: str = ""
+
+
+def following(request: Request, text: str | None) -> Request | None:
+    """The request that a reply of this `text` gives rise to (see `Request.follow_up`); None where it does not."""
+    prompt = follow_up_prompt(text, request.follow_up) if request.follow_up and text is not None else None
+    if not prompt:
+        return None
+    stop = "" if request.follow_up == "released" else "answer"
+    return replace(request, prompt=prompt, temperature=0.0, stop=stop, follow_up="")
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ ENGINES = {
     ),
     "openai": Engine(
         "mpa.engines.openai:OpenAIEngine",
-        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", *_PIXELS),
+        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", "max_pixels"),
         local=False,
     ),
 }

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -27,10 +26,9 @@ from PIL import Image
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import models, ranks
-from mpa.engines import Request
+from mpa.engines import Request, following
 from mpa.engines.decoding import Chooser, Stopper, line_breaks
 from mpa.pictures import PictureError, open_picture, picture_size
-from mpa.prompts import follow_up_prompt
 from mpa.records import InputError
 
 WINDOW = 64  # batches within which requests are sorted by length
@@ -291,17 +289,9 @@ class HFEngine:
         inputs, cache = self._with_head(inputs)
         replies, cache = self._generate(batch, inputs, cache)
 
-        prompts = [
-            follow_up_prompt(reply["text"], r.follow_up) if r.follow_up else None
-            for r, reply in zip(batch, replies, strict=True)
-        ]
-        rows = [row for row, prompt in enumerate(prompts) if prompt]
+        asked = [following(r, reply["text"]) for r, reply in zip(batch, replies, strict=True)]
+        rows, asked = [row for row, request in enumerate(asked) if request], [request for request in asked if request]
         if rows:
-            stop = {"paper": "answer", "released": ""}
-            asked = [
-                replace(batch[i], prompt=prompts[i], temperature=0.0, stop=stop[batch[i].follow_up], follow_up="")
-                for i in rows
-            ]
             if self.model.config.model_type in models.SHARES_PREFIX:
                 answers, _ = self._generate(asked, *self._continue(inputs, cache, rows, asked))
             else:

@@ -15,15 +15,13 @@ import os
 import random
 import time
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import replace
 from email.utils import parsedate_to_datetime
 
 import openai
 from PIL import Image
 
-from mpa.engines import Request
+from mpa.engines import Request, following
 from mpa.pictures import PictureError, open_picture
-from mpa.prompts import follow_up_prompt
 from mpa.records import InputError
 
 RETRIES = 8  # more tries of a request, before it is given up
@@ -60,7 +58,6 @@ class OpenAIEngine:
         price_in: float = 0.0,
         price_out: float = 0.0,
         image_detail: str = "auto",
-        min_pixels: int = 0,
         max_pixels: int = 512 * 28 * 28,
     ):
         if max_cost is not None and not (price_in or price_out):
@@ -149,9 +146,7 @@ class OpenAIEngine:
         try:
             picture = await asyncio.to_thread(self._encoded, request.image_path)
             reply = await self._until_it_passes(request, picture)
-            prompt = follow_up_prompt(reply["text"], request.follow_up) if request.follow_up else None
-            if prompt:
-                asked = replace(request, prompt=prompt, temperature=0.0, follow_up="")
+            if asked := following(request, reply["text"]):
                 reply["follow_up"] = await self._until_it_passes(asked, picture)
             return reply
         except PictureError as error:

@@ -13,24 +13,18 @@ import itertools
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Iterator
 from importlib.util import find_spec
-from threading import Condition, Thread
 
 from PIL import Image
 
 from mpa import models, ranks
-from mpa.engines import Request
-from mpa.pictures import PictureError, open_picture
-from mpa.prompts import ANSWER_SUFFIX, STOPS, follow_up_prompt
+from mpa.engines import Request, following
+from mpa.engines.feed import Feed, Row
+from mpa.prompts import ANSWER_SUFFIX, STOPS
 from mpa.records import InputError
 
 IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
-READERS = 4  # threads that open pictures
-AHEAD = 8  # requests made ready beyond those in flight; as many pictures again are open
 VERIFIED = 4  # pictures whose visual tokens are counted
 STEP_OF_LENGTH = 1024  # what the longest prompt and reply are rounded up to, see `_longest`
 
@@ -285,7 +279,7 @@ class VLLMEngine:
                 with contextlib.suppress(Exception):
                     self.llm.llm_engine.abort_request(list(live))
 
-    def _replies(self, feed: "Feed", live: dict[str, "Row"]) -> Iterator[list[dict]]:
+    def _replies(self, feed: Feed, live: dict[str, Row]) -> Iterator[list[dict]]:
         from vllm.exceptions import VLLMClientError
 
         clock, engine = time.perf_counter, self.llm.llm_engine
@@ -339,7 +333,7 @@ class VLLMEngine:
             output_kind=RequestOutputKind.CUMULATIVE,
         )
 
-    def _reply(self, row: "Row", output) -> dict | None:
+    def _reply(self, row: Row, output) -> dict | None:
         """The reply, once it is complete: at its end token, at the longest, or at the line break that ends it."""
         written, request = output.outputs[0], row.request
         new, row.seen = written.text[row.seen :], len(written.text)
@@ -366,109 +360,16 @@ class VLLMEngine:
             "tokens": n,
         }
 
-    def _finish(self, row: "Row", reply: dict, feed: "Feed") -> list[dict]:
+    def _finish(self, row: Row, reply: dict, feed: Feed) -> list[dict]:
         """What can be handed on: the reply; nothing where its follow-up comes first; of that, the reply it followed."""
         if row.follows:
             row.follows["follow_up"] = reply
             return [row.follows]
-        request = row.request
-        prompt = follow_up_prompt(reply["text"], request.follow_up) if request.follow_up and "text" in reply else None
-        if not prompt:
+        asked = following(row.request, reply.get("text"))
+        if not asked:
             return [reply]
-        stop = {"paper": "answer", "released": ""}[request.follow_up]
-        feed.push(Row(replace(request, prompt=prompt, temperature=0.0, stop=stop, follow_up=""), follows=reply))
+        feed.push(Row(asked, follows=reply))
         return []
-
-
-@dataclass
-class Row:
-    """A request on its way."""
-
-    request: Request
-    follows: dict | None = None  # the reply whose follow-up it is
-    opened: Future | None = None
-    processed: dict | None = None  # what vLLM takes
-    error: str = ""
-    seen: int = 0  # characters of the reply
-
-
-class Feed:
-    """Rows made ready ahead of the model, at most AHEAD of them; a follow-up comes before all that are not ready yet.
-
-    Threads open the pictures; one thread makes the rows ready, and they are taken in its order, which vLLM's
-    cache of pictures relies on. `left` are those still to be taken.
-    """
-
-    def __init__(self, requests: list[Request], prepare: Callable):
-        self.left, self.prepare = len(requests), prepare
-        self.coming, self.opening = iter(requests), deque()
-        self.pushed, self.ready = deque(), deque()
-        self.changed, self.closed = Condition(), False
-        self.pool = ThreadPoolExecutor(READERS, "pictures")
-        self.thread = Thread(target=self._work, name="feed", daemon=True)
-        self.thread.start()
-
-    def push(self, row: Row) -> None:
-        """Let a follow-up take its turn. Its picture is opened again: to keep those of all that are in flight
-        would take gigabytes."""
-        row.opened = self.pool.submit(open_picture, row.request.image_path)
-        with self.changed:
-            self.left += 1
-            self.pushed.append(row)
-            self.changed.notify_all()
-
-    def take(self, wait: bool) -> Row | None:
-        """The next row, or None where it is not ready and `wait` is false."""
-        with self.changed:
-            while wait and not self.ready:
-                self.changed.wait()
-            if not self.ready:
-                return None
-            row = self.ready.popleft()
-            self.changed.notify_all()
-        if isinstance(row, BaseException):
-            raise row
-        self.left -= 1
-        return row
-
-    def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.changed.notify_all()
-        self.thread.join()
-        self.pool.shutdown(cancel_futures=True)
-
-    def _work(self) -> None:
-        try:
-            while row := self._next():
-                self._make_ready(row)
-                with self.changed:
-                    self.ready.append(row)
-                    self.changed.notify_all()
-        except BaseException as error:  # to be raised where the replies are made
-            with self.changed:
-                self.ready.append(error)
-                self.changed.notify_all()
-
-    def _next(self) -> Row | None:
-        """The row whose turn it is, once there is room for it; None when closed."""
-        for request in itertools.islice(self.coming, AHEAD - len(self.opening)):
-            self.opening.append(Row(request, opened=self.pool.submit(open_picture, request.image_path)))
-        with self.changed:
-            while not (self.closed or self.pushed or (self.opening and len(self.ready) < AHEAD)):
-                self.changed.wait()
-            if self.closed:
-                return None
-            return self.pushed.popleft() if self.pushed else self.opening.popleft()
-
-    def _make_ready(self, row: Row) -> None:
-        try:
-            picture = row.opened.result()
-        except PictureError as error:
-            row.error = f"picture: {error}"
-        else:
-            row.processed, row.error = self.prepare(row.request, picture)
-        row.opened = None
 
 
 def _reason(error: BaseException) -> str:
