@@ -1,6 +1,6 @@
 """PA + PI against the plain loop, on the same pictures: how many times the images per second, and are the outputs equal?
 
-    python benchmarks/pipeline.py                       # 400 easy-VQA pictures, the embedded pair
+    python benchmarks/pipeline.py                       # 2,000 easy-VQA pictures, the embedded pair
     python benchmarks/pipeline.py --compute-bound       # 12 pictures, 150 M and 40 M random parameters
     python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
         --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
@@ -108,13 +108,20 @@ def stages(args, batch_size: int) -> dict:
         }
 
 
+def differences(one: dict | list, other: dict | list) -> int:
+    """How many keys two outputs do not agree on."""
+    if isinstance(one, list):
+        return len(set(one) ^ set(other))
+    return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
+
+
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="easyVQA", choices=DATASETS)
     p.add_argument("--lvlm", default=str(ROOT / "data/mini/teacher"))
     p.add_argument("--svlm", default=str(ROOT / "data/mini/student"))
-    p.add_argument("--pictures", type=int, default=400)
-    p.add_argument("--batch-size", type=int, default=50, help="of our stages; also measured at 8")
+    p.add_argument("--pictures", type=int, default=2000)
+    p.add_argument("--batch-size", type=int, default=100, help="of our stages; also measured at 8")
     p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
     p.add_argument("--min-pixels", type=int, default=3136)
     p.add_argument("--max-pixels", type=int, default=3136)
@@ -149,7 +156,7 @@ def main(argv=None) -> None:
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
-    equal = {part: outputs["plain"][part] == outputs["ours"][part] for part in outputs["plain"]}
+    differing = {part: differences(outputs["plain"][part], outputs["ours"][part]) for part in outputs["plain"]}
     figures = {
         "pictures": pictures,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
@@ -157,8 +164,8 @@ def main(argv=None) -> None:
         "ratio": round(statistics.median(ratios), 2),
         "ratio_of_rounds": [round(r, 2) for r in ratios],
         "ratio_at_batch_8": round(median["plain"] / median["ours at 8"], 2),
-        "outputs_equal": all(equal.values()) and outputs["ours"] == outputs["ours at 8"],
-        "equal": equal,
+        "differing": differing,
+        "outputs_equal": not any(differing.values()) and outputs["ours"] == outputs["ours at 8"],
         "parity_samples": len(outputs["ours"]["parity"]),
         "rounds": args.rounds,
     }

@@ -13,8 +13,10 @@ from mpa.records import InputError
 MIN_PIXELS = 128 * 28 * 28
 MAX_PIXELS = 512 * 28 * 28
 
-# Families whose key-values of a picture may serve a second prompt: tested to give the same replies.
-SHARES_PREFIX = {"qwen2_vl"}
+# Families with which the hf engine's shortcuts (key-values of a picture serve a second prompt, those of the system
+# text all pictures, the last layer works out the last column alone) are tested to give the plain loop's replies.
+SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
+SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

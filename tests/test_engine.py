@@ -222,10 +222,10 @@ def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(pictures):
         assert "tokens/s, waited" in engine.status()
 
 
-def test_a_family_that_is_not_known_to_share_asks_anew(pictures, monkeypatch):
+def test_a_family_without_shortcuts_asks_anew(pictures, monkeypatch):
     asked = requests(pictures, follow_up="paper")[10:14]
     shared = replies(asked)
-    monkeypatch.setattr(models, "SHARES_PREFIX", set())
+    monkeypatch.setattr(models, "SHORTCUTS", set())
     assert {k: r.get("follow_up", {}).get("text") for k, r in replies(asked).items()} == {
         k: r.get("follow_up", {}).get("text") for k, r in shared.items()
     }

@@ -105,6 +105,9 @@ class HFEngine:
     def _load_model(self) -> None:
         self.dtype = models.pick_dtype(self.dtype, self.device)
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust)
+        self.shortcuts = self.model.config.model_type in models.SHORTCUTS
+        if self.shortcuts:
+            _spare_last_layer(self.model.get_decoder().layers[-1])
         if self.batch_tokens is None and self.device.startswith("cuda"):
             self.batch_tokens = self._probe()
 
@@ -220,7 +223,7 @@ class HFEngine:
                 raise
         if len(good) == 1:
             return [*errors, {"key": batch[good[0]].key, "error": "out of memory; try a smaller --max-pixels"}]
-        self.model.model.rope_deltas = None
+        self._forget_positions()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows = [batch[row] for row in good]
@@ -267,7 +270,7 @@ class HFEngine:
         """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
         if not pictures:
             return {}
-        inputs = self.processor(text=self._texts(prompts), images=pictures, padding=True, return_tensors="pt")
+        inputs = self.processor(text=self._texts(prompts), images=[[p] for p in pictures], padding=True, return_tensors="pt")
         return {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def _texts(self, prompts) -> list[str]:
@@ -277,6 +280,11 @@ class HFEngine:
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
             texts[prompt] = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         return [texts[prompt] for prompt in prompts]
+
+    def _tails(self, prompts) -> list[list[int]]:
+        """The tokens of what the chat template writes after the picture, for each prompt."""
+        tails = [text.rsplit(self.processor.image_token, 1)[1] for text in self._texts(prompts)]
+        return [self.processor.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails]
 
     @torch.inference_mode()
     def _run(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
@@ -292,10 +300,8 @@ class HFEngine:
         asked = [following(r, reply["text"]) for r, reply in zip(batch, replies, strict=True)]
         rows, asked = [row for row, request in enumerate(asked) if request], [request for request in asked if request]
         if rows:
-            if self.model.config.model_type in models.SHARES_PREFIX:
-                answers, _ = self._generate(asked, *self._continue(inputs, cache, rows, asked))
-            else:
-                answers = self.answer(asked)
+            shared = self._continue(inputs, cache, batch, rows, asked) if self.shortcuts else None
+            answers = self._generate(asked, *shared)[0] if shared else self.answer(asked)
             answers = {answer["key"]: answer for answer in answers}
             for row in rows:
                 replies[row]["follow_up"] = answers[batch[row].key]
@@ -343,7 +349,7 @@ class HFEngine:
         None and the inputs as they are where the family is not known to share, or the rows differ there.
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if self.model.config.model_type not in models.SHARES_PREFIX:
+        if not self.shortcuts:
             return inputs, None
         starts = mask.argmax(1).tolist()
         size = int((ids[0] == self.model.config.image_token_id).int().argmax()) - starts[0]
@@ -352,7 +358,7 @@ class HFEngine:
             return inputs, None
         if self.head is None or not torch.equal(self.head[0], heads[0]):
             self.head = heads[0], self.model(input_ids=heads[:1], use_cache=True).past_key_values
-        moved = {name: inputs[name].clone() for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        moved = {name: value.clone() for name, value in inputs.items() if value.shape == ids.shape}
         for name, value in moved.items():
             for row, start in enumerate(starts):
                 value[row, :size] = inputs[name][row, start : start + size]
@@ -360,20 +366,28 @@ class HFEngine:
         cache = DynamicCache()
         for index, layer in enumerate(self.head[1].layers):
             cache.update(*(part.expand(len(ids), -1, -1, -1) for part in (layer.keys, layer.values)), index)
-        self.model.model.rope_deltas = None
+        self._forget_positions()
         return inputs | moved, cache
 
-    def _continue(self, inputs: dict, cache, rows: list[int], asked: list[Request]) -> tuple[dict, DynamicCache]:
-        """Inputs and cache to put other prompts about the pictures of `rows` to the model.
+    def _continue(
+        self, inputs: dict, cache, batch: list[Request], rows: list[int], asked: list[Request]
+    ) -> tuple[dict, DynamicCache] | None:
+        """Inputs and cache to put other prompts about the pictures of `rows` of the batch to the model.
 
         The key-values of each row's system text and picture are kept, moved to the right edge of a common
-        width; the new prompts follow, each with its padding before it. Positions come from the mask.
+        width; the new prompts follow, each with its padding before it. Positions come from the mask. None
+        where the tokens after a picture are not those of the template's text.
         """
         ids, image_token = inputs["input_ids"], self.model.config.image_token_id
         ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
         heads = [inputs["attention_mask"][row, :end].nonzero()[:, 0] for row, end in zip(rows, ends, strict=True)]
-        tails = [text.rsplit(self.processor.image_token, 1)[1] for text in self._texts(r.prompt for r in asked)]
-        tails = [self.processor.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails]
+        # What the processor puts between the picture and the template's text, such as "</img>".
+        before, *tails = self._tails([batch[rows[0]].prompt, *(request.prompt for request in asked)])
+        whole = ids[rows[0], ends[0] :].tolist()
+        closing = whole[: len(whole) - len(before)]
+        if closing + before != whole:
+            return None
+        tails = [closing + tail for tail in tails]
         width = max(map(len, heads))
         total = width + max(map(len, tails))
 
@@ -392,10 +406,39 @@ class HFEngine:
                     moved[i, :, width - len(head) :] = source[row, :, head]
                 keys_values.append(moved)
             kept.update(*keys_values, index)
-        self.model.model.rope_deltas = None  # left by the call before, for its rows; to be computed from these inputs
-        new = {"input_ids": new_ids, "attention_mask": mask, "image_grid_thw": inputs["image_grid_thw"][rows]}
-        new["mm_token_type_ids"] = (new_ids == image_token).to(inputs["mm_token_type_ids"].dtype)
+        self._forget_positions()
+        new = {"input_ids": new_ids, "attention_mask": mask}
+        if "mm_token_type_ids" in inputs:
+            new["mm_token_type_ids"] = (new_ids == image_token).to(inputs["mm_token_type_ids"].dtype)
+        if "image_grid_thw" in inputs:
+            new["image_grid_thw"] = inputs["image_grid_thw"][rows]
         return new, kept
+
+    def _forget_positions(self) -> None:
+        """Rotary offsets of the call before, kept by Qwen's models for its rows, are to be computed anew."""
+        if hasattr(self.model.model, "rope_deltas"):
+            self.model.model.rope_deltas = None
+
+
+def _spare_last_layer(layer: torch.nn.Module) -> None:
+    """Have the last layer work out the last column alone: of what it says of the others, only keys and values are read.
+
+    A prompt ends in the last column of every row, and `generate` takes its logits from there. The other
+    columns get zeros from the modules that work on each column by itself.
+    """
+
+    def of_last_column(module):
+        whole = module.forward
+
+        def forward(hidden):  # [B, T, H] -> [B, T, H']
+            return torch.nn.functional.pad(whole(hidden[:, -1:]), (0, 0, hidden.shape[1] - 1, 0))
+
+        module.forward = forward
+
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    for module, name in ((attention, "q_proj"), (attention, "o_proj"), (mlp, "down_proj")):
+        if hasattr(module, name):
+            of_last_column(mlp if module is mlp else getattr(module, name))
 
 
 def written(reply: dict) -> int:

@@ -1,0 +1,59 @@
+"""Every model family, in miniature with random weights: the engine's replies are those of the plain loop."""
+
+from dataclasses import replace
+
+import families
+import pytest
+import torch
+
+from mpa import models
+from mpa.engines import Request, hf, open_engine
+from mpa.pictures import open_picture
+
+PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
+PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return families.make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str]:
+    """One generate call a request, picture and prompt as the model's processor takes them."""
+    processor = models.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
+    model = models.load_model(checkpoint, "cpu", torch.float32)
+    replies = []
+    for path, prompt in asked:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[[open_picture(path)]], return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        replies.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return replies
+
+
+def follow(request: Request, text: str) -> Request:
+    """In place of an annotation's question, which random weights do not write: a prompt that depends on the reply."""
+    return replace(request, prompt=f"Is it {len(text)}?", max_new_tokens=5, follow_up="")
+
+
+def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, pictures, monkeypatch):
+    monkeypatch.setattr(hf, "following", lambda request, text: follow(request, text) if request.follow_up else None)
+    monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the picture's key-values are to serve both
+    paths = sorted(map(str, pictures.rglob("*.png")))
+    asked = [
+        Request(str(i), path, PROMPTS[i % 3], max_new_tokens=8, follow_up="" if i % 4 == 0 else "paper")
+        for i, path in enumerate(paths)
+    ]
+    with open_engine("hf", model_path=checkpoint, batch_size=5, workers=0, **PIXELS) as engine:
+        got = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+        assert engine.shortcuts
+    expected = plain(checkpoint, [(r.image_path, r.prompt) for r in asked], 8)
+    assert [got[r.key]["text"] for r in asked] == expected
+    assert len(set(expected)) > 6  # the pictures make a difference
+
+    followed = [(r, text) for r, text in zip(asked, expected, strict=True) if r.follow_up]
+    expected = plain(checkpoint, [(r.image_path, follow(r, text).prompt) for r, text in followed], 5)
+    assert [got[r.key]["follow_up"]["text"] for r, _ in followed] == expected
+    assert not any("follow_up" in got[r.key] for r in asked if not r.follow_up)
