@@ -30,7 +30,9 @@ def make(family: str, folder: Path) -> str:
             setattr(part, name, getattr(tokenizer, name))
     torch.manual_seed(3)
     model = t.AutoModelForImageTextToText.from_config(config).float().eval()
-    model.generation_config = t.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = t.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
@@ -74,7 +76,9 @@ def _qwen2(family):
 
 def _qwen2_5(family):
     vision = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
-    return _qwen(family, {**vision, "fullatt_block_indexes": [1], "window_size": 56, "initializer_range": 0.15}, 14, **MROPE)
+    return _qwen(
+        family, {**vision, "fullatt_block_indexes": [1], "window_size": 56, "initializer_range": 0.15}, 14, **MROPE
+    )
 
 
 def _qwen3(family):
@@ -143,12 +147,16 @@ def _llava(family):
     images = t.LlavaOnevisionImageProcessor(image_grid_pinpoints=grid, size={"height": 56, "width": 56})
     shared = {"chat_template": _template("<image>"), "num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     processor = t.LlavaOnevisionProcessor(images, tokenizer, t.LlavaOnevisionVideoProcessor(), **shared)
-    siglip = {**VISION, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False}
+    siglip = {
+        **VISION,
+        "model_type": "siglip_vision_model",
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
     index["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
     text["model_type"] = "qwen2"
-    return processor, t.LlavaOnevisionConfig(
-        text_config=text, vision_config=siglip, image_grid_pinpoints=grid, **index
-    )
+    return processor, t.LlavaOnevisionConfig(text_config=text, vision_config=siglip, image_grid_pinpoints=grid, **index)
 
 
 _llava_next = _llava_onevision = _llava

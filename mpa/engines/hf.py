@@ -270,7 +270,9 @@ class HFEngine:
         """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
         if not pictures:
             return {}
-        inputs = self.processor(text=self._texts(prompts), images=[[p] for p in pictures], padding=True, return_tensors="pt")
+        inputs = self.processor(
+            text=self._texts(prompts), images=[[p] for p in pictures], padding=True, return_tensors="pt"
+        )
         return {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def _texts(self, prompts) -> list[str]:
