@@ -1,6 +1,7 @@
 """Load any supported VLM: what is checked before, and which device and dtype it runs on."""
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -19,7 +20,8 @@ SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "inter
 SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+ADAPTER = "adapter_config.json"  # a folder with it holds LoRA adapters for the model that it names
 # What in a model's folder decides its replies: weights, configuration, tokenizer, processor, chat template.
 MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".jinja", ".model", ".py"}
 NOT_THE_MODEL = {"train_meta.json", "train_log.json", "trainer_state.json"}
@@ -35,7 +37,12 @@ def check_model_path(path: str) -> None:
         if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir():
             return
         raise InputError(f"{path}: no such model folder. Give a folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.")
-    if not (folder / "config.json").exists():
+    if base := adapted(path):
+        try:
+            check_model_path(base)
+        except InputError as error:
+            raise InputError(f"{path}: holds adapters for another model. {error}") from None
+    elif not (folder / "config.json").exists():
         raise InputError(f"{path}: no config.json in it; is it a model's folder?")
     if not any((folder / name).exists() for name in WEIGHTS):
         raise InputError(f"{path}: no safetensors weights in it ({' or '.join(WEIGHTS)}).")
@@ -44,6 +51,12 @@ def check_model_path(path: str) -> None:
             f"{path}: no processor in it ({' or '.join(PROCESSOR_FILES)}). "
             "Copy the processor and tokenizer files of the model it was trained from into it."
         )
+
+
+def adapted(path: str) -> str | None:
+    """The model that the LoRA adapters in this folder are for; None where it is a whole model's."""
+    config = Path(path) / ADAPTER
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
 
 
 def identity(path: str) -> str:
@@ -55,7 +68,8 @@ def identity(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return path
-    content = hashlib.sha256()
+    base = adapted(path)
+    content = hashlib.sha256(identity(base).encode() if base else b"")
     for file in sorted(f for f in folder.iterdir() if f.suffix in MODEL_SUFFIXES and f.name not in NOT_THE_MODEL):
         size = file.stat().st_size
         content.update(f"{file.name} {size} ".encode())
@@ -133,16 +147,24 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
 
 
 def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
-    """The model, ready to generate: `transformers` picks the class by the checkpoint's config."""
+    """The model, ready to generate: `transformers` picks the class by the checkpoint's config.
+
+    LoRA adapters are added to the weights of the model that they are for.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    base = adapted(path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            base or path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
+        if base:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from None
     return model.to(device).eval()

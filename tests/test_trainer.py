@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import params
+import parts
 import train
 
 import data
@@ -30,6 +31,12 @@ def write(folder, *samples) -> str:
     return str(folder / "train.json")
 
 
+def checked(
+    samples: list[dict], processor, most: int = 1000, on_too_long: str = "error", keep: float = 0
+) -> data.Samples:
+    return data.measure(samples, processor, most, on_too_long, keep, workers=0)
+
+
 def labelled(encoded, processor) -> str:
     return processor.tokenizer.decode(encoded["labels"][encoded["labels"] != data.IGNORE])
 
@@ -37,7 +44,7 @@ def labelled(encoded, processor) -> str:
 @pytest.mark.parametrize("answer", ["red", "Yes", "two words", "1,234.5 %", "die Straße", "猫", "a: b\nc", "?"])
 def test_labelled_are_exactly_the_answer_and_its_end_token(tmp_path, processor, answer):
     path = write(tmp_path, train_record(1, "a.png", answer_prompt("what is it?"), answer))
-    (sample,) = data.read_samples(path, str(tmp_path))
+    (sample,) = data.read_samples([path], str(tmp_path))
     encoded = data.encode(sample, processor)
     assert labelled(encoded, processor) == answer + "<|im_end|>"
     at = encoded["labels"] != data.IGNORE
@@ -48,7 +55,7 @@ def test_labelled_are_exactly_the_answer_and_its_end_token(tmp_path, processor, 
 def test_the_prompt_is_token_for_token_what_the_model_is_evaluated_with(tmp_path, processor):
     prompt = answer_prompt("is there a red shape?")
     path = write(tmp_path, train_record(1, "a.png", prompt, "yes"))
-    encoded = data.encode(data.read_samples(path, str(tmp_path))[0], processor)
+    encoded = data.encode(data.read_samples([path], str(tmp_path))[0], processor)
     engine = HFEngine(str(STUDENT), min_pixels=3136, max_pixels=3136, dtype="float32")
     engine.load()
     _, asked, _ = engine.prepare([Request("1", str(tmp_path / "a.png"), prompt)])
@@ -61,10 +68,13 @@ def test_the_prompt_is_token_for_token_what_the_model_is_evaluated_with(tmp_path
 def test_each_answer_of_a_longer_conversation_is_labelled(tmp_path, processor):
     sample = train_record(1, "a.png", "what is it?", "a circle")
     sample["conversations"] += [{"from": "human", "value": "its color?"}, {"from": "gpt", "value": "red"}]
-    encoded = data.encode(data.read_samples(write(tmp_path, sample), str(tmp_path))[0], processor)
+    encoded = data.encode(data.read_samples([write(tmp_path, sample)], str(tmp_path))[0], processor)
     assert labelled(encoded, processor) == "a circle<|im_end|>red<|im_end|>"
     assert processor.tokenizer.decode(encoded["input_ids"]).count("<|im_start|>") == 5
-    assert len(encoded["mm_token_type_ids"]) == len(encoded["input_ids"])
+
+
+def collated(encoded: list[dict], processor, **settings) -> dict:
+    return data.Collator(processor, **settings)([{**sample, "sample": i} for i, sample in enumerate(encoded)])
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, processor):
@@ -72,8 +82,8 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         train_record(i, "a.png", answer_prompt(q), a)
         for i, (q, a) in enumerate([("what?", "red"), ("is there not a teal shape?", "no")])
     ]
-    samples = [data.encode(s, processor) for s in data.read_samples(write(tmp_path, *records), str(tmp_path))]
-    batch = data.Collator(processor.tokenizer.pad_token_id)(samples)
+    samples = [data.encode(s, processor) for s in data.read_samples([write(tmp_path, *records)], str(tmp_path))]
+    batch = collated(samples, processor)
     short, length = len(samples[0]["input_ids"]), len(samples[1]["input_ids"])
     assert batch["input_ids"].shape == (2, length)
     assert batch["attention_mask"].sum(1).tolist() == [short, length]
@@ -81,9 +91,11 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
     assert batch["image_grid_thw"].shape == (2, 3)
     model = AutoModelForImageTextToText.from_pretrained(STUDENT, dtype="float32").eval()
     with torch.no_grad():
-        together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, :short]
-        alone = data.Collator(0)(samples[:1])
-        assert torch.allclose(together, model(**{k: v for k, v in alone.items() if k != "labels"}).logits[0], atol=1e-4)
+        together = model(**{k: v for k, v in batch.items() if k not in ("labels", "samples")}).logits[0, :short]
+        alone = collated(samples[:1], processor)
+        assert torch.allclose(
+            together, model(**{k: v for k, v in alone.items() if k not in ("labels", "samples")}).logits[0], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,32 +107,34 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         ('[{"id": 1, "image": "a.png"}]', "record 0: missing 'conversations'"),
         ('[{"id": 1, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}]', "must alternate"),
         (json.dumps([train_record(1, "a.png", "q", " ")]), "an answer is empty"),
-        (json.dumps([train_record(1, "gone.png", "q", "x")]), "none of its 1 pictures"),
+        (json.dumps([train_record(1, "gone.png", "q", "x")]), "record 0, and all others: none can be used"),
         (json.dumps([train_record(1, "a.png", "q", "x"), train_record(2, "a.png", "q", 2013)]), "record 1: .* string"),
-        (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: expected one image and one <image>"),
-        (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "expected one image"),
+        (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: 1 images, and 2 <image>"),
+        (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "2 images, and 1 <image>"),
+        (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": [3]}]), "neither a path nor a list"),
+        (json.dumps([train_record(1, "a.png", "q", "<image>")]), "record 0: 1 images"),
     ],
 )
-def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, content, says):
+def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor, content, says):
     write(tmp_path)
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(data.DataError, match=says) as error:
-        data.readable(data.read_samples(str(tmp_path / "train.json"), str(tmp_path)), "train.json")
+        checked(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
     assert "train.json" in str(error.value)
 
 
 def test_pictures_that_have_moved_are_found_by_the_map(tmp_path):
     path = write(tmp_path, train_record(1, "/workspace/data/a.png", "q", "x"))
-    (sample,) = data.read_samples(path, path_map=["/workspace/data/=" + str(tmp_path)])
-    assert sample["image"] == str(tmp_path / "a.png")
+    (sample,) = data.read_samples([path], path_map=["/workspace/data/=" + str(tmp_path)])
+    assert sample["images"] == [str(tmp_path / "a.png")]
     with pytest.raises(data.DataError, match="expected OLD=NEW"):
-        data.read_samples(path, path_map=["/workspace/data"])
+        data.read_samples([path], path_map=["/workspace/data"])
 
 
-def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, capsys):
+def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, processor, capsys):
     path = write(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")
-    assert [s["id"] for s in data.readable(data.read_samples(path, str(tmp_path)), path)] == [1]
+    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "id 2" in capsys.readouterr().out
 
 
@@ -130,7 +144,7 @@ def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, capsys):
 )
 def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
     model = AutoModelForImageTextToText.from_pretrained(STUDENT, dtype="float32")
-    train.freeze(model, params.ModelArguments(model_id="", **{flag: True}))
+    parts.freeze(model, params.ModelArguments(model_id="", **{flag: True}))
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("visual.blocks", "merger", "language_model")):
             assert parameter.requires_grad is (frozen not in name), name
@@ -138,11 +152,11 @@ def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
 
 def test_a_model_that_cannot_be_loaded_is_named():
     arguments = params.ModelArguments(model_id="/no/such/model")
-    data_arguments = params.DataArguments(data_path="")
+    data_arguments = params.DataArguments(data_path=[])
     with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
         train.load_processor(arguments, data_arguments)
     with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
-        train.load_model(arguments)
+        train.load_model(arguments, params.TrainingArguments(output_dir="", use_cpu=True))
     arguments.model_id = str(STUDENT)
     processor = train.load_processor(arguments, data_arguments)
     assert processor.image_processor.size["shortest_edge"] == 128 * 28 * 28
@@ -227,7 +241,7 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
     def settings(name: str, content: str) -> dict:
         (tmp_path / name).write_text(content)
         arguments.deepspeed = str(tmp_path / name)
-        return train.settings(model, params.DataArguments(data_path=str(tmp_path / "train.json")), arguments)
+        return train.settings(model, params.DataArguments(data_path=[str(tmp_path / "train.json")]), arguments)
 
     assert settings("a.json", '{"stage": 2}') == settings("b.json", '{"stage": 2}')
     assert settings("a.json", '{"stage": 2}') != settings("a.json", '{"stage": 3}')

@@ -102,6 +102,11 @@ class VLLMEngine:
 
     def load(self, requests: Iterable[Request]) -> None:
         """Load processor and model; the model anew where these requests are longer than those it was loaded for."""
+        if models.adapted(self.model_path):
+            raise InputError(
+                f"{self.model_path}: holds LoRA adapters. For vllm, merge them first: "
+                "PL/Qwen2-VL-Finetune/scripts/merge_lora.sh; --engine hf takes them as they are."
+            )
         if not self.processor:
             self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
             self._check_processor()

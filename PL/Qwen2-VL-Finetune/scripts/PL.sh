@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set, one epoch. Edit or export what you change.
-# A second call says that all is done; after a killed one it starts again from the S-VLM.
+# A second call goes on where the first was stopped, and says so when all is done. On several GPUs or machines: launch.sh.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-export PATH="$ROOT/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 DATASET=${DATASET:-textVQA}
 LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct} # named the parity set
@@ -12,28 +11,21 @@ RUN=${RUN:-$(date +%F)}
 [[ $RUN == */* ]] || RUN=$ROOT/results/$RUN
 TRAIN_JSON=${TRAIN_JSON:-$RUN/PI_$(basename "$LVLM")_train_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET.json}
 OUTPUT_DIR=${OUTPUT_DIR:-$RUN/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET}
+# The paper does not publish its own values; these are those of Qwen2-VL-Finetune's finetune.sh at the commit that the
+# released code points to, but for the pixels, which are those of PA, and ZeRO-2, which needs more memory and is faster.
 EPOCHS=${EPOCHS:-1}
-BATCH_SIZE=${PL_BATCH_SIZE:-4}    # a device
-ACCUMULATION=${ACCUMULATION:-4}   # steps whose gradients are added up
+BATCH_SIZE=${PL_BATCH_SIZE:-2}    # a device
+ACCUMULATION=${ACCUMULATION:-8}   # steps whose gradients are added up
 LEARNING_RATE=${LEARNING_RATE:-1e-5}
+MERGER_LR=${MERGER_LR:-$LEARNING_RATE}
+VISION_LR=${VISION_LR:-2e-6}
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))}
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
-ZERO=${ZERO:-zero2}               # a DeepSpeed configuration beside this file
-FREE_PORT='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
-MASTER_PORT=${MASTER_PORT:-$(python -c "$FREE_PORT")} # trainings on one machine need one each
+ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3 or zero3_offload: the less memory, the slower
 
-# All visible GPUs, in bfloat16 or, where they only emulate it, float16; else this machine's CPU as one device.
-HALF='"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"'
-PRECISION=$(python -c "import torch; print($HALF if torch.cuda.device_count() else 'use_cpu')")
-DEVICES=()
-if [[ $PRECISION == use_cpu ]]; then
-    export DS_ACCELERATOR=cpu
-    DEVICES=(--num_accelerators 1)
-fi
-
-deepspeed "${DEVICES[@]}" --master_port "$MASTER_PORT" "$ROOT/PL/Qwen2-VL-Finetune/src/train.py" \
-    --deepspeed "$ROOT/PL/Qwen2-VL-Finetune/scripts/$ZERO.json" --model_id "$SVLM" --data_path "$TRAIN_JSON" \
-    --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" --per_device_train_batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps "$ACCUMULATION" --learning_rate "$LEARNING_RATE" --seed "$SEED" \
-    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" "--$PRECISION" True "$@"
+launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" \
+    --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
+    --learning_rate "$LEARNING_RATE" --merger_lr "$MERGER_LR" --vision_lr "$VISION_LR" --lr_scheduler_type cosine \
+    --warmup_steps 0.03 --weight_decay 0 --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-7 --seed "$SEED" \
+    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" "$@"

@@ -1,25 +1,29 @@
-"""From the train JSON to batches. Only the answers and their end tokens are labelled.
+"""From train JSON to batches. Only the answers and their end tokens are labelled.
 
-A record (LLaVA form, as the Parity Identifier writes it):
+A record (LLaVA form, as the Parity Identifier writes it); `image` may be a list, or missing:
     {"id": 4, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat airline is it?"},
                                                   {"from": "gpt", "value": "Virgin"}]}
 """
 
 import json
+import math
 import os
+import random
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 from tqdm import tqdm
 
 IGNORE = -100
 IMAGE = "<image>"
+OF_TEXT = ("input_ids", "labels", "sample")  # of an encoded sample; the rest is pictures
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's output that is not about pictures
 
 
 class DataError(Exception):
@@ -45,133 +49,115 @@ def open_picture(path: str) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_samples(data_path: str, image_folder: str = "", path_map: Sequence[str] = ()) -> list[dict]:
-    """The records, checked, as {"id", "image", "messages"} with chat-template messages.
+def read_samples(
+    data_path: Sequence[str], image_folder: str = "", path_map: Sequence[str] = (), seed: int = 0
+) -> list[dict]:
+    """The records of all files, checked, as {"id", "where", "images", "messages"} with chat-template messages.
 
-    `path_map` are "OLD=NEW" folders of pictures that have moved. Raises DataError for a file that is no
-    list of such records. No picture is opened: see `readable`.
+    A file may have a share of the mixture ("a.json:0.9"): then as many of each file are drawn, by `seed`,
+    as keep the shares and leave one file whole. `path_map` are "OLD=NEW" folders of pictures that have
+    moved. Raises DataError for a file that is no list of such records. No picture is opened: see `measure`.
     """
     moves = [tuple(folder.rstrip("/") + "/" for folder in move.partition("=")[::2]) for move in path_map]
     if not all("=" in move and all(map(len, move.split("="))) for move in path_map):
         raise DataError(f"--path_map {' '.join(path_map)}: expected OLD=NEW, as in /workspace/data=/mnt/data.")
+    files = [split_share(path) for path in data_path]
+    if any(share for _, share in files) and not all(share for _, share in files):
+        raise DataError(f"--data_path {' '.join(data_path)}: give each file a share, as in a.json:0.9, or none.")
+    samples = [
+        [_read(record, f"{path}, record {i}", i, image_folder, moves) for i, record in enumerate(_records(path))]
+        for path, _ in files
+    ]
+    if files[0][1]:
+        size = min(len(part) / share for part, (_, share) in zip(samples, files, strict=True))
+        for part, (_, share) in zip(samples, files, strict=True):
+            chosen = random.Random(seed).sample(range(len(part)), round(share * size))
+            part[:] = [part[i] for i in sorted(chosen)]
+    return [sample for part in samples for sample in part]
+
+
+def split_share(path: str) -> tuple[str, float | None]:
+    """("a.json", 0.9) of "a.json:0.9"; the share is None where none is given. A file may have a colon in its name."""
+    name, colon, share = path.rpartition(":")
+    if not colon or Path(path).exists():
+        return path, None
     try:
-        records = json.loads(Path(data_path).read_text(encoding="utf-8-sig"))
+        value = float(share)
+    except ValueError:
+        return path, None
+    if not 0 < value < math.inf:
+        raise DataError(f"--data_path {path}: a share must be above 0.")
+    return name, value
+
+
+def _records(path: str) -> list:
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise DataError(f"{data_path}: no such file. Run PI.sh first, or name the file with --data_path.") from None
+        raise DataError(f"{path}: no such file. Run PI.sh first, or name the file with --data_path.") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{data_path}: not JSON ({error}). Write it again.") from None
+        raise DataError(f"{path}: not JSON ({error}). Write it again.") from None
     if not isinstance(records, list) or not records:
-        raise DataError(f"{data_path}: no samples in it; there is nothing to train on.")
-    return [_read(record, f"{data_path}, record {i}", image_folder, moves) for i, record in enumerate(records)]
+        raise DataError(f"{path}: no samples in it; there is nothing to train on.")
+    return records
 
 
-def refuse_special_tokens(samples: list[dict], tokenizer, data_path: str) -> None:
+def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
     """Raises DataError for text with a mark that the tokenizer keeps for itself, such as <|im_end|>.
 
     In an answer it would cut the label short; in a question it could stand for a picture that is not there.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = re.compile("|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}))))
-    for i, sample in enumerate(samples):
+    for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
         for found in filter(None, (special.search(part.get("text", "")) for part in parts)):
-            raise DataError(f"{data_path}, record {i}: {found[0]} is a special token of the model. Take it out.")
+            raise DataError(f"{sample['where']}: {found[0]} is a special token of the model. Take it out.")
 
 
-def readable(samples: list[dict], data_path: str) -> list[dict]:
-    """The samples whose picture can be read. Opens all; says how many are left out and why.
+def measure(samples: list[dict], processor, most: int, on_too_long: str, keep_bytes: float, workers: int) -> "Samples":
+    """The samples that can be trained on, each made once: so all is known to fit before the first step.
 
+    Left out, with a line each, are samples whose pictures cannot be read. One of more than `most` tokens is an
+    error, or with `on_too_long` "drop" left out too. As many are kept in memory as `keep_bytes` hold.
     Raises DataError when none is left.
     """
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(_why_unreadable, (sample["image"] for sample in samples))
-        reasons = list(tqdm(checks, total=len(samples), desc="checking pictures", unit="picture", disable=None))
-    bad = [(sample, reason) for sample, reason in zip(samples, reasons, strict=True) if reason]
-    if bad:
-        print(f"{len(bad)} of {len(samples)} samples left out, their pictures cannot be read:")
-        for sample, reason in bad[:10]:
-            print(f"  id {sample['id']}: {sample['image']}: {reason}")
-    good = [sample for sample, reason in zip(samples, reasons, strict=True) if not reason]
-    if not good:
+    made = torch.utils.data.DataLoader(
+        _Tried(samples, processor), batch_size=None, num_workers=workers if len(samples) > 64 else 0
+    )
+    result, left_out = Samples([], processor), []
+    for sample, encoded in zip(samples, tqdm(made, desc="checking samples", unit="sample", disable=None), strict=True):
+        if isinstance(encoded, str):
+            left_out.append(f"id {sample['id']}: {encoded}")
+            continue
+        length = len(encoded["input_ids"])
+        if length > most:
+            says = f"{length} tokens, of which {visual(encoded, processor)} of its pictures, are more than --max_seq_length {most}"
+            if on_too_long == "error":
+                remedy = (
+                    "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
+                )
+                raise DataError(f"{sample['where']}: {says}. {remedy}.")
+            left_out.append(f"id {sample['id']}: {says}")
+            continue
+        keep_bytes -= sum(value.nbytes for value in encoded.values())
+        result.add(sample, length, visual(encoded, processor), encoded if keep_bytes > 0 else None)
+    if left_out:
+        print(f"{len(left_out)} of {len(samples)} samples left out:", *left_out[:10], sep="\n  ")
+    if not len(result):
         raise DataError(
-            f"{data_path}: none of its {len(samples)} pictures can be read. Are the paths right? See --image_folder."
+            f"{samples[0]['where']}, and all others: none can be used. Are the paths right? See --image_folder."
         )
-    return good
+    return result
 
 
-def _read(record, where: str, image_folder: str, moves: list[tuple[str, str]]) -> dict:
-    try:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        sample_id, image = record["id"], record["image"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: missing {error}; expected id, image and conversations of from and value.") from None
-    if [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        raise DataError(f"{where}: conversations must alternate human and gpt, starting with human.")
-    if not all(isinstance(text, str) for _, text in turns):
-        raise DataError(f"{where}: a turn's value is not text; write it as a string.")
-    if not isinstance(image, str) or [text.count(IMAGE) for _, text in turns] != [1] + [0] * (len(turns) - 1):
-        raise DataError(f"{where}: expected one image and one {IMAGE}, in the first human turn.")
-    if not all(text.strip() for who, text in turns if who == "gpt"):
-        raise DataError(f"{where}: an answer is empty; there is nothing to learn from it.")
-    image = next((new + image.removeprefix(old) for old, new in moves if image.startswith(old)), image)
-    messages = [{"role": "user" if who == "human" else "assistant", "content": _content(text)} for who, text in turns]
-    return {"id": sample_id, "image": os.path.join(image_folder, image), "messages": messages}
+def visual(encoded: dict, processor) -> int:
+    """Visual tokens of an encoded sample."""
+    return int((encoded["input_ids"] == processor.image_token_id).sum())
 
 
-def _content(text: str) -> list[dict]:
-    """Chat-template parts. The line break beside <image> belongs to the mark, not to the prompt."""
-    if IMAGE not in text:
-        return [{"type": "text", "text": text}]
-    before, after = text.split(IMAGE)
-    parts = [{"type": "text", "text": before.removesuffix("\n")}, {"type": "image"}]
-    parts += [{"type": "text", "text": after.removeprefix("\n")}]
-    return [part for part in parts if part.get("text") != ""]
-
-
-def _why_unreadable(path: str) -> str | None:
-    try:
-        open_picture(path)
-    except Exception as error:  # Pillow's plugins raise anything
-        return str(error) or type(error).__name__
-    return None
-
-
-def encode(sample: dict, processor) -> dict:
-    """One sample as the model takes it, with labels [T].
-
-    Prompt and answers are tokenised apart, as they are when the model is asked: it is trained from
-    exactly the token it will start from. Labelled are each answer's tokens and its end token; not the
-    line break that a template may put after it.
-    """
-    end = processor.tokenizer.eos_token
-    inputs, ids, labels, rendered = None, [], [], ""
-    for turn in range(0, len(sample["messages"]), 2):
-        prompt = processor.apply_chat_template(
-            sample["messages"][: turn + 1], add_generation_prompt=True, tokenize=False
-        )
-        whole = processor.apply_chat_template(sample["messages"][: turn + 2], tokenize=False)
-        answer, _, _ = whole[len(prompt) :].partition(end)
-        if not (prompt.startswith(rendered) and whole.startswith(prompt) and answer):
-            raise DataError(f"id {sample['id']}: the chat template does not keep the conversation in order.")
-        if inputs is None:
-            inputs = processor(text=[prompt], images=[open_picture(sample["image"])], return_tensors="pt")
-            asked = inputs.pop("input_ids")[0].tolist()
-        else:
-            asked = processor.tokenizer(prompt[len(rendered) :], add_special_tokens=False).input_ids
-        answered = processor.tokenizer(answer + end, add_special_tokens=False).input_ids
-        ids += asked + answered
-        labels += [IGNORE] * len(asked) + answered
-        rendered = prompt + answer + end
-    # What is left of the processor's output is the picture, and marks of the prompt's tokens by kind.
-    encoded = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    if "mm_token_type_ids" in encoded:
-        types = encoded["mm_token_type_ids"][0]
-        encoded["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(ids) - len(types))])
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), **encoded}
-
-
-class Samples(torch.utils.data.Dataset):
-    """Encoded samples, read when they are asked for."""
+class _Tried(torch.utils.data.Dataset):
+    """Encoded samples, or why their pictures cannot be read."""
 
     def __init__(self, samples: list[dict], processor):
         self.samples, self.processor = samples, processor
@@ -179,26 +165,201 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getitem__(self, index: int) -> dict | str:
+        try:
+            return encode(self.samples[index], self.processor)
+        except DataError as error:
+            return str(error)
+
+
+def _read(record, where: str, number: int, image_folder: str, moves: list[tuple[str, str]]) -> dict:
+    try:
+        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+        images = record.get("image") or []
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: missing {error}; expected id, image and conversations of from and value.") from None
+    if not all(isinstance(text, str) for _, text in turns):
+        raise DataError(f"{where}: a turn's value is not text; write it as a string.")
+    system = (
+        [{"role": "system", "content": [{"type": "text", "text": turns.pop(0)[1]}]}] if turns[0][0] == "system" else []
+    )
+    if [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
+        raise DataError(f"{where}: conversations must alternate human and gpt, starting with human.")
+    images = [images] if isinstance(images, str) else images
+    if not all(isinstance(image, str) for image in images):
+        raise DataError(f"{where}: image is neither a path nor a list of paths.")
+    marks = sum(text.count(IMAGE) for who, text in turns if who == "human")
+    if marks != len(images) or any(IMAGE in text for who, text in turns if who == "gpt"):
+        raise DataError(
+            f"{where}: {len(images)} images, and {marks} {IMAGE} in the human turns; expected one for each."
+        )
+    if not all(text.strip() for who, text in turns if who == "gpt"):
+        raise DataError(f"{where}: an answer is empty; there is nothing to learn from it.")
+    for old, new in moves:
+        images = [new + image.removeprefix(old) if image.startswith(old) else image for image in images]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = system + [{"role": roles[who], "content": _content(text)} for who, text in turns]
+    paths = [os.path.join(image_folder, image) for image in images]
+    return {"id": record.get("id", number), "where": where, "images": paths, "messages": messages}
+
+
+def _content(text: str) -> list[dict]:
+    """Chat-template parts. A line break beside <image> belongs to the mark, not to the prompt."""
+    parts = []
+    for i, piece in enumerate(re.split(f"\n?{IMAGE}\n?", text)):
+        parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
+    return parts
+
+
+def encode(sample: dict, processor) -> dict:
+    """One sample as the model takes it, with labels [T].
+
+    Prompts and answers are tokenised apart, as they are when the model is asked: it is trained from
+    exactly the token it will start from. Labelled are each answer's tokens and its end token; not the
+    line break that a template may put after it. Raises DataError, with the id, for a picture that cannot be read.
+    """
+    end, messages = processor.tokenizer.eos_token, sample["messages"]
+    pictures = [_opened(path) for path in sample["images"]]
+    ids, labels, rendered, used, made = [], [], "", 0, []
+    for turn in (i for i, message in enumerate(messages) if message["role"] == "user"):
+        prompt = processor.apply_chat_template(messages[: turn + 1], add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template(messages[: turn + 2], tokenize=False)
+        answer, _, _ = whole[len(prompt) :].partition(end)
+        if not (prompt.startswith(rendered) and whole.startswith(prompt) and answer):
+            raise DataError(f"id {sample['id']}: the chat template does not keep the conversation in order.")
+        new = {} if turn == 0 or messages[turn - 1]["role"] == "system" else {"add_special_tokens": False}
+        here = sum(part["type"] == "image" for part in messages[turn]["content"])
+        if here:
+            images = [pictures[used : used + here]]
+            made.append(processor(text=[prompt[len(rendered) :]], images=images, return_tensors="pt", **new))
+            asked = made[-1]["input_ids"][0].tolist()
+        else:
+            asked = processor.tokenizer(prompt[len(rendered) :], **new).input_ids
+        used += here
+        answered = processor.tokenizer(answer + end, add_special_tokens=False).input_ids
+        ids += asked + answered
+        labels += [IGNORE] * len(asked) + answered
+        rendered = prompt + answer + end
+    if len(made) > 1:  # pictures in several turns: together, as the model takes a sample's
+        made = [processor(text=[rendered], images=[pictures], return_tensors="pt")]
+    # What is left of the processor's output is the pictures.
+    encoded = {name: value for inputs in made for name, value in inputs.items() if name not in TEXT}
+    encoded |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    return encoded
+
+
+def _opened(path: str | Image.Image) -> Image.Image:
+    if isinstance(path, Image.Image):
+        return path
+    try:
+        return open_picture(path)
+    except Exception as error:  # Pillow's plugins raise anything
+        raise DataError(f"{path} cannot be read ({error or type(error).__name__})") from None
+
+
+class Samples(torch.utils.data.Dataset):
+    """Encoded samples, with their `lengths` and `visual` tokens; those not kept in memory are made when asked for."""
+
+    def __init__(self, samples: list[dict], processor):
+        self.samples, self.processor, self.lengths, self.visual, self.kept = samples, processor, [], [], {}
+
+    def add(self, sample: dict, length: int, visual_tokens: int, encoded: dict | None) -> None:
+        if encoded is not None:
+            self.kept[len(self.samples)] = encoded
+        self.samples.append(sample)
+        self.lengths.append(length)
+        self.visual.append(visual_tokens)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def __getitem__(self, index: int) -> dict:
-        return encode(self.samples[index], self.processor)
+        encoded = self.kept[index] if index in self.kept else encode(self.samples[index], self.processor)
+        return {**encoded, "sample": self.samples[index]["id"]}
+
+
+class Batches(torch.utils.data.Sampler):
+    """This rank's share of each optimizer step's samples, as lists of indices: one list is what a device takes at once.
+
+    A step's samples depend on `seed` and epoch alone, not on how many devices share them. Within a step
+    samples of near-equal length are put together, which changes padding and nothing that is learnt. Where the
+    last step has too few samples for all devices, some get an empty list.
+    """
+
+    def __init__(self, lengths, per_device: int, accumulation: int, rank: int, world: int, seed: int, shuffle: bool):
+        self.lengths, self.per_device, self.accumulation = lengths, per_device, accumulation
+        self.rank, self.world, self.seed, self.shuffle, self.epoch = rank, world, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.per_device * self.accumulation * self.world)
+        return whole * self.accumulation + -(-rest // (self.per_device * self.world))
+
+    def __iter__(self):
+        order = list(range(len(self.lengths)))
+        if self.shuffle:
+            random.Random(f"{self.seed}:{self.epoch}").shuffle(order)
+        size = self.per_device * self.accumulation * self.world
+        for start in range(0, len(order), size):
+            step = sorted(order[start : start + size], key=self.lengths.__getitem__)
+            count = -(-len(step) // (self.per_device * self.world)) * self.world
+            cuts = [len(step) * i // count for i in range(count + 1)]
+            for i in range(self.rank, count, self.world):
+                yield step[cuts[i] : cuts[i + 1]]
 
 
 class Collator:
-    """Encoded samples -> a batch: token rows padded on the right [B, T], pictures one after the other."""
+    """Encoded samples -> a batch, pictures one after the other.
 
-    def __init__(self, pad_token_id: int):
-        self.padding = {"input_ids": pad_token_id, "labels": IGNORE, "mm_token_type_ids": 0}
+    Token rows are padded on the right [B, T] with an `attention_mask`; with `packing` they stand one behind
+    the other in one row [1, T], with `position_ids` that start again at each sample. `blank` is an encoded
+    sample with a picture; without labels it joins a batch that has none, and is a batch that has no sample:
+    so that all ranks run the same modules.
+    """
+
+    def __init__(self, processor, packing: bool = False, blank: dict | None = None):
+        self.pad, self.image_token, self.packing = processor.tokenizer.pad_token_id, processor.image_token_id, packing
+        self.blank = blank and {**blank, "labels": torch.full_like(blank["labels"], IGNORE), "sample": None}
+        self.typed = "mm_token_type_ids" in processor.model_input_names
 
     def __call__(self, samples: list[dict]) -> dict:
-        batch = {}
-        for name in samples[0]:
-            values = [sample[name] for sample in samples]
-            if name in self.padding:
-                batch[name] = torch.nn.utils.rnn.pad_sequence(
-                    values, batch_first=True, padding_value=self.padding[name]
-                )
-            else:
-                batch[name] = torch.cat(values)
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        return batch
+        if self.blank and not any("pixel_values" in sample for sample in samples):
+            samples = [*samples, self.blank]
+        rows, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
+        if self.packing:
+            batch = {"input_ids": torch.cat(rows)[None], "labels": torch.cat(labels)[None]}
+            batch["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        else:
+            pad = torch.nn.utils.rnn.pad_sequence
+            batch = {"input_ids": pad(rows, batch_first=True, padding_value=self.pad)}
+            batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORE)
+            lengths = torch.tensor([len(row) for row in rows])
+            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        batch["samples"] = [sample["sample"] for sample in samples]
+        return batch | self._pictures(samples, batch["input_ids"])
+
+    def prompts(self, samples: list[dict]) -> dict:
+        """What stands before the first answer, padded on the left: to generate from."""
+        rows = [sample["input_ids"][: int((sample["labels"] != IGNORE).int().argmax())] for sample in samples]
+        width = max(map(len, rows))
+        before = [(width - len(row), 0) for row in rows]
+        ids = torch.stack([F.pad(row, pad, value=self.pad) for row, pad in zip(rows, before, strict=True)])
+        mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, before, strict=True)])
+        return {"input_ids": ids, "attention_mask": mask} | self._pictures(samples, ids)
+
+    def _pictures(self, samples: list[dict], ids: torch.Tensor) -> dict:
+        names = dict.fromkeys(name for sample in samples for name in sample if name not in OF_TEXT)
+        batch = {name: _joined([sample[name] for sample in samples if name in sample]) for name in names}
+        return batch | ({"mm_token_type_ids": (ids == self.image_token).int()} if self.typed else {})
+
+
+def _joined(values: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors along their first dimension; the others padded with zeros, as processors do for tiles of pictures."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [most - size for most, size in zip(shape, value.shape[1:], strict=True)]
+        padded.append(F.pad(value, [side for size in reversed(missing) for side in (0, size)]))
+    return torch.cat(padded)

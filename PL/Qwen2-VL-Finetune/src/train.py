@@ -2,33 +2,72 @@
 
     deepspeed src/train.py --deepspeed scripts/zero2.json --model_id MODEL --data_path train.json --output_dir OUT
 
-Writes model, tokenizer and processor to OUT, which is then a model path like any other, and
-train_meta.json last: where it is, the training is complete, and a second call with it says so.
-A training that was killed does not resume: the same call starts it again from MODEL.
+Writes model (with LoRA: adapter), tokenizer, processor and a card to OUT, which is then a model path like any
+other, and train_meta.json last: where it is, the training is complete, and a second call with it says so.
+A training that was stopped goes on from its last checkpoint (--resume_from_checkpoint auto) as if it had
+not been: same batches, optimizer, schedule and random numbers.
 """
 
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
+import parts
+import report
+import torch
 import transformers
-from params import DataArguments, ModelArguments, TrainingArguments
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Trainer
+from params import DataArguments, ModelArguments, TrainingArguments, parse
+from PIL import Image
+from trainer import SETTINGS, Leveler
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_flash_attn_2_available
 
-from data import Collator, DataError, Samples, read_samples, readable, refuse_special_tokens
+from data import (
+    IGNORE,
+    Collator,
+    DataError,
+    Samples,
+    encode,
+    measure,
+    read_samples,
+    refuse_special_tokens,
+    split_share,
+)
 
 META = "train_meta.json"
+# What joins a batch without pictures, unlabelled, so that every rank runs every module.
+BLANK = {
+    "id": None,
+    "images": [Image.new("RGB", (64, 64))],
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "."}]},
+    ],
+}
 
-# transformers' arguments, or how their names start, that cannot change what is learnt: what is reported and
-# saved on the way, evaluation (this trainer does none), and how batches are fetched.
+# Arguments, or how their names start, that cannot change what is learnt: what is reported, saved and evaluated on
+# the way, and how batches are fetched.
 WITHOUT_EFFECT = ("output_dir", "log_", "logging_", "disable_tqdm", "report_to", "run_name", "project", "trackio_")
 WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "local_rank")
 WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
-WITHOUT_EFFECT += ("eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_", "bf16_full", "fp16_full")
-WITHOUT_EFFECT += ("load_best_model", "metric_for_best", "greater_is_better", "do_train", "do_eval", "do_predict")
+WITHOUT_EFFECT += (
+    "lazy_preprocess",
+    "cache_gb",
+    "eval_",
+    "per_device_eval",
+    "batch_eval",
+    "prediction_loss",
+    "include_",
+    "bf16_full",
+    "fp16_full",
+)
+WITHOUT_EFFECT += ("do_train", "do_eval", "do_predict")
 WITHOUT_EFFECT += ("dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch")
 WITHOUT_EFFECT += ("dataloader_multiprocessing", "ddp_timeout", "debug", "skip_memory_metrics", "torch_empty_cache")
 
@@ -39,8 +78,10 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
         del decides["deepspeed"]
         decides["deepspeed_sha256"] = sha256(Path(args.deepspeed))
-    decides |= {**vars(model_args), **vars(data_args), "world_size": args.world_size}
-    decides["data_sha256"] = sha256(Path(data_args.data_path))
+    ours = {**vars(model_args), **vars(data_args)}
+    decides |= {name: value for name, value in ours.items() if not name.startswith(WITHOUT_EFFECT)}
+    decides["world_size"] = args.world_size
+    decides["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if Path(model_args.model_id).is_dir():
         decides["model_sha256"] = fingerprint(Path(model_args.model_id))
     return json.loads(json.dumps(decides, default=str))
@@ -87,59 +128,126 @@ def load_processor(model_args: ModelArguments, data_args: DataArguments):
     return processor
 
 
-def load_model(model_args: ModelArguments):
-    """Model in float32 (DeepSpeed casts what it computes in), frozen where asked."""
-    model = load(AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True)
-    freeze(model, model_args)
+def load_model(model_args: ModelArguments, args: TrainingArguments):
+    """Model in float32 (what it computes in is cast from that), frozen where asked, or with LoRA."""
+    flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
+    attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    model = load(AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention)
+    if is_deepspeed_zero3_enabled():
+        # transformers 5.23 keeps all renamings that its loader knows, used or not, and would save wrong names by them.
+        model._weight_conversions = []
+    if model_args.lora_enable:
+        return parts.add_lora(model, model_args)
+    parts.freeze(model, model_args)
     return model
 
 
-def freeze(model, model_args: ModelArguments) -> None:
-    """Freeze the parts named; the merger's parameters are told from the tower's by their name."""
-    for name, parameter in model.named_parameters():
-        if "visual" in name or "vision" in name or "projector" in name or "connector" in name:
-            merger = "merger" in name or "projector" in name or "connector" in name
-            frozen = model_args.freeze_merger if merger else model_args.freeze_vision_tower
-        else:
-            frozen = model_args.freeze_llm
-        parameter.requires_grad = not frozen
+def prepared(path: list[str], processor, data_args: DataArguments, args: TrainingArguments, limit: int) -> Samples:
+    """The samples of these files, each made and found to fit."""
+    samples = read_samples(path, data_args.image_folder, data_args.path_map, args.seed)
+    refuse_special_tokens(samples, processor.tokenizer)
+    keep = data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
+    workers = max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return measure(samples, processor, limit, data_args.on_too_long, keep, workers)
+
+
+def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from. Raises DataError where it is of a training with other settings."""
+    found = args.resume_from_checkpoint
+    if found in ("no", "False", "false", None):
+        return None
+    if found == "auto":
+        found = get_last_checkpoint(str(out)) if out.is_dir() else None
+        if found is None:
+            return None
+    if not Path(found, SETTINGS).exists():
+        raise DataError(f"{found}: no complete checkpoint of this trainer; --resume_from_checkpoint no starts again.")
+    refuse_other_settings(json.loads(Path(found, SETTINGS).read_text()), asked, found)
+    return found
+
+
+def refuse_other_settings(made: dict, asked: dict, where) -> None:
+    differ = [name for name in made | asked if made.get(name) != asked.get(name)]
+    if differ:
+        says = "; ".join(f"{name} was {made.get(name)!r}, is now {asked.get(name)!r}" for name in differ)
+        raise DataError(f"{where}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
+
+
+def peak_bytes(args: TrainingArguments) -> int:
+    """The most memory that this process has held: the GPU's, or on a CPU its own."""
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(args.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, asked: dict) -> Leveler:
+    """The trainer, with data that was checked, and the model. `asked` are the settings its checkpoints are to carry."""
+    processor = load_processor(model_args, data_args)
+    samples = prepared(data_args.data_path, processor, data_args, args, data_args.max_seq_length)
+    held_out = None
+    if data_args.eval_data_path:
+        held_out = prepared([data_args.eval_data_path], processor, data_args, args, data_args.max_seq_length)
+        if any(sum(m["role"] == "user" for m in sample["messages"]) > 1 for sample in held_out.samples):
+            raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
+    blank = encode(BLANK, processor) if args.world_size > 1 else None
+    transformers.set_seed(args.seed)
+    model = load_model(model_args, args)
+    return Leveler(
+        model=model,
+        args=args,
+        train_dataset=samples,
+        eval_samples=held_out,
+        collator=Collator(processor, data_args.packing, blank),
+        processing_class=processor,
+        settings=asked,
+    )
 
 
 def main(argv=None) -> None:
-    model_args, data_args, args = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments)
-    ).parse_args_into_dataclasses(argv)
-    started, out = time.time(), Path(args.output_dir)
+    model_args, data_args, args = parse(argv)
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()  # or ZeRO-3 shards the weights as if this process were alone
+    started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
-    samples = read_samples(data_args.data_path, data_args.image_folder, data_args.path_map)
+    read_samples(data_args.data_path, data_args.image_folder, data_args.path_map, args.seed)  # before all that is slow
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
-        made = json.loads((out / META).read_text())["settings"]
-        differ = [name for name in made | asked if made.get(name) != asked.get(name)]
-        if not differ:
-            print(f"PL: {out} is there already, trained with these settings.")
-            return
-        says = "; ".join(f"{name} was {made.get(name)!r}, is now {asked.get(name)!r}" for name in differ)
-        raise DataError(f"{out}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
+        refuse_other_settings(json.loads((out / META).read_text())["settings"], asked, out)
+        print(f"PL: {out} is there already, trained with these settings.")
+        return
+    checkpoint = checkpoint_in(out, asked, args)
 
-    processor = load_processor(model_args, data_args)
-    refuse_special_tokens(samples, processor.tokenizer, data_args.data_path)
-    samples = readable(samples, data_args.data_path)
-    transformers.set_seed(args.seed)
-    model = load_model(model_args)
-    collator = Collator(processor.tokenizer.pad_token_id)
-    trainer = Trainer(model=model, args=args, train_dataset=Samples(samples, processor), data_collator=collator)
-    result = trainer.train()
+    trainer = build(model_args, data_args, args, asked)
+    samples = trainer.train_dataset
+    if first:
+        print(
+            *trainer.start_lines(),
+            report.labelled_line(samples[0], trainer.processing_class.tokenizer, IGNORE),
+            sep="\n",
+            flush=True,
+        )
+        if checkpoint:
+            print(f"PL: goes on from {checkpoint}.", flush=True)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.interrupted:
+        if first:
+            print(f"PL: stopped at step {result.global_step} and saved. The same call goes on from there.", flush=True)
+        sys.exit(143)
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and train_meta.json says the same
-        processor.save_pretrained(args.output_dir)
-        meta = {"settings": asked, "samples": len(samples), "steps": result.global_step}
+    if first:
+        meta = {"settings": asked, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
-        (out / META).write_text(json.dumps(meta, indent=1) + "\n")
+        meta |= trainer.pace() | {"peak_bytes": peak_bytes(args)}
+        if trainer.eval_dataset:
+            scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+            meta["accuracy"] = max(scores) if args.load_best else scores[-1]
+        report.write_card(out, meta, model_args.model_id, model_args.lora_enable)
+        report.write_json(out / META, meta)
         print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
         print(f"Wrote {out}. Next: evaluate.sh with MODEL={out}.")
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# LoRA in the language model; vision tower and merger are trained whole.
+# Edit or export what you change; flags that follow go to the trainer. On several GPUs or machines: launch.sh.
+#   DATA=train.json IMAGES=pictures/ OUTPUT_DIR=out bash scripts/finetune_lora.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}
+DATA=${DATA:?name a train JSON, or several with shares, "a.json:0.9 b.json:0.1"}
+IMAGES=${IMAGES:-} # where relative image paths start
+OUTPUT_DIR=${OUTPUT_DIR:-output/finetune_lora}
+BATCH_SIZE=${BATCH_SIZE:-4}     # a device
+ACCUMULATION=${ACCUMULATION:-4} # steps whose gradients are added up
+EPOCHS=${EPOCHS:-1}
+ZERO=${ZERO:-zero2}
+
+read -ra FILES <<<"$DATA"
+launch --model_id "$MODEL" --data_path "${FILES[@]}" --image_folder "$IMAGES" --output_dir "$OUTPUT_DIR" \
+    --num_train_epochs "$EPOCHS" --per_device_train_batch_size "$BATCH_SIZE" \
+    --gradient_accumulation_steps "$ACCUMULATION" --warmup_steps 0.03 --lr_scheduler_type cosine \
+    --lora_enable True --lora_rank 64 --lora_alpha 64 --learning_rate 1e-4 --merger_lr 1e-5 --vision_lr 2e-6 --weight_decay 0.1 "$@"

@@ -1,0 +1,117 @@
+"""The parts of a model (vision, merger, language) by family: frozen, given learning rates, adapted with LoRA."""
+
+from collections import Counter
+
+import torch
+
+from data import DataError
+
+# Where a family keeps its vision tower, and what joins that to the language model; all else is the language model.
+# The merger may lie within the tower: it is looked for first.
+QWEN = {"vision": ("visual.",), "merger": ("visual.merger.", "visual.deepstack_merger_list.")}
+IDEFICS = {"vision": ("vision_model.",), "merger": ("connector.",)}
+LLAVA = {"vision": ("vision_tower.",), "merger": ("multi_modal_projector.", "image_newline")}
+FAMILIES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "idefics3": IDEFICS, "smolvlm": IDEFICS}
+FAMILIES |= {"internvl": LLAVA, "llava": LLAVA, "llava_next": LLAVA, "llava_onevision": LLAVA}
+PARTS = ("vision", "merger", "language")
+
+
+def part_of(name: str, model_type: str) -> str:
+    """The part that a parameter or module of this (full) name belongs to. Raises DataError for an unknown family."""
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise DataError(
+            f"model type {model_type}: its parts are not known. Add it to FAMILIES in src/parts.py: {known}."
+        )
+    name = name.removeprefix("base_model.model.").removeprefix("model.") + "."
+    for part in ("merger", "vision"):
+        if name.startswith(FAMILIES[model_type][part]):
+            return part
+    return "language"
+
+
+def freeze(model, args) -> None:
+    """Leave untrained what `--freeze_…` names."""
+    frozen = {"vision": args.freeze_vision_tower, "merger": args.freeze_merger, "language": args.freeze_llm}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not frozen[part_of(name, model.config.model_type)]
+
+
+def groups(model, decaying: set[str], args) -> list[dict]:
+    """What the optimizer takes: a group for each part, with and without weight decay, each with its `lr` and `part`.
+
+    `--vision_lr` and `--merger_lr` that are not given are as `--learning_rate`.
+    """
+    rates = {"vision": args.vision_lr, "merger": args.merger_lr, "language": None}
+    sorted_out = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = part_of(name, model.config.model_type), name in decaying
+            sorted_out.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": args.learning_rate if rates[part] is None else rates[part],
+            "weight_decay": args.weight_decay if decays else 0.0,
+            "part": part,
+        }
+        for (part, decays), parameters in sorted_out.items()
+    ]
+
+
+def counts(model) -> dict[str, tuple[int, int]]:
+    """Parameters of each part: (all, trained). Under ZeRO-3 a parameter's size is not that of its shard."""
+    total, trained = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        part, size = part_of(name, model.config.model_type), getattr(parameter, "ds_numel", parameter.numel())
+        total[part] += size
+        trained[part] += size if parameter.requires_grad else 0
+    return {part: (total[part], trained[part]) for part in PARTS}
+
+
+def add_lora(model, args):
+    """The model with LoRA on its linear layers: of the language model, with `--vision_lora` of the vision tower too.
+
+    Parts that are not frozen and have no LoRA are trained whole, and saved with the adapter, so that its
+    folder holds all that was learnt. Raises DataError where nothing is left to adapt.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    kind = model.config.model_type
+    adapted = {"language"} | ({"vision"} if args.vision_lora else set())
+    head = model.get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and part_of(name, kind) in adapted
+        and not any(word in name for word in args.lora_namespan_exclude)
+    ]
+    if args.num_lora_modules > 0:
+        targets = targets[-args.num_lora_modules :]
+    if not targets:
+        raise DataError("--lora_enable: no linear layer is left to adapt. See --lora_namespan_exclude.")
+    whole = {"vision": not args.freeze_vision_tower, "merger": not args.freeze_merger, "language": False}
+    saved = _modules_of({part for part, trained in whole.items() if trained and part not in adapted}, model)
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=saved or None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _modules_of(parts: set[str], model, name: str = "") -> list[str]:
+    """Names of the largest modules all of whose parameters belong to these parts."""
+    module, kind = model.get_submodule(name), model.config.model_type
+    here = {part_of(f"{name}.{below}" if name else below, kind) for below, _ in module.named_parameters()}
+    if not here & parts:
+        return []
+    if here <= parts and name:
+        return [name]
+    below = (f"{name}.{child}" if name else child for child, _ in module.named_children())
+    return [found for child in below for found in _modules_of(parts, model, child)]

@@ -1,0 +1,294 @@
+"""transformers' Trainer, with what fine-tuning a VLM on answers needs: see `Leveler`."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import parts
+import report
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from data import IGNORE, Batches, Collator, DataError, Samples
+
+EXPLODED = 5  # times the loss of guessing among all tokens, at which training stops
+SETTINGS = "train_settings.json"  # in each checkpoint: what it was trained with
+ASIDE = ".saving"
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Tells its batch sampler the epoch, as Trainer tells its loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class Leveler(Trainer):
+    """Trainer, but:
+
+    logits are computed only where there is a label; each part of the model has its learning rate; a step's
+    samples do not depend on the number of devices; packed rows get each sample's own positions; a loss that is no
+    number stops with the samples' ids; checkpoints are written aside and renamed; SIGTERM saves and stops;
+    evaluation is the share of answers generated right.
+    """
+
+    def __init__(self, *, settings: dict, eval_samples: Samples | None = None, collator: Collator, **kwargs):
+        self.stop = StopWhenAsked()
+        super().__init__(
+            callbacks=[self.stop],
+            data_collator=collator,
+            eval_dataset=eval_samples,
+            compute_loss_func=_unused,
+            **kwargs,
+        )
+        self.settings, self.labelled, self.aside = settings, None, None
+        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self.rope_index = getattr(core.model, "get_rope_index", None)
+        core.get_output_embeddings().register_forward_pre_hook(self._only_labelled)
+        self.limit = EXPLODED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
+        self.flops_a_token, self.peak, self.train_seconds = None, None, 0.0
+        self.seen, self.logged, self.logged_at = Counter(), Counter(), None
+
+    # --- data -----------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Loader:
+        args = self.args
+        batches = Batches(
+            self.train_dataset.lengths,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+        )
+        return Loader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    # --- loss -----------------------------------------------------------------------------------------
+
+    def _only_labelled(self, _, inputs):
+        """Before the output layer: of the hidden states [B, T, H] those that a label is compared with, [N, H]."""
+        return None if self.labelled is None else (inputs[0][self.labelled], *inputs[1:])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        ids = [sample for sample in inputs["samples"] if sample is not None]
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self.rates = {f"lr_{group['part']}": group["lr"] for group in self.optimizer.param_groups}
+        if self.logged_at is None:
+            self.logged_at = time.perf_counter()
+        if self.flops_a_token is None:
+            self.peak = report.matmul_peak(self.args.device, _compute_dtype(self.args))
+            with report.Operations(self.model) as counted:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            self.flops_a_token, self.logged_at = counted.total / tokens, None  # a first step is slow
+            return loss
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.seen += Counter(samples=len(ids), tokens=tokens)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over all labelled tokens of the step, on whatever devices they are."""
+        ids, labels = inputs.pop("samples"), inputs.pop("labels")
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        self.labelled = following != IGNORE
+        if "position_ids" in inputs and self.rope_index:
+            inputs["position_ids"] = self._packed_positions(inputs)
+        logits = model(**inputs, use_cache=False).logits  # [N, V]
+        targets, self.labelled = following[self.labelled], None
+        smoothing = self.args.label_smoothing_factor
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        mean = loss.item() / max(1, len(targets))
+        if not mean < self.limit:  # nan too
+            raise DataError(
+                f"step {self.state.global_step + 1}: the loss is {mean:.1f} for the samples with id "
+                f"{', '.join(map(str, ids))}. Look at them, or lower --learning_rate. The last checkpoint is good."
+            )
+        world = self.args.world_size if self.args.average_tokens_across_devices else 1
+        return loss * world / num_items_in_batch
+
+    def _packed_positions(self, inputs: dict) -> torch.Tensor:
+        """[4, 1, T] for models that give a token three positions: within its sample, then the model's three."""
+        within = inputs["position_ids"][0]
+        sizes = torch.diff((within == 0).nonzero()[:, 0], append=torch.tensor([len(within)], device=within.device))
+        rows = {}
+        for name in ("input_ids", "mm_token_type_ids"):
+            pieces = inputs[name][0].split(sizes.tolist())
+            rows[name] = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        mask = (torch.arange(rows["input_ids"].shape[1], device=within.device) < sizes[:, None]).long()
+        three, _ = self.rope_index(**rows, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask)
+        return torch.cat([within[None], three[:, mask.bool()].to(within)])[:, None]
+
+    # --- optimizer --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decaying = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = kind(parts.groups(self.model, decaying, self.args), **settings)
+        return self.optimizer
+
+    # --- what a user sees --------------------------------------------------------------------------------
+
+    def log(self, logs: dict, start_time=None) -> None:
+        if "loss" in logs:
+            logs.pop("learning_rate", None)
+            logs |= self.rates
+            now, new = time.perf_counter(), self.seen - self.logged
+            if self.logged_at is not None and new:
+                seconds = now - self.logged_at
+                world, flops = self.args.world_size, self.flops_a_token * new["tokens"] / seconds
+                self.train_seconds += seconds
+                logs["samples_per_second"] = round(new["samples"] * world / seconds, 2)
+                logs["tokens_per_second"] = round(new["tokens"] * world / seconds)
+                logs["tflops"], logs["mfu"] = round(flops * world / 1e12, 3), round(flops / self.peak, 3)
+            self.logged, self.logged_at = self.seen.copy(), now
+        super().log(logs, start_time)
+
+    def start_lines(self) -> list[str]:
+        steps = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        steps = self.args.max_steps if self.args.max_steps > 0 else int(steps * self.args.num_train_epochs)
+        decaying = set(self.get_decay_parameter_names(self.model))
+        groups = parts.groups(self.model, decaying, self.args)
+        return report.start_lines(self.train_dataset, parts.counts(self.model), groups, steps, self.args)
+
+    def pace(self) -> dict:
+        """Seconds of steps timed, and this device's tokens and samples in them."""
+        return {"train_seconds": round(self.train_seconds, 3), "timed": dict(self.seen)}
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stop.asked and self.state.global_step < self.state.max_steps
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write all aside, then rename: a checkpoint that is there is complete."""
+        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.aside = out / ASIDE
+        if self.args.should_save:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        self._wait()
+        super()._save_checkpoint(model, trial)
+        self.aside = None
+        self._wait()
+        if best := self.state.best_global_step:
+            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
+        if self.args.should_save:
+            self.state.save_to_json(str(out / ASIDE / name / "trainer_state.json"))
+            report.write_json(out / ASIDE / name / SETTINGS, self.settings)
+            shutil.rmtree(out / name, ignore_errors=True)
+            os.rename(out / ASIDE / name, out / name)
+            shutil.rmtree(out / ASIDE)
+            rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._wait()
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        if state_dict is not None:  # DeepSpeed's has each tied tensor twice
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
+        if hasattr(self.model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _wait(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
+        """Share of samples whose first answer, generated greedily, equals the reference, case, punctuation and spaces aside."""
+        samples, world = self.eval_dataset, self.args.world_size
+        model, processor, size = (
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.args.eval_batch_size,
+        )
+        model.eval()
+        right, ours = 0, range(self.args.process_index, -(-len(samples) // world) * world, world)
+        for start in range(0, len(ours), size):
+            asked = [samples[place % len(samples)] for place in ours[start : start + size]]
+            batch = {name: value.to(self.args.device) for name, value in self.data_collator.prompts(asked).items()}
+            references = [sample["labels"][sample["labels"] != IGNORE] for sample in asked]
+            longest = max(map(len, references)) + 8
+            out = model.generate(**batch, max_new_tokens=longest, do_sample=False, synced_gpus=world > 1)
+            written = out[:, batch["input_ids"].shape[1] :]
+            for place, text, reference in zip(ours[start : start + size], written, references, strict=True):
+                pair = (_plain(processor.decode(ids, skip_special_tokens=True)) for ids in (text, reference))
+                right += place < len(samples) and len(set(pair)) == 1
+        total = torch.tensor(float(right), device=self.args.device)
+        if world > 1:
+            dist.all_reduce(total)
+        metrics = {
+            f"{metric_key_prefix}_accuracy": total.item() / len(samples),
+            f"{metric_key_prefix}_samples": len(samples),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.logged_at = None  # this was no training
+        return metrics
+
+
+def _unused(*_, **__):
+    """Trainer counts the step's labelled tokens only where it is given a loss; `compute_loss` is used instead."""
+    raise AssertionError
+
+
+def _compute_dtype(args) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+class StopWhenAsked(TrainerCallback):
+    """SIGTERM: finish the step, save a checkpoint, stop. On all ranks at the same step."""
+
+    def __init__(self):
+        self.asked = False
+
+    def on_train_begin(self, args, state, control, **_):
+        signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, *_):
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **_):
+        asked = torch.tensor(float(self.asked), device=args.device)
+        if args.world_size > 1:
+            dist.all_reduce(asked)
+        if asked and state.global_step < state.max_steps:
+            self.asked = control.should_save = control.should_training_stop = True
+        elif state.global_step >= state.max_steps and not args.load_best:
+            control.should_save = False  # what is about to be written as the final model

@@ -1,0 +1,138 @@
+"""One training by another trainer, to set ours against in train.py: TRL's SFTTrainer, or transformers' own Trainer.
+
+    python benchmarks/train_peers.py --way plain --model FOLDER --data train.json --pixels 3136 --batch 16
+    path/to/trl/bin/python benchmarks/train_peers.py --way trl --model FOLDER --data train.json --pixels 3136 --batch 16
+
+Imports nothing of this repository, so that it runs where TRL is installed. Both ways get the records' rendered text in
+two pieces: the prompt up to where the model is to speak, and the answer with its end token. The pieces are tokenised
+apart and the second is labelled, which are our trainer's labels to the token. (Records given to TRL as messages would
+have the line break labelled too that the template puts after the end token.) Both divide by the step's labelled tokens.
+
+"trl" has its fused output layer: no logits are kept, and on a GPU only labelled positions are worked out, as in ours;
+on a CPU TRL 1.16 works out all positions, a tile at a time, and again for the gradient. Its default of gradient
+checkpointing is off here. "plain" is given labels and works out all logits. Prints one JSON object as its last line.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+
+IGNORE = -100
+
+
+def read(data: str, processor) -> list[dict]:
+    """Records with one picture and one answer as {"images": [path], "prompt": text, "completion": text}."""
+    rows, end = [], processor.tokenizer.eos_token
+    with open(data) as file:
+        records = json.load(file)
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        content = [{"type": "image"}, {"type": "text", "text": question.removeprefix("<image>\n")}]
+        asked = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        rows.append({"images": [record["image"]], "prompt": prompt, "completion": answer + end})
+    return rows
+
+
+class Collator:
+    """Rows -> a batch padded on the right [B, T]. Pictures are opened and all is tokenised here, at each step."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict:
+        pictures = [[Image.open(path).convert("RGB") for path in row["images"]] for row in rows]
+        inputs = self.processor(text=[row["prompt"] for row in rows], images=pictures)
+        answers = self.processor.tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+        ids, labels, mask, types = [], [], [], []
+        for asked, kinds, answer in zip(inputs["input_ids"], inputs["mm_token_type_ids"], answers, strict=True):
+            ids.append(torch.tensor([*asked, *answer]))
+            labels.append(torch.tensor([IGNORE] * len(asked) + answer))
+            mask.append(torch.ones_like(ids[-1]))
+            types.append(torch.tensor([*kinds, *[0] * len(answer)]))
+        pads = {"input_ids": (ids, self.processor.tokenizer.pad_token_id), "labels": (labels, IGNORE)}
+        pads |= {"attention_mask": (mask, 0), "mm_token_type_ids": (types, 0)}
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
+            for name, (values, pad) in pads.items()
+        }
+        return batch | {name: torch.as_tensor(inputs[name]) for name in ("pixel_values", "image_grid_thw")}
+
+
+class Clock(TrainerCallback):
+    """When each step's loss was known, which waits for the device, and what it was."""
+
+    def __init__(self):
+        self.at, self.losses = [], []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in (logs or {}):
+            self.at.append(time.perf_counter())
+            self.losses.append(float(logs["loss"]))
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--way", choices=("plain", "trl"), required=True)
+    p.add_argument("--model", required=True, help="folder of the model to start from")
+    p.add_argument("--data", required=True, help="train JSON with whole picture paths, taken in its order")
+    p.add_argument("--output", default="train_peers_out", help="nothing is saved there")
+    p.add_argument("--pixels", type=int, required=True, help="area that every picture is brought to")
+    p.add_argument("--batch", type=int, required=True, help="samples a step")
+    p.add_argument("--lr", type=float, default=1e-5)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+
+    processor = AutoProcessor.from_pretrained(args.model)
+    processor.image_processor.size = {"shortest_edge": args.pixels, "longest_edge": args.pixels}
+    rows = read(args.data, processor)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
+    gpu = torch.cuda.is_available()
+    settings = {"output_dir": args.output, "num_train_epochs": 1, "per_device_train_batch_size": args.batch}
+    settings |= {"learning_rate": args.lr, "lr_scheduler_type": "constant", "seed": args.seed, "bf16": gpu}
+    settings |= {"use_cpu": not gpu, "train_sampling_strategy": "sequential", "gradient_checkpointing": False}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    clock = Clock()
+    if args.way == "trl":
+        from datasets import Dataset, Features, List, Value
+        from datasets import Image as Picture
+        from trl import SFTConfig, SFTTrainer
+
+        features = Features({"images": List(Picture()), "prompt": Value("string"), "completion": Value("string")})
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**settings, max_length=None, completion_only_loss=True),
+            train_dataset=Dataset.from_list(rows, features=features),
+            processing_class=processor,
+            callbacks=[clock],
+        )
+    else:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**settings, remove_unused_columns=False),
+            train_dataset=rows,
+            data_collator=Collator(processor),
+            callbacks=[clock],
+        )
+    trainer.train()
+    figures = {"samples_per_second": (len(clock.at) - 1) * args.batch / (clock.at[-1] - clock.at[0])}
+    figures |= {"losses": clock.losses, "peak_bytes": peak_bytes()}
+    print("\n" + json.dumps(figures | {"parameters": sum(parameter.numel() for parameter in model.parameters())}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

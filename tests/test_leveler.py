@@ -1,0 +1,483 @@
+"""The trainer at work: what a step learns, packed or not, on several ranks, stopped and gone on, with LoRA."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import ROOT, STUDENT
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
+import merge_lora
+import params
+import parts
+import report
+import train
+from trainer import Leveler
+
+import data
+from mpa import models
+from mpa.engines import Request
+from mpa.engines.hf import HFEngine
+from mpa.records import train_record
+
+MINI = "--use_cpu True --image_min_pixels 3136 --image_max_pixels 3136 --report_to none --logging_steps 1".split()
+TRAINER = ROOT / "PL/Qwen2-VL-Finetune"
+
+
+def write(folder: Path, n: int = 20) -> Path:
+    """A train JSON of n samples about n pictures, with questions and answers of different lengths."""
+    rng = random.Random(1)
+    for i in range(n):
+        size = (64 + 8 * (i % 3), 64 + 8 * (i % 2))
+        Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
+    samples = [
+        train_record(
+            f"s{i}", f"{i}.png", "what color is " + "the shape " * (i % 4) + "?", ["red", "a teal one", "no"][i % 3]
+        )
+        for i in range(n)
+    ]
+    (folder / "train.json").write_text(json.dumps(samples))
+    return folder / "train.json"
+
+
+def arguments(folder: Path, *flags, model=STUDENT, out="out") -> list[str]:
+    paths = ["--model_id", model, "--data_path", folder / "train.json", "--image_folder", folder]
+    return [*map(str, paths), "--output_dir", str(folder / out), *MINI, *flags]
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(out: Path) -> dict:
+    """By the names that the model gives them, whatever its file says."""
+    return AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def conversation(images, *turns) -> dict:
+    said = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(turns)]
+    return {"id": 7, "image": images, "conversations": said}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return train.load_processor(
+        params.ModelArguments(model_id=str(STUDENT)),
+        params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=12544),
+    )
+
+
+def encoded(tmp_path, processor, record) -> dict:
+    (tmp_path / "one.json").write_text(json.dumps([record]))
+    return data.encode(data.read_samples([str(tmp_path / "one.json")], str(tmp_path))[0], processor)
+
+
+def test_pictures_of_one_or_several_turns_stand_where_their_marks_are(tmp_path, processor):
+    write(tmp_path, 4)
+    both = encoded(tmp_path, processor, conversation(["0.png", "1.png"], "<image>\n<image>\nsame?", "no"))
+    apart = encoded(
+        tmp_path, processor, conversation(["0.png", "1.png"], "<image>\nwhat?", "red", "and <image>?", "blue")
+    )
+    assert both["image_grid_thw"].shape == apart["image_grid_thw"].shape == (2, 3)
+    assert torch.equal(both["pixel_values"], apart["pixel_values"])
+    text = processor.tokenizer.decode(apart["input_ids"])
+    assert text.count("<|vision_start|>") == 2
+    assert text.index("red<|im_end|>") < text.rindex("<|vision_start|>") < text.index("blue<|im_end|>")
+    assert processor.tokenizer.decode(apart["labels"][apart["labels"] != data.IGNORE]) == "red<|im_end|>blue<|im_end|>"
+
+
+def test_a_sample_may_have_no_picture_and_a_system_text(tmp_path, processor):
+    record = conversation(None, "is red a color?", "yes")
+    record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    sample = encoded(tmp_path, processor, record)
+    assert set(sample) == {"input_ids", "labels"}
+    assert processor.tokenizer.decode(sample["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_files_with_shares_are_mixed_in_these_shares_and_one_is_used_whole(tmp_path):
+    for name, n in (("a", 90), ("b:0.5", 40)):
+        records = [{**conversation(None, "q", "x"), "id": f"{name}{i}"} for i in range(n)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    chosen = data.read_samples([f"{tmp_path}/a.json:0.9", f"{tmp_path}/b:0.5.json:0.1"])
+    ids = [sample["id"] for sample in chosen]
+    assert (sum(i[0] == "a" for i in ids), len(ids), len(set(ids))) == (90, 100, 100)
+    assert len(data.read_samples([f"{tmp_path}/a.json", f"{tmp_path}/b:0.5.json"])) == 130
+    with pytest.raises(data.DataError, match="give each file a share"):
+        data.read_samples([f"{tmp_path}/a.json:0.9", f"{tmp_path}/b:0.5.json"])
+
+
+def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path, capsys):
+    write(tmp_path, 4)
+    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d of its pictures, .* 36\. Lower"):
+        train.main(arguments(tmp_path, "--max_seq_length", "36"))
+    trainer = build(tmp_path, "--max_seq_length", "36", "--on_too_long", "drop")
+    assert [sample["id"] for sample in trainer.train_dataset.samples] == ["s0", "s1", "s2"]
+    assert "1 of 4 samples left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("n", "per_device", "accumulation"), [(50, 4, 2), (33, 8, 1), (9, 4, 2), (17, 4, 2), (3, 1, 1)]
+)
+def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, per_device, accumulation):
+    lengths = [random.Random(i).randrange(20, 90) for i in range(n)]
+
+    def steps(world: int) -> list[set]:
+        ranks = []
+        for rank in range(world):
+            batches = data.Batches(lengths, per_device // world or 1, accumulation, rank, world, 3, True)
+            batches.set_epoch(2)
+            ranks.append(list(batches))
+            assert len(ranks[-1]) == len(batches)
+        assert len(set(map(len, ranks))) == 1  # or one would wait for ever
+        rows = [[i for rank in ranks for i in rank[k]] for k in range(len(ranks[0]))]
+        return [{i for row in rows[k : k + accumulation] for i in row} for k in range(0, len(rows), accumulation)]
+
+    alone = steps(1)
+    assert sorted(i for step in alone for i in step) == list(range(n))
+    if per_device > 1:
+        assert steps(2) == alone
+
+
+# --- a step -----------------------------------------------------------------------------------------
+
+
+def build(folder: Path, *flags, model=STUDENT) -> Leveler:
+    return train.build(*params.parse(arguments(folder, *flags, model=model)), {})
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return families.make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def step(trainer: Leveler, batches: list[list[dict]]) -> tuple[float, dict]:
+    """The loss of one step over these batches, and the gradients that it leaves."""
+    trainer.model.zero_grad()
+    made = [trainer.data_collator(batch) for batch in batches]
+    count, total = sum((batch["labels"] != data.IGNORE).sum() for batch in made), 0.0
+    for batch in made:
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, tmp_path):
+    write(tmp_path, 5)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records.append(conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two things"))
+    records.append(conversation(None, "what is red?", "a color"))
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    trainer = build(tmp_path, model=checkpoint)
+    trainer.model.eval()
+    samples = [trainer.train_dataset[i] for i in range(7)]
+
+    whole = trainer.data_collator(samples)
+    del whole["samples"]
+    plain = trainer.model(**whole).loss
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    for packing in (False, True):
+        trainer.data_collator.packing = packing
+        for batches in ([samples], [samples[:3], samples[3:]]):
+            loss, gradients = step(trainer, batches)
+            assert loss == pytest.approx(plain.item(), abs=2e-5)
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                assert torch.allclose(gradient, expected[name], atol=2e-4 * expected[name].abs().max() + 1e-7), name
+
+
+def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    counts = parts.counts(model)
+    assert all(total > 0 for total, _ in counts.values())
+    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_logits_are_made_only_for_labelled_tokens(tmp_path):
+    write(tmp_path, 4)
+    trainer = build(tmp_path)
+    seen = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labelled = int((batch["labels"] != data.IGNORE).sum())
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
+    assert [shape[0] for shape in seen] == [labelled]
+
+
+def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
+    write(tmp_path, 8)
+    flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
+    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Look"):
+        train.main(arguments(tmp_path, *flags.split()))
+    assert not (tmp_path / "out/train_meta.json").exists()
+
+
+# --- the flags -----------------------------------------------------------------------------------------
+
+
+def test_older_spellings_are_read_once(tmp_path):
+    path = str(write(tmp_path, 1))
+    required = ["--model_id", "m", "--data_path", path, "--output_dir", "o", "--use_cpu"]
+    for tune, frozen in ((["--tune_merger", "False"], True), (["--tune_merger"], False), (["--tune_merger=no"], True)):
+        model, images, args = params.parse([*required, "--min_pixels", "784", "--warmup_ratio", "0.03", *tune])
+        assert (model.freeze_merger, images.image_min_pixels, args.warmup_steps) == (frozen, 784, 0.03)
+    with pytest.raises(data.DataError, match="--min_pixels and --image_min_pixels are one flag"):
+        params.parse([*required, "--min_pixels", "784", "--image_min_pixels", "784"])
+    excluded = params.parse([*required, "--lora_enable", "True", "--lora_namespan_exclude", "['lm_head', 'k_proj']"])[0]
+    assert excluded.lora_namespan_exclude == ["lm_head", "k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--vision_lora True", "no effect without --lora_enable"),
+        ("--freeze_llm True --freeze_merger True --freeze_vision_tower True", "nothing to train"),
+        ("--load_best True", "needs --eval_data_path"),
+        ("--use_liger True", "GPUs only"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, flags, says):
+    write(tmp_path, 1)
+    with pytest.raises(data.DataError, match=says):
+        params.parse(arguments(tmp_path, *flags.split()))
+
+
+def test_an_unknown_flag_is_an_error(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(ValueError, match="--bits"):
+        params.parse(arguments(tmp_path, "--bits", "4"))
+
+
+# --- whole trainings ----------------------------------------------------------------------------------
+
+
+def launch(folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL) -> str:
+    """Train in processes of their own, with DeepSpeed if `ranks`; after so many losses they get a signal. -> their output."""
+    command = [sys.executable, "-u", str(TRAINER / "src/train.py")]
+    if ranks:
+        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
+        command = [*deepspeed, "--master_port", port, str(TRAINER / "src/train.py")]
+    process = subprocess.Popen(
+        [*command, *arguments(folder, *flags, out=out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    said, seen = [], 0
+    for line in process.stdout:
+        said.append(line)
+        seen += "'loss'" in line
+        if kill_after and seen == kill_after:
+            os.killpg(process.pid, with_signal)
+            kill_after = 0
+    process.said = "".join(said)
+    process.wait(300)
+    return process
+
+
+ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
+TWO = "--per_device_train_batch_size 2 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
+
+
+def zero(name: str) -> list[str]:
+    return ["--deepspeed", str(TRAINER / f"scripts/{name}.json")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with an uninterrupted training on one rank, without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(folder, 18)
+    train.main(arguments(folder, *ONE))
+    return folder
+
+
+def test_a_training_is_complete_and_the_same_the_next_time(whole):
+    train.main(arguments(whole, *ONE, out="again"))
+    assert losses(whole / "again") == losses(whole / "out")
+    assert (whole / "again/model.safetensors").read_bytes() == (whole / "out/model.safetensors").read_bytes()
+    inside = {path.name for path in (whole / "out/checkpoint-9").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= inside
+    assert {"processor_config.json", "tokenizer.json", "generation_config.json", "train_settings.json"} <= inside
+    assert not (whole / "out/training_args.bin").exists()
+    card = (whole / "out/README.md").read_text()
+    assert f"base_model: {STUDENT}" in card and "18 samples" in card
+    meta = json.loads((whole / "out/train_meta.json").read_text())
+    assert meta["steps"] == 10 and meta["tokens"] == sum(build(whole).train_dataset.lengths)
+
+
+def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
+    stopped = launch(whole, *ONE, out="stopped", kill_after=4, with_signal=signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.said
+    assert "stopped at step" in stopped.said
+    resumed = launch(whole, *ONE, out="stopped")
+    assert "goes on from" in resumed.said, resumed.said
+    assert losses(whole / "stopped") == losses(whole / "out")
+    assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
+    flags = [*TWO, *zero(stage)]
+    killed = launch(whole, *flags, ranks=2, out=stage, kill_after=5)
+    assert killed.returncode != 0
+    assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = launch(whole, *flags, ranks=2, out=stage)
+    assert "goes on from" in resumed.said and resumed.returncode == 0, resumed.said
+    assert losses(whole / stage) == pytest.approx(losses(whole / "out"), abs=2e-4)
+    uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
+    assert uninterrupted.returncode == 0, uninterrupted.said
+    assert losses(whole / stage) == losses(whole / f"{stage}_whole")
+
+
+@pytest.mark.parametrize("stage", [None, "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_each_part_moves_at_its_own_rate(tmp_path, stage):
+    """Adam's first update is as large as the learning rate, whatever the gradient."""
+    write(tmp_path, 4)
+    flags = "--per_device_train_batch_size 4 --learning_rate 1e-3 --merger_lr 3e-4 --vision_lr 1e-4 --max_steps 1"
+    flags = [*flags.split(), "--lr_scheduler_type", "constant", "--save_strategy", "no", "--adam_epsilon", "1e-12"]
+    done = launch(tmp_path, *flags, *(zero(stage) if stage else ()), ranks=1 if stage else 0)
+    assert done.returncode == 0, done.said
+    before, after, moved = weights(STUDENT), weights(tmp_path / "out"), {}
+    for name, value in after.items():
+        part = parts.part_of(name, "qwen2_vl")
+        moved[part] = max(moved.get(part, 0), (value.float() - before[name].float()).abs().max().item())
+    assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
+
+
+def test_ranks_with_and_without_pictures_do_not_wait_for_each_other(tmp_path):
+    write(tmp_path, 2)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records += [{**conversation(None, "is red a color?", "yes"), "id": f"t{i}"} for i in range(5)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    done = launch(tmp_path, *TWO, *zero("zero3"), ranks=2)
+    assert done.returncode == 0, done.said
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 18)
+    whole = Leveler._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step > 3:
+            raise OSError(28, "No space left on device")
+        whole(self, output_dir)
+
+    monkeypatch.setattr(Leveler, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.main(arguments(tmp_path, *ONE))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    train.main(arguments(tmp_path, *ONE))
+    assert len(losses(tmp_path / "out")) == 10
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(whole):
+    (whole / "other").mkdir()
+    os.symlink(whole / "out/checkpoint-9", whole / "other/checkpoint-9")
+    with pytest.raises(data.DataError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
+        train.main(arguments(whole, *ONE, "--seed", "1", out="other"))
+
+
+def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
+    write(tmp_path, 12)
+    (tmp_path / "held_out.json").write_text((tmp_path / "train.json").read_text())
+    flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 5e-3 --load_best True"
+    held_out = ["--eval_data_path", str(tmp_path / "held_out.json"), "--save_strategy", "epoch"]
+    measured, whole = [], Leveler.evaluate
+
+    def evaluate(self, **more):
+        """Measured as it is, and told with the second highest."""
+        metrics = whole(self, **more)
+        measured.append(metrics["eval_accuracy"])
+        return {**metrics, "eval_accuracy": [0.5, 0.9, 0.7][len(measured) - 1]}
+
+    monkeypatch.setattr(Leveler, "evaluate", evaluate)
+    train.main(arguments(tmp_path, *flags.split(), *held_out))
+    assert measured == sorted(measured) and measured[-1] > 0.3  # of what it was trained on
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-6"}
+    best, last = weights(tmp_path / "out/checkpoint-6"), weights(tmp_path / "out")
+    assert all(torch.equal(value, last[name]) for name, value in best.items())
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------
+
+
+def answers(model: Path, folder: Path) -> list[tuple]:
+    asked = [Request(str(i), str(folder / f"{i}.png"), "what color is the shape?", 8) for i in range(6)]
+    with HFEngine(str(model), min_pixels=3136, max_pixels=3136, dtype="float32") as engine:
+        replies = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+    return [(replies[r.key]["text"], round(replies[r.key]["logprob"], 3)) for r in asked]
+
+
+@pytest.mark.parametrize("flags", ["", "--vision_lora True --freeze_vision_tower True --freeze_merger True"])
+def test_merged_adapters_answer_as_the_adapters_do_and_the_base_is_untouched(tmp_path, flags):
+    write(tmp_path, 8)
+    before = hashlib.sha256((STUDENT / "model.safetensors").read_bytes()).hexdigest()
+    more = "--lora_enable True --per_device_train_batch_size 2 --learning_rate 1e-2 --save_steps 2".split()
+    train.main(arguments(tmp_path, *more, *flags.split()))
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json"} <= {
+        p.name for p in out.iterdir()
+    }
+    merge_lora.merge(out, merged)
+    models.check_model_path(str(out))
+    assert answers(out, tmp_path) == answers(merged, tmp_path)
+    assert answers(out, tmp_path) != answers(STUDENT, tmp_path)
+    assert models.identity(str(out)) != models.identity(str(merged))
+    assert hashlib.sha256((STUDENT / "model.safetensors").read_bytes()).hexdigest() == before
+    base, after = weights(STUDENT), weights(merged)
+    moved = {parts.part_of(name, "qwen2_vl") for name in base if not torch.equal(after[name], base[name])}
+    assert moved == ({"language", "vision"} if flags else {"language", "vision", "merger"})
+
+
+def test_adapters_too_go_on_from_a_checkpoint(tmp_path):
+    write(tmp_path, 18)
+    flags = [*ONE, *"--lora_enable True --freeze_vision_tower True --lora_dropout 0.1".split()]
+    train.main(arguments(tmp_path, *flags))
+    killed = launch(tmp_path, *flags, out="killed", kill_after=4)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = launch(tmp_path, *flags, out="killed")
+    assert "goes on from" in resumed.said, resumed.said
+    assert losses(tmp_path / "killed") == losses(tmp_path / "out")
+
+
+def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "PI_train.meta.json").write_text(json.dumps({"funnel": {"pictures": 9, "parity": 4}}))
+    settings = dict.fromkeys(
+        "learning_rate vision_lr merger_lr num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
+        "image_min_pixels image_max_pixels seed".split(),
+        1,
+    )
+    settings["data_path"] = [str(tmp_path / "PI_train.json")]
+    meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
+    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    card = (tmp_path / "README.md").read_text()
+    assert "9 pictures → 4 parity" in card
+    assert "license: apache-2.0" in card
+    assert "75.0%" in card
