@@ -2,10 +2,12 @@
 
     python benchmarks/gpu.py                       # 256 pictures of 512 visual tokens each
     python benchmarks/gpu.py --pictures 64 --batch-size 32
+    python benchmarks/gpu.py --only train          # the trainer: the 2B's shape, packed and not
 
 Annotations have 25 tokens and answers 4; see shapes.py. Nothing comes from the network. Prints images per second of
 both, the share of the time in which the model waited for pictures, and the share of this GPU's bfloat16 matrix
-product pace, measured in the same run, that each way achieves. The last line is a JSON object.
+product pace, measured in the same run, that each way achieves; then the trainer's samples per second and share of that
+pace (MFU), its answers of a few tokens, with padded and with packed batches. The last line is a JSON object.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import shapes
 import torch
+import train as trainer
 
 
 def peak_flops(device: str) -> float:
@@ -33,18 +36,8 @@ def peak_flops(device: str) -> float:
     return 20 * 2 * size**3 / (time.perf_counter() - started)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pictures", type=int, default=256)
-    p.add_argument("--batch-size", type=int, default=64, help="most rows a batch, memory permitting")
-    p.add_argument("--workers", type=int, default=8, help="processes that prepare pictures")
-    p.add_argument(
-        "--consistent", type=float, default=0.68, help="share that the L-VLM repeats, so that the S-VLM is asked"
-    )
-    args = p.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU here; pipeline.py --compute-bound is the same for a CPU.")
-    peak = peak_flops("cuda:0")
+def generate(args, peak: float) -> dict:
+    """PA + PI of both ways, with the share of `peak` that each achieves."""
     edge = 28 * 23  # 529 visual tokens
     with tempfile.TemporaryDirectory() as work:
         figures = shapes.compare(
@@ -58,6 +51,45 @@ def main() -> None:
             * 1e9
         )
         figures[f"{way}_share_of_peak"] = per_second / peak
+    return figures
+
+
+def train(n: int, batch: int) -> dict:
+    """Samples a second and MFU of the trainer at the 2B's shape, a batch padded and packed, in processes of their own."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        trainer.alone(shapes.build, shapes.QWEN2_VL["svlm"], work / "model", "cpu", torch.bfloat16)
+        paths = [path for edge in (336, 448, 560) for path in shapes.draw(work / str(edge), n // 3, edge)]
+        rows = [(path, "what is in the picture?", trainer.ANSWERS[i % 6]) for i, path in enumerate(paths)]
+        data = trainer.write_records(work / "train.json", rows)
+        job = trainer.Work(str(work / "model"), data, 0, batch, 1e-5)
+        limits = ["--image_min_pixels", str(128 * 28**2), "--image_max_pixels", str(512 * 28**2)]
+        for name, flags in (("padded", []), ("packed", ["--packing", "True"])):
+            ran = trainer.ours(job, *limits, *flags)
+            figures[name] = {key: ran[key] for key in ("samples_per_second", "mfu", "peak_bytes")}
+    return figures
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pictures", type=int, default=256)
+    p.add_argument("--batch-size", type=int, default=64, help="most rows a batch, memory permitting")
+    p.add_argument("--workers", type=int, default=8, help="processes that prepare pictures")
+    p.add_argument(
+        "--consistent", type=float, default=0.68, help="share that the L-VLM repeats, so that the S-VLM is asked"
+    )
+    p.add_argument("--only", choices=("generate", "train"), help="one half of it")
+    p.add_argument("--train-samples", type=int, default=192)
+    p.add_argument("--train-batch", type=int, default=8)
+    args = p.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA GPU here; pipeline.py --compute-bound is the same for a CPU.")
+    peak, figures = peak_flops("cuda:0"), {}
+    if args.only != "train":
+        figures = generate(args, peak)
+    if args.only != "generate":
+        figures["trainer"] = train(args.train_samples, args.train_batch)
     figures |= {"device": torch.cuda.get_device_name(0), "bf16_peak_tflops": peak / 1e12, "torch": torch.__version__}
     print(json.dumps(figures))
 

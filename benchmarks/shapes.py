@@ -79,6 +79,7 @@ def build(shape: Shape, folder: Path, device: str, dtype) -> int:
 
 def draw(folder: Path, n: int, edge: int) -> list[str]:
     """n pictures of noise, `edge` pixels wide and high."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{i:04}.jpg") for i in range(n)]
     for path in paths:
         Image.effect_noise((edge, edge), 60).convert("RGB").save(path)

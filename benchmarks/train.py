@@ -19,8 +19,8 @@ took, at worst; near 0 or the round counts for nothing.
 
 "mini" is the embedded S-VLM with easy-VQA pictures, where what is around the model counts; "wide" is as wide as
 Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens a picture.
-That flatters whoever saves logits: `flops` has the share of a step's operations that ours needs of plain's at this
-depth, and at the full one (28 and 32), from the costs of one layer and one block, counted. `mfu` is ours' operations a
+That flatters whoever saves logits: `counted` has the shares of a step's operations, and of the bytes that its forward
+pass keeps, that ours needs of plain's at this depth, and at the full one (28 and 32), from one layer and one block. `mfu` is ours' operations a
 second as a share of a large matrix product's pace here, the best in this run. Prints a table, then one JSON object.
 """
 
@@ -141,7 +141,9 @@ def ours(work: Work, *flags: str) -> dict:
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, TRAINER, "--model_id", work.model, "--data_path", work.data]
         command += ["--output_dir", out, "--per_device_train_batch_size", work.batch, "--learning_rate", work.lr]
-        command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.pixels, "--seed", 0]
+        command += ["--seed", 0]
+        if work.pixels:
+            command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.pixels]
         command += ["--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", "--report_to", "none"]
         command += ["--logging_steps", 1, "--save_strategy", "no", "--bf16" if GPU else "--use_cpu", "True", *flags]
         _, took = run(command)
@@ -151,6 +153,7 @@ def ours(work: Work, *flags: str) -> dict:
         "samples_per_second": meta["timed"]["samples"] / meta["train_seconds"],
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "peak_bytes": meta["peak_bytes"],
+        "mfu": meta["mfu"],
         **took,
     }
 
@@ -163,22 +166,32 @@ def peer(work: Work, way: str, python: str) -> dict:
     return {**json.loads(printed.splitlines()[-1]), **took}
 
 
-def count_step(model, batch: dict, labelled_only: bool) -> float:
-    """Operations of the matrix products and attention of a step, forward and backward."""
+def count_step(model, batch: dict, labelled_only: bool) -> tuple[float, int]:
+    """A step's operations of matrix products and attention, forward and backward; bytes that forward keeps for backward."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
     def step():
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        following = batch["labels"][:, 1:]
-        asked = following != train_peers.IGNORE if labelled_only else torch.ones_like(following, dtype=torch.bool)
-        logits = model.get_output_embeddings()(hidden[asked])
-        torch.nn.functional.cross_entropy(logits, following[asked], ignore_index=train_peers.IGNORE).backward()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            following = batch["labels"][:, 1:]
+            asked = following != train_peers.IGNORE if labelled_only else torch.ones_like(following, dtype=torch.bool)
+            logits = model.get_output_embeddings()(hidden[asked])
+            loss = torch.nn.functional.cross_entropy(logits, following[asked], ignore_index=train_peers.IGNORE)
+            keep(logits)  # cross_entropy keeps its softmax; the logits are alive beside it
+        loss.backward()
 
-    return shapes.flops(step)
+    return shapes.flops(step), sum(kept.values())
 
 
 def count(work: Work) -> dict:
-    """A step's operations, ours-way and plain, at the depth that is trained here and at the full one.
+    """A step's operations and activations, ours-way and plain, at the depth that is trained here and at the full one.
 
     Eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as work.
     Counted with two layers and two blocks, with one less of each in turn; all layers cost the same, all blocks too.
@@ -189,15 +202,19 @@ def count(work: Work) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         shapes.build(replace(WIDE, layers=2, vision=(1280, 2, 16)), Path(folder), "cpu", torch.float32)
         model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
-    whole = {"plain": count_step(model, batch, False), "ours": count_step(model, batch, True)}
+    both = {"plain": count_step(model, batch, False), "ours": count_step(model, batch, True)}
     layers, model.model.language_model.layers = model.model.language_model.layers, model.model.language_model.layers[:1]
-    layer = whole["ours"] - count_step(model, batch, True)
+    without_layer = count_step(model, batch, True)
     model.model.language_model.layers, model.model.visual.blocks = layers, model.model.visual.blocks[:1]
-    block = whole["ours"] - count_step(model, batch, True)
-    result = {"layer": layer, "block": block, "logits": whole["plain"] - whole["ours"]}
-    for name, shape in (("here", WIDE), ("full_depth", FULL)):
-        at = {way: base + (shape.layers - 2) * layer + (shape.vision[1] - 2) * block for way, base in whole.items()}
-        result[name] = {**at, "share": at["ours"] / at["plain"]}
+    without_block = count_step(model, batch, True)
+    result = {}
+    for i, what in enumerate(("operations", "activation_bytes")):
+        layer, block = both["ours"][i] - without_layer[i], both["ours"][i] - without_block[i]
+        result[what] = {"layer": layer, "block": block, "logits": both["plain"][i] - both["ours"][i]}
+        for name, shape in (("here", WIDE), ("full_depth", FULL)):
+            more = (shape.layers - 2) * layer + (shape.vision[1] - 2) * block
+            at = {way: counted[i] + more for way, counted in both.items()}
+            result[what][name] = {**at, "share": at["ours"] / at["plain"]}
     return result
 
 
@@ -247,8 +264,8 @@ def summary(results: dict[str, list[dict]], batch: int, peak: float, operations:
         way["loss_difference"] = max(abs(a - b) for a, b in zip(way["losses"], other, strict=True))
         figures["ways"][name] = way
     if operations:
-        pace = figures["ways"][names[0]]["samples_per_second"] * operations["here"]["ours"] / batch
-        figures |= {"flops": operations, "mfu": pace / peak}
+        pace = figures["ways"][names[0]]["samples_per_second"] * operations["operations"]["here"]["ours"] / batch
+        figures |= {"counted": operations, "mfu": pace / peak}
     return figures
 
 

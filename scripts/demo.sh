@@ -15,6 +15,7 @@ QUESTIONS=${QUESTIONS:-2000} # test questions to ask, drawn at random from 9,673
 export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
 export BATCH_SIZE=${BATCH_SIZE:-64} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=3136
 export PL_BATCH_SIZE=${PL_BATCH_SIZE:-16} ACCUMULATION=1 LEARNING_RATE=${LEARNING_RATE:-1.5e-4}
+export VISION_LR=$LEARNING_RATE
 export HF_HUB_OFFLINE=1
 
 RUNS=()

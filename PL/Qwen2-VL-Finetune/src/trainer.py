@@ -167,8 +167,10 @@ class Leveler(Trainer):
         return report.start_lines(self.train_dataset, parts.counts(self.model), groups, steps, self.args)
 
     def pace(self) -> dict:
-        """Seconds of steps timed, and this device's tokens and samples in them."""
-        return {"train_seconds": round(self.train_seconds, 3), "timed": dict(self.seen)}
+        """Seconds of the steps timed (all but the first after a start), this device's samples and tokens in them, and MFU."""
+        flops = (self.flops_a_token or 0) * self.seen["tokens"] / max(self.train_seconds, 1e-9)
+        figures = {"train_seconds": round(self.train_seconds, 3), "timed": dict(self.seen)}
+        return figures | {"mfu": round(flops / (self.peak or 1), 4)}
 
     @property
     def interrupted(self) -> bool:
