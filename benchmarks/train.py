@@ -193,28 +193,29 @@ def count_step(model, batch: dict, labelled_only: bool) -> tuple[float, int]:
 def count(work: Work) -> dict:
     """A step's operations and activations, ours-way and plain, at the depth that is trained here and at the full one.
 
-    Eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as work.
-    Counted with two layers and two blocks, with one less of each in turn; all layers cost the same, all blocks too.
+    Operations with eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as
+    work. Bytes with the fused one, in float32. Counted with two layers and two blocks, with one less of each in turn;
+    all layers cost the same, all blocks too.
     """
     processor = AutoProcessor.from_pretrained(work.model)
     processor.image_processor.size = {"shortest_edge": work.pixels, "longest_edge": work.pixels}
     batch = train_peers.Collator(processor)(train_peers.read(work.data, processor)[: work.batch])
+    result = {}
     with tempfile.TemporaryDirectory() as folder:
         shapes.build(replace(WIDE, layers=2, vision=(1280, 2, 16)), Path(folder), "cpu", torch.float32)
-        model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
-    both = {"plain": count_step(model, batch, False), "ours": count_step(model, batch, True)}
-    layers, model.model.language_model.layers = model.model.language_model.layers, model.model.language_model.layers[:1]
-    without_layer = count_step(model, batch, True)
-    model.model.language_model.layers, model.model.visual.blocks = layers, model.model.visual.blocks[:1]
-    without_block = count_step(model, batch, True)
-    result = {}
-    for i, what in enumerate(("operations", "activation_bytes")):
-        layer, block = both["ours"][i] - without_layer[i], both["ours"][i] - without_block[i]
-        result[what] = {"layer": layer, "block": block, "logits": both["plain"][i] - both["ours"][i]}
-        for name, shape in (("here", WIDE), ("full_depth", FULL)):
-            more = (shape.layers - 2) * layer + (shape.vision[1] - 2) * block
-            at = {way: counted[i] + more for way, counted in both.items()}
-            result[what][name] = {**at, "share": at["ours"] / at["plain"]}
+        for i, (what, attention) in enumerate((("operations", "eager"), ("activation_bytes", "sdpa"))):
+            model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention)
+            both = {"plain": count_step(model, batch, False)[i], "ours": count_step(model, batch, True)[i]}
+            core = model.model
+            layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[:1]
+            layer = both["ours"] - count_step(model, batch, True)[i]
+            core.language_model.layers, core.visual.blocks = layers, core.visual.blocks[:1]
+            block = both["ours"] - count_step(model, batch, True)[i]
+            result[what] = {"layer": layer, "block": block, "logits": both["plain"] - both["ours"]}
+            for name, shape in (("here", WIDE), ("full_depth", FULL)):
+                more = (shape.layers - 2) * layer + (shape.vision[1] - 2) * block
+                at = {way: counted + more for way, counted in both.items()}
+                result[what][name] = {**at, "share": at["ours"] / at["plain"]}
     return result
 
 

@@ -13,6 +13,7 @@ MINI = ["--min-pixels", "3136", "--max-pixels", "3136", "--dtype", "float32"]
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

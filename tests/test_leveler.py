@@ -1,77 +1,29 @@
-"""The trainer at work: what a step learns, packed or not, on several ranks, stopped and gone on, with LoRA."""
+"""The trainer: what it reads, what a step learns, packed or not, in every family, and LoRA."""
 
 import hashlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import families
-import pytest
-import torch
-from conftest import ROOT, STUDENT
-from PIL import Image
-from transformers import AutoModelForImageTextToText
-
-sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import merge_lora
 import params
 import parts
+import pytest
 import report
+import torch
 import train
+from conftest import STUDENT
 from trainer import Leveler
+from training import arguments, build, conversation, weights, write
+from transformers import AutoModelForImageTextToText
 
 import data
 from mpa import models
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.records import train_record
-
-MINI = "--use_cpu True --image_min_pixels 3136 --image_max_pixels 3136 --report_to none --logging_steps 1".split()
-TRAINER = ROOT / "PL/Qwen2-VL-Finetune"
-
-
-def write(folder: Path, n: int = 20) -> Path:
-    """A train JSON of n samples about n pictures, with questions and answers of different lengths."""
-    rng = random.Random(1)
-    for i in range(n):
-        size = (64 + 8 * (i % 3), 64 + 8 * (i % 2))
-        Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
-    samples = [
-        train_record(
-            f"s{i}", f"{i}.png", "what color is " + "the shape " * (i % 4) + "?", ["red", "a teal one", "no"][i % 3]
-        )
-        for i in range(n)
-    ]
-    (folder / "train.json").write_text(json.dumps(samples))
-    return folder / "train.json"
-
-
-def arguments(folder: Path, *flags, model=STUDENT, out="out") -> list[str]:
-    paths = ["--model_id", model, "--data_path", folder / "train.json", "--image_folder", folder]
-    return [*map(str, paths), "--output_dir", str(folder / out), *MINI, *flags]
-
-
-def losses(out: Path) -> list[float]:
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def weights(out: Path) -> dict:
-    """By the names that the model gives them, whatever its file says."""
-    return AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
-
 
 # --- data -------------------------------------------------------------------------------------------
-
-
-def conversation(images, *turns) -> dict:
-    said = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(turns)]
-    return {"id": 7, "image": images, "conversations": said}
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +106,6 @@ def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, per_device, acc
 
 
 # --- a step -----------------------------------------------------------------------------------------
-
-
-def build(folder: Path, *flags, model=STUDENT) -> Leveler:
-    return train.build(*params.parse(arguments(folder, *flags, model=model)), {})
 
 
 @pytest.fixture(scope="module", params=families.FAMILIES)
@@ -265,164 +213,6 @@ def test_an_unknown_flag_is_an_error(tmp_path):
         params.parse(arguments(tmp_path, "--bits", "4"))
 
 
-# --- whole trainings ----------------------------------------------------------------------------------
-
-
-def launch(folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL) -> str:
-    """Train in processes of their own, with DeepSpeed if `ranks`; after so many losses they get a signal. -> their output."""
-    command = [sys.executable, "-u", str(TRAINER / "src/train.py")]
-    if ranks:
-        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = str(free.getsockname()[1])
-        command = [*deepspeed, "--master_port", port, str(TRAINER / "src/train.py")]
-    process = subprocess.Popen(
-        [*command, *arguments(folder, *flags, out=out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
-    said, seen = [], 0
-    for line in process.stdout:
-        said.append(line)
-        seen += "'loss'" in line
-        if kill_after and seen == kill_after:
-            os.killpg(process.pid, with_signal)
-            kill_after = 0
-    process.said = "".join(said)
-    process.wait(300)
-    return process
-
-
-ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
-TWO = "--per_device_train_batch_size 2 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
-
-
-def zero(name: str) -> list[str]:
-    return ["--deepspeed", str(TRAINER / f"scripts/{name}.json")]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with an uninterrupted training on one rank, without DeepSpeed."""
-    folder = tmp_path_factory.mktemp("whole")
-    write(folder, 18)
-    train.main(arguments(folder, *ONE))
-    return folder
-
-
-def test_a_training_is_complete_and_the_same_the_next_time(whole):
-    train.main(arguments(whole, *ONE, out="again"))
-    assert losses(whole / "again") == losses(whole / "out")
-    assert (whole / "again/model.safetensors").read_bytes() == (whole / "out/model.safetensors").read_bytes()
-    inside = {path.name for path in (whole / "out/checkpoint-9").iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= inside
-    assert {"processor_config.json", "tokenizer.json", "generation_config.json", "train_settings.json"} <= inside
-    assert not (whole / "out/training_args.bin").exists()
-    card = (whole / "out/README.md").read_text()
-    assert f"base_model: {STUDENT}" in card and "18 samples" in card
-    meta = json.loads((whole / "out/train_meta.json").read_text())
-    assert meta["steps"] == 10 and meta["tokens"] == sum(build(whole).train_dataset.lengths)
-
-
-def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
-    stopped = launch(whole, *ONE, out="stopped", kill_after=4, with_signal=signal.SIGTERM)
-    assert stopped.returncode == 143, stopped.said
-    assert "stopped at step" in stopped.said
-    resumed = launch(whole, *ONE, out="stopped")
-    assert "goes on from" in resumed.said, resumed.said
-    assert losses(whole / "stopped") == losses(whole / "out")
-    assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
-
-
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
-    flags = [*TWO, *zero(stage)]
-    killed = launch(whole, *flags, ranks=2, out=stage, kill_after=5)
-    assert killed.returncode != 0
-    assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
-    resumed = launch(whole, *flags, ranks=2, out=stage)
-    assert "goes on from" in resumed.said and resumed.returncode == 0, resumed.said
-    assert losses(whole / stage) == pytest.approx(losses(whole / "out"), abs=2e-4)
-    uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
-    assert uninterrupted.returncode == 0, uninterrupted.said
-    assert losses(whole / stage) == losses(whole / f"{stage}_whole")
-
-
-@pytest.mark.parametrize("stage", [None, "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_each_part_moves_at_its_own_rate(tmp_path, stage):
-    """Adam's first update is as large as the learning rate, whatever the gradient."""
-    write(tmp_path, 4)
-    flags = "--per_device_train_batch_size 4 --learning_rate 1e-3 --merger_lr 3e-4 --vision_lr 1e-4 --max_steps 1"
-    flags = [*flags.split(), "--lr_scheduler_type", "constant", "--save_strategy", "no", "--adam_epsilon", "1e-12"]
-    done = launch(tmp_path, *flags, *(zero(stage) if stage else ()), ranks=1 if stage else 0)
-    assert done.returncode == 0, done.said
-    before, after, moved = weights(STUDENT), weights(tmp_path / "out"), {}
-    for name, value in after.items():
-        part = parts.part_of(name, "qwen2_vl")
-        moved[part] = max(moved.get(part, 0), (value.float() - before[name].float()).abs().max().item())
-    assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
-
-
-def test_ranks_with_and_without_pictures_do_not_wait_for_each_other(tmp_path):
-    write(tmp_path, 2)
-    records = json.loads((tmp_path / "train.json").read_text())
-    records += [{**conversation(None, "is red a color?", "yes"), "id": f"t{i}"} for i in range(5)]
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    done = launch(tmp_path, *TWO, *zero("zero3"), ranks=2)
-    assert done.returncode == 0, done.said
-    assert len(losses(tmp_path / "out")) == 4
-
-
-def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    write(tmp_path, 18)
-    whole = Leveler._save_rng_state
-
-    def full(self, output_dir):
-        if self.state.global_step > 3:
-            raise OSError(28, "No space left on device")
-        whole(self, output_dir)
-
-    monkeypatch.setattr(Leveler, "_save_rng_state", full)
-    with pytest.raises(OSError, match="No space left"):
-        train.main(arguments(tmp_path, *ONE))
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
-    monkeypatch.undo()
-    train.main(arguments(tmp_path, *ONE))
-    assert len(losses(tmp_path / "out")) == 10
-
-
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(whole):
-    (whole / "other").mkdir()
-    os.symlink(whole / "out/checkpoint-9", whole / "other/checkpoint-9")
-    with pytest.raises(data.DataError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
-        train.main(arguments(whole, *ONE, "--seed", "1", out="other"))
-
-
-def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
-    write(tmp_path, 12)
-    (tmp_path / "held_out.json").write_text((tmp_path / "train.json").read_text())
-    flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 5e-3 --load_best True"
-    held_out = ["--eval_data_path", str(tmp_path / "held_out.json"), "--save_strategy", "epoch"]
-    measured, whole = [], Leveler.evaluate
-
-    def evaluate(self, **more):
-        """Measured as it is, and told with the second highest."""
-        metrics = whole(self, **more)
-        measured.append(metrics["eval_accuracy"])
-        return {**metrics, "eval_accuracy": [0.5, 0.9, 0.7][len(measured) - 1]}
-
-    monkeypatch.setattr(Leveler, "evaluate", evaluate)
-    train.main(arguments(tmp_path, *flags.split(), *held_out))
-    assert measured == sorted(measured) and measured[-1] > 0.3  # of what it was trained on
-    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-6"}
-    best, last = weights(tmp_path / "out/checkpoint-6"), weights(tmp_path / "out")
-    assert all(torch.equal(value, last[name]) for name, value in best.items())
-
-
 # --- LoRA ------------------------------------------------------------------------------------------------
 
 
@@ -452,17 +242,6 @@ def test_merged_adapters_answer_as_the_adapters_do_and_the_base_is_untouched(tmp
     base, after = weights(STUDENT), weights(merged)
     moved = {parts.part_of(name, "qwen2_vl") for name in base if not torch.equal(after[name], base[name])}
     assert moved == ({"language", "vision"} if flags else {"language", "vision", "merger"})
-
-
-def test_adapters_too_go_on_from_a_checkpoint(tmp_path):
-    write(tmp_path, 18)
-    flags = [*ONE, *"--lora_enable True --freeze_vision_tower True --lora_dropout 0.1".split()]
-    train.main(arguments(tmp_path, *flags))
-    killed = launch(tmp_path, *flags, out="killed", kill_after=4)
-    assert killed.returncode == -signal.SIGKILL
-    resumed = launch(tmp_path, *flags, out="killed")
-    assert "goes on from" in resumed.said, resumed.said
-    assert losses(tmp_path / "killed") == losses(tmp_path / "out")
 
 
 def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):

@@ -4,10 +4,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import params
 import pytest
 from conftest import ROOT, script
 
-READMES = ["README.md", "data/README.md", "data/mini/README.md", "results/README.md"]
+READMES = ["README.md", "PL/Qwen2-VL-Finetune/FORK.md", "data/README.md", "data/mini/README.md", "results/README.md"]
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -38,6 +39,7 @@ def test_the_tree_in_the_readme_is_the_tree():
 def test_every_flag_and_variable_in_the_readme_is_known():
     text = (ROOT / "README.md").read_text()
     helps = "".join(script(name, "--help").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
+    helps += "".join(f"--{field}" for kind in params.KINDS for field in kind.__dataclass_fields__)
     assert {flag for flag in re.findall(r"`(--[\w-]+)", text) if flag not in helps} - {"--help"} == set()
     scripts = "".join(
         p.read_text() for p in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("PL/*/scripts/*.sh"), *ROOT.glob("mpa/**/*.py")]

@@ -1,17 +1,14 @@
 import json
 import shutil
-import sys
 
-import pytest
-import torch
-from conftest import ROOT, STUDENT, script
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import params
 import parts
+import pytest
+import torch
 import train
+from conftest import STUDENT, script
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 from mpa.engines import Request

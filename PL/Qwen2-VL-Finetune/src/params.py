@@ -113,10 +113,13 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs them all."})
 
 
+KINDS = (ModelArguments, DataArguments, TrainingArguments)
+
+
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The flags, in any of their spellings. Raises DataError for combinations without sense."""
     words = _todays(sys.argv[1:] if argv is None else argv)
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
     model, data, args = parser.parse_args_into_dataclasses(words)
     for flag, value in (("--vision_lora", model.vision_lora), ("--lora_namespan_exclude", model.lora_namespan_exclude)):
         if value and not model.lora_enable:

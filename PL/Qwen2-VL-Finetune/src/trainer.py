@@ -153,6 +153,9 @@ class Leveler(Trainer):
                 seconds = now - self.logged_at
                 world, flops = self.args.world_size, self.flops_a_token * new["tokens"] / seconds
                 self.train_seconds += seconds
+                steps = self.state.max_steps - self.state.global_step
+                batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+                logs["minutes_left"] = round(steps * batch * seconds / max(1, new["samples"]) / 60, 1)
                 logs["samples_per_second"] = round(new["samples"] * world / seconds, 2)
                 logs["tokens_per_second"] = round(new["tokens"] * world / seconds)
                 logs["tflops"], logs["mfu"] = round(flops * world / 1e12, 3), round(flops / self.peak, 3)

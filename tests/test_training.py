@@ -1,0 +1,144 @@
+"""Whole trainings: the same twice, stopped and gone on, on several ranks, with every ZeRO stage."""
+
+import json
+import os
+import signal
+
+import parts
+import pytest
+import torch
+import train
+from conftest import STUDENT
+from trainer import Leveler
+from training import ONE, TWO, arguments, build, conversation, launch, losses, weights, write, zero
+
+import data
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with an uninterrupted training on one rank, without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(folder, 18)
+    train.main(arguments(folder, *ONE))
+    return folder
+
+
+def test_a_training_is_complete_and_the_same_the_next_time(whole):
+    train.main(arguments(whole, *ONE, out="again"))
+    assert losses(whole / "again") == losses(whole / "out")
+    assert (whole / "again/model.safetensors").read_bytes() == (whole / "out/model.safetensors").read_bytes()
+    inside = {path.name for path in (whole / "out/checkpoint-9").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= inside
+    assert {"processor_config.json", "tokenizer.json", "generation_config.json", "train_settings.json"} <= inside
+    assert not (whole / "out/training_args.bin").exists()
+    card = (whole / "out/README.md").read_text()
+    assert f"base_model: {STUDENT}" in card and "18 samples" in card
+    meta = json.loads((whole / "out/train_meta.json").read_text())
+    assert meta["steps"] == 10 and meta["tokens"] == sum(build(whole).train_dataset.lengths)
+
+
+def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
+    stopped = launch(whole, *ONE, out="stopped", kill_after=4, with_signal=signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stdout
+    assert "stopped at step" in stopped.stdout
+    resumed = launch(whole, *ONE, out="stopped")
+    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert losses(whole / "stopped") == losses(whole / "out")
+    assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
+    flags = [*TWO, *zero(stage)]
+    killed = launch(whole, *flags, ranks=2, out=stage, kill_after=5)
+    assert killed.returncode != 0
+    assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = launch(whole, *flags, ranks=2, out=stage)
+    assert "goes on from" in resumed.stdout and resumed.returncode == 0, resumed.stdout
+    assert losses(whole / stage) == pytest.approx(losses(whole / "out"), abs=2e-4)
+    uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
+    assert uninterrupted.returncode == 0, uninterrupted.stdout
+    assert losses(whole / stage) == losses(whole / f"{stage}_whole")
+
+
+@pytest.mark.parametrize("stage", [None, "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_each_part_moves_at_its_own_rate(tmp_path, stage):
+    """Adam's first update is as large as the learning rate, whatever the gradient."""
+    write(tmp_path, 4)
+    flags = "--per_device_train_batch_size 4 --learning_rate 1e-3 --merger_lr 3e-4 --vision_lr 1e-4 --max_steps 1"
+    flags = [*flags.split(), "--lr_scheduler_type", "constant", "--save_strategy", "no", "--adam_epsilon", "1e-12"]
+    done = launch(tmp_path, *flags, *(zero(stage) if stage else ()), ranks=1 if stage else 0)
+    assert done.returncode == 0, done.stdout
+    before, after, moved = weights(STUDENT), weights(tmp_path / "out"), {}
+    for name, value in after.items():
+        part = parts.part_of(name, "qwen2_vl")
+        moved[part] = max(moved.get(part, 0), (value.float() - before[name].float()).abs().max().item())
+    assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
+
+
+def test_ranks_with_and_without_pictures_do_not_wait_for_each_other(tmp_path):
+    write(tmp_path, 2)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records += [{**conversation(None, "is red a color?", "yes"), "id": f"t{i}"} for i in range(5)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    done = launch(tmp_path, *TWO, *zero("zero3"), ranks=2)
+    assert done.returncode == 0, done.stdout
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 18)
+    whole = Leveler._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step > 3:
+            raise OSError(28, "No space left on device")
+        whole(self, output_dir)
+
+    monkeypatch.setattr(Leveler, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.main(arguments(tmp_path, *ONE))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    train.main(arguments(tmp_path, *ONE))
+    assert len(losses(tmp_path / "out")) == 10
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(whole):
+    (whole / "other").mkdir()
+    os.symlink(whole / "out/checkpoint-9", whole / "other/checkpoint-9")
+    with pytest.raises(data.DataError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
+        train.main(arguments(whole, *ONE, "--seed", "1", out="other"))
+
+
+def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
+    write(tmp_path, 12)
+    (tmp_path / "held_out.json").write_text((tmp_path / "train.json").read_text())
+    flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 5e-3 --load_best True"
+    held_out = ["--eval_data_path", str(tmp_path / "held_out.json"), "--save_strategy", "epoch"]
+    measured, whole = [], Leveler.evaluate
+
+    def evaluate(self, **more):
+        """Measured as it is, and told with the second highest."""
+        metrics = whole(self, **more)
+        measured.append(metrics["eval_accuracy"])
+        return {**metrics, "eval_accuracy": [0.5, 0.9, 0.7][len(measured) - 1]}
+
+    monkeypatch.setattr(Leveler, "evaluate", evaluate)
+    train.main(arguments(tmp_path, *flags.split(), *held_out))
+    assert measured == sorted(measured) and measured[-1] > 0.3  # of what it was trained on
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-6"}
+    best, last = weights(tmp_path / "out/checkpoint-6"), weights(tmp_path / "out")
+    assert all(torch.equal(value, last[name]) for name, value in best.items())
+
+
+def test_adapters_too_go_on_from_a_checkpoint(tmp_path):
+    write(tmp_path, 18)
+    flags = [*ONE, *"--lora_enable True --freeze_vision_tower True --lora_dropout 0.1".split()]
+    train.main(arguments(tmp_path, *flags))
+    killed = launch(tmp_path, *flags, out="killed", kill_after=4)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = launch(tmp_path, *flags, out="killed")
+    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "out")

@@ -1,0 +1,109 @@
+"""What the tests of the trainer share: records to train on, and a training in this process or in others."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import params
+import train
+from conftest import ROOT, STUDENT
+from PIL import Image
+from trainer import Leveler
+from transformers import AutoModelForImageTextToText
+
+from mpa.records import train_record
+
+MINI = "--use_cpu True --image_min_pixels 3136 --image_max_pixels 3136 --report_to none --logging_steps 1".split()
+TRAINER = ROOT / "PL/Qwen2-VL-Finetune"
+
+
+def write(folder: Path, n: int = 20) -> Path:
+    """A train JSON of n samples about n pictures, with questions and answers of different lengths."""
+    rng = random.Random(1)
+    for i in range(n):
+        size = (64 + 8 * (i % 3), 64 + 8 * (i % 2))
+        Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
+    samples = [
+        train_record(
+            f"s{i}", f"{i}.png", "what color is " + "the shape " * (i % 4) + "?", ["red", "a teal one", "no"][i % 3]
+        )
+        for i in range(n)
+    ]
+    (folder / "train.json").write_text(json.dumps(samples))
+    return folder / "train.json"
+
+
+def arguments(folder: Path, *flags, model=STUDENT, out="out") -> list[str]:
+    paths = ["--model_id", model, "--data_path", folder / "train.json", "--image_folder", folder]
+    return [*map(str, paths), "--output_dir", str(folder / out), *MINI, *flags]
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(out: Path) -> dict:
+    """By the names that the model gives them, whatever its file says."""
+    return AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
+
+
+def conversation(images, *turns) -> dict:
+    said = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(turns)]
+    return {"id": 7, "image": images, "conversations": said}
+
+
+def build(folder: Path, *flags, model=STUDENT) -> Leveler:
+    return train.build(*params.parse(arguments(folder, *flags, model=model)), {})
+
+
+RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=($!); done; for p in "${P[@]}"; do wait $p || E=$?; done; exit $E'
+
+
+def launch(
+    folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL
+) -> subprocess.CompletedProcess:
+    """Train in a process of its own, or in `ranks` that know of each other; after so many losses all get a signal.
+
+    As torchrun starts them, but in one group of processes, which a signal reaches at once.
+    """
+    command, environment = (
+        [sys.executable, "-u", str(TRAINER / "src/train.py")],
+        {**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    if ranks:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = ["bash", "-c", RANKS, "bash", *command]
+    process = subprocess.Popen(
+        [*command, *arguments(folder, *flags, out=out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+    said, seen = [], 0
+    for line in process.stdout:
+        said.append(line)
+        seen += "'loss'" in line
+        if kill_after and seen == kill_after:
+            os.killpg(process.pid, with_signal)
+            kill_after = 0
+    return subprocess.CompletedProcess(command, process.wait(300), "".join(said))
+
+
+ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
+TWO = "--per_device_train_batch_size 2 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
+
+
+def zero(name: str) -> list[str]:
+    return ["--deepspeed", str(TRAINER / f"scripts/{name}.json")]
