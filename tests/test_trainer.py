@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import params
 import parts
@@ -265,8 +266,8 @@ def test_text_with_a_special_token_is_refused_with_its_record_before_training(tm
     assert not (tmp_path / "out").exists()
 
 
-def launched(folder, bf16: bool, **environment) -> list[str]:
-    """What PL.sh would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
+def launched(folder, bf16: bool, name: str = "PL.sh", **environment) -> list[str]:
+    """What a script would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
     (folder / "torch.py").write_text(
         "import sys\n"
         "if sys.argv[0].endswith('deepspeed'):\n"
@@ -275,7 +276,7 @@ def launched(folder, bf16: bool, **environment) -> list[str]:
         "    device_count = lambda: 1\n"
         f"    is_bf16_supported = lambda including_emulation=True: including_emulation or {bf16}\n"
     )
-    done = script("PL/Qwen2-VL-Finetune/scripts/PL.sh", PYTHONPATH=folder, **environment)
+    done = script(f"PL/Qwen2-VL-Finetune/scripts/{name}", PYTHONPATH=folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -302,3 +303,13 @@ def test_the_script_takes_its_paths_from_the_environment(tmp_path):
     words = launched(tmp_path, True, TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
     assert after(words, "--data_path") == "/a b/train.json"
     assert after(words, "--output_dir") == "/a b/out"
+
+
+@pytest.mark.parametrize("name", ["PL.sh", "finetune.sh", "finetune_lora.sh", "finetune_lora_vision.sh"])
+def test_every_script_gives_flags_that_the_trainer_takes(tmp_path, name):
+    words = launched(tmp_path, True, name, DATA="a.json:0.9 b.json:0.1", MODEL="m", OUTPUT_DIR="out")
+    flags = words[words.index(next(word for word in words if word.endswith("train.py"))) + 1 :]
+    assert flags[0] == "--deepspeed" and Path(flags[1]).is_file()
+    model, images, _ = params.parse(["--use_cpu" if flag == "--bf16" else flag for flag in flags[2:]])
+    assert (model.lora_enable, model.vision_lora) == ("lora" in name, "vision" in name)
+    assert name == "PL.sh" or images.data_path == ["a.json:0.9", "b.json:0.1"]
