@@ -260,3 +260,7 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     assert "9 pictures → 4 parity" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
+    assert "without human labels" in card
+    (tmp_path / "PI_train.meta.json").unlink()  # any other data: nothing is known of its labels
+    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    assert "Parity Alignment" not in (tmp_path / "README.md").read_text()

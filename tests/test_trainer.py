@@ -103,6 +103,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         ("[]", "nothing to train on"),
         ('{"a": 1}', "nothing to train on"),
         ('[{"id": 1, "image": "a.png"}]', "record 0: missing 'conversations'"),
+        ('[{"id": 1, "image": "a.png", "conversations": []}]', "must alternate"),
         ('[{"id": 1, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}]', "must alternate"),
         (json.dumps([train_record(1, "a.png", "q", " ")]), "an answer is empty"),
         (json.dumps([train_record(1, "gone.png", "q", "x")]), "record 0, and all others: none can be used"),
@@ -134,6 +135,9 @@ def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, processor, 
     (tmp_path / "bad.png").write_bytes(b"x")
     assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "id 2" in capsys.readouterr().out
+    Image.new("RGB", (2, 900)).save(tmp_path / "bad.png")  # which Qwen's processor refuses
+    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
+    assert "aspect ratio" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def conversation(images, *turns) -> dict:
 
 
 def build(folder: Path, *flags, model=STUDENT) -> Leveler:
-    return train.build(*params.parse(arguments(folder, *flags, model=model)), {})
+    model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
+    return train.build(train.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
 
 
 RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=($!); done; for p in "${P[@]}"; do wait $p || E=$?; done; exit $E'

@@ -28,6 +28,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from mpa import models, ranks
 from mpa.engines import Request, following
 from mpa.engines.decoding import Chooser, Stopper, line_breaks
+from mpa.engines.prefixes import Prefixes, forget_positions, spare_last_layer
 from mpa.pictures import PictureError, open_picture, picture_size
 from mpa.records import InputError
 
@@ -60,7 +61,7 @@ class HFEngine:
         self.workers, self.batch_tokens = workers, batch_tokens
         self.tokens, self.worked, self.waited, self.started = 0, 0.0, 0.0, 0.0  # of replies; seconds
         self.device, self.dtype, self.pixels = device, dtype, (min_pixels, max_pixels)
-        self.model = self.processor = self.pool = self.head = None
+        self.model = self.processor = self.pool = self.prefixes = None
 
     def __enter__(self):
         return self
@@ -72,7 +73,7 @@ class HFEngine:
                 worker.kill()  # nobody waits for its batch any more
             self.pool.shutdown(cancel_futures=True)
         model = weakref.ref(self.model) if self.model else lambda: None
-        self.model = self.processor = self.pool = self.head = None
+        self.model = self.processor = self.pool = self.prefixes = None
         if model() is not None:  # held by a cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -105,9 +106,9 @@ class HFEngine:
     def _load_model(self) -> None:
         self.dtype = models.pick_dtype(self.dtype, self.device)
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust)
-        self.shortcuts = self.model.config.model_type in models.SHORTCUTS
-        if self.shortcuts:
-            _spare_last_layer(self.model.get_decoder().layers[-1])
+        if self.model.config.model_type in models.SHORTCUTS:
+            spare_last_layer(self.model.get_decoder().layers[-1])
+            self.prefixes = Prefixes(self.model, self.processor)
         if self.batch_tokens is None and self.device.startswith("cuda"):
             self.batch_tokens = self._probe()
 
@@ -223,7 +224,7 @@ class HFEngine:
                 raise
         if len(good) == 1:
             return [*errors, {"key": batch[good[0]].key, "error": "out of memory; try a smaller --max-pixels"}]
-        self._forget_positions()
+        forget_positions(self.model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows = [batch[row] for row in good]
@@ -283,11 +284,6 @@ class HFEngine:
             texts[prompt] = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         return [texts[prompt] for prompt in prompts]
 
-    def _tails(self, prompts) -> list[list[int]]:
-        """The tokens of what the chat template writes after the picture, for each prompt."""
-        tails = [text.rsplit(self.processor.image_token, 1)[1] for text in self._texts(prompts)]
-        return [self.processor.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails]
-
     @torch.inference_mode()
     def _run(self, batch: list[Request], good: list[int], inputs: dict, errors: list[dict]) -> list[dict]:
         """Replies of the good rows, whose `inputs` these are, and the others' errors."""
@@ -296,13 +292,16 @@ class HFEngine:
         batch = [batch[row] for row in good]
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
-        inputs, cache = self._with_head(inputs)
+        inputs, cache = self.prefixes.with_head(inputs) if self.prefixes else (inputs, None)
         replies, cache = self._generate(batch, inputs, cache)
 
         asked = [following(r, reply["text"]) for r, reply in zip(batch, replies, strict=True)]
         rows, asked = [row for row, request in enumerate(asked) if request], [request for request in asked if request]
         if rows:
-            shared = self._continue(inputs, cache, batch, rows, asked) if self.shortcuts else None
+            shared = None
+            if self.prefixes:
+                before, *texts = self._texts([batch[rows[0]].prompt, *(request.prompt for request in asked)])
+                shared = self.prefixes.continued(inputs, cache, rows, before, texts)
             answers = self._generate(asked, *shared)[0] if shared else self.answer(asked)
             answers = {answer["key"]: answer for answer in answers}
             for row in rows:
@@ -344,103 +343,6 @@ class HFEngine:
             for request, row, n, values in zip(batch, written, lengths, logprobs, strict=True)
         ]
         return replies, out.past_key_values
-
-    def _with_head(self, inputs: dict) -> tuple[dict, DynamicCache | None]:
-        """The inputs with their system text in front of the padding, and its key-values, computed once.
-
-        None and the inputs as they are where the family is not known to share, or the rows differ there.
-        """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if not self.shortcuts:
-            return inputs, None
-        starts = mask.argmax(1).tolist()
-        size = int((ids[0] == self.model.config.image_token_id).int().argmax()) - starts[0]
-        heads = torch.stack([row[start : start + size] for row, start in zip(ids, starts, strict=True)])
-        if not size or (heads != heads[0]).any():
-            return inputs, None
-        if self.head is None or not torch.equal(self.head[0], heads[0]):
-            self.head = heads[0], self.model(input_ids=heads[:1], use_cache=True).past_key_values
-        moved = {name: value.clone() for name, value in inputs.items() if value.shape == ids.shape}
-        for name, value in moved.items():
-            for row, start in enumerate(starts):
-                value[row, :size] = inputs[name][row, start : start + size]
-                value[row, size : size + start] = inputs[name][row, :start]
-        cache = DynamicCache()
-        for index, layer in enumerate(self.head[1].layers):
-            cache.update(*(part.expand(len(ids), -1, -1, -1) for part in (layer.keys, layer.values)), index)
-        self._forget_positions()
-        return inputs | moved, cache
-
-    def _continue(
-        self, inputs: dict, cache, batch: list[Request], rows: list[int], asked: list[Request]
-    ) -> tuple[dict, DynamicCache] | None:
-        """Inputs and cache to put other prompts about the pictures of `rows` of the batch to the model.
-
-        The key-values of each row's system text and picture are kept, moved to the right edge of a common
-        width; the new prompts follow, each with its padding before it. Positions come from the mask. None
-        where the tokens after a picture are not those of the template's text.
-        """
-        ids, image_token = inputs["input_ids"], self.model.config.image_token_id
-        ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
-        heads = [inputs["attention_mask"][row, :end].nonzero()[:, 0] for row, end in zip(rows, ends, strict=True)]
-        # What the processor puts between the picture and the template's text, such as "</img>".
-        before, *tails = self._tails([batch[rows[0]].prompt, *(request.prompt for request in asked)])
-        whole = ids[rows[0], ends[0] :].tolist()
-        closing = whole[: len(whole) - len(before)]
-        if closing + before != whole:
-            return None
-        tails = [closing + tail for tail in tails]
-        width = max(map(len, heads))
-        total = width + max(map(len, tails))
-
-        new_ids = ids.new_full((len(rows), total), self.processor.tokenizer.pad_token_id)
-        mask = torch.zeros_like(new_ids)
-        for i, (row, head, tail) in enumerate(zip(rows, heads, tails, strict=True)):
-            new_ids[i, width - len(head) : width] = ids[row, head]
-            new_ids[i, total - len(tail) :] = ids.new_tensor(tail)
-            mask[i, width - len(head) : width] = mask[i, total - len(tail) :] = 1
-        kept = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            keys_values = []
-            for source in (layer.keys, layer.values):  # [B, heads, columns, size]
-                moved = source.new_zeros(len(rows), source.shape[1], width, source.shape[3])
-                for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-                    moved[i, :, width - len(head) :] = source[row, :, head]
-                keys_values.append(moved)
-            kept.update(*keys_values, index)
-        self._forget_positions()
-        new = {"input_ids": new_ids, "attention_mask": mask}
-        if "mm_token_type_ids" in inputs:
-            new["mm_token_type_ids"] = (new_ids == image_token).to(inputs["mm_token_type_ids"].dtype)
-        if "image_grid_thw" in inputs:
-            new["image_grid_thw"] = inputs["image_grid_thw"][rows]
-        return new, kept
-
-    def _forget_positions(self) -> None:
-        """Rotary offsets of the call before, kept by Qwen's models for its rows, are to be computed anew."""
-        if hasattr(self.model.model, "rope_deltas"):
-            self.model.model.rope_deltas = None
-
-
-def _spare_last_layer(layer: torch.nn.Module) -> None:
-    """Have the last layer work out the last column alone: of what it says of the others, only keys and values are read.
-
-    A prompt ends in the last column of every row, and `generate` takes its logits from there. The other
-    columns get zeros from the modules that work on each column by itself.
-    """
-
-    def of_last_column(module):
-        whole = module.forward
-
-        def forward(hidden):  # [B, T, H] -> [B, T, H']
-            return torch.nn.functional.pad(whole(hidden[:, -1:]), (0, 0, hidden.shape[1] - 1, 0))
-
-        module.forward = forward
-
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    for module, name in ((attention, "q_proj"), (attention, "o_proj"), (mlp, "down_proj")):
-        if hasattr(module, name):
-            of_last_column(mlp if module is mlp else getattr(module, name))
 
 
 def written(reply: dict) -> int:

@@ -118,7 +118,7 @@ def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
 def measure(samples: list[dict], processor, most: int, on_too_long: str, keep_bytes: float, workers: int) -> "Samples":
     """The samples that can be trained on, each made once: so all is known to fit before the first step.
 
-    Left out, with a line each, are samples whose pictures cannot be read. One of more than `most` tokens is an
+    Left out, with a line each, are samples whose pictures cannot be used. One of more than `most` tokens is an
     error, or with `on_too_long` "drop" left out too. As many are kept in memory as `keep_bytes` hold.
     Raises DataError when none is left.
     """
@@ -157,7 +157,7 @@ def visual(encoded: dict, processor) -> int:
 
 
 class _Tried(torch.utils.data.Dataset):
-    """Encoded samples, or why their pictures cannot be read."""
+    """Encoded samples, or why they cannot be: a picture that is none, or of a shape that the processor refuses."""
 
     def __init__(self, samples: list[dict], processor):
         self.samples, self.processor = samples, processor
@@ -168,7 +168,7 @@ class _Tried(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict | str:
         try:
             return encode(self.samples[index], self.processor)
-        except DataError as error:
+        except (DataError, ValueError) as error:
             return str(error)
 
 
@@ -180,9 +180,9 @@ def _read(record, where: str, number: int, image_folder: str, moves: list[tuple[
         raise DataError(f"{where}: missing {error}; expected id, image and conversations of from and value.") from None
     if not all(isinstance(text, str) for _, text in turns):
         raise DataError(f"{where}: a turn's value is not text; write it as a string.")
-    system = (
-        [{"role": "system", "content": [{"type": "text", "text": turns.pop(0)[1]}]}] if turns[0][0] == "system" else []
-    )
+    system = []
+    if turns and turns[0][0] == "system":
+        system = [{"role": "system", "content": [{"type": "text", "text": turns.pop(0)[1]}]}]
     if [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
         raise DataError(f"{where}: conversations must alternate human and gpt, starting with human.")
     images = [images] if isinstance(images, str) else images

@@ -80,6 +80,13 @@ def labelled_line(encoded: dict, tokenizer, ignore: int) -> str:
     return f"  first sample, labelled between >> and <<: …{before!r}>>{answer!r}<<"
 
 
+# Said of a model only where the Parity Identifier made its data.
+MPA = (
+    " by Model Parity Alignment ([arXiv 2509.16633](https://arxiv.org/abs/2509.16633)): on questions and answers that a "
+    "larger model wrote and answers consistently, and that this one got wrong, without human labels"
+)
+
+
 def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     """README.md of the model's folder: what it is, from what data, how to use it."""
     funnel, licence = _funnel(meta["settings"]["data_path"]), _licence(base)
@@ -91,9 +98,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     lines = [
         *front,
         f"\n# {out.name}\n",
-        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{base}` by Model Parity Alignment "
-        "([arXiv 2509.16633](https://arxiv.org/abs/2509.16633)): on questions and answers that a larger model wrote, "
-        "answers consistently, and this one got wrong. No human labels.\n",
+        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{base}`{MPA if funnel else ''}.\n",
         "## Data\n",
         *(f"- `{Path(path).name}`" for path in meta["settings"]["data_path"]),
         f"- {meta['samples']} samples, {meta['tokens']} tokens an epoch",

@@ -142,13 +142,16 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     return model
 
 
-def prepared(path: list[str], processor, data_args: DataArguments, args: TrainingArguments, limit: int) -> Samples:
-    """The samples of these files, each made and found to fit."""
-    samples = read_samples(path, data_args.image_folder, data_args.path_map, args.seed)
+def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) -> list[dict]:
+    return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
+
+
+def prepared(samples: list[dict], processor, data_args: DataArguments) -> Samples:
+    """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
     keep = data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
     workers = max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return measure(samples, processor, limit, data_args.on_too_long, keep, workers)
+    return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, keep, workers)
 
 
 def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
@@ -180,13 +183,14 @@ def peak_bytes(args: TrainingArguments) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, asked: dict) -> Leveler:
-    """The trainer, with data that was checked, and the model. `asked` are the settings its checkpoints are to carry."""
-    processor = load_processor(model_args, data_args)
-    samples = prepared(data_args.data_path, processor, data_args, args, data_args.max_seq_length)
-    held_out = None
+def build(
+    samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, asked: dict
+) -> Leveler:
+    """The trainer, with these samples checked, and the model. `asked` are the settings its checkpoints are to carry."""
+    processor, held_out = load_processor(model_args, data_args), None
+    samples = prepared(samples, processor, data_args)
     if data_args.eval_data_path:
-        held_out = prepared([data_args.eval_data_path], processor, data_args, args, data_args.max_seq_length)
+        held_out = prepared(read([data_args.eval_data_path], data_args, args), processor, data_args)
         if any(sum(m["role"] == "user" for m in sample["messages"]) > 1 for sample in held_out.samples):
             raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
     blank = encode(BLANK, processor) if args.world_size > 1 else None
@@ -213,7 +217,7 @@ def main(argv=None) -> None:
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
-    read_samples(data_args.data_path, data_args.image_folder, data_args.path_map, args.seed)  # before all that is slow
+    samples = read(data_args.data_path, data_args, args)  # before all that is slow
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
         refuse_other_settings(json.loads((out / META).read_text())["settings"], asked, out)
@@ -221,7 +225,7 @@ def main(argv=None) -> None:
         return
     checkpoint = checkpoint_in(out, asked, args)
 
-    trainer = build(model_args, data_args, args, asked)
+    trainer = build(samples, model_args, data_args, args, asked)
     samples = trainer.train_dataset
     if first:
         print(

@@ -138,9 +138,11 @@ class Leveler(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            decaying = set(self.get_decay_parameter_names(self.model))
-            self.optimizer = kind(parts.groups(self.model, decaying, self.args), **settings)
+            self.optimizer = kind(self._groups(), **settings)
         return self.optimizer
+
+    def _groups(self) -> list[dict]:
+        return parts.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
 
     # --- what a user sees --------------------------------------------------------------------------------
 
@@ -165,9 +167,7 @@ class Leveler(Trainer):
     def start_lines(self) -> list[str]:
         steps = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
         steps = self.args.max_steps if self.args.max_steps > 0 else int(steps * self.args.num_train_epochs)
-        decaying = set(self.get_decay_parameter_names(self.model))
-        groups = parts.groups(self.model, decaying, self.args)
-        return report.start_lines(self.train_dataset, parts.counts(self.model), groups, steps, self.args)
+        return report.start_lines(self.train_dataset, parts.counts(self.model), self._groups(), steps, self.args)
 
     def pace(self) -> dict:
         """Seconds of the steps timed (all but the first after a start), this device's samples and tokens in them, and MFU."""
