@@ -19,7 +19,7 @@ took, at worst; near 0 or the round counts for nothing.
 
 "mini" is the embedded S-VLM with easy-VQA pictures, where what is around the model counts; "wide" is as wide as
 Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens a picture.
-That flatters whoever saves logits: `counted` has the shares of a step's operations, and of the bytes that its forward
+That flatters whoever saves logits and the last layer: `counted` has the shares of a step's operations, and of the bytes that its forward
 pass keeps, that ours needs of plain's at this depth, and at the full one (28 and 32), from one layer and one block. `mfu` is ours' operations a
 second as a share of a large matrix product's pace here, the best in this run. Prints a table, then one JSON object.
 """
@@ -45,6 +45,7 @@ import psutil
 import shapes
 import torch
 import train_peers
+from labelled import Labelled
 from report import matmul_peak
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -166,7 +167,7 @@ def peer(work: Work, way: str, python: str) -> dict:
     return {**json.loads(printed.splitlines()[-1]), **took}
 
 
-def count_step(model, batch: dict, labelled_only: bool) -> tuple[float, int]:
+def count_step(model, batch: dict, labelled: Labelled | None) -> tuple[float, int]:
     """A step's operations of matrix products and attention, forward and backward; bytes that forward keeps for backward."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
@@ -179,11 +180,12 @@ def count_step(model, batch: dict, labelled_only: bool) -> tuple[float, int]:
 
     def step():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-            following = batch["labels"][:, 1:]
-            asked = following != train_peers.IGNORE if labelled_only else torch.ones_like(following, dtype=torch.bool)
-            logits = model.get_output_embeddings()(hidden[asked])
-            loss = torch.nn.functional.cross_entropy(logits, following[asked], ignore_index=train_peers.IGNORE)
+            following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
+            if labelled:
+                labelled.choose(following != train_peers.IGNORE)
+                following = following[following != train_peers.IGNORE]
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE)
             keep(logits)  # cross_entropy keeps its softmax; the logits are alive beside it
         loss.backward()
 
@@ -194,8 +196,8 @@ def count(work: Work) -> dict:
     """A step's operations and activations, ours-way and plain, at the depth that is trained here and at the full one.
 
     Operations with eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as
-    work. Bytes with the fused one, in float32. Counted with two layers and two blocks, with one less of each in turn;
-    all layers cost the same, all blocks too.
+    work. Bytes with the fused one, in float32. Counted with two layers and two blocks, with one less of each in turn:
+    all layers but the last cost the same, all blocks too. "unlabelled" is what ours leaves out.
     """
     processor = AutoProcessor.from_pretrained(work.model)
     processor.image_processor.size = {"shortest_edge": work.pixels, "longest_edge": work.pixels}
@@ -205,13 +207,14 @@ def count(work: Work) -> dict:
         shapes.build(replace(WIDE, layers=2, vision=(1280, 2, 16)), Path(folder), "cpu", torch.float32)
         for i, (what, attention) in enumerate((("operations", "eager"), ("activation_bytes", "sdpa"))):
             model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention)
-            both = {"plain": count_step(model, batch, False)[i], "ours": count_step(model, batch, True)[i]}
-            core = model.model
-            layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[:1]
-            layer = both["ours"] - count_step(model, batch, True)[i]
+            plain = count_step(model, batch, None)[i]
+            core, labelled = model.model, Labelled(model)
+            both = {"plain": plain, "ours": count_step(model, batch, labelled)[i]}
+            layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[1:]
+            layer = both["ours"] - count_step(model, batch, labelled)[i]
             core.language_model.layers, core.visual.blocks = layers, core.visual.blocks[:1]
-            block = both["ours"] - count_step(model, batch, True)[i]
-            result[what] = {"layer": layer, "block": block, "logits": both["plain"] - both["ours"]}
+            block = both["ours"] - count_step(model, batch, labelled)[i]
+            result[what] = {"layer": layer, "block": block, "unlabelled": both["plain"] - both["ours"]}
             for name, shape in (("here", WIDE), ("full_depth", FULL)):
                 more = (shape.layers - 2) * layer + (shape.vision[1] - 2) * block
                 at = {way: counted + more for way, counted in both.items()}

@@ -158,15 +158,17 @@ def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_logits_are_made_only_for_labelled_tokens(tmp_path):
+def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_path):
     write(tmp_path, 4)
     trainer = build(tmp_path)
-    seen = []
-    trainer.model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    seen, (*others, last) = [], trainer.model.get_decoder().layers
+    assert others
+    for module in (trainer.model.get_output_embeddings(), last.mlp.down_proj, last.self_attn.k_proj):
+        module.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1]))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     labelled = int((batch["labels"] != data.IGNORE).sum())
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
-    assert [shape[0] for shape in seen] == [labelled]
+    assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
 
 
 def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):

@@ -82,7 +82,7 @@ def launch(
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": str(ranks)}
         command = ["bash", "-c", RANKS, "bash", *command]
     process = subprocess.Popen(
         [*command, *arguments(folder, *flags, out=out)],
@@ -99,7 +99,9 @@ def launch(
         if kill_after and seen == kill_after:
             os.killpg(process.pid, with_signal)
             kill_after = 0
-    return subprocess.CompletedProcess(command, process.wait(300), "".join(said))
+    process.wait(300)
+    assert not ranks or not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    return subprocess.CompletedProcess(command, process.returncode, "".join(said))
 
 
 ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()

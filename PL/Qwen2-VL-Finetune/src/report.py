@@ -40,11 +40,13 @@ class Operations:
         self.hooks = [module.register_forward_hook(self._count) for module in modules]
         return self
 
-    def _count(self, module, _, out) -> None:
+    def _count(self, module, inputs, out) -> None:
         if module not in self.seen:
             self.seen.add(module)
-            channels = out.shape[-1] if isinstance(module, torch.nn.Linear) else out.shape[1]
-            self.total += 2 * module.weight.numel() * out.numel() // channels * (2 + module.weight.requires_grad)
+            # Of a linear layer the input, since what is done at few positions may be spread over all afterwards.
+            values, channels = (inputs[0], -1) if isinstance(module, torch.nn.Linear) else (out, 1)
+            positions = values.numel() // values.shape[channels]
+            self.total += 2 * module.weight.numel() * positions * (2 + module.weight.requires_grad)
 
     def __exit__(self, *_):
         for hook in self.hooks:

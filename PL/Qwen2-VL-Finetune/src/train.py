@@ -207,12 +207,22 @@ def build(
     )
 
 
-def main(argv=None) -> None:
+def init_deepspeed() -> None:
+    """Before the model is loaded, or ZeRO-3 shards the weights as if this process were alone."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+    torch.distributed.barrier()
+    # A buffer of 69 MB that CPU ranks share. All have it open now; by its name DeepSpeed would leave it behind for ever.
+    name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
+
+
+def main(argv=None) -> int:
+    """Train as the flags say; 0, or 143 where it was asked to stop. Raises DataError for what the user can mend."""
     model_args, data_args, args = parse(argv)
     if args.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed()  # or ZeRO-3 shards the weights as if this process were alone
+        init_deepspeed()
     started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
     if not sys.stderr.isatty():
         args.disable_tqdm = True
@@ -222,7 +232,7 @@ def main(argv=None) -> None:
     if (out / META).exists():
         refuse_other_settings(json.loads((out / META).read_text())["settings"], asked, out)
         print(f"PL: {out} is there already, trained with these settings.")
-        return
+        return 0
     checkpoint = checkpoint_in(out, asked, args)
 
     trainer = build(samples, model_args, data_args, args, asked)
@@ -240,7 +250,7 @@ def main(argv=None) -> None:
     if trainer.interrupted:
         if first:
             print(f"PL: stopped at step {result.global_step} and saved. The same call goes on from there.", flush=True)
-        sys.exit(143)
+        return 143
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
     if first:
@@ -254,11 +264,16 @@ def main(argv=None) -> None:
         report.write_json(out / META, meta)
         print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
         print(f"Wrote {out}. Next: evaluate.sh with MODEL={out}.")
+    return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        main()
+        code = main()
+        if torch.distributed.is_initialized():  # all end together: a rank that loses another at its end may abort
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        sys.exit(code)
     except DataError as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ import parts
 import report
 import torch
 import torch.distributed as dist
+from labelled import Labelled
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -33,7 +34,7 @@ class Loader(torch.utils.data.DataLoader):
 class Leveler(Trainer):
     """Trainer, but:
 
-    logits are computed only where there is a label; each part of the model has its learning rate; a step's
+    logits, and what only they need, are computed only where there is a label; each part of the model has its learning rate; a step's
     samples do not depend on the number of devices; packed rows get each sample's own positions; a loss that is no
     number stops with the samples' ids; checkpoints are written aside and renamed; SIGTERM saves and stops;
     evaluation is the share of answers generated right.
@@ -48,10 +49,10 @@ class Leveler(Trainer):
             compute_loss_func=_unused,
             **kwargs,
         )
-        self.settings, self.labelled, self.aside = settings, None, None
+        self.settings, self.aside = settings, None
         core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.rope_index = getattr(core.model, "get_rope_index", None)
-        core.get_output_embeddings().register_forward_pre_hook(self._only_labelled)
+        self.labelled = Labelled(core)
         self.limit = EXPLODED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
         self.flops_a_token, self.peak, self.train_seconds = None, None, 0.0
         self.seen, self.logged, self.logged_at = Counter(), Counter(), None
@@ -81,10 +82,6 @@ class Leveler(Trainer):
 
     # --- loss -----------------------------------------------------------------------------------------
 
-    def _only_labelled(self, _, inputs):
-        """Before the output layer: of the hidden states [B, T, H] those that a label is compared with, [N, H]."""
-        return None if self.labelled is None else (inputs[0][self.labelled], *inputs[1:])
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
@@ -105,11 +102,12 @@ class Leveler(Trainer):
         """Mean over all labelled tokens of the step, on whatever devices they are."""
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        self.labelled = following != IGNORE
+        chosen = following != IGNORE
+        self.labelled.choose(chosen)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = self._packed_positions(inputs)
-        logits = model(**inputs, use_cache=False).logits  # [N, V]
-        targets, self.labelled = following[self.labelled], None
+        logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
+        targets = following[chosen]
         smoothing = self.args.label_smoothing_factor
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
         mean = loss.item() / max(1, len(targets))
@@ -240,6 +238,7 @@ class Leveler(Trainer):
             self.args.eval_batch_size,
         )
         model.eval()
+        self.labelled.choose(None)
         right, ours = 0, range(self.args.process_index, -(-len(samples) // world) * world, world)
         for start in range(0, len(ours), size):
             asked = [samples[place % len(samples)] for place in ours[start : start + size]]
