@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
+from itertools import combinations_with_replacement, pairwise, product
 from pathlib import Path
 
+import activations
 import families
 import merge_lora
 import params
@@ -14,8 +16,9 @@ import report
 import torch
 import train
 from conftest import STUDENT
+from torch.profiler import ProfilerActivity, profile
 from trainer import Leveler
-from training import arguments, build, conversation, weights, write
+from training import arguments, build, conversation, losses, weights, write
 from transformers import AutoModelForImageTextToText
 
 import data
@@ -83,26 +86,59 @@ def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("n", "per_device", "accumulation"), [(50, 4, 2), (33, 8, 1), (9, 4, 2), (17, 4, 2), (3, 1, 1)]
+    ("n", "size", "pieces"), [(50, 8, 2), (33, 8, 1), (9, 8, 2), (17, 8, 2), (3, 1, 1), (50, 8, 3)]
 )
-def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, per_device, accumulation):
+def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, size, pieces):
     lengths = [random.Random(i).randrange(20, 90) for i in range(n)]
 
-    def steps(world: int) -> list[set]:
+    def steps(world: int, pieces: int) -> list[set]:
         ranks = []
         for rank in range(world):
-            batches = data.Batches(lengths, per_device // world or 1, accumulation, rank, world, 3, True)
+            batches = data.Batches(lengths, size, pieces, rank, world, 3, True)
             batches.set_epoch(2)
             ranks.append(list(batches))
             assert len(ranks[-1]) == len(batches)
+            assert world > 1 or all(ranks[-1])  # one device alone gets no empty batch
         assert len(set(map(len, ranks))) == 1  # or one would wait for ever
         rows = [[i for rank in ranks for i in rank[k]] for k in range(len(ranks[0]))]
-        return [{i for row in rows[k : k + accumulation] for i in row} for k in range(0, len(rows), accumulation)]
+        return [{i for row in rows[k : k + pieces] for i in row} for k in range(0, len(rows), pieces)]
 
-    alone = steps(1)
+    alone = steps(1, pieces)
     assert sorted(i for step in alone for i in step) == list(range(n))
-    if per_device > 1:
-        assert steps(2) == alone
+    assert steps(2, pieces) == steps(3, pieces) == steps(1, min(size, pieces + 1)) == alone
+
+
+def test_a_step_is_cut_where_its_largest_piece_is_smallest():
+    rng = random.Random(5)
+    for _ in range(50):
+        lengths = sorted(rng.randrange(1, 60) for _ in range(rng.randrange(1, 8)))
+        for count in (1, 2, 3):
+            ends = data.cut(lengths, count)
+            assert len(ends) == count and ends[-1] == len(lengths) and ends == sorted(ends)
+            every = combinations_with_replacement(range(len(lengths) + 1), count - 1)
+            assert largest(lengths, ends) == min(largest(lengths, [*cuts, len(lengths)]) for cuts in every)
+
+
+def largest(lengths: list[int], ends: list[int]) -> int:
+    """Tokens of the largest piece, padding included."""
+    return max((lengths[end - 1] * (end - start) for start, end in pairwise([0, *ends]) if end > start), default=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_batch_has_more_tokens_than_the_budget_and_one_batch_less_would(world):
+    lengths = [random.Random(i).choice((40, 60, 500)) for i in range(100)]
+    batches = [data.Batches(lengths, 16, 1, rank, world, 3, True) for rank in range(world)]
+    pieces = data.pieces_within(batches[0], 1000, epochs=2)
+
+    def most(pieces: int) -> int:
+        found = []
+        for part, epoch in product(batches, range(2)):
+            part.pieces = pieces
+            part.set_epoch(epoch)
+            found += [max(lengths[i] for i in batch) * len(batch) for batch in part if batch]
+        return max(found)
+
+    assert most(pieces) <= 1000 < most(pieces - 1)
 
 
 # --- a step -----------------------------------------------------------------------------------------
@@ -171,6 +207,52 @@ def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_pa
     assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
 
 
+def test_what_is_worked_out_again_or_in_smaller_batches_changes_no_loss(tmp_path, capsys):
+    write(tmp_path, 12)
+    flags = "--per_device_train_batch_size 6 --learning_rate 1e-3 --save_strategy no".split()
+    train.main(arguments(tmp_path, *flags))
+    assert "are free: all of it is kept" in capsys.readouterr().out
+    for way in ("products", "True"):
+        train.main(arguments(tmp_path, *flags, "--activation_checkpointing", way, out=way))
+        assert losses(tmp_path / way) == losses(tmp_path / "out")
+    train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="pieces"))
+    assert "2 steps of 6 (2 batches a device)" in capsys.readouterr().out
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+
+
+def test_what_a_step_keeps_is_known_before_it_is_kept_and_the_most_that_fits_is(checkpoint, tmp_path):
+    """The count against what torch's allocator has more after a forward pass than before."""
+    write(tmp_path, 12)
+    trainer = build(tmp_path, model=checkpoint)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
+
+    def forward():
+        copied = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+        return trainer.compute_loss(trainer.model, copied, num_items_in_batch=1)
+
+    trainer.model.train()
+    counted, allocated = activations.kept_bytes(forward, trainer.model), {}
+    for way in activations.SAYS:
+        activations.use(trainer.model, way)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+            loss = forward()
+        allocated[way] = sum(event.self_cpu_memory_usage for event in events.key_averages())
+        del loss
+    assert counted == pytest.approx(allocated, rel=0.15)
+    assert allocated["True"] < allocated["products"] < 0.8 * allocated["False"]
+
+
+def test_the_way_that_keeps_the_most_of_what_fits_is_chosen():
+    kept = {"False": 100, "products": 50}
+    assert [activations.choose(kept, 60, free) for free in (200, 199, 138, 137, 0)] == [
+        "False",
+        "products",
+        "products",
+        "True",
+        "True",
+    ]
+
+
 def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
     write(tmp_path, 8)
     flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
@@ -201,6 +283,7 @@ def test_older_spellings_are_read_once(tmp_path):
         ("--freeze_llm True --freeze_merger True --freeze_vision_tower True", "nothing to train"),
         ("--load_best True", "needs --eval_data_path"),
         ("--use_liger True", "GPUs only"),
+        ('--gradient_checkpointing_kwargs {"every_n_layers":2}', "with --activation_checkpointing alone"),
     ],
 )
 def test_flags_without_effect_are_refused(tmp_path, flags, says):

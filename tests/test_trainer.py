@@ -29,10 +29,8 @@ def write(folder, *samples) -> str:
     return str(folder / "train.json")
 
 
-def checked(
-    samples: list[dict], processor, most: int = 1000, on_too_long: str = "error", keep: float = 0
-) -> data.Samples:
-    return data.measure(samples, processor, most, on_too_long, keep, workers=0)
+def checked(samples: list[dict], processor, most: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
+    return data.measure(samples, processor, most, on_too_long, **kept)
 
 
 def labelled(encoded, processor) -> str:

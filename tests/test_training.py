@@ -51,6 +51,8 @@ def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
     flags = [*TWO, *zero(stage)]
+    if stage == "zero3":
+        flags += ["--batch_tokens", "80", "--activation_checkpointing", "--cache_dir", str(whole / "cache")]
     killed = launch(whole, *flags, ranks=2, out=stage, kill_after=5)
     assert killed.returncode != 0
     assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
@@ -60,6 +62,8 @@ def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(
     uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
     assert uninterrupted.returncode == 0, uninterrupted.stdout
     assert losses(whole / stage) == losses(whole / f"{stage}_whole")
+    assert not (whole / stage / ".samples").exists()
+    assert stage == "zero2" or len([*(whole / "cache").iterdir()]) == 18  # each rank made half of them
 
 
 @pytest.mark.parametrize("stage", [None, "zero2", "zero2_offload", "zero3", "zero3_offload"])

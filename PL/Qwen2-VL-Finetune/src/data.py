@@ -12,10 +12,14 @@ import random
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from cache import Cache
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -115,24 +119,41 @@ def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
             raise DataError(f"{sample['where']}: {found[0]} is a special token of the model. Take it out.")
 
 
-def measure(samples: list[dict], processor, most: int, on_too_long: str, keep_bytes: float, workers: int) -> "Samples":
+def measure(
+    samples: list[dict],
+    processor,
+    most: int,
+    on_too_long: str,
+    memory: float = 0,
+    cache: Cache | None = None,
+    workers: int = 0,
+) -> "Samples":
     """The samples that can be trained on, each made once: so all is known to fit before the first step.
 
     Left out, with a line each, are samples whose pictures cannot be used. One of more than `most` tokens is an
-    error, or with `on_too_long` "drop" left out too. As many are kept in memory as `keep_bytes` hold.
-    Raises DataError when none is left.
+    error, or with `on_too_long` "drop" left out too. Kept are the first in memory, while so many bytes hold them, the
+    next in the cache, while that has room. Several ranks share the work. Raises DataError when none is left.
     """
-    made = torch.utils.data.DataLoader(
-        _Tried(samples, processor), batch_size=None, num_workers=workers if len(samples) > 64 else 0
-    )
-    result, left_out = Samples([], processor), []
-    for sample, encoded in zip(samples, tqdm(made, desc="checking samples", unit="sample", disable=None), strict=True):
-        if isinstance(encoded, str):
-            left_out.append(f"id {sample['id']}: {encoded}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ours = range(rank, len(samples), world)
+    workers = workers if len(ours) > 64 else 0
+    tried = _Tried(samples, processor, memory / max(1, workers), cache)
+    made = torch.utils.data.DataLoader(tried, batch_size=None, sampler=ours, num_workers=workers, collate_fn=_same)
+    looks = list(tqdm(made, "checking samples", len(ours), unit="sample", disable=None if rank == 0 else True))
+    if world > 1:
+        shared = [None] * world
+        dist.all_gather_object(shared, looks)
+        looks = [shared[i % world][i // world] for i in range(len(samples))]
+
+    result, left_out = Samples([], processor, cache), []
+    for sample, look in zip(samples, looks, strict=True):
+        if isinstance(look, str):
+            left_out.append(f"id {sample['id']}: {look}")
             continue
-        length = len(encoded["input_ids"])
-        if length > most:
-            says = f"{length} tokens, of which {visual(encoded, processor)} of its pictures, are more than --max_seq_length {most}"
+        if look.length > most:
+            says = (
+                f"{look.length} tokens, of which {look.visual} of its pictures, are more than --max_seq_length {most}"
+            )
             if on_too_long == "error":
                 remedy = (
                     "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
@@ -140,9 +161,8 @@ def measure(samples: list[dict], processor, most: int, on_too_long: str, keep_by
                 raise DataError(f"{sample['where']}: {says}. {remedy}.")
             left_out.append(f"id {sample['id']}: {says}")
             continue
-        keep_bytes -= sum(value.nbytes for value in encoded.values())
-        result.add(sample, length, visual(encoded, processor), encoded if keep_bytes > 0 else None)
-    if left_out:
+        result.add(sample, look)
+    if left_out and rank == 0:
         print(f"{len(left_out)} of {len(samples)} samples left out:", *left_out[:10], sep="\n  ")
     if not len(result):
         raise DataError(
@@ -151,25 +171,49 @@ def measure(samples: list[dict], processor, most: int, on_too_long: str, keep_by
     return result
 
 
-def visual(encoded: dict, processor) -> int:
-    """Visual tokens of an encoded sample."""
-    return int((encoded["input_ids"] == processor.image_token_id).sum())
+class Look(NamedTuple):
+    """What is known of a sample that was made once: its tokens, and its key in the cache or itself, if it is kept.
+
+    As arrays: each tensor that another process sends holds a file open.
+    """
+
+    length: int
+    visual: int
+    key: str | None
+    encoded: dict[str, np.ndarray] | None
+
+
+def _same(look: Look | str) -> Look | str:
+    """In place of torch's conversion of arrays to tensors."""
+    return look
 
 
 class _Tried(torch.utils.data.Dataset):
-    """Encoded samples, or why they cannot be: a picture that is none, or of a shape that the processor refuses."""
+    """A Look at each sample, or why it cannot be used: a picture that is none, or of a shape that the processor refuses."""
 
-    def __init__(self, samples: list[dict], processor):
-        self.samples, self.processor = samples, processor
+    def __init__(self, samples: list[dict], processor, memory: float, cache: Cache | None):
+        self.samples, self.processor, self.memory, self.cache = samples, processor, memory, cache
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict | str:
+    def __getitem__(self, index: int) -> Look | str:
+        sample, key, encoded = self.samples[index], None, None
         try:
-            return encode(self.samples[index], self.processor)
-        except (DataError, ValueError) as error:
+            if self.cache:
+                key = self.cache.key(sample)
+                encoded = self.cache.get(key)
+            found = encoded is not None
+            encoded = encoded if found else encode(sample, self.processor)
+        except (DataError, ValueError, OSError) as error:
             return str(error)
+        length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == self.processor.image_token_id).sum())
+        self.memory -= sum(value.nbytes for value in encoded.values())
+        if self.memory >= 0:
+            return Look(length, visual, None, {name: value.numpy() for name, value in encoded.items()})
+        if key and not found and not self.cache.put(key, encoded):
+            key = None
+        return Look(length, visual, key, None)
 
 
 def _read(record, where: str, number: int, image_folder: str, moves: list[tuple[str, str]]) -> dict:
@@ -258,56 +302,105 @@ def _opened(path: str | Image.Image) -> Image.Image:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Encoded samples, with their `lengths` and `visual` tokens; those not kept in memory are made when asked for."""
+    """Encoded samples, with their `lengths` and `visual` tokens; those not kept are made when asked for."""
 
-    def __init__(self, samples: list[dict], processor):
-        self.samples, self.processor, self.lengths, self.visual, self.kept = samples, processor, [], [], {}
+    def __init__(self, samples: list[dict], processor, cache: Cache | None = None):
+        self.samples, self.processor, self.cache = samples, processor, cache
+        self.looks, self.lengths, self.visual = [], [], []
 
-    def add(self, sample: dict, length: int, visual_tokens: int, encoded: dict | None) -> None:
-        if encoded is not None:
-            self.kept[len(self.samples)] = encoded
+    def add(self, sample: dict, look: Look) -> None:
         self.samples.append(sample)
-        self.lengths.append(length)
-        self.visual.append(visual_tokens)
+        self.looks.append(look)
+        self.lengths.append(look.length)
+        self.visual.append(look.visual)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        encoded = self.kept[index] if index in self.kept else encode(self.samples[index], self.processor)
-        return {**encoded, "sample": self.samples[index]["id"]}
+        look, sample = self.looks[index], self.samples[index]
+        if look.encoded:
+            encoded = {name: torch.from_numpy(value) for name, value in look.encoded.items()}
+        else:
+            encoded = (look.key and self.cache.get(look.key)) or encode(sample, self.processor)
+        return {**encoded, "sample": sample["id"]}
 
 
 class Batches(torch.utils.data.Sampler):
     """This rank's share of each optimizer step's samples, as lists of indices: one list is what a device takes at once.
 
-    A step's samples depend on `seed` and epoch alone, not on how many devices share them. Within a step
-    samples of near-equal length are put together, which changes padding and nothing that is learnt. Where the
-    last step has too few samples for all devices, some get an empty list.
+    A step's samples, `size` of them, depend on `seed` and epoch alone, not on how many devices share them. They are
+    sorted by length and cut into `pieces` a device, so that the largest piece is as small as can be; which
+    changes padding and nothing that is learnt. Where the last step has too few samples, some get an empty list.
     """
 
-    def __init__(self, lengths, per_device: int, accumulation: int, rank: int, world: int, seed: int, shuffle: bool):
-        self.lengths, self.per_device, self.accumulation = lengths, per_device, accumulation
-        self.rank, self.world, self.seed, self.shuffle, self.epoch = rank, world, seed, shuffle, 0
+    def __init__(self, lengths, size: int, pieces: int, rank: int, world: int, seed: int, shuffle: bool):
+        self.lengths, self.size, self.pieces, self.rank, self.world = lengths, size, pieces, rank, world
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.per_device * self.accumulation * self.world)
-        return whole * self.accumulation + -(-rest // (self.per_device * self.world))
+        whole, rest = divmod(len(self.lengths), self.size)
+        return whole * self.pieces + self._pieces_of(rest)
 
     def __iter__(self):
+        for step in self.steps():
+            step = sorted(step, key=self.lengths.__getitem__)
+            lengths = [self.lengths[i] for i in step]
+            ends = cut(lengths, self._pieces_of(len(step)) * self.world)
+            pieces = [step[start:end] for start, end in pairwise([0, *ends])]
+            yield from pieces[self.rank :: self.world]
+
+    def steps(self) -> list[list[int]]:
+        """The samples of each of this epoch's steps, on all devices."""
         order = list(range(len(self.lengths)))
         if self.shuffle:
             random.Random(f"{self.seed}:{self.epoch}").shuffle(order)
-        size = self.per_device * self.accumulation * self.world
-        for start in range(0, len(order), size):
-            step = sorted(order[start : start + size], key=self.lengths.__getitem__)
-            count = -(-len(step) // (self.per_device * self.world)) * self.world
-            cuts = [len(step) * i // count for i in range(count + 1)]
-            for i in range(self.rank, count, self.world):
-                yield step[cuts[i] : cuts[i + 1]]
+        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+
+    def _pieces_of(self, samples: int) -> int:
+        """Pieces a device for a step of so many samples."""
+        return -(-samples * self.pieces // self.size)
+
+
+def cut(lengths: list[int], count: int) -> list[int]:
+    """Where to cut ascending lengths into `count` pieces, so that the largest has the fewest tokens, padding included."""
+    low, high = lengths[-1], lengths[-1] * len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_ends(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    ends = _ends(lengths, low)
+    while len(ends) < min(count, len(lengths)):  # no piece is to be empty
+        sizes = [end - start for start, end in pairwise([0, *ends])]
+        i = sizes.index(max(sizes))
+        ends.insert(i, ends[i] - sizes[i] // 2)
+    return ends + [len(lengths)] * (count - len(ends))
+
+
+def _ends(lengths: list[int], tokens: int) -> list[int]:
+    """Ends of the pieces where each takes as many samples as `tokens` hold, from the longest sample on."""
+    ends, end = [], len(lengths)
+    while end > 0:
+        ends.append(end)
+        end -= max(1, tokens // lengths[end - 1])
+    return ends[::-1]
+
+
+def pieces_within(batches: Batches, tokens: int, epochs: int) -> int:
+    """The fewest pieces a device with which no piece of these epochs has more than so many tokens, padding included."""
+    most = 1
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for step in batches.steps():
+            lengths = sorted(batches.lengths[i] for i in step)
+            needed = -(-len(_ends(lengths, max(tokens, lengths[-1]))) // batches.world)
+            most = max(most, (needed - 1) * batches.size // len(lengths) + 1)
+    return most
 
 
 class Collator:

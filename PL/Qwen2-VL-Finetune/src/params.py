@@ -3,14 +3,18 @@
 What differs from that project's, and why, is in FORK.md.
 """
 
+import os
 import sys
 from ast import literal_eval
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import transformers
+from activations import PRODUCTS
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data import DataError
 
@@ -19,6 +23,7 @@ RENAMED = {
     "--min_pixels": "--image_min_pixels",
     "--max_pixels": "--image_max_pixels",
     "--use_liger": "--use_liger_kernel",
+    "--gradient_checkpointing": "--activation_checkpointing",
     "--warmup_ratio": "--warmup_steps",  # which takes a share of all steps too
 }
 OPPOSITE = {"--tune_merger": "--freeze_merger"}
@@ -77,12 +82,26 @@ class DataArguments:
     )
     lazy_preprocess: bool = field(
         default=True,
-        metadata={"help": "Keep --cache_gb of the samples in memory as the check before step 0 made them. False: all."},
+        metadata={"help": "Keep --cache_gb of the samples as the check before step 0 made them. False: all."},
     )
-    cache_gb: float = field(default=1.0, metadata={"help": "See --lazy_preprocess; the others are made when needed."})
+    cache_gb: float = field(
+        default=20.0,
+        metadata={"help": "See --lazy_preprocess; in memory (1 GiB), then on disk. Others are made again."},
+    )
+    cache_dir: str = field(
+        default="",
+        metadata={"help": "Where on disk, for other runs too. By default within output_dir, until the training ends."},
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "A device's batch becomes one row without padding or attention across samples."},
+    )
+    batch_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Most tokens, visual and padding included, that a device takes at once; --gradient_accumulation_steps "
+            "follows from it. A step still has as many samples as that and --per_device_train_batch_size say."
+        },
     )
     eval_data_path: str = field(
         default="", metadata={"help": "The same form: answers are generated and compared at every --eval_strategy."}
@@ -102,6 +121,15 @@ class TrainingArguments(transformers.TrainingArguments):
     save_strategy: str = field(default="steps", metadata={"help": "Checkpoints on the way: no, steps, epoch."})
     save_steps: float = field(default=200, metadata={"help": "One every so many steps (below 1: share of all)."})
     save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept, beside the best."})
+    activation_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "What is not kept for the backward pass but worked out again: False, nothing; products, all but matrix "
+            "products and attention; True, layers (older: --gradient_checkpointing). auto: the first that fits the memory.",
+            "nargs": "?",
+            "const": "True",
+        },
+    )
     resume_from_checkpoint: str = field(
         default="auto",
         metadata={"help": "auto: go on from the last complete checkpoint in output_dir; no: start again."},
@@ -110,7 +138,21 @@ class TrainingArguments(transformers.TrainingArguments):
     load_best: bool = field(
         default=False, metadata={"help": "Keep the checkpoint best in --eval_data_path's accuracy as the final model."}
     )
+    dataloader_num_workers: int = field(
+        default=-1,
+        metadata={"help": "Processes that make what is not kept; -1: beside a GPU up to 4, without one none."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs them all."})
+
+    def __post_init__(self):
+        if self.dataloader_num_workers < 0:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
+        super().__post_init__()
+        self.keep = str(self.activation_checkpointing)
+        if self.keep not in ("auto", PRODUCTS):
+            self.keep = str(string_to_bool(self.activation_checkpointing))
+        self.activation_checkpointing = self.gradient_checkpointing = False  # Trainer's own: Leveler does it
 
 
 KINDS = (ModelArguments, DataArguments, TrainingArguments)
@@ -130,6 +172,12 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
         raise DataError("everything is frozen; there is nothing to train.")
     if Path(model.model_id).is_dir():
         model.model_id = str(Path(model.model_id).resolve())  # an adapter names its base from anywhere
+    if args.activation_checkpointing_kwargs:
+        raise DataError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
+    if args.keep == PRODUCTS and is_deepspeed_zero3_enabled():
+        raise DataError(
+            "--activation_checkpointing products: wrong under ZeRO-3, which takes weights away; True is right."
+        )
     if args.n_gpu > 1:
         raise DataError("several GPUs and one process: start with scripts/, deepspeed or torchrun, or show it one GPU.")
     if args.load_best and not data.eval_data_path:

@@ -53,18 +53,17 @@ class Operations:
             hook.remove()
 
 
-def start_lines(samples, counts: dict, groups: list[dict], steps: int, args) -> list[str]:
-    """Samples, steps, tokens, parameters by part with their learning rates, and the memory of weights and optimizer."""
+def start_lines(samples, counts: dict, groups: list[dict], steps: str, args) -> list[str]:
+    """Samples, `steps` in words, tokens, parameters by part with their learning rates, and the memory of weights and optimizer."""
     tokens, visual = sum(samples.lengths), sum(samples.visual)
     trained = sum(of for _, of in counts.values())
     total = sum(whole for whole, _ in counts.values())
     half = 2 if args.bf16 or args.fp16 else 4
     # Weights as computed with, gradients, and for what is trained a float32 copy and Adam's two averages.
     state = total * half + trained * (half + 8 + (4 if half == 2 else 0))
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rates = {group["part"]: group["lr"] for group in groups}
     lines = [
-        f"PL: {len(samples):,} samples, {tokens:,} tokens ({visual:,} visual), {steps:,} steps of {batch} on {args.world_size} "
+        f"PL: {len(samples):,} samples, {tokens:,} tokens ({visual:,} visual), {steps} on {args.world_size} "
         f"device{'s' * (args.world_size > 1)} ({args.device.type}); {total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained; "
         f"{state / 2**30:.1f} GiB for weights, gradients and optimizer before any sharding."
     ]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import parts
 import report
 import torch
 import transformers
+from cache import Cache
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from trainer import SETTINGS, Leveler
@@ -41,6 +43,7 @@ from data import (
 )
 
 META = "train_meta.json"
+IN_MEMORY = 2**30  # bytes of samples that one device alone keeps there, before it takes to the disk
 # What joins a batch without pictures, unlabelled, so that every rank runs every module.
 BLANK = {
     "id": None,
@@ -58,7 +61,7 @@ WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "loc
 WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
 WITHOUT_EFFECT += (
     "lazy_preprocess",
-    "cache_gb",
+    "cache_",
     "eval_",
     "per_device_eval",
     "batch_eval",
@@ -67,6 +70,7 @@ WITHOUT_EFFECT += (
     "bf16_full",
     "fp16_full",
 )
+WITHOUT_EFFECT += ("activation_checkpointing", "gradient_checkpointing", "batch_tokens")
 WITHOUT_EFFECT += ("do_train", "do_eval", "do_predict")
 WITHOUT_EFFECT += ("dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch")
 WITHOUT_EFFECT += ("dataloader_multiprocessing", "ddp_timeout", "debug", "skip_memory_metrics", "torch_empty_cache")
@@ -146,12 +150,21 @@ def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) ->
     return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
 
 
-def prepared(samples: list[dict], processor, data_args: DataArguments) -> Samples:
+def prepared(samples: list[dict], processor, data_args: DataArguments, args: TrainingArguments) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
-    keep = data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
-    workers = max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, keep, workers)
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers, most = max(1, len(os.sched_getaffinity(0)) // here), data_args.cache_gb * 2**30
+    memory = IN_MEMORY
+    if not data_args.lazy_preprocess:
+        most = memory = float("inf")
+    memory = min(memory, most) if args.world_size == 1 else 0  # with others all that one makes is for all
+    cache = Cache(samples_folder(data_args, args), most, processor, shares=here * workers) if most else None
+    return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, memory, cache, workers)
+
+
+def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
+    return Path(data_args.cache_dir or Path(args.output_dir, ".samples"))
 
 
 def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
@@ -188,9 +201,9 @@ def build(
 ) -> Leveler:
     """The trainer, with these samples checked, and the model. `asked` are the settings its checkpoints are to carry."""
     processor, held_out = load_processor(model_args, data_args), None
-    samples = prepared(samples, processor, data_args)
+    samples = prepared(samples, processor, data_args, args)
     if data_args.eval_data_path:
-        held_out = prepared(read([data_args.eval_data_path], data_args, args), processor, data_args)
+        held_out = prepared(read([data_args.eval_data_path], data_args, args), processor, data_args, args)
         if any(sum(m["role"] == "user" for m in sample["messages"]) > 1 for sample in held_out.samples):
             raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
     blank = encode(BLANK, processor) if args.world_size > 1 else None
@@ -199,9 +212,10 @@ def build(
     return Leveler(
         model=model,
         args=args,
-        train_dataset=samples,
+        samples=samples,
         eval_samples=held_out,
         collator=Collator(processor, data_args.packing, blank),
+        batch_tokens=data_args.batch_tokens,
         processing_class=processor,
         settings=asked,
     )
@@ -254,6 +268,8 @@ def main(argv=None) -> int:
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
     if first:
+        if not data_args.cache_dir:
+            shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
         meta = {"settings": asked, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
         meta |= trainer.pace() | {"peak_bytes": peak_bytes(args)}

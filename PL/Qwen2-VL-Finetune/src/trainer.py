@@ -1,5 +1,6 @@
 """transformers' Trainer, with what fine-tuning a VLM on answers needs: see `Leveler`."""
 
+import math
 import os
 import re
 import shutil
@@ -8,16 +9,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import activations
 import parts
 import report
 import torch
 import torch.distributed as dist
 from labelled import Labelled
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORE, Batches, Collator, DataError, Samples
+from data import IGNORE, Batches, Collator, DataError, Samples, pieces_within
 
 EXPLODED = 5  # times the loss of guessing among all tokens, at which training stops
 SETTINGS = "train_settings.json"  # in each checkpoint: what it was trained with
@@ -40,9 +43,35 @@ class Leveler(Trainer):
     evaluation is the share of answers generated right.
     """
 
-    def __init__(self, *, settings: dict, eval_samples: Samples | None = None, collator: Collator, **kwargs):
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        samples: Samples,
+        eval_samples: Samples | None = None,
+        collator: Collator,
+        batch_tokens: int = 0,
+        settings: dict,
+        **kwargs,
+    ):
         self.stop = StopWhenAsked()
+        self.batches = Batches(
+            samples.lengths,
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+        )
+        if batch_tokens:
+            steps = -(-len(samples) // self.batches.size)
+            epochs = args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs
+            self.batches.pieces = pieces_within(self.batches, batch_tokens, math.ceil(epochs))
+            _accumulate(args, self.batches.pieces)
         super().__init__(
+            args=args,
+            train_dataset=samples,
             callbacks=[self.stop],
             data_collator=collator,
             eval_dataset=eval_samples,
@@ -61,18 +90,9 @@ class Leveler(Trainer):
 
     def get_train_dataloader(self) -> Loader:
         args = self.args
-        batches = Batches(
-            self.train_dataset.lengths,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.process_index,
-            args.world_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-        )
         return Loader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -82,6 +102,41 @@ class Leveler(Trainer):
 
     # --- loss -----------------------------------------------------------------------------------------
 
+    def _choose_what_to_keep(self) -> None:
+        """Before the first step: of this epoch's largest batch all, if it fits beside gradients and optimizer state."""
+        way = self.args.keep
+        if way == "auto":
+            largest = max(
+                self.batches,
+                key=lambda piece: max((self.train_dataset.lengths[i] for i in piece), default=0) * len(piece),
+            )
+            batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
+            self.model.train()
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                kept = activations.kept_bytes(
+                    lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
+                )
+            if is_deepspeed_zero3_enabled():
+                del kept[activations.PRODUCTS]
+            trained = sum(of for _, of in parts.counts(self.model).values())
+            other = (
+                trained
+                * (_compute_dtype(self.args).itemsize + 8)
+                // (self.args.world_size if self.is_deepspeed_enabled else 1)
+            )
+            figures = torch.tensor([*kept.values(), -activations.free_bytes(self.args.device)], device=self.args.device)
+            if self.args.world_size > 1:
+                dist.all_reduce(figures, dist.ReduceOp.MAX)
+            *sizes, free = figures.tolist()
+            way = activations.choose(dict(zip(kept, sizes, strict=True)), other, -free)
+            if self.args.process_index == 0:
+                print(
+                    f"PL: the largest batch has {sizes[0] / 1e9:.3g} GB for its backward pass; beside gradients and optimizer, "
+                    f"{max(0, -free - other) / 1e9:.3g} GB are free: {activations.SAYS[way]}.",
+                    flush=True,
+                )
+        activations.use(self.model, way)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
@@ -89,6 +144,7 @@ class Leveler(Trainer):
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
         if self.flops_a_token is None:
+            self._choose_what_to_keep()
             self.peak = report.matmul_peak(self.args.device, _compute_dtype(self.args))
             with report.Operations(self.model) as counted:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -154,7 +210,7 @@ class Leveler(Trainer):
                 world, flops = self.args.world_size, self.flops_a_token * new["tokens"] / seconds
                 self.train_seconds += seconds
                 steps = self.state.max_steps - self.state.global_step
-                batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+                batch = self.batches.size / world
                 logs["minutes_left"] = round(steps * batch * seconds / max(1, new["samples"]) / 60, 1)
                 logs["samples_per_second"] = round(new["samples"] * world / seconds, 2)
                 logs["tokens_per_second"] = round(new["tokens"] * world / seconds)
@@ -163,8 +219,9 @@ class Leveler(Trainer):
         super().log(logs, start_time)
 
     def start_lines(self) -> list[str]:
-        steps = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        steps = -(-len(self.train_dataset) // self.batches.size)
         steps = self.args.max_steps if self.args.max_steps > 0 else int(steps * self.args.num_train_epochs)
+        steps = f"{steps:,} steps of {self.batches.size} ({self.batches.pieces} batches a device)"
         return report.start_lines(self.train_dataset, parts.counts(self.model), self._groups(), steps, self.args)
 
     def pace(self) -> dict:
@@ -266,6 +323,14 @@ class Leveler(Trainer):
 def _unused(*_, **__):
     """Trainer counts the step's labelled tokens only where it is given a loss; `compute_loss` is used instead."""
     raise AssertionError
+
+
+def _accumulate(args: TrainingArguments, pieces: int) -> None:
+    """Have a step's gradients come from so many pieces a device, for DeepSpeed too."""
+    args.gradient_accumulation_steps = pieces
+    if args.deepspeed:
+        size = args.per_device_train_batch_size * pieces * args.world_size
+        args.hf_deepspeed_config.config |= {"gradient_accumulation_steps": pieces, "train_batch_size": size}
 
 
 def _compute_dtype(args) -> torch.dtype:
