@@ -187,6 +187,25 @@ def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, t
                 assert torch.allclose(gradient, expected[name], atol=2e-4 * expected[name].abs().max() + 1e-7), name
 
 
+def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_pictures(checkpoint, tmp_path):
+    write(tmp_path, 4)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records += [conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two"), conversation(None, "red?", "yes")]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    flags, seen = "--freeze_vision_tower True --freeze_merger True".split(), []
+    trainers = [build(tmp_path, *flags, *more, model=checkpoint) for more in ([], ["--cache_features", "True"])]
+    for trainer in trainers:
+        trainer.model.eval()
+        samples = [trainer.train_dataset[i] for i in range(6)]
+        seen.append(step(trainer, [samples[:2], samples[2:5], samples[5:]]))
+    assert "pixel_values" not in samples[0] and "features" in samples[0]
+    (loss, expected), (same, gradients) = seen
+    assert same == pytest.approx(loss, abs=1e-5) and gradients.keys() == expected.keys()
+    assert all(torch.allclose(gradients[name], expected[name], atol=1e-5) for name in expected)
+    trainer.data_collator.packing = True
+    assert step(trainer, [samples])[0] == pytest.approx(loss, abs=2e-5)
+
+
 def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     counts = parts.counts(model)
@@ -283,6 +302,7 @@ def test_older_spellings_are_read_once(tmp_path):
         ("--freeze_llm True --freeze_merger True --freeze_vision_tower True", "nothing to train"),
         ("--load_best True", "needs --eval_data_path"),
         ("--use_liger True", "GPUs only"),
+        ("--cache_features True --freeze_vision_tower True", "only with --freeze_vision_tower, --freeze_merger"),
         ('--gradient_checkpointing_kwargs {"every_n_layers":2}', "with --activation_checkpointing alone"),
     ],
 )

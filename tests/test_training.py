@@ -3,14 +3,15 @@
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import parts
 import pytest
 import torch
 import train
-from conftest import STUDENT
+from conftest import STUDENT, script
 from trainer import Leveler
-from training import ONE, TWO, arguments, build, conversation, launch, losses, weights, write, zero
+from training import MINI, ONE, TWO, arguments, build, conversation, free_port, launch, losses, weights, write, zero
 
 import data
 
@@ -64,6 +65,23 @@ def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(
     assert losses(whole / stage) == losses(whole / f"{stage}_whole")
     assert not (whole / stage / ".samples").exists()
     assert stage == "zero2" or len([*(whole / "cache").iterdir()]) == 18  # each rank made half of them
+
+
+def test_two_machines_train_together_by_the_same_call_on_each(whole):
+    """Both are this one; by torchrun, as NNODES asks for."""
+    port = free_port()
+    places = {"MODEL": STUDENT, "DATA": whole / "train.json", "IMAGES": whole, "OUTPUT_DIR": whole / "machines"}
+    settings = {"BATCH_SIZE": 2, "ACCUMULATION": 1, "EPOCHS": 2, "ZERO": "zero2", "OMP_NUM_THREADS": 1, "NNODES": 2}
+    flags = [*MINI, *"--learning_rate 1e-3 --merger_lr 1e-3 --vision_lr 1e-3 --warmup_steps 0 --weight_decay 0".split()]
+
+    def machine(rank: int):
+        where = {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return script("PL/Qwen2-VL-Finetune/scripts/finetune.sh", *flags, **places, **settings, **where)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [*pool.map(machine, range(2))]
+    assert [run.returncode for run in done] == [0, 0], done[0].stdout + done[0].stderr
+    assert losses(whole / "machines") == pytest.approx(losses(whole / "out"), abs=2e-4)
 
 
 @pytest.mark.parametrize("stage", [None, "zero2", "zero2_offload", "zero3", "zero3_offload"])
@@ -135,6 +153,9 @@ def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-6"}
     best, last = weights(tmp_path / "out/checkpoint-6"), weights(tmp_path / "out")
     assert all(torch.equal(value, last[name]) for name, value in best.items())
+    with pytest.raises(data.DataError, match="other settings: eval_data_sha256 was"):
+        (tmp_path / "held_out.json").write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[1:]))
+        train.main(arguments(tmp_path, *flags.split(), *held_out))
 
 
 def test_adapters_too_go_on_from_a_checkpoint(tmp_path):

@@ -63,6 +63,12 @@ def build(folder: Path, *flags, model=STUDENT) -> Leveler:
     return train.build(train.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=($!); done; for p in "${P[@]}"; do wait $p || E=$?; done; exit $E'
 
 
@@ -78,9 +84,7 @@ def launch(
         {**os.environ, "DS_ACCELERATOR": "cpu"},
     )
     if ranks:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": str(ranks)}
         command = ["bash", "-c", RANKS, "bash", *command]

@@ -307,6 +307,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, samples: list[dict], processor, cache: Cache | None = None):
         self.samples, self.processor, self.cache = samples, processor, cache
         self.looks, self.lengths, self.visual = [], [], []
+        self.replaced = False  # what is kept has features for pictures, and cannot be made here
 
     def add(self, sample: dict, look: Look) -> None:
         self.samples.append(sample)
@@ -322,7 +323,10 @@ class Samples(torch.utils.data.Dataset):
         if look.encoded:
             encoded = {name: torch.from_numpy(value) for name, value in look.encoded.items()}
         else:
-            encoded = (look.key and self.cache.get(look.key)) or encode(sample, self.processor)
+            encoded = look.key and self.cache.get(look.key)
+            if not encoded and look.key and self.replaced:
+                raise DataError(f"{self.cache.folder}: features have gone from it. The same call makes them again.")
+            encoded = encoded or encode(sample, self.processor)
         return {**encoded, "sample": sample["id"]}
 
 
@@ -418,7 +422,7 @@ class Collator:
         self.typed = "mm_token_type_ids" in processor.model_input_names
 
     def __call__(self, samples: list[dict]) -> dict:
-        if self.blank and not any("pixel_values" in sample for sample in samples):
+        if self.blank and not any(len(sample) > len(OF_TEXT) for sample in samples):
             samples = [*samples, self.blank]
         rows, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
         if self.packing:

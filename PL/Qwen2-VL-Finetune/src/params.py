@@ -92,6 +92,13 @@ class DataArguments:
         default="",
         metadata={"help": "Where on disk, for other runs too. By default within output_dir, until the training ends."},
     )
+    cache_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep there what the frozen vision tower makes of the pictures, in their place. Needs --freeze_vision_tower "
+            "and --freeze_merger: a change of method where they are trained otherwise."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "A device's batch becomes one row without padding or attention across samples."},
@@ -174,6 +181,13 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
         model.model_id = str(Path(model.model_id).resolve())  # an adapter names its base from anywhere
     if args.activation_checkpointing_kwargs:
         raise DataError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
+    if data.cache_features:
+        if not (model.freeze_vision_tower and model.freeze_merger) or model.vision_lora or is_deepspeed_zero3_enabled():
+            raise DataError(
+                "--cache_features: only with --freeze_vision_tower, --freeze_merger, no --vision_lora, no ZeRO-3."
+            )
+        if data.lazy_preprocess and not data.cache_gb:
+            raise DataError("--cache_features: --cache_gb 0 leaves no room for them.")
     if args.keep == PRODUCTS and is_deepspeed_zero3_enabled():
         raise DataError(
             "--activation_checkpointing products: wrong under ZeRO-3, which takes weights away; True is right."

@@ -22,9 +22,10 @@ import report
 import torch
 import transformers
 from cache import Cache
+from features import Features, keep
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
-from trainer import SETTINGS, Leveler
+from trainer import SETTINGS, Leveler, compute_dtype
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
@@ -61,7 +62,8 @@ WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "loc
 WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
 WITHOUT_EFFECT += (
     "lazy_preprocess",
-    "cache_",
+    "cache_gb",
+    "cache_dir",
     "eval_",
     "per_device_eval",
     "batch_eval",
@@ -86,6 +88,10 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     decides |= {name: value for name, value in ours.items() if not name.startswith(WITHOUT_EFFECT)}
     decides["world_size"] = args.world_size
     decides["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
+    if args.load_best:  # then it matters when is looked, and at what
+        names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+        decides |= {name: value for name, value in args.to_dict().items() if name in names}
+        decides["eval_data_sha256"] = sha256(Path(data_args.eval_data_path))
     if Path(model_args.model_id).is_dir():
         decides["model_sha256"] = fingerprint(Path(model_args.model_id))
     return json.loads(json.dumps(decides, default=str))
@@ -153,14 +159,25 @@ def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) ->
 def prepared(samples: list[dict], processor, data_args: DataArguments, args: TrainingArguments) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
-    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers, most = max(1, len(os.sched_getaffinity(0)) // here), data_args.cache_gb * 2**30
-    memory = IN_MEMORY
-    if not data_args.lazy_preprocess:
-        most = memory = float("inf")
-    memory = min(memory, most) if args.world_size == 1 else 0  # with others all that one makes is for all
-    cache = Cache(samples_folder(data_args, args), most, processor, shares=here * workers) if most else None
+    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks_here()), most_kept(data_args)
+    # With other ranks all that one makes is for all.
+    memory = 0 if args.world_size > 1 else most if not data_args.lazy_preprocess else min(most, IN_MEMORY)
+    cache = open_cache(processor, data_args, args, workers) if most else None
     return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, memory, cache, workers)
+
+
+def open_cache(processor, data_args: DataArguments, args: TrainingArguments, writers: int = 1) -> Cache:
+    """The cache, in which so many processes of this rank write."""
+    return Cache(samples_folder(data_args, args), most_kept(data_args), processor, shares=ranks_here() * writers)
+
+
+def most_kept(data_args: DataArguments) -> float:
+    """Bytes of samples."""
+    return data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
@@ -208,13 +225,19 @@ def build(
             raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
-    model = load_model(model_args, args)
+    model, features = load_model(model_args, args), None
+    if data_args.cache_features:
+        some = encode(BLANK, processor)
+        features = Features(model.to(args.device), compute_dtype(args), some)
+        keep(samples, features, open_cache(processor, data_args, args), asked.get("model_sha256", model_args.model_id))
+        blank = blank and features.of(some)
     return Leveler(
         model=model,
         args=args,
         samples=samples,
         eval_samples=held_out,
         collator=Collator(processor, data_args.packing, blank),
+        features=features,
         batch_tokens=data_args.batch_tokens,
         processing_class=processor,
         settings=asked,

@@ -14,6 +14,7 @@ import parts
 import report
 import torch
 import torch.distributed as dist
+from features import Features
 from labelled import Labelled
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -50,6 +51,7 @@ class Leveler(Trainer):
         samples: Samples,
         eval_samples: Samples | None = None,
         collator: Collator,
+        features: Features | None = None,
         batch_tokens: int = 0,
         settings: dict,
         **kwargs,
@@ -78,7 +80,7 @@ class Leveler(Trainer):
             compute_loss_func=_unused,
             **kwargs,
         )
-        self.settings, self.aside = settings, None
+        self.settings, self.features, self.aside = settings, features, None
         core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.rope_index = getattr(core.model, "get_rope_index", None)
         self.labelled = Labelled(core)
@@ -121,7 +123,7 @@ class Leveler(Trainer):
             trained = sum(of for _, of in parts.counts(self.model).values())
             other = (
                 trained
-                * (_compute_dtype(self.args).itemsize + 8)
+                * (compute_dtype(self.args).itemsize + 8)
                 // (self.args.world_size if self.is_deepspeed_enabled else 1)
             )
             figures = torch.tensor([*kept.values(), -activations.free_bytes(self.args.device)], device=self.args.device)
@@ -145,7 +147,7 @@ class Leveler(Trainer):
             self.logged_at = time.perf_counter()
         if self.flops_a_token is None:
             self._choose_what_to_keep()
-            self.peak = report.matmul_peak(self.args.device, _compute_dtype(self.args))
+            self.peak = report.matmul_peak(self.args.device, compute_dtype(self.args))
             with report.Operations(self.model) as counted:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self.flops_a_token, self.logged_at = counted.total / tokens, None  # a first step is slow
@@ -162,6 +164,8 @@ class Leveler(Trainer):
         self.labelled.choose(chosen)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = self._packed_positions(inputs)
+        if "features" in inputs:
+            self.features.put_into(inputs)
         logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
         targets = following[chosen]
         smoothing = self.args.label_smoothing_factor
@@ -333,7 +337,7 @@ def _accumulate(args: TrainingArguments, pieces: int) -> None:
         args.hf_deepspeed_config.config |= {"gradient_accumulation_steps": pieces, "train_batch_size": size}
 
 
-def _compute_dtype(args) -> torch.dtype:
+def compute_dtype(args) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
