@@ -4,7 +4,7 @@
         torch==2.14.1 torchvision pillow datasets accelerate
     python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes, a CPU: some 15 minutes
     python benchmarks/train.py --shape mini --rounds 5                         # without TRL: ours and plain
-    python benchmarks/train.py --shape mini --ablate                           # ours, one thing changed at a time
+    python benchmarks/train.py --shape mini --ablate     # ours alone, pictures of several sizes, one thing changed at a time
 
 Same model, records, order, batch, steps, learning rate (constant), AdamW and labels; float32 on a CPU, float32 weights
 computing in bfloat16 on a GPU. Each training is a process of its own, so that its peak memory is its own. Samples per
@@ -19,8 +19,8 @@ took, at worst; near 0 or the round counts for nothing.
 
 "mini" is the embedded S-VLM with easy-VQA pictures, where what is around the model counts; "wide" is as wide as
 Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens a picture.
-That flatters whoever saves logits and the last layer: `counted` has the shares of a step's operations, and of the bytes that its forward
-pass keeps, that ours needs of plain's at this depth, and at the full one (28 and 32), from one layer and one block. `mfu` is ours' operations a
+That flatters whoever saves logits and the last layer: `counted` has a step's operations and the bytes that its forward
+pass keeps, at this depth and at the full one (28 and 32), from one layer and one block, and their shares of plain's. `mfu` is ours' operations a
 second as a share of a large matrix product's pace here, the best in this run. Prints a table, then one JSON object.
 """
 
@@ -41,12 +41,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "PL/Qwen2-VL-Finetune/src"))
 
+import activations
 import psutil
 import shapes
 import torch
 import train_peers
 from labelled import Labelled
 from report import matmul_peak
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mpa.datasets import load_samples
@@ -56,16 +58,23 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "PL/Qwen2-VL-Finetune/src/train.py"
 FULL = shapes.QWEN2_VL["svlm"]
 WIDE = replace(FULL, layers=4, vision=(1280, 4, 16))
+DEPTHS = {"here": WIDE, "full_depth": FULL}
 ANSWERS = ("yes", "red", "a circle", "three", "no", "a red triangle")
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32
 UNKEPT = ["--cache_gb", "0"]
+FROZEN = ["--freeze_vision_tower", "True", "--freeze_merger", "True"]
 ABLATIONS = [  # (name, flags that are added to ours)
     ("as it is", []),
     ("samples made in the step", UNKEPT),
     ("the same, by 2 workers", [*UNKEPT, "--dataloader_num_workers", "2"]),
-    ("all samples kept", ["--lazy_preprocess", "False"]),
+    ("grouped, 512 tokens a batch", ["--batch_tokens", "512"]),
     ("packing", ["--packing", "True"]),
+    ("packing, 512 tokens a batch", ["--packing", "True", "--batch_tokens", "512"]),
+    ("only products kept", ["--activation_checkpointing", "products"]),
+    ("only layers' inputs kept", ["--activation_checkpointing", "True"]),
+    ("vision frozen", FROZEN),
+    ("vision frozen, features kept", [*FROZEN, "--cache_features", "True"]),
 ]
 
 
@@ -78,6 +87,7 @@ class Work:
     pixels: int
     batch: int
     lr: float
+    most: int = 0  # pixels, where pictures keep their sizes between the two
 
 
 def alone(function, *args):
@@ -106,6 +116,15 @@ def mini(folder: Path) -> Work:
     """512 easy-VQA records, 32 steps."""
     rows = [(s.image_path, s.question, s.answers[0]) for s in load_samples("easyVQA", "train")[:512]]
     return Work(str(ROOT / "data/mini/student"), write_records(folder / "train.json", rows), 3136, 16, 1e-4)
+
+
+def mixed(folder: Path) -> Work:
+    """512 records with pictures of 4 to 64 visual tokens for the embedded S-VLM, 32 steps."""
+    edges = [56 + 28 * (i * 5 % 7) for i in range(512)]
+    paths = [shapes.draw(folder / str(edge), edges.count(edge), edge) for edge in sorted(set(edges))]
+    drawn = dict(zip(sorted(set(edges)), map(iter, paths), strict=True))
+    rows = [(next(drawn[edge]), "what is in the picture?", ANSWERS[i % len(ANSWERS)]) for i, edge in enumerate(edges)]
+    return Work(str(ROOT / "data/mini/student"), write_records(folder / "train.json", rows), 3136, 16, 1e-4, 50176)
 
 
 def wide(folder: Path) -> Work:
@@ -143,8 +162,7 @@ def ours(work: Work, *flags: str) -> dict:
         command = [sys.executable, TRAINER, "--model_id", work.model, "--data_path", work.data]
         command += ["--output_dir", out, "--per_device_train_batch_size", work.batch, "--learning_rate", work.lr]
         command += ["--seed", 0]
-        if work.pixels:
-            command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.pixels]
+        command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.most or work.pixels]
         command += ["--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", "--report_to", "none"]
         command += ["--logging_steps", 1, "--save_strategy", "no", "--bf16" if GPU else "--use_cpu", "True", *flags]
         _, took = run(command)
@@ -167,37 +185,36 @@ def peer(work: Work, way: str, python: str) -> dict:
     return {**json.loads(printed.splitlines()[-1]), **took}
 
 
-def count_step(model, batch: dict, labelled: Labelled | None) -> tuple[float, int]:
-    """A step's operations of matrix products and attention, forward and backward; bytes that forward keeps for backward."""
+def step_of(model, batch: dict, labelled: Labelled | None):
+    """A step's loss and logits, forward."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
+    if labelled:
+        labelled.choose(following != train_peers.IGNORE)
+        following = following[following != train_peers.IGNORE]
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE), logits
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    def step():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
-            if labelled:
-                labelled.choose(following != train_peers.IGNORE)
-                following = following[following != train_peers.IGNORE]
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE)
-            keep(logits)  # cross_entropy keeps its softmax; the logits are alive beside it
-        loss.backward()
+def operations(*step) -> float:
+    """Of matrix products and attention, forward and backward."""
+    return shapes.flops(lambda: step_of(*step)[0].backward())
 
-    return shapes.flops(step), sum(kept.values())
+
+def kept_bytes(*step) -> int:
+    """What a forward pass leaves allocated for the backward one, logits too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        left = step_of(*step)
+    del left
+    return sum(event.self_cpu_memory_usage for event in events.key_averages())
 
 
 def count(work: Work) -> dict:
-    """A step's operations and activations, ours-way and plain, at the depth that is trained here and at the full one.
+    """A step's operations, and the bytes that it keeps, at the depth that is trained here and at the full one.
 
     Operations with eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as
     work. Bytes with the fused one, in float32. Counted with two layers and two blocks, with one less of each in turn:
-    all layers but the last cost the same, all blocks too. "unlabelled" is what ours leaves out.
+    all layers but the last cost the same, all blocks too.
     """
     processor = AutoProcessor.from_pretrained(work.model)
     processor.image_processor.size = {"shortest_edge": work.pixels, "longest_edge": work.pixels}
@@ -205,37 +222,41 @@ def count(work: Work) -> dict:
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         shapes.build(replace(WIDE, layers=2, vision=(1280, 2, 16)), Path(folder), "cpu", torch.float32)
-        for i, (what, attention) in enumerate((("operations", "eager"), ("activation_bytes", "sdpa"))):
-            model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention)
-            plain = count_step(model, batch, None)[i]
-            core, labelled = model.model, Labelled(model)
-            both = {"plain": plain, "ours": count_step(model, batch, labelled)[i]}
+
+        def counted(counter, attention: str, way: str) -> dict:
+            model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention).train()
+            labelled, core = Labelled(model) if way != "plain" else None, model.model
+            activations.use(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
+            whole = counter(model, batch, labelled)
             layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[1:]
-            layer = both["ours"] - count_step(model, batch, labelled)[i]
+            layer = whole - counter(model, batch, labelled)
             core.language_model.layers, core.visual.blocks = layers, core.visual.blocks[:1]
-            block = both["ours"] - count_step(model, batch, labelled)[i]
-            result[what] = {"layer": layer, "block": block, "unlabelled": both["plain"] - both["ours"]}
-            for name, shape in (("here", WIDE), ("full_depth", FULL)):
-                more = (shape.layers - 2) * layer + (shape.vision[1] - 2) * block
-                at = {way: counted + more for way, counted in both.items()}
-                result[what][name] = {**at, "share": at["ours"] / at["plain"]}
+            block = whole - counter(model, batch, labelled)
+            more = {name: (shape.layers - 2) * layer + (shape.vision[1] - 2) * block for name, shape in DEPTHS.items()}
+            return {"layer": layer, "block": block, **{name: whole + size for name, size in more.items()}}
+
+        for what, counter, attention in (("operations", operations, "eager"), ("kept_bytes", kept_bytes, "sdpa")):
+            ways = ("plain", "ours", "ours, products")[: 2 if what == "operations" else 3]
+            result[what] = {way: counted(counter, attention, way) for way in ways}
+            for way in ways:
+                result[what][way]["shares"] = {
+                    name: round(result[what][way][name] / result[what]["plain"][name], 3) for name in DEPTHS
+                }
     return result
 
 
 def compare(shape: str, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        work = {"mini": mini, "wide": wide}[shape](Path(folder))
         if args.ablate:
-            known, _ = run([sys.executable, TRAINER, "--help"])
-            ways = {
-                name: lambda flags=flags: ours(work, *flags)
-                for name, flags in ABLATIONS
-                if all(word in known for word in flags if word.startswith("--"))
-            }
+            work = mixed(Path(folder))
+            ways = {name: lambda flags=flags: ours(work, *flags) for name, flags in ABLATIONS}
         else:
+            work = {"mini": mini, "wide": wide}[shape](Path(folder))
             ways = {"ours": lambda: ours(work)}
             if shape == "mini":
                 ways["ours, unkept"] = lambda: ours(work, *UNKEPT)
+            else:
+                ways["ours, products"] = lambda: ours(work, "--activation_checkpointing", "products")
             if args.trl_python:
                 ways["trl"] = lambda: peer(work, "trl", args.trl_python)
             ways["plain"] = lambda: peer(work, "plain", sys.executable)
@@ -245,12 +266,12 @@ def compare(shape: str, args) -> dict:
             for name, way in ways.items():
                 results[name].append(way())
                 print(f"{shape}, {name}: {results[name][-1]['samples_per_second']:.2f} samples/s", file=sys.stderr)
-        operations = alone(count, work) if shape == "wide" else None
-    return summary(results, work.batch, peak, operations)
+        counted = alone(count, work) if shape == "wide" else None
+    return summary(results, work.batch, peak, counted)
 
 
-def summary(results: dict[str, list[dict]], batch: int, peak: float, operations: dict | None) -> dict:
-    """Medians of the rounds, ratios to the first way, and the largest difference of a step's loss to the last way's."""
+def summary(results: dict[str, list[dict]], batch: int, peak: float, counted: dict | None) -> dict:
+    """Medians of the rounds, ratios to the first way, and the largest difference of a step's loss to plain's (or its)."""
     parameters = next((r["parameters"] for rounds in results.values() for r in rounds if "parameters" in r), None)
     names, figures = list(results), {"matmul_gflops": peak / 1e9, "parameters": parameters, "ways": {}}
     for name, rounds in results.items():
@@ -264,12 +285,12 @@ def summary(results: dict[str, list[dict]], batch: int, peak: float, operations:
         way["first_is_faster_by"] = statistics.median(ratios)
         way["beyond_state_bytes"] = way["peak_bytes"] - 16 * parameters if parameters else None
         way["losses"] = rounds[0]["losses"]
-        other = results[names[-1]][0]["losses"]
+        other = results["plain" if "plain" in results else names[0]][0]["losses"]
         way["loss_difference"] = max(abs(a - b) for a, b in zip(way["losses"], other, strict=True))
         figures["ways"][name] = way
-    if operations:
-        pace = figures["ways"][names[0]]["samples_per_second"] * operations["operations"]["here"]["ours"] / batch
-        figures |= {"counted": operations, "mfu": pace / peak}
+    if counted:
+        pace = figures["ways"][names[0]]["samples_per_second"] * counted["operations"]["ours"]["here"] / batch
+        figures |= {"counted": counted, "mfu": pace / peak}
     return figures
 
 
@@ -293,7 +314,9 @@ def main(argv=None) -> None:
     p.add_argument("--shape", choices=("mini", "wide", "both"), default="both")
     p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
     p.add_argument("--trl-python", default="", help="interpreter that has TRL; without it TRL is left out")
-    p.add_argument("--ablate", action="store_true", help="ours alone, with one flag changed at a time")
+    p.add_argument(
+        "--ablate", action="store_true", help="ours alone, pictures of several sizes, one flag changed at a time"
+    )
     args = p.parse_args(argv)
     device = torch.cuda.get_device_name(0) if GPU else f"CPU, {os.cpu_count()} cores"
     figures = {

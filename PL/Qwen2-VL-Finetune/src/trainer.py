@@ -142,7 +142,7 @@ class Leveler(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self.rates = {f"lr_{group['part']}": group["lr"] for group in self.optimizer.param_groups}
+        self.rates = {f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups}
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
         if self.flops_a_token is None:
