@@ -63,10 +63,9 @@ def train(n: int, batch: int) -> dict:
         paths = [path for edge in (336, 448, 560) for path in shapes.draw(work / str(edge), n // 3, edge)]
         rows = [(path, "what is in the picture?", trainer.ANSWERS[i % 6]) for i, path in enumerate(paths)]
         data = trainer.write_records(work / "train.json", rows)
-        job = trainer.Work(str(work / "model"), data, 0, batch, 1e-5)
-        limits = ["--image_min_pixels", str(128 * 28**2), "--image_max_pixels", str(512 * 28**2)]
+        job = trainer.Work(str(work / "model"), data, 128 * 28**2, batch, 1e-5, 512 * 28**2)
         for name, flags in (("padded", []), ("packed", ["--packing", "True"])):
-            ran = trainer.ours(job, *limits, *flags)
+            ran = trainer.ours(job, *flags)
             figures[name] = {key: ran[key] for key in ("samples_per_second", "mfu", "peak_bytes")}
     return figures
 

@@ -268,7 +268,7 @@ def test_text_with_a_special_token_is_refused_with_its_record_before_training(tm
     assert not (tmp_path / "out").exists()
 
 
-def launched(folder, bf16: bool, name: str = "PL.sh", **environment) -> list[str]:
+def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> list[str]:
     """What a script would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
     (folder / "torch.py").write_text(
         "import sys\n"
@@ -278,7 +278,7 @@ def launched(folder, bf16: bool, name: str = "PL.sh", **environment) -> list[str
         "    device_count = lambda: 1\n"
         f"    is_bf16_supported = lambda including_emulation=True: including_emulation or {bf16}\n"
     )
-    done = script(f"PL/Qwen2-VL-Finetune/scripts/{name}", PYTHONPATH=folder, **environment)
+    done = script(f"PL/Qwen2-VL-Finetune/scripts/{name}", *flags, PYTHONPATH=folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -299,6 +299,15 @@ def test_two_trainings_on_one_machine_get_a_port_each(tmp_path, monkeypatch):
     ports = {after(launched(tmp_path, True), "--master_port") for _ in range(2)}
     assert len(ports) == 2
     assert after(launched(tmp_path, True, MASTER_PORT=4321), "--master_port") == "4321"
+
+
+def test_machines_of_a_hostfile_are_deepspeeds_to_reach_by_flag_or_environment(tmp_path):
+    by_flag = launched(tmp_path, True, "PL.sh", "--hostfile", "/a b/hosts", "--seed", "3")
+    by_name = launched(tmp_path, True, "PL.sh", "--seed", "3", HOSTFILE="/a b/hosts")
+    for words in (by_flag, by_name):
+        assert words.index("--hostfile") < words.index("--deepspeed")
+        assert (after(words, "--hostfile"), words[-2:]) == ("/a b/hosts", ["--seed", "3"])
+    assert len(by_flag) == len(by_name)
 
 
 def test_the_script_takes_its_paths_from_the_environment(tmp_path):

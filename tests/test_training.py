@@ -53,7 +53,7 @@ def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
 def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
     flags = [*TWO, *zero(stage)]
     if stage == "zero3":
-        flags += ["--batch_tokens", "80", "--activation_checkpointing", "--cache_dir", str(whole / "cache")]
+        flags += ["--batch_tokens", "80", "--activation_checkpointing", "--samples_dir", str(whole / "cache")]
     killed = launch(whole, *flags, ranks=2, out=stage, kill_after=5)
     assert killed.returncode != 0
     assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]

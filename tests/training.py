@@ -77,7 +77,7 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Train in a process of its own, or in `ranks` that know of each other; after so many losses all get a signal.
 
-    As torchrun starts them, but in one group of processes, which a signal reaches at once.
+    As deepspeed starts them, but in one group of processes, which a signal reaches at once.
     """
     command, environment = (
         [sys.executable, "-u", str(TRAINER / "src/train.py")],
@@ -85,7 +85,7 @@ def launch(
     )
     if ranks:
         port = free_port()
-        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
+        environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": str(ranks)}
         command = ["bash", "-c", RANKS, "bash", *command]
     process = subprocess.Popen(

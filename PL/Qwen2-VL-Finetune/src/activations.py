@@ -10,6 +10,7 @@ from functools import partial
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -39,21 +40,21 @@ class _Kept(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.inside, self.layers, self.products, self.around = False, {}, {}, {}
         found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.hooks = [layer.register_forward_pre_hook(self._enter) for layer in found]
         self.hooks += [layer.register_forward_hook(self._leave) for layer in found]
 
-    def _enter(self, _, inputs):
-        self.inside = True
-        self._note(self.around, inputs[0])
+    def _enter(self, layer, inputs):
+        self.inside = inputs[0].requires_grad or any(weight.requires_grad for weight in layer.parameters())
+        if self.inside:
+            self._note(self.around, inputs[0])
 
     def _leave(self, *_):
         self.inside = False
 
     def keep(self, tensor: torch.Tensor) -> None:
-        if tensor.untyped_storage().data_ptr() not in self.weights:
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
             self._note(self.layers if self.inside else self.around, tensor)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -101,8 +102,23 @@ def choose(kept: dict[str, int], other: int, free: int) -> str:
     return next((way for way, size in kept.items() if size + other <= SHARE * free), INPUTS)
 
 
+def fitting(kept: dict[str, int], other: int, device: torch.device) -> tuple[str, str]:
+    """The way to choose where the fullest rank has these numbers of bytes to find room for, and a sentence about it."""
+    figures = torch.tensor([*kept.values(), -free_bytes(device)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(figures, dist.ReduceOp.MAX)
+    *sizes, free = figures.tolist()
+    way = choose(dict(zip(kept, sizes, strict=True)), other, -free)
+    rest = max(0, -free - other)
+    return way, (
+        f"the largest batch has {sizes[0] / 1e9:.3g} GB for its backward pass; beside gradients and optimizer, "
+        f"{rest / 1e9:.3g} GB are free: {SAYS[way]}."
+    )
+
+
 def use(model, way: str) -> None:
     """Have the model keep as `way` says, from its next forward pass on."""
     if way != ALL:
         contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if way == PRODUCTS else {}
         model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
+        model.disable_input_require_grads()  # only the other kind needs it; frozen layers would be worked out again

@@ -366,7 +366,7 @@ class Batches(torch.utils.data.Sampler):
 
     def _pieces_of(self, samples: int) -> int:
         """Pieces a device for a step of so many samples."""
-        return -(-samples * self.pieces // self.size)
+        return min(self.pieces, -(-samples // self.world))
 
 
 def cut(lengths: list[int], count: int) -> list[int]:
@@ -402,8 +402,7 @@ def pieces_within(batches: Batches, tokens: int, epochs: int) -> int:
         batches.set_epoch(epoch)
         for step in batches.steps():
             lengths = sorted(batches.lengths[i] for i in step)
-            needed = -(-len(_ends(lengths, max(tokens, lengths[-1]))) // batches.world)
-            most = max(most, (needed - 1) * batches.size // len(lengths) + 1)
+            most = max(most, -(-len(_ends(lengths, max(tokens, lengths[-1]))) // batches.world))
     return most
 
 

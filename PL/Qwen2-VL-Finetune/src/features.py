@@ -6,6 +6,7 @@ A change of method where vision is trained otherwise, as in the paper; where it 
 import hashlib
 import os
 
+import parts
 import torch
 import torch.distributed as dist
 from cache import Cache
@@ -20,10 +21,16 @@ LEVEL = "deepstack_{}"  # what Qwen3-VL adds to its first layers
 class Features:
     """Takes an encoded sample's pictures to what the language model is given of them, and a batch of that to its model."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, blank: dict):
+    def __init__(self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, blank: dict):
         """`blank` is any encoded sample with a picture: it tells the form in which this family's tower answers."""
+        self.weights = hashlib.sha256()
+        for name, weight in model.named_parameters():
+            if parts.part_of(name, model.config.model_type) != "language":
+                self.weights.update(weight.detach().cpu().numpy())
+        for name in parts.modules_of({"vision", "merger"}, model):  # the rest may be too large for the device as it is
+            model.get_submodule(name).to(device)
         self.model = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
         answer = self._answer(blank).pooler_output
         self.form = answer.shape[1:] if torch.is_tensor(answer) else None
 
@@ -46,9 +53,8 @@ class Features:
 
     @torch.no_grad()
     def _answer(self, encoded: dict):
-        device = next(self.model.parameters()).device
-        pictures = {name: value.to(device) for name, value in encoded.items() if name not in OF_TEXT}
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        pictures = {name: value.to(self.device) for name, value in encoded.items() if name not in OF_TEXT}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model.get_image_features(**pictures, return_dict=True)
 
 
@@ -57,29 +63,30 @@ def _rows(values) -> torch.Tensor:
     return torch.cat([value.flatten(0, -2) for value in values]).cpu()
 
 
-def keep(samples: Samples, features: Features, cache: Cache, identity: str) -> None:
+def keep(samples: Samples, features: Features, cache: Cache) -> None:
     """Put features in the place of the samples' pictures, on disk, each machine's ranks a share each.
 
-    `identity` stands for the weights that make them. Raises DataError where there is no room for all.
+    Raises DataError where there is no room for all.
     """
     keys = {}
     for i, sample in enumerate(samples.samples):
         if sample["images"]:
             known = samples.looks[i].key or cache.key(sample)
-            keys[i] = hashlib.sha256(f"{known} {identity} {features.dtype}".encode()).hexdigest()
+            keys[i] = hashlib.sha256(f"{known} {features.weights.hexdigest()} {features.dtype}".encode()).hexdigest()
     here, share = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     ours, full = [*keys][share::here], False
     for i in tqdm(ours, "features of pictures", unit="sample", disable=None if share == 0 else True):
         if cache.get(keys[i]) is None:
             made = features.of({name: value for name, value in samples[i].items() if name != "sample"})
-            full = full or not cache.put(keys[i], made)
+            if full := not cache.put(keys[i], made):
+                break
     if dist.is_initialized():
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, full)
         full = any(told)
     if full:
         raise DataError(
-            f"--cache_features: no room for all in {cache.folder}. Raise --cache_gb, or choose --cache_dir."
+            f"--cache_features: no room for all in {cache.folder}, or no right to write there. Raise --cache_gb, or choose --samples_dir."
         )
     for i, key in keys.items():
         samples.looks[i] = Look(samples.lengths[i], samples.visual[i], key, None)

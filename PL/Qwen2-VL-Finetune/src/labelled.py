@@ -16,7 +16,8 @@ class Labelled:
         self.at, self.size = None, None
         model.get_output_embeddings().register_forward_pre_hook(self._choose)
         layer = model.get_decoder().layers[-1]
-        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+        parts = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
+        for module in (getattr(*part) for part in parts if hasattr(*part)):  # a decoder may have one for q, k and v
             module.register_forward_pre_hook(self._choose)
             module.register_forward_hook(self._spread)
 
@@ -29,8 +30,10 @@ class Labelled:
         return None if self.at is None else (inputs[0].flatten(0, 1)[self.at][None], *inputs[1:])
 
     def _spread(self, _, __, out):
-        """[1, N, H] -> [B, T, H]."""
+        """[1, N, H] -> [B, T, H]; of a mixture of experts with what else it says."""
         if self.at is None:
             return None
-        zeros = out.new_zeros(self.size.numel(), out.shape[-1])
-        return zeros.index_copy(0, self.at, out[0]).view(*self.size, -1)
+        hidden, *more = out if isinstance(out, tuple) else (out,)
+        zeros = hidden.new_zeros(self.size.numel(), hidden.shape[-1])
+        whole = zeros.index_copy(0, self.at, hidden[0]).view(*self.size, -1)
+        return (whole, *more) if more else whole

@@ -82,13 +82,17 @@ class DataArguments:
     )
     lazy_preprocess: bool = field(
         default=True,
-        metadata={"help": "Keep --cache_gb of the samples as the check before step 0 made them. False: all."},
+        metadata={
+            "help": "Keep --cache_gb of the samples as the check before step 0 made them. False: as many as there is room for."
+        },
     )
     cache_gb: float = field(
         default=20.0,
-        metadata={"help": "See --lazy_preprocess; in memory (1 GiB), then on disk. Others are made again."},
+        metadata={
+            "help": "See --lazy_preprocess. On disk; one device alone has 1 GiB of them in memory first. Others are made again."
+        },
     )
-    cache_dir: str = field(
+    samples_dir: str = field(
         default="",
         metadata={"help": "Where on disk, for other runs too. By default within output_dir, until the training ends."},
     )

@@ -93,7 +93,7 @@ def add_lora(model, args):
     if not targets:
         raise DataError("--lora_enable: no linear layer is left to adapt. See --lora_namespan_exclude.")
     whole = {"vision": not args.freeze_vision_tower, "merger": not args.freeze_merger, "language": False}
-    saved = _modules_of({part for part, trained in whole.items() if trained and part not in adapted}, model)
+    saved = modules_of({part for part, trained in whole.items() if trained and part not in adapted}, model)
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -105,7 +105,7 @@ def add_lora(model, args):
     return get_peft_model(model, config)
 
 
-def _modules_of(parts: set[str], model, name: str = "") -> list[str]:
+def modules_of(parts: set[str], model, name: str = "") -> list[str]:
     """Names of the largest modules all of whose parameters belong to these parts."""
     module, kind = model.get_submodule(name), model.config.model_type
     here = {part_of(f"{name}.{below}" if name else below, kind) for below, _ in module.named_parameters()}
@@ -114,4 +114,4 @@ def _modules_of(parts: set[str], model, name: str = "") -> list[str]:
     if here <= parts and name:
         return [name]
     below = (f"{name}.{child}" if name else child for child, _ in module.named_children())
-    return [found for child in below for found in _modules_of(parts, model, child)]
+    return [found for child in below for found in modules_of(parts, model, child)]

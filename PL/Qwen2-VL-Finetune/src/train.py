@@ -63,7 +63,7 @@ WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_
 WITHOUT_EFFECT += (
     "lazy_preprocess",
     "cache_gb",
-    "cache_dir",
+    "samples_dir",
     "eval_",
     "per_device_eval",
     "batch_eval",
@@ -156,13 +156,15 @@ def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) ->
     return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
 
 
-def prepared(samples: list[dict], processor, data_args: DataArguments, args: TrainingArguments) -> Samples:
+def prepared(
+    samples: list[dict], processor, data_args: DataArguments, args: TrainingArguments, on_disk: bool = True
+) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
     workers, most = max(1, len(os.sched_getaffinity(0)) // ranks_here()), most_kept(data_args)
     # With other ranks all that one makes is for all.
     memory = 0 if args.world_size > 1 else most if not data_args.lazy_preprocess else min(most, IN_MEMORY)
-    cache = open_cache(processor, data_args, args, workers) if most else None
+    cache = open_cache(processor, data_args, args, workers) if most and on_disk else None
     return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, memory, cache, workers)
 
 
@@ -181,7 +183,7 @@ def ranks_here() -> int:
 
 
 def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
-    return Path(data_args.cache_dir or Path(args.output_dir, ".samples"))
+    return Path(data_args.samples_dir or Path(args.output_dir, ".samples"))
 
 
 def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
@@ -218,7 +220,7 @@ def build(
 ) -> Leveler:
     """The trainer, with these samples checked, and the model. `asked` are the settings its checkpoints are to carry."""
     processor, held_out = load_processor(model_args, data_args), None
-    samples = prepared(samples, processor, data_args, args)
+    samples = prepared(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     if data_args.eval_data_path:
         held_out = prepared(read([data_args.eval_data_path], data_args, args), processor, data_args, args)
         if any(sum(m["role"] == "user" for m in sample["messages"]) > 1 for sample in held_out.samples):
@@ -228,8 +230,8 @@ def build(
     model, features = load_model(model_args, args), None
     if data_args.cache_features:
         some = encode(BLANK, processor)
-        features = Features(model.to(args.device), compute_dtype(args), some)
-        keep(samples, features, open_cache(processor, data_args, args), asked.get("model_sha256", model_args.model_id))
+        features = Features(model, args.device, compute_dtype(args), some)
+        keep(samples, features, open_cache(processor, data_args, args))
         blank = blank and features.of(some)
     return Leveler(
         model=model,
@@ -257,6 +259,8 @@ def init_deepspeed() -> None:
 
 def main(argv=None) -> int:
     """Train as the flags say; 0, or 143 where it was asked to stop. Raises DataError for what the user can mend."""
+    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's name for it; accelerate would take the missing one for 1
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     model_args, data_args, args = parse(argv)
     if args.deepspeed:
         init_deepspeed()
@@ -290,9 +294,10 @@ def main(argv=None) -> int:
         return 143
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
+    trainer.wait()
+    if args.local_process_index == 0 and not data_args.samples_dir:
+        shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
     if first:
-        if not data_args.cache_dir:
-            shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
         meta = {"settings": asked, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
         meta |= trainer.pace() | {"peak_bytes": peak_bytes(args)}

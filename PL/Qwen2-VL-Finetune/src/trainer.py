@@ -66,10 +66,10 @@ class Leveler(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
         )
+        steps = -(-len(samples) // self.batches.size)
+        self.epochs = math.ceil(args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs)
         if batch_tokens:
-            steps = -(-len(samples) // self.batches.size)
-            epochs = args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs
-            self.batches.pieces = pieces_within(self.batches, batch_tokens, math.ceil(epochs))
+            self.batches.pieces = pieces_within(self.batches, batch_tokens, self.epochs)
             _accumulate(args, self.batches.pieces)
         super().__init__(
             args=args,
@@ -104,40 +104,50 @@ class Leveler(Trainer):
 
     # --- loss -----------------------------------------------------------------------------------------
 
-    def _choose_what_to_keep(self) -> None:
-        """Before the first step: of this epoch's largest batch all, if it fits beside gradients and optimizer state."""
+    def _keep_what_fits(self) -> None:
+        """Before the first step, unless `--activation_checkpointing` says what is to be kept."""
         way = self.args.keep
         if way == "auto":
-            largest = max(
-                self.batches,
-                key=lambda piece: max((self.train_dataset.lengths[i] for i in piece), default=0) * len(piece),
-            )
-            batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
-            self.model.train()
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
-                kept = activations.kept_bytes(
-                    lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
-                )
+            kept = self._largest_batch_keeps()
             if is_deepspeed_zero3_enabled():
                 del kept[activations.PRODUCTS]
-            trained = sum(of for _, of in parts.counts(self.model).values())
-            other = (
-                trained
-                * (compute_dtype(self.args).itemsize + 8)
-                // (self.args.world_size if self.is_deepspeed_enabled else 1)
-            )
-            figures = torch.tensor([*kept.values(), -activations.free_bytes(self.args.device)], device=self.args.device)
-            if self.args.world_size > 1:
-                dist.all_reduce(figures, dist.ReduceOp.MAX)
-            *sizes, free = figures.tolist()
-            way = activations.choose(dict(zip(kept, sizes, strict=True)), other, -free)
+            way, says = activations.fitting(kept, self._to_come(), self.args.device)
             if self.args.process_index == 0:
-                print(
-                    f"PL: the largest batch has {sizes[0] / 1e9:.3g} GB for its backward pass; beside gradients and optimizer, "
-                    f"{max(0, -free - other) / 1e9:.3g} GB are free: {activations.SAYS[way]}.",
-                    flush=True,
-                )
+                print(f"PL: {says}", flush=True)
         activations.use(self.model, way)
+
+    def _to_come(self) -> int:
+        """Bytes that the first step adds for good: gradients, and Adam's two averages where they are not there yet."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if self.is_deepspeed_enabled:  # which has its averages from the start
+            offloads = (
+                "offload_optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            )
+            sizes = (getattr(weight, "ds_numel", weight.numel()) * weight.itemsize for weight in weights)
+            return 0 if offloads else sum(sizes) // self.args.world_size
+        averages = 0 if self.optimizer.state else 8
+        return sum(weight.numel() * (weight.itemsize + averages) for weight in weights)
+
+    def _largest_batch_keeps(self) -> dict[str, int]:
+        """What the batch with the most tokens that is still to come keeps for its backward pass, by the ways to keep it."""
+        lengths, now = self.train_dataset.lengths, self.batches.epoch
+
+        def tokens(batch: list[int]) -> int:
+            of = [lengths[i] for i in batch]
+            return sum(of) if self.data_collator.packing else max(of, default=0) * len(of)
+
+        largest = []
+        for epoch in range(now, self.epochs):
+            self.batches.set_epoch(epoch)
+            largest = max([largest, *self.batches], key=tokens)
+        self.batches.set_epoch(now)
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
+        self.model.train()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            return activations.kept_bytes(
+                lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
+            )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
@@ -146,7 +156,7 @@ class Leveler(Trainer):
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
         if self.flops_a_token is None:
-            self._choose_what_to_keep()
+            self._keep_what_fits()
             self.peak = report.matmul_peak(self.args.device, compute_dtype(self.args))
             with report.Operations(self.model) as counted:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -249,10 +259,10 @@ class Leveler(Trainer):
         self.aside = out / ASIDE
         if self.args.should_save:
             shutil.rmtree(self.aside, ignore_errors=True)
-        self._wait()
+        self.wait()
         super()._save_checkpoint(model, trial)
         self.aside = None
-        self._wait()
+        self.wait()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         if self.args.should_save:
@@ -262,7 +272,7 @@ class Leveler(Trainer):
             os.rename(out / ASIDE / name, out / name)
             shutil.rmtree(out / ASIDE)
             rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        self._wait()
+        self.wait()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", {})
@@ -283,7 +293,8 @@ class Leveler(Trainer):
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """For all ranks."""
         if self.args.world_size > 1:
             dist.barrier()
 
