@@ -15,6 +15,7 @@ import pytest
 import report
 import torch
 import train
+from batches import Batches, cut, pieces_within
 from conftest import STUDENT
 from torch.profiler import ProfilerActivity, profile
 from trainer import Leveler
@@ -94,7 +95,7 @@ def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, size, pieces):
     def steps(world: int, pieces: int) -> list[set]:
         ranks = []
         for rank in range(world):
-            batches = data.Batches(lengths, size, pieces, rank, world, 3, True)
+            batches = Batches(lengths, size, pieces, rank, world, 3, True)
             batches.set_epoch(2)
             ranks.append(list(batches))
             assert len(ranks[-1]) == len(batches)
@@ -113,7 +114,7 @@ def test_a_step_is_cut_where_its_largest_piece_is_smallest():
     for _ in range(50):
         lengths = sorted(rng.randrange(1, 60) for _ in range(rng.randrange(1, 8)))
         for count in (1, 2, 3):
-            ends = data.cut(lengths, count)
+            ends = cut(lengths, count)
             assert len(ends) == count and ends[-1] == len(lengths) and ends == sorted(ends)
             every = combinations_with_replacement(range(len(lengths) + 1), count - 1)
             assert largest(lengths, ends) == min(largest(lengths, [*cuts, len(lengths)]) for cuts in every)
@@ -127,8 +128,8 @@ def largest(lengths: list[int], ends: list[int]) -> int:
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_batch_has_more_tokens_than_the_budget_and_one_batch_less_would(world):
     lengths = [random.Random(i).choice((40, 60, 500)) for i in range(100)]
-    batches = [data.Batches(lengths, 16, 1, rank, world, 3, True) for rank in range(world)]
-    pieces = data.pieces_within(batches[0], 1000, epochs=2)
+    batches = [Batches(lengths, 16, 1, rank, world, 3, True) for rank in range(world)]
+    pieces = pieces_within(batches[0], 1000, epochs=2)
 
     def most(pieces: int) -> int:
         found = []

@@ -7,6 +7,7 @@ import parts
 import pytest
 import torch
 import train
+from batches import Collator
 from conftest import STUDENT, script
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -70,7 +71,7 @@ def test_each_answer_of_a_longer_conversation_is_labelled(tmp_path, processor):
 
 
 def collated(encoded: list[dict], processor, **settings) -> dict:
-    return data.Collator(processor, **settings)([{**sample, "sample": i} for i, sample in enumerate(encoded)])
+    return Collator(processor, **settings)([{**sample, "sample": i} for i, sample in enumerate(encoded)])
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, processor):

@@ -4,11 +4,11 @@ Three ways (`--activation_checkpointing`): all is kept; the results of matrix pr
 rest, which is quick to make, is worked out again; only what enters a layer is kept and layers are worked out again.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 
 import psutil
+import ranks
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -94,7 +94,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // ranks.here()
 
 
 def choose(kept: dict[str, int], other: int, free: int) -> str:

@@ -7,8 +7,8 @@ import hashlib
 import os
 
 import parts
+import ranks
 import torch
-import torch.distributed as dist
 from cache import Cache
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -73,20 +73,17 @@ def keep(samples: Samples, features: Features, cache: Cache) -> None:
         if sample["images"]:
             known = samples.looks[i].key or cache.key(sample)
             keys[i] = hashlib.sha256(f"{known} {features.weights.hexdigest()} {features.dtype}".encode()).hexdigest()
-    here, share = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    ours, full = [*keys][share::here], False
+    share, full = int(os.environ.get("LOCAL_RANK", 0)), False
+    ours = [*keys][share :: ranks.here()]
     for i in tqdm(ours, "features of pictures", unit="sample", disable=None if share == 0 else True):
         if cache.get(keys[i]) is None:
             made = features.of({name: value for name, value in samples[i].items() if name != "sample"})
             if full := not cache.put(keys[i], made):
                 break
-    if dist.is_initialized():
-        told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, full)
-        full = any(told)
-    if full:
+    if any(ranks.told(full)):
         raise DataError(
-            f"--cache_features: no room for all in {cache.folder}, or no right to write there. Raise --cache_gb, or choose --samples_dir."
+            f"--cache_features: no room for all in {cache.folder}, or no right to write there. "
+            "Raise --cache_gb, or choose --samples_dir."
         )
     for i, key in keys.items():
         samples.looks[i] = Look(samples.lengths[i], samples.visual[i], key, None)

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ranks
 import torch
 import transformers
 from activations import PRODUCTS
@@ -157,7 +158,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         if self.dataloader_num_workers < 0:
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cores = len(os.sched_getaffinity(0)) // ranks.here()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
         self.keep = str(self.activation_checkpointing)

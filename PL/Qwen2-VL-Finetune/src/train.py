@@ -18,9 +18,11 @@ import time
 from pathlib import Path
 
 import parts
+import ranks
 import report
 import torch
 import transformers
+from batches import Collator
 from cache import Cache
 from features import Features, keep
 from params import DataArguments, ModelArguments, TrainingArguments, parse
@@ -33,7 +35,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from data import (
     IGNORE,
-    Collator,
     DataError,
     Samples,
     encode,
@@ -161,7 +162,7 @@ def prepared(
 ) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
-    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks_here()), most_kept(data_args)
+    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks.here()), most_kept(data_args)
     # With other ranks all that one makes is for all.
     memory = 0 if args.world_size > 1 else most if not data_args.lazy_preprocess else min(most, IN_MEMORY)
     cache = open_cache(processor, data_args, args, workers) if most and on_disk else None
@@ -170,16 +171,12 @@ def prepared(
 
 def open_cache(processor, data_args: DataArguments, args: TrainingArguments, writers: int = 1) -> Cache:
     """The cache, in which so many processes of this rank write."""
-    return Cache(samples_folder(data_args, args), most_kept(data_args), processor, shares=ranks_here() * writers)
+    return Cache(samples_folder(data_args, args), most_kept(data_args), processor, shares=ranks.here() * writers)
 
 
 def most_kept(data_args: DataArguments) -> float:
     """Bytes of samples."""
     return data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
-
-
-def ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
@@ -246,24 +243,12 @@ def build(
     )
 
 
-def init_deepspeed() -> None:
-    """Before the model is loaded, or ZeRO-3 shards the weights as if this process were alone."""
-    import deepspeed
-
-    deepspeed.init_distributed()
-    torch.distributed.barrier()
-    # A buffer of 69 MB that CPU ranks share. All have it open now; by its name DeepSpeed would leave it behind for ever.
-    name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
-
-
 def main(argv=None) -> int:
     """Train as the flags say; 0, or 143 where it was asked to stop. Raises DataError for what the user can mend."""
-    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's name for it; accelerate would take the missing one for 1
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
+    ranks.settle()
     model_args, data_args, args = parse(argv)
     if args.deepspeed:
-        init_deepspeed()
+        ranks.init_deepspeed()
     started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
     if not sys.stderr.isatty():
         args.disable_tqdm = True
@@ -294,7 +279,7 @@ def main(argv=None) -> int:
         return 143
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
-    trainer.wait()
+    ranks.wait()
     if args.local_process_index == 0 and not data_args.samples_dir:
         shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
     if first:
@@ -315,9 +300,7 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = main()
-        if torch.distributed.is_initialized():  # all end together: a rank that loses another at its end may abort
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        ranks.end()
         sys.exit(code)
     except DataError as error:
         sys.exit(f"error: {error}")

@@ -7,13 +7,16 @@ import shutil
 import signal
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import activations
 import parts
+import ranks
 import report
 import torch
 import torch.distributed as dist
+from batches import Batches, Collator, pieces_within
 from features import Features
 from labelled import Labelled
 from torch.nn import functional as F
@@ -21,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORE, Batches, Collator, DataError, Samples, pieces_within
+from data import IGNORE, DataError, Samples
 
 EXPLODED = 5  # times the loss of guessing among all tokens, at which training stops
 SETTINGS = "train_settings.json"  # in each checkpoint: what it was trained with
@@ -66,8 +69,9 @@ class Leveler(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
         )
-        steps = -(-len(samples) // self.batches.size)
-        self.epochs = math.ceil(args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs)
+        self.epochs = math.ceil(
+            args.max_steps / self.batches.steps_an_epoch if args.max_steps > 0 else args.num_train_epochs
+        )
         if batch_tokens:
             self.batches.pieces = pieces_within(self.batches, batch_tokens, self.epochs)
             _accumulate(args, self.batches.pieces)
@@ -103,51 +107,6 @@ class Leveler(Trainer):
         )
 
     # --- loss -----------------------------------------------------------------------------------------
-
-    def _keep_what_fits(self) -> None:
-        """Before the first step, unless `--activation_checkpointing` says what is to be kept."""
-        way = self.args.keep
-        if way == "auto":
-            kept = self._largest_batch_keeps()
-            if is_deepspeed_zero3_enabled():
-                del kept[activations.PRODUCTS]
-            way, says = activations.fitting(kept, self._to_come(), self.args.device)
-            if self.args.process_index == 0:
-                print(f"PL: {says}", flush=True)
-        activations.use(self.model, way)
-
-    def _to_come(self) -> int:
-        """Bytes that the first step adds for good: gradients, and Adam's two averages where they are not there yet."""
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        if self.is_deepspeed_enabled:  # which has its averages from the start
-            offloads = (
-                "offload_optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            )
-            sizes = (getattr(weight, "ds_numel", weight.numel()) * weight.itemsize for weight in weights)
-            return 0 if offloads else sum(sizes) // self.args.world_size
-        averages = 0 if self.optimizer.state else 8
-        return sum(weight.numel() * (weight.itemsize + averages) for weight in weights)
-
-    def _largest_batch_keeps(self) -> dict[str, int]:
-        """What the batch with the most tokens that is still to come keeps for its backward pass, by the ways to keep it."""
-        lengths, now = self.train_dataset.lengths, self.batches.epoch
-
-        def tokens(batch: list[int]) -> int:
-            of = [lengths[i] for i in batch]
-            return sum(of) if self.data_collator.packing else max(of, default=0) * len(of)
-
-        largest = []
-        for epoch in range(now, self.epochs):
-            self.batches.set_epoch(epoch)
-            largest = max([largest, *self.batches], key=tokens)
-        self.batches.set_epoch(now)
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
-        self.model.train()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            return activations.kept_bytes(
-                lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
-            )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
@@ -201,6 +160,50 @@ class Leveler(Trainer):
         three, _ = self.rope_index(**rows, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask)
         return torch.cat([within[None], three[:, mask.bool()].to(within)])[:, None]
 
+    # --- memory ---------------------------------------------------------------------------------------
+
+    def _keep_what_fits(self) -> None:
+        """Before the first step, unless `--activation_checkpointing` says what is to be kept."""
+        way = self.args.keep
+        if way == "auto":
+            kept = self._largest_batch_keeps()
+            if is_deepspeed_zero3_enabled():
+                del kept[activations.PRODUCTS]
+            way, says = activations.fitting(kept, self._to_come(), self.args.device)
+            if self.args.process_index == 0:
+                print(f"PL: {says}", flush=True)
+        activations.use(self.model, way)
+
+    def _to_come(self) -> int:
+        """Bytes that the first step adds for good: gradients, and Adam's two averages where they are not there yet."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if self.is_deepspeed_enabled:  # which has its averages from the start
+            offloads = (
+                "offload_optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            )
+            sizes = (getattr(weight, "ds_numel", weight.numel()) * weight.itemsize for weight in weights)
+            return 0 if offloads else sum(sizes) // self.args.world_size
+        averages = 0 if self.optimizer.state else 8
+        return sum(weight.numel() * (weight.itemsize + averages) for weight in weights)
+
+    def _largest_batch_keeps(self) -> dict[str, int]:
+        """What the batch with the most tokens that is still to come keeps for its backward pass, by the ways to keep it."""
+        lengths = self.train_dataset.lengths
+
+        def tokens(batch: list[int]) -> int:
+            of = [lengths[i] for i in batch]
+            return sum(of) if self.data_collator.packing else max(of, default=0) * len(of)
+
+        to_come = (self.batches.of(epoch) for epoch in range(self.batches.epoch, self.epochs))
+        largest = max(chain.from_iterable(to_come), key=tokens)
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
+        self.model.train()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            return activations.kept_bytes(
+                lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
+            )
+
     # --- optimizer --------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
@@ -233,8 +236,8 @@ class Leveler(Trainer):
         super().log(logs, start_time)
 
     def start_lines(self) -> list[str]:
-        steps = -(-len(self.train_dataset) // self.batches.size)
-        steps = self.args.max_steps if self.args.max_steps > 0 else int(steps * self.args.num_train_epochs)
+        steps = int(self.batches.steps_an_epoch * self.args.num_train_epochs)
+        steps = self.args.max_steps if self.args.max_steps > 0 else steps
         steps = f"{steps:,} steps of {self.batches.size} ({self.batches.pieces} batches a device)"
         return report.start_lines(self.train_dataset, parts.counts(self.model), self._groups(), steps, self.args)
 
@@ -259,10 +262,10 @@ class Leveler(Trainer):
         self.aside = out / ASIDE
         if self.args.should_save:
             shutil.rmtree(self.aside, ignore_errors=True)
-        self.wait()
+        ranks.wait()
         super()._save_checkpoint(model, trial)
         self.aside = None
-        self.wait()
+        ranks.wait()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         if self.args.should_save:
@@ -272,7 +275,7 @@ class Leveler(Trainer):
             os.rename(out / ASIDE / name, out / name)
             shutil.rmtree(out / ASIDE)
             rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.wait()
+        ranks.wait()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", {})
@@ -292,11 +295,6 @@ class Leveler(Trainer):
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def wait(self) -> None:
-        """For all ranks."""
-        if self.args.world_size > 1:
-            dist.barrier()
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

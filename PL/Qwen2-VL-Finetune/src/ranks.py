@@ -1,0 +1,51 @@
+"""The processes of one training: how many they are on this machine, and what they do together."""
+
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def settle() -> None:
+    """To be called first. DeepSpeed's launcher names the ranks of this machine otherwise than torchrun, and accelerate
+    would take the missing name for 1."""
+    if "LOCAL_SIZE" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
+
+
+def here() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def told(value) -> list:
+    """What each rank gives, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait() -> None:
+    """For all."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def init_deepspeed() -> None:
+    """Before the model is loaded, or ZeRO-3 shards the weights as if this process were alone."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+    wait()
+    # A buffer of 69 MB that CPU ranks share. All have it open now; by its name DeepSpeed would leave it behind for ever.
+    name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
+
+
+def end() -> None:
+    """All together: a rank that loses another at its end may abort."""
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
