@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -286,8 +287,18 @@ def counted(reasons) -> str:
 def run(main, remedy: str = "Choose another --run or --out.") -> None:
     """Run a script's `main()`; what a user can mend ends in one line, not in a traceback.
 
-    `remedy` is for a place that cannot be written.
+    SIGTERM and SIGHUP end it as Ctrl-C does, with exit code 143, 129 or 130. `remedy` is for a place that cannot be written.
     """
+    heard = [signal.SIGINT]
+
+    def interrupt(number, _):
+        heard[0] = number
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+    ranks.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
     if not ranks.FIRST:
@@ -307,4 +318,5 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
             sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). {remedy}")
         raise
     except KeyboardInterrupt:
-        sys.exit("stopped. Run the same command again to go on.")
+        print("stopped. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + heard[0])
