@@ -19,7 +19,7 @@ python_for() {
 # run CMD…: run a command. SIGTERM, SIGHUP and Ctrl-C reach it, and the script ends once the command has ended.
 # Bash alone would die at once and leave the command running.
 run() {
-    local child= code=0 heard= signal=
+    local child='' code=0 heard='' signal=''
     trap 'heard=1 signal=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM HUP
     trap 'heard=1 signal=130; [[ -z $child ]] || kill -INT "$child" 2>/dev/null' INT
     set -m # a process group for the command: Ctrl-C reaches it once, from here
@@ -28,7 +28,7 @@ run() {
     set +m
     [[ -z $signal ]] || kill -TERM "$child" 2>/dev/null # came before there was a child
     while
-        heard=
+        heard=''
         wait "$child" && code=0 || code=$?
         [[ $heard ]] # the wait was interrupted
     do :; done
