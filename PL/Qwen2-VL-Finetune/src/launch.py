@@ -6,17 +6,20 @@ SIGTERM and Ctrl-C reach every rank once, and are given the time that saving a c
 """
 
 import logging
+import signal
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
 
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun listens: importing it takes seconds
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
 
-def run() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says itself why it ends
     try:
-        main()
+        torchrun()
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
@@ -34,4 +37,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())
