@@ -10,7 +10,6 @@ import math
 import os
 import random
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,8 @@ import ranks
 import torch
 import torch.distributed as dist
 from cache import Cache
-from PIL import Image, ImageOps
+from pictures import PictureError, open_picture
+from PIL import Image
 from tqdm import tqdm
 
 IGNORE = -100
@@ -31,25 +31,6 @@ TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's out
 
 class DataError(Exception):
     """Something in the train JSON that the user can mend: names file, record and remedy."""
-
-
-def open_picture(path: str) -> Image.Image:
-    """The picture as the stages see it: first frame, turned as its EXIF says, 8 bits, alpha over white, RGB."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = Image.open(path)
-    with picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I") or picture.mode == "F":  # deep grey, which Pillow's conversion would cut to white
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        most = values.max()
-        white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else 1 if most <= 1 else max(most, 255)
-        picture = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_samples(
@@ -202,7 +183,7 @@ class _Tried(torch.utils.data.Dataset):
                 encoded = self.cache.get(key)
             found = encoded is not None
             encoded = encoded if found else encode(sample, self.processor)
-        except (DataError, ValueError, OSError) as error:
+        except (DataError, PictureError, ValueError, OSError) as error:
             return str(error)
         length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == self.processor.image_token_id).sum())
         self.memory -= sum(value.nbytes for value in encoded.values())
@@ -294,8 +275,8 @@ def _opened(path: str | Image.Image) -> Image.Image:
         return path
     try:
         return open_picture(path)
-    except Exception as error:  # Pillow's plugins raise anything
-        raise DataError(f"{path} cannot be read ({error or type(error).__name__})") from None
+    except PictureError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 class Samples(torch.utils.data.Dataset):
