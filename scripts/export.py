@@ -144,7 +144,8 @@ def main(argv=None) -> None:
     samples = records.read_records(args.train_json, "train")
     if not samples:
         raise InputError(f"{args.train_json}: no samples in it.")
-    samples = [s | {"image": locate(s["image"], dict(args.path_map), args.image_root)} for s in samples]
+    paths = locate([s["image"] for s in samples], dict(args.path_map), args.image_root)
+    samples = [s | {"image": path} for s, path in zip(samples, paths, strict=True)]
     folder = args.to in ("trl", "hf")
     out = args.out or args.train_json.with_name(f"{args.train_json.stem}_{args.to}" + ("" if folder else ".json"))
     if args.to == "ms-swift" and not args.out:
