@@ -144,14 +144,23 @@ def format_marks(path: str | None, trust_remote_code: bool = False) -> frozenset
     tokenizer and the image and video marks of its processor. Of a model behind a server (None), those of the families in use."""
     if path is None:
         return COMMON_MARKS
-    return processor_marks(load_processor(adapted(path) or path, MIN_PIXELS, MAX_PIXELS, trust_remote_code))
+    folder = Path(adapted(path) or path)
+    if not (folder / "tokenizer.json").is_file():
+        return processor_marks(load_processor(str(folder), MIN_PIXELS, MAX_PIXELS, trust_remote_code))
+    marks = set()  # read, since to load a processor takes seconds
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSOR_FILES):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        tokens = content.get("added_tokens", []) + list(content.get("added_tokens_decoder", {}).values())
+        marks |= {token["content"] for token in tokens if _is_mark(token["content"], token.get("special"))}
+        named = (value for key, value in content.items() if key.endswith("_token") and value)
+        marks |= {str(value.get("content", "") if isinstance(value, dict) else value) for value in named}
+    return frozenset(mark for mark in marks if len(mark.strip()) > 1)
 
 
 def processor_marks(processor) -> frozenset[str]:
+    """`format_marks` of a processor that is loaded."""
     tokenizer = processor.tokenizer
-    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(
-        tokenizer.all_special_tokens
-    )
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if _is_mark(str(token), token.special)}
     for name in (
         "image_token",
         "video_token",
@@ -163,7 +172,11 @@ def processor_marks(processor) -> frozenset[str]:
         for owner in (processor, tokenizer):
             mark = getattr(owner, name, None)
             marks.add(str(getattr(mark, "content", mark) or ""))
-    return frozenset(mark for mark in marks if len(mark.strip()) > 1)
+    return frozenset(mark for mark in {*marks, *tokenizer.all_special_tokens} if len(mark.strip()) > 1)
+
+
+def _is_mark(token: str, special: bool | None) -> bool:
+    return bool(special) or (token[:1] in "<[" and token[-1:] in ">]")
 
 
 def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):

@@ -132,7 +132,7 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
 
 
 def annotate(
-    samples: list[Sample], tries: int, engine, journal: Journal, args, marks: frozenset[str], images: dict
+    samples: list[Sample], tries: int, engine, journal: Journal, args, marks: frozenset[str] = frozenset(), images=None
 ) -> list[dict]:
     """A record for each sample. An unusable reply is asked for again, a picture that cannot be read is not."""
     done, left = {}, samples
@@ -144,7 +144,7 @@ def annotate(
             if attempt and "error" in reply:  # keep the reply that there is; the next call asks again
                 continue
             parsed = annotation(reply, args, marks)
-            done[sample.key] = record(sample, attempt, reply, parsed, images[sample.image_path])
+            done[sample.key] = record(sample, attempt, reply, parsed, (images or {}).get(sample.image_path))
         left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
 
@@ -160,6 +160,7 @@ def main(argv=None) -> Path:
     started = time.time()
     tries = 0 if args.preset == "released" else args.tries
     lvlm = records.short_name(args.model_path_lvlm)
+    cli.check_model(args, args.model_path_lvlm)
     samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
     samples = cli.chosen(samples, args)
     images = fingerprints(s.image_path for s in samples)

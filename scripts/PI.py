@@ -184,15 +184,16 @@ def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], dict[str, st
     return held_out, of, threshold
 
 
-def usable_annotations(annotations: list[dict], args) -> tuple[list[dict], Counter]:
-    """The PA records that have a question and an answer, their pictures where they lie now; and why others are left out.
+def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
+    """The PA records that have a question and an answer, their pictures where they lie now.
+
+    `left_out` counts why others are not among them: `marks` of the prompt's format, an image that has changed since.
 
     The released code's, which have no `reply`, have lost their question mark; under `paper` it is put back.
     """
-    usable, left_out = [], Counter()
+    usable, left_out = [], Counter() if left_out is None else left_out
     paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
     images = fingerprints(path for r, path in zip(annotations, paths, strict=True) if r.get("image_hash"))
-    marks = cli.marks_of(args, args.model_path_lvlm, args.model_path_svlm)
     for r, path in zip(annotations, paths, strict=True):
         question = r["predicted_question"]
         if not (question and r["predicted_answer"]):
@@ -205,7 +206,7 @@ def usable_annotations(annotations: list[dict], args) -> tuple[list[dict], Count
             left_out["the image has changed since PA"] += 1
         else:
             usable.append(r | {"image_path": path, "predicted_question": question})
-    return usable, left_out
+    return usable
 
 
 def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, str]:
@@ -218,7 +219,10 @@ def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, 
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.chosen(records.read_records(pa_json, "PA"), args)
-    usable, left_out = usable_annotations(annotations, args)
+    left_out = Counter()
+    usable = usable_annotations(
+        annotations, args, left_out, cli.marks_of(args, args.model_path_lvlm, args.model_path_svlm)
+    )
     if left_out:
         print(f"PI: {cli.counted(left_out.elements())}", file=sys.stderr)
     if not usable:

@@ -14,7 +14,7 @@ import PI
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
 
-from mpa import cli
+from mpa import cli, holdout
 from mpa.datasets import Sample, locate
 from mpa.journal import Journal
 from mpa.prompts import TASK_PROMPTS
