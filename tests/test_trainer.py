@@ -110,7 +110,10 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: 1 images, and 2 <image>"),
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "2 images, and 1 <image>"),
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": [3]}]), "neither a path nor a list"),
-        (json.dumps([train_record(1, "a.png", "q", "<image>")]), "record 0: 1 images"),
+        (
+            json.dumps([train_record(1, "a.png", "q", "<image>")]),
+            "record 0: <image> stands in a turn that is not the user's",
+        ),
     ],
 )
 def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor, content, says):
@@ -273,7 +276,7 @@ def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> 
     """What a script would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
     (folder / "torch.py").write_text(
         "import sys\n"
-        "if sys.argv[0].endswith('deepspeed'):\n"
+        "if sys.argv[0].endswith(('deepspeed', 'launch.py')):\n"
         "    sys.exit(print(*sys.argv, sep='\\n'))\n"
         "class cuda:\n"
         "    device_count = lambda: 1\n"
@@ -295,11 +298,10 @@ def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(tmp_path):
     assert after(old, "--fp16") == "True"
 
 
-def test_two_trainings_on_one_machine_get_a_port_each(tmp_path, monkeypatch):
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    ports = {after(launched(tmp_path, True), "--master_port") for _ in range(2)}
-    assert len(ports) == 2
-    assert after(launched(tmp_path, True, MASTER_PORT=4321), "--master_port") == "4321"
+def test_two_trainings_on_one_machine_do_not_share_a_port(tmp_path):
+    assert "--standalone" in launched(tmp_path, True)  # torchrun takes one that is free
+    machines = launched(tmp_path, True, NNODES=2, MASTER_ADDR="there", MASTER_PORT=4321)
+    assert "--standalone" not in machines and after(machines, "--master_port") == "4321"
 
 
 def test_machines_of_a_hostfile_are_deepspeeds_to_reach_by_flag_or_environment(tmp_path):

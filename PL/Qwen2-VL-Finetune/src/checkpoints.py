@@ -4,6 +4,7 @@ A checkpoint's manifest is written last. It holds the size of every file, and th
 would run what is in one when they load it, so that only what this trainer wrote here is loaded.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -86,22 +87,23 @@ def read_json(path: Path) -> dict:
     return content
 
 
-class Lock:
-    """On an output folder, as long as this process lives. Raises DataError where another training has it."""
-
-    def __init__(self, out: Path):
-        out.mkdir(parents=True, exist_ok=True)
-        self.path = out / ".lock"
-        self._file = open(self.path, "w")  # noqa: SIM115
+@contextlib.contextmanager
+def locked(out: Path):
+    """The output folder is this training's alone, as long as it runs. Raises DataError where another training has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock"
+    with open(path, "w") as file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
         except BlockingIOError:
             raise DataError(
                 f"{out}: another training is writing it. Choose another --output_dir, or wait for it."
             ) from None
         except OSError as error:
             print(f"warning: {out}: cannot be locked on this file system ({error.strerror}).", file=sys.stderr)
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._file.close()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where nothing was written

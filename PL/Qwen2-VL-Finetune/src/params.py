@@ -10,14 +10,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import flags
 import ranks
 import torch
 import transformers
 from activations import PRODUCTS
+from forms import DataError
 from transformers.hf_argparser import string_to_bool
-from transformers.integrations import is_deepspeed_zero3_enabled
-
-from data import DataError
 
 # Spelling of that project's older versions -> today's. A flag may be given in one of them.
 RENAMED = {
@@ -94,10 +93,11 @@ class DataArguments:
             "help": "Keep --cache_gb of the samples as the check before step 0 made them. False: as many as there is room for."
         },
     )
-    cache_gb: float = field(
-        default=20.0,
+    cache_gb: float | None = field(
+        default=None,
         metadata={
-            "help": "See --lazy_preprocess. On disk; one device alone has 1 GiB of them in memory first. Others are made again."
+            "help": "See --lazy_preprocess. On disk; one device alone has 1 GiB of them in memory first. Others are made again. "
+            "By default none where each sample is used once, else 20 or a tenth of what is free on the disk."
         },
     )
     samples_dir: str = field(
@@ -178,43 +178,27 @@ KINDS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The flags, in any of their spellings. Raises DataError for combinations without sense."""
+    """The flags, in any of their spellings. Raises DataError for unknown ones, values out of range and combinations without sense."""
     words = _todays(sys.argv[1:] if argv is None else argv)
     parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
-    model, data, args = parser.parse_args_into_dataclasses(words)
-    for flag, value in (("--vision_lora", model.vision_lora), ("--lora_namespan_exclude", model.lora_namespan_exclude)):
-        if value and not model.lora_enable:
-            raise DataError(f"{flag} has no effect without --lora_enable True.")
+    parser.error = _refuse
+    flags.refuse_unknown(words, [flag for action in parser._actions for flag in action.option_strings])
+    try:
+        model, data, args = parser.parse_args_into_dataclasses(words)
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
+        raise DataError(f"{str(error).strip().splitlines()[0]} `train.py --help` lists all flags.") from None
+    flags.check(model, data, args)
     if len(model.lora_namespan_exclude) == 1 and model.lora_namespan_exclude[0].startswith("["):
-        model.lora_namespan_exclude = literal_eval(model.lora_namespan_exclude[0])  # as that project's scripts write it
-    if model.freeze_vision_tower and model.freeze_merger and model.freeze_llm and not model.lora_enable:
-        raise DataError("everything is frozen; there is nothing to train.")
-    if (Path(model.model_id) / "adapter_config.json").is_file():
-        raise DataError(
-            f"{model.model_id}: holds LoRA adapters, which would not be saved with what is trained here. Merge them first: "
-            "scripts/merge_lora.sh."
-        )
+        try:
+            model.lora_namespan_exclude = list(
+                literal_eval(model.lora_namespan_exclude[0])
+            )  # as that project's scripts write it
+        except (ValueError, SyntaxError):
+            raise DataError(
+                f"--lora_namespan_exclude {model.lora_namespan_exclude[0]}: expected words, or ['a', 'b']."
+            ) from None
     if Path(model.model_id).is_dir():
         model.model_id = str(Path(model.model_id).resolve())  # an adapter names its base from anywhere
-    if args.activation_checkpointing_kwargs:
-        raise DataError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
-    if data.cache_features:
-        if not (model.freeze_vision_tower and model.freeze_merger) or model.vision_lora or is_deepspeed_zero3_enabled():
-            raise DataError(
-                "--cache_features: only with --freeze_vision_tower, --freeze_merger, no --vision_lora, no ZeRO-3."
-            )
-        if data.lazy_preprocess and not data.cache_gb:
-            raise DataError("--cache_features: --cache_gb 0 leaves no room for them.")
-    if args.keep == PRODUCTS and is_deepspeed_zero3_enabled():
-        raise DataError(
-            "--activation_checkpointing products: wrong under ZeRO-3, which takes weights away; True is right."
-        )
-    if args.n_gpu > 1:
-        raise DataError("several GPUs and one process: start with scripts/, deepspeed or torchrun, or show it one GPU.")
-    if args.load_best and not data.eval_data_path:
-        raise DataError("--load_best needs --eval_data_path.")
-    if args.use_liger_kernel and args.device.type != "cuda":
-        raise DataError("--use_liger: Liger's kernels run on GPUs only, and there is none here. Leave it out.")
     if data.eval_data_path and args.eval_strategy == "no":
         args.eval_strategy = args.save_strategy if args.load_best else "epoch"
         args.eval_steps = args.save_steps
@@ -222,6 +206,10 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
         args.load_best_model_at_end, args.greater_is_better = True, True
         args.metric_for_best_model = "eval_accuracy"
     return model, data, args
+
+
+def _refuse(message: str):
+    raise DataError(f"{message}. `train.py --help` lists all flags.")
 
 
 def _todays(words: list[str]) -> list[str]:
@@ -236,6 +224,15 @@ def _todays(words: list[str]) -> list[str]:
         new = RENAMED.get(flag, OPPOSITE.get(flag, flag))
         if found.setdefault(new, flag) != flag:
             raise DataError(f"{found[new]} and {flag} are one flag; give it once.")
+        if flag == "--warmup_ratio":
+            value = value if equals else left.popleft() if left else ""
+            try:
+                share = float(value)
+            except ValueError:
+                share = -1.0
+            if not 0 <= share < 1:
+                raise DataError(f"--warmup_ratio {value}: a share of all steps, from 0 to below 1.")
+            equals = "="
         if flag in OPPOSITE:
             if not equals:
                 value = left.popleft() if left and not left[0].startswith("--") else "True"

@@ -8,11 +8,14 @@ A training that was stopped goes on from its last checkpoint (--resume_from_chec
 not been: same batches, optimizer, schedule and random numbers.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -262,13 +265,12 @@ def save_dtype(model_args: ModelArguments) -> torch.dtype:
 
 
 def main(argv=None) -> int:
-    """Train as the flags say; 0, or 143 where it was asked to stop. Raises DataError for what the user can mend."""
+    """Train as the flags say; 0, or 143 or 130 where it was asked to stop. Raises DataError for what the user can mend."""
     ranks.settle()
     model_args, data_args, args = parse(argv)
     if args.deepspeed:
         ranks.init_deepspeed()
-    started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
-    lock = checkpoints.Lock(out) if first else None
+    out, first = Path(args.output_dir), args.process_index == 0
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
@@ -277,11 +279,21 @@ def main(argv=None) -> int:
     if (out / META).exists():
         refuse_other_settings(checkpoints.read_json(out / META).get("settings") or {}, asked, out)
         print(f"PL: {out} is there already, trained with these settings.")
-        if lock:
-            lock.release()
         return 0
-    checkpoint = checkpoint_in(out, asked, args)
+    with checkpoints.locked(out) if first else contextlib.nullcontext():
+        try:
+            return train(samples, model_args, data_args, args, asked)
+        finally:  # what was kept of the samples, of a training that failed too
+            if args.local_process_index == 0 and not data_args.samples_dir:
+                shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
 
+
+def train(
+    samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, asked: dict
+) -> int:
+    """Train on these samples from the last checkpoint on, and write the model, its card and the meta file."""
+    started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
+    checkpoint = checkpoint_in(out, asked, args)
     trainer = build(samples, model_args, data_args, args, asked)
     samples = trainer.train_dataset
     if first:
@@ -297,12 +309,10 @@ def main(argv=None) -> int:
     if trainer.interrupted:
         if first:
             print(f"PL: stopped at step {result.global_step} and saved. The same call goes on from there.", flush=True)
-        return 143
+        return 128 + trainer.stop.heard
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
     ranks.wait()
-    if args.local_process_index == 0 and not data_args.samples_dir:
-        shutil.rmtree(samples_folder(data_args, args), ignore_errors=True)
     if first:
         meta = {"settings": asked, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
@@ -312,18 +322,36 @@ def main(argv=None) -> int:
             meta["accuracy"] = max(scores) if args.load_best else scores[-1]
         report.write_card(out, meta, model_args.model_id, model_args.lora_enable)
         report.write_json(out / META, meta)
-        print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
         size, dtype = report.size_of(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
+        print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
         print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")
-        lock.release()
     return 0
+
+
+def run() -> int:
+    """`main`; what a user can mend ends in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the trainer saves when it hears it
+    try:
+        code = main()
+        ranks.end()
+        return code
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped before the first step. The same call begins again.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise
+        print(
+            f"error: {error.filename or 'the output folder'}: {error.strerror}. Make room, or choose another --output_dir; the "
+            "same call goes on from the last whole checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        code = main()
-        ranks.end()
-        sys.exit(code)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run())

@@ -44,7 +44,7 @@ class Leveler(Trainer):
 
     logits, and what only they need, are computed only where there is a label; each part of the model has its learning rate; a step's
     samples do not depend on the number of devices; packed rows get each sample's own positions; a loss that is no
-    number stops with the samples' ids; checkpoints are written aside and renamed; SIGTERM saves and stops;
+    number stops with the samples' ids; checkpoints are written aside and renamed; SIGTERM and Ctrl-C save and stop;
     evaluation is the share of answers generated right.
     """
 
@@ -313,16 +313,15 @@ class Leveler(Trainer):
             state_dict = self.model.state_dict()
         else:  # DeepSpeed's has each tied tensor twice
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        bad = [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
-        if bad:
-            raise self._gone_wrong(
-                f"{len(bad)} of {len(state_dict)} weights are not finite, {bad[0]} first; last trained on",
-                self.last_ids,
-            )
         core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         final = not self.aside
         if final and self.save_dtype is not None:
             state_dict = {n: v.to(self.save_dtype) if v.is_floating_point() else v for n, v in state_dict.items()}
+        bad = [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            dtype = f" in {self.save_dtype}" if final else ""
+            what = f"{len(bad)} of {len(state_dict)} weights are not finite{dtype}, such as {bad[0]}, after training"
+            raise self._gone_wrong(what, self.last_ids)
         with report.as_saved(core.config, self.save_dtype if final else None):
             super()._save(output_dir, state_dict)
         Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
@@ -400,16 +399,22 @@ def _plain(text: str) -> str:
 
 
 class StopWhenAsked(TrainerCallback):
-    """SIGTERM: finish the step, save a checkpoint, stop. On all ranks at the same step."""
+    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. On all ranks at the same step.
+
+    A second Ctrl-C, of a person who does not want to wait, ends at once.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.heard = False, signal.SIGTERM
 
     def on_train_begin(self, args, state, control, **_):
-        signal.signal(signal.SIGTERM, self._hear)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
 
-    def _hear(self, *_):
-        self.asked = True
+    def _hear(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked, self.heard = True, number
 
     def on_step_end(self, args, state, control, **_):
         asked = torch.tensor(float(self.asked), device=args.device)
