@@ -4,6 +4,7 @@ Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annota
 --image-root name other places. data/README.md says where the files come from.
 """
 
+import math
 import os
 import random
 import sys
@@ -270,9 +271,22 @@ def samples_from(
         ) from None
 
 
+def is_texts(answers) -> bool:
+    return isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+
+
+def labelled(answers: list[str]) -> bool:
+    """Is there an answer to score against? Test parts without labels hold an empty list, or empty text ten times over."""
+    return any(answer.strip() for answer in answers)
+
+
 def _texts(answers) -> list[str]:
-    """Answers as text; numbers are taken, other things are no answers."""
-    if not isinstance(answers, list) or not all(isinstance(a, str | int | float) for a in answers):
+    """Answers as text; finite numbers are taken, other things are no answers."""
+
+    def is_answer(a) -> bool:
+        return isinstance(a, str) or (isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a))
+
+    if not isinstance(answers, list) or not all(map(is_answer, answers)):
         raise TypeError(f"the answers should be a list of text: {str(answers)[:80]}")
     return [str(answer) for answer in answers]
 
@@ -312,11 +326,12 @@ def load_samples(
     if name == "images" and split == "test":
         samples = [replace(s, image_path=locate(s.image_path, {}, image_root)) for s in samples]
     if split == "test":
-        for index, sample in enumerate(samples):
-            if not sample.answers:
-                raise InputError(
-                    f"{source}, record {index}: no answers to score against; is it a test part without labels?"
-                )
+        without = [index for index, sample in enumerate(samples) if not labelled(sample.answers)]
+        if without:
+            raise InputError(
+                f"{source}, record {without[0]}: no answers to score against, nor have {len(without) - 1} others of "
+                f"{len(samples)}; is it a test part without labels? Name the labelled one with --annotations."
+            )
     no_twice(samples, source)
     if pictures:
         look_for_pictures([s.image_path for s in samples])

@@ -96,14 +96,20 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
             raise InputError(
                 f"{path}, record {index}: no field {missing[0]!r}. A {kind} file has {', '.join(FIELDS[kind])}."
             )
-        no_text = [f for f in FIELDS[kind][1:] if f != "conversations" and not isinstance(record[f], str | None)]
+        texts = [f for f in FIELDS[kind][1:] if f != "conversations"] + ["left_out", "type"]
+        no_text = [f for f in texts if not isinstance(record.get(f), str | None)]
         if no_text:
             raise InputError(f"{path}, record {index}: {no_text[0]!r} should be text or null: {record[no_text[0]]!r}.")
         for field in ("answers", "raw_answers") if kind == "Eval" else ():
-            answers = record.get(field) or []
-            if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            answers = record.get(field)
+            if answers is not None and not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)):
                 raise InputError(f"{path}, record {index}: {field!r} should be a list of text: {str(answers)[:80]}.")
-        key = str(record[FIELDS[kind][0]])
+        identity = record[FIELDS[kind][0]]
+        if not isinstance(identity, str | int) or isinstance(identity, bool):
+            raise InputError(
+                f"{path}, record {index}: {FIELDS[kind][0]!r} should be a number or text: {str(identity)[:80]}."
+            )
+        key = str(identity)
         if key in seen:
             raise InputError(f"{path}: records {seen[key]} and {index} have the same {FIELDS[kind][0]}, {key!r}.")
         seen[key] = index
