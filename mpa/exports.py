@@ -28,7 +28,7 @@ def turns(sample: dict) -> list[tuple[str, str]]:
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise ValueError("'conversations' should be a list of turns")
     for turn in conversation:
-        if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+        if turn.get("from") not in list(ROLES) or not isinstance(turn.get("value"), str):
             raise ValueError(f"a turn should be from 'human' or 'gpt' and its value text: {json.dumps(turn)[:80]}")
     found = [(ROLES[turn["from"]], re.sub(rf"{MARK}\r?\n", MARK, turn["value"])) for turn in conversation]
     if [role for role, _ in found] != ["user", "assistant"] * (len(found) // 2) or not found:

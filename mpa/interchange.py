@@ -73,6 +73,10 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
     }
     path = folder / "results.json"
     document = records.read_json(path) if path.exists() else {}
+    if not isinstance(document, dict) or not all(isinstance(document.get(key, {}), dict) for key in of_task):
+        raise InputError(
+            f"{path}: not a results.json of lmms-eval; move it away and call again, nothing is asked anew."
+        )
     for key, value in of_task.items():
         document[key] = document.get(key, {}) | {task: value}
     document |= {"model_source": "mpa", "model_name": model_path, "config": {"model": "mpa", "model_args": model_path}}
@@ -164,7 +168,7 @@ def _shaped(line) -> tuple[dict, int | str | None]:
         if not is_texts(answers):
             raise TypeError(f"{name!r} should be a list of text: {json.dumps(found)[:80]}")
         if not labelled(answers):
-            raise TypeError(f"{name!r} holds no answer to score against; is it a test part without labels?")
+            raise TypeError(f"{name!r} holds no answer to score against (a test part without labels?)")
     more = {}
     if kind := field(doc, "type", str, "text"):
         more["type"] = kind.removesuffix("_test")  # lmms-lab/ChartQA's human_test
@@ -198,7 +202,7 @@ def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str
     else:
         sample = samples[line["doc_id"]] if 0 <= line["doc_id"] < len(samples) else None
     if sample is None:
-        raise ValueError(f"no answers in it, and no {where} in the data set: is it another data set or part?")
+        raise ValueError(f"no answers in it, and no {where} in the data set (another data set or part?)")
 
     prompt, target, checked = line.get("input"), line.get("target"), False
     remedy = (
