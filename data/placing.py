@@ -95,12 +95,10 @@ def check(roots: list[Root], data: Path) -> None:
     """Raise InputError for what would be written through a link, for an archive that is a bomb, and for too little room."""
     needed, by_archive = 0, Counter()
     for root in roots:
-        linked, to_write = root.path.is_symlink(), [name for name in root.wanted if not root.is_there(name)]
-        if linked and all(isinstance(source, int) for source in root.wanted.values()) and to_write:
-            check_target(root.path, data)  # of a copy: its pictures are never linked as a folder
-        folders = {root.path} if linked else {(root.path / name).parent for name in to_write}
-        for folder in folders if to_write else ():
-            check_target(folder.parent if linked else folder, data)
+        to_write = [name for name in root.wanted if not root.is_there(name)]
+        if to_write:  # links further down are refused with the records, as leading out of the image root
+            of_download = any(isinstance(source, Member) for source in root.wanted.values())
+            check_target(root.path.parent if of_download else root.path, data)  # a link to a download is made anew
         for name in to_write:
             source = root.wanted[name]
             needed += root.size(name) or 0 if not isinstance(source, Member) or source.archive else 0
