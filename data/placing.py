@@ -81,10 +81,8 @@ def of_copy(sizes: dict[str, list[int]], dataset: str, parts: dict[str, list[Sam
 
 def check_target(folder: Path, data: Path) -> None:
     """Raise InputError where a link below `data` leads `folder` elsewhere: into a download, perhaps."""
-    data = Path(os.path.abspath(data))
-    if os.path.realpath(folder) != os.path.join(os.path.realpath(data), os.path.relpath(folder, data)).removesuffix(
-        "/."
-    ):
+    below = os.path.relpath(folder, data)
+    if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(data), below)):
         raise InputError(
             f"{folder}: leads to {os.path.realpath(folder)} through a link, and nothing is written through links. Remove the "
             "link, or choose another --data folder."
@@ -101,9 +99,11 @@ def check(roots: list[Root], data: Path) -> None:
             check_target(root.path.parent if of_download else root.path, data)  # a link to a download is made anew
         for name in to_write:
             source = root.wanted[name]
-            needed += root.size(name) or 0 if not isinstance(source, Member) or source.archive else 0
             if isinstance(source, Member) and source.archive:
                 by_archive[source.archive] += source.size
+            elif isinstance(source, int):
+                needed += source
+    needed += by_archive.total()
     for archive, size in by_archive.items():
         check_ratio(archive, size, os.stat(archive).st_size)
     place = data

@@ -230,7 +230,7 @@ def hf_rows(source: Path) -> Iterator[tuple[str, str, dict, bytes]]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
                 check_ratio(path, sum(groups), os.path.getsize(path))
-                for batch in file.iter_batches(batch_size=32):
+                for batch in file.iter_batches(batch_size=4):
                     for row in batch.to_pylist():
                         image = row.pop("image", None)
                         picture = image.get("bytes") if isinstance(image, dict) else image

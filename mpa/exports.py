@@ -16,6 +16,7 @@ from mpa.records import InputError
 
 MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
+PART = r"train-00000-of-00001-[0-9a-f]{16}\.parquet"
 MADE_BY = "Model Parity Alignment (arXiv 2509.16633)"  # in the card of a folder that may be written anew
 
 
@@ -95,12 +96,16 @@ def is_unicode(sample: dict) -> bool:
 
 
 def free_for_folder(folder: Path) -> None:
-    """Raise InputError where `folder` holds anything but an earlier export."""
+    """Raise InputError where `folder` holds anything but an earlier export, or what a killed one has left."""
     if not folder.is_dir():
         return
-    card, there = folder / "README.md", {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    others = there - {"README.md", "data"}
-    ours = not there or (card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace"))
+    card, data = folder / "README.md", folder / "data"
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    others = there - {card.name, data.name}
+    if card.is_file():
+        ours = MADE_BY in card.read_text(encoding="utf-8", errors="replace")
+    else:
+        ours = all(re.fullmatch(PART, path.name) or path.name.startswith(".") for path in data.glob("*"))
     if others or not ours:
         raise InputError(
             f"{folder}: is there already, and not as an export of a parity set ({', '.join(sorted(others or there))} in "

@@ -116,7 +116,11 @@ def main(argv=None) -> None:
     p.add_argument(
         "--out", type=Path, help="file or folder to write (default: beside the parity set; a folder has the run's name)"
     )
-    p.add_argument("--image-root", metavar="DIR", help="look for the pictures below this folder")
+    p.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="look for the pictures below this folder; hf and trl take none from elsewhere",
+    )
     p.add_argument(
         "--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved pictures"
     )
@@ -145,6 +149,9 @@ def main(argv=None) -> None:
         else:
             records.write_json(out, rows)
     print(f"{len(samples)} samples, wrote {out}.")
+    if args.to in FOLDERS:
+        folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
+        print(f"The pictures in it are copies, from below {os.path.commonpath(folders)}.")
     if args.to in ("sharegpt", "ms-swift"):
         print(how_to_train(args.to, out, made))
 

@@ -158,9 +158,15 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     (out / "README.md").write_text(exports.MADE_BY)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt in it"):
-        exported(parity_set, "trl" if out.name == "out-trl" else "hf")
+        exported(parity_set, "hf")
     (out / "notes.txt").unlink()
     exported(parity_set, "hf")
+    (out / "README.md").unlink()  # as if it had been killed before the end
+    exported(parity_set, "hf")
+    (out / "README.md").unlink()
+    (out / "data/train-00000-of-00001.parquet").touch()  # another's
+    with pytest.raises(InputError, match="is there already, and not as an export"):
+        exported(parity_set, "hf")
 
 
 def test_llama_factorys_registry_keeps_what_it_has(parity_set):
