@@ -98,15 +98,19 @@ def of_run(train_json: Path) -> dict:
 
 
 def how_to_train(to: str, out: Path, made: dict) -> str:
-    """What the trainer must be told to see what is evaluated: its template for the model, and the pixels."""
+    """What the trainer must be told to see what is evaluated, token by token: its template, and the pictures' pixels."""
     pixels = [made.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
     least, most = (n or default for n, default in zip(pixels, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
     return {
-        "sharegpt": f"LLaMA-Factory: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
-        f"--image_min_pixels {least} --image_max_pixels {most}",
-        "ms-swift": f"ms-swift: MIN_PIXELS={least} MAX_PIXELS={most} swift sft --template qwen2_vl --model_type qwen2_vl "
-        f"--dataset {out}",
-    }[to] + " (for a Qwen2-VL; another family has a template of its own)."
+        # Its own resizing gives other sizes than the processor's, so that it must leave the pictures as they are.
+        "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
+        f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
+        f"{least} and longest_edge {most}.",
+        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={least} MAX_PIXELS={most} swift sft --template qwen2_vl "
+        f"--model_type qwen2_vl --dataset {out}",
+        "trl": "TRL, for a Qwen2-VL: SFTTrainer(processing_class=AutoProcessor.from_pretrained(S_VLM, "
+        f"min_pixels={least}, max_pixels={most}), …)",
+    }[to]
 
 
 def main(argv=None) -> None:
@@ -152,7 +156,7 @@ def main(argv=None) -> None:
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
         print(f"The pictures in it are copies, from below {os.path.commonpath(folders)}.")
-    if args.to in ("sharegpt", "ms-swift"):
+    if args.to in ("sharegpt", "ms-swift", "trl"):
         print(how_to_train(args.to, out, made))
 
 

@@ -98,7 +98,9 @@ def test_each_trainer_is_told_what_shows_it_the_evaluated_prompt(parity_set, cap
     exported(parity_set, "sharegpt")
     said = capsys.readouterr().out
     assert f"--dataset_dir {parity_set.parent} --dataset out-sharegpt --template qwen2_vl" in said
-    assert "--image_min_pixels 3136 --image_max_pixels 6272" in said
+    assert "shortest_edge 3136 and longest_edge 6272" in said
+    exported(parity_set, "trl")
+    assert "min_pixels=3136, max_pixels=6272" in capsys.readouterr().out
 
 
 def test_trls_rows_give_the_evaluated_prompt_in_the_students_own_template(tmp_path):
