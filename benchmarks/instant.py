@@ -36,11 +36,11 @@ class InstantEngine:
     def reply(self, request: Request) -> dict:
         chance = int(hashlib.sha256(f"{self.model} {request.key} {request.prompt}".encode()).hexdigest()[:8], 16)
         if chance % 50 == 0:
-            return {"key": request.key, "error": "picture: no such file"}
+            return {"key": request.key, "error": "picture: no such file", "permanent": True}
         text = f"Question: is it number {chance % 9}?\nAnswer: yes" if "Question:" in request.prompt else "yes"
         text = "nothing to say" if chance % 7 == 0 else text
         reply = {"key": request.key, "text": text, "logprob": -(chance % 999) / 100, "tokens": len(text.split())}
-        if following(request, text):
+        if following(request, reply):
             reply["follow_up"] = {
                 "key": request.key,
                 "text": "yes" if chance % 3 else "no",

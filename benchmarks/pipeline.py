@@ -45,7 +45,7 @@ class PlainModel:
     def __init__(self, path: str, args):
         device = models.pick_device(args.device)
         self.processor = models.load_processor(path, args.min_pixels, args.max_pixels)
-        self.model = models.load_model(path, device, models.pick_dtype(args.dtype, device))
+        self.model = models.load_model(path, device, getattr(torch, models.resolved_dtype(args.dtype, device)))
 
     @torch.inference_mode()
     def replies(self, asked: list[tuple[str, str]], batch_size: int) -> list[str]:

@@ -159,10 +159,9 @@ def check(args) -> None:
         folder = args.data / PREPARATIONS[dataset].folder
         for file in sorted(folder.glob("*.json")) if not args.annotations else ():
             if is_train_json(file.name):
-                groups[file] = [
-                    Sample(r["id"], locate(r["image"], args.path_map, args.image_root))
-                    for r in records.read_records(file, "train")
-                ]
+                found = records.read_records(file, "train")
+                paths = locate([r["image"] for r in found], args.path_map, args.image_root)
+                groups[file] = [Sample(r["id"], path) for r, path in zip(found, paths, strict=True)]
     for file, samples in groups.items():
         found = checking.check(samples[: args.limit], args.workers, args.min_pixels, args.max_pixels)
         print("\n".join([f"{file}:", *found.lines()]))

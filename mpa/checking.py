@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from mpa.datasets import Sample
-from mpa.pictures import PictureError, open_picture
+from mpa.pictures import PictureError, open_picture, read_file
 
 EXAMPLES = 10  # broken pictures named
 
@@ -62,13 +62,7 @@ class Found:
 def look(path: str) -> tuple[tuple[int, int], str, str | None]:
     """((width, height), digest of the bytes, None or why the picture cannot be used)."""
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except FileNotFoundError:
-        return (0, 0), "", "no such file"
-    except OSError as error:
-        return (0, 0), "", f"cannot be read ({error.strerror})"
-    try:
+        content = read_file(path)
         size = open_picture(io.BytesIO(content)).size
     except PictureError as error:
         return (0, 0), "", str(error)

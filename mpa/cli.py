@@ -17,7 +17,7 @@ from pathlib import Path
 from mpa import interchange, ranks, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
-from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, identity
+from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, format_marks, identity, resolved_dtype
 from mpa.pictures import picture_size
 from mpa.records import InputError
 
@@ -189,6 +189,7 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():
         p.error(f"--out {args.out} is a folder; name a file")
+    records.run_folder(args.run)  # a name that will do
     args.path_map = dict(args.path_map or ())
     return args
 
@@ -236,6 +237,15 @@ def model_identity(args, model_path: str) -> str:
     return identity(model_path) if ENGINES[replier(args, model_path)].local else model_path
 
 
+def marks_of(args, *model_paths: str) -> frozenset[str]:
+    """What the prompt formats of these models take for their own: no question or answer may hold it."""
+    of_each = (
+        format_marks(path if ENGINES[replier(args, path)].local else None, args.trust_remote_code)
+        for path in model_paths
+    )
+    return frozenset().union(*of_each)
+
+
 def account(facts: dict) -> str:
     """What a server has been asked for and what it cost, as a line; "" where nothing is counted."""
     if "tokens_in" not in facts:
@@ -246,11 +256,12 @@ def account(facts: dict) -> str:
 
 def dry_run(args, model_path: str, requests: list, label: str) -> None:
     """Print how much there is to ask, and how long it would take by the pace of some of it; nothing is kept."""
-    some = requests[: 1 + 2 * args.batch_size]
     with engine(args, model_path) as tried:
-        list(tried.generate(some[:1]))  # loads the model
+        list(tried.generate(requests[:1]))  # loads the model
+        at_once = args.batch_size * max(1, getattr(tried, "workers", 1) or 1)
+        some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
         before, started = tried.facts(), time.perf_counter()
-        n = sum(len(replies) for replies in tried.generate(some[1:] or some))
+        n = sum(len(replies) for replies in tried.generate(some))
         seconds, after = time.perf_counter() - started, tried.facts()
     print(f"{label}: {len(requests):,} requests about {len({r.image_path for r in requests}):,} pictures.")
     print(f"  visual tokens of Qwen2-VL, some: {visual_tokens([r.image_path for r in requests], args):,}")
@@ -282,7 +293,16 @@ def settings(args, model_path: str, content: list, **more) -> dict:
     """
     named = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
     common = {name: getattr(args, name) for name in named}
+    if ENGINES[replier(args, model_path)].local:  # "auto" is another dtype on another machine
+        common["dtype"] = resolved_dtype(args.dtype, args.device)
     return {**common, "model": model_identity(args, model_path), **more, "content": records.digest(json.dumps(content))}
+
+
+def short_replies(found: list[dict]) -> str:
+    """ "2 answers cut off at the token limit, 1 stopped by the content filter": of records with a `finish_reason`."""
+    why = {"length": "cut off at the token limit (--max-new-tokens)", "content_filter": "stopped by the content filter"}
+    reasons = Counter(r["finish_reason"] for r in found if r.get("finish_reason"))
+    return ", ".join(f"{n} answers {why.get(reason, f'ended by {reason!r}')}" for reason, n in reasons.most_common())
 
 
 def counted(reasons) -> str:
@@ -295,8 +315,18 @@ def counted(reasons) -> str:
 def run(main, remedy: str = "Choose another --run or --out.") -> None:
     """Run a script's `main()`; what a user can mend ends in one line, not in a traceback.
 
-    `remedy` is for a place that cannot be written.
+    SIGTERM and SIGHUP end it as Ctrl-C does, with exit code 143, 129 or 130. `remedy` is for a place that cannot be written.
     """
+    heard = [signal.SIGINT]
+
+    def interrupt(number, _):
+        heard[0] = number
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+    ranks.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
     if not ranks.FIRST:
@@ -319,11 +349,15 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
                 f"error: {error.filename or 'the results folder'}: no space left on the disk. "
                 "Make room and run the same command again: what is finished is kept."
             )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (
+            *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+            *(errno.ENAMETOOLONG, errno.ELOOP),
+        ):
             sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). {remedy}")
         raise
     except KeyboardInterrupt:
-        sys.exit("stopped. Run the same command again to go on.")
+        print("stopped. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + heard[0])
 
 
 def _unread(stream) -> bool:

@@ -7,6 +7,7 @@ Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annota
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -203,9 +204,10 @@ def _folder_samples(root: Path) -> Iterator[Sample]:
     """All pictures below `root`, in the order of their paths; the relative path is the id."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Name your folder of pictures with --image-root.")
-    others = Counter()
-    for folder, folders, files in os.walk(root):
+    others, closed, links = Counter(), [], []
+    for folder, folders, files in os.walk(root, onerror=closed.append):
         folders.sort()
+        links += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in PICTURE_SUFFIXES:
@@ -216,6 +218,15 @@ def _folder_samples(root: Path) -> Iterator[Sample]:
     if others:
         what = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
         print(f"note: {root}: {others.total()} other files passed over ({what}).", file=sys.stderr)
+    if links:
+        print(
+            f"note: {root}: {len(links)} links to folders are not followed, the first is {links[0]}.", file=sys.stderr
+        )
+    if closed:
+        raise InputError(
+            f"{closed[0].filename[:200]}: this folder cannot be entered ({closed[0].strerror}), nor {len(closed) - 1} others. "
+            "Their images would be missing in silence: mend their permissions, shorten their paths, or move them out."
+        )
 
 
 def moved(path: str, path_map: dict[str, str]) -> str:
@@ -230,14 +241,52 @@ def moved(path: str, path_map: dict[str, str]) -> str:
     return path
 
 
-def locate(path: str, path_map: dict[str, str], image_root: str | None) -> str:
-    """Where a picture lies that a result file names: `moved`, or below `image_root` by as much of its path as fits."""
-    path = moved(path, path_map)
-    if image_root:
+_SPLIT_NAME = re.compile(r"(?:.*[_-])?(train|val|valid|validation|test|dev|eval)(?:[_-].*|\d{4})?", re.IGNORECASE)
+
+
+def locate(paths: list[str], path_map: dict[str, str], image_root: str | None) -> list[str]:
+    """Where the images lie that a result file names: `moved`, or below `image_root` by as much of each path as fits.
+
+    Below the root stand the ends of the paths; what is before these must be one folder, or images of the same name in
+    different folders would be taken for each other. Raises InputError where it is not, or is that of another split.
+    """
+    paths = [moved(path, path_map) for path in paths]
+    if not image_root:
+        return paths
+    root, found, before = os.path.abspath(image_root), [], {}
+    for path in paths:
         parts = Path(path).parts
-        found = (os.path.join(os.path.abspath(image_root), *parts[i:]) for i in range(path.startswith("/"), len(parts)))
-        path = next(filter(os.path.exists, found), path)
-    return path
+        start = next(
+            (i for i in range(path.startswith("/"), len(parts)) if os.path.exists(os.path.join(root, *parts[i:]))), None
+        )
+        if start is None:
+            found.append(path)
+            continue
+        found.append(os.path.join(root, *parts[start:]))
+        if os.path.normpath(path) != found[-1]:
+            before.setdefault(parts[:start], path)
+    folders = {os.path.join(*of) if of else "": path for of, path in before.items()}
+    if len(folders) > 1:
+        (one, first), (other, second), *_ = folders.items()
+        raise InputError(
+            f"--image-root {image_root}: {first} and {second} would both be looked for in it, though they come from {one or '.'} "
+            f"and {other or '.'}. Say where each has moved with --path-map OLD=NEW."
+        )
+    for folder, path in folders.items():
+        was, now = _split(folder), _split(root)
+        if was and now and was != now:
+            raise InputError(
+                f"--image-root {image_root}: {path} is an image of {was}, and this is a folder of {now}. Name the right "
+                "folder, or say with --path-map OLD=NEW that it has moved there."
+            )
+    return found
+
+
+def _split(folder: str) -> str | None:
+    """The split that a folder's path names last: /data/ChartQA/train/png -> train."""
+    names = (_SPLIT_NAME.fullmatch(part) for part in reversed(Path(folder).parts))
+    name = next((match[1].lower() for match in names if match), None)
+    return {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}.get(name, name)
 
 
 def samples_from(
@@ -314,7 +363,12 @@ def load_samples(
     where: Split = getattr(DATASETS[name], split)
     root = Path(os.path.abspath(image_root or DATA / where.images))
     if name == "images" and split == "train":
-        samples, source = list(_folder_samples(root)), root
+        try:
+            samples, source = list(_folder_samples(root)), root
+        except RecursionError:
+            raise InputError(
+                f"{root}: its folders are nested too deeply. Move the images to a flatter folder."
+            ) from None
         if not samples:
             raise InputError(f"{root}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))}).")
     else:
@@ -324,7 +378,8 @@ def load_samples(
         if not samples:
             raise InputError(f"{source}: no records in it.")
     if name == "images" and split == "test":
-        samples = [replace(s, image_path=locate(s.image_path, {}, image_root)) for s in samples]
+        paths = locate([s.image_path for s in samples], {}, image_root)
+        samples = [replace(s, image_path=path) for s, path in zip(samples, paths, strict=True)]
     if split == "test":
         without = [index for index, sample in enumerate(samples) if not labelled(sample.answers)]
         if without:

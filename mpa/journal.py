@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -20,21 +21,34 @@ from mpa.records import InputError, meta_path, read_json
 
 def differences(old: dict, new: dict) -> str:
     """The settings that differ, as people read them: "limit was 10, is now 20"."""
+    if not isinstance(old, dict):
+        return "they cannot be read"
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in keys)
 
 
 def finished(result: Path, settings: dict, restart: bool) -> bool:
-    """Is `result` there already, made with these settings? Raises InputError if made with others."""
+    """Is `result` there already, whole and made with these settings? Raises InputError if made with others.
+
+    One with replies that failed for what may pass, or with nothing in it, is not whole: its journal goes on.
+    """
     if restart or not result.exists():
         return False
-    old = read_json(meta_path(result)).get("settings", {}) if meta_path(result).exists() else {}
+    meta = read_json(meta_path(result)) if meta_path(result).exists() else {}
+    if not isinstance(meta, dict):
+        raise InputError(f"{meta_path(result)}: no meta file of a result. Make the result anew with --restart.")
+    old = meta.get("settings", {})
     if old != settings:
         raise InputError(
             f"{result}: was made with other settings: {differences(old, settings)}. "
             "Keep it by choosing another --run or --out, or make it anew with --restart."
         )
-    return True
+    return not meta.get("unfinished")
+
+
+def passing(reply: dict) -> bool:
+    """Whether this is an error that may pass: a new call asks again."""
+    return "error" in reply and not reply.get("permanent", False)
 
 
 def _text(key: str) -> bytes:
@@ -46,8 +60,8 @@ class Journal:
     """Replies by key, kept on disk beside the result they belong to: `journal[key]`, `key in journal`.
 
     In memory there is only SQLite's cache of where each reply lies. Of several processes (`mpa.ranks`) each
-    writes a file of its own and reads all. Raises InputError when a journal was begun with other settings, or
-    another process is writing it.
+    writes a file of its own and reads all. An error that may pass counts in this call alone: the next one asks again.
+    Raises InputError when a journal was begun with other settings, is damaged, or another process is writing it.
     """
 
     def __init__(self, result: Path, settings: dict, restart: bool = False):
@@ -62,50 +76,69 @@ class Journal:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise InputError(f"{self.path}: another process is writing it; wait for it or stop it.") from None
+        except OSError as error:
+            print(
+                f"warning: {self.path}: cannot be locked on this file system ({error.strerror}). Make sure that no other "
+                "process writes to this run.",
+                file=sys.stderr,
+            )
         if restart:  # from here on there is nothing to fall back on, so that a kill cannot bring the old result back
             for old in (self.result, meta_path(result), *self._others()) if ranks.FIRST else ():
                 old.unlink(missing_ok=True)
             self._file.truncate(0)
             if ranks.FIRST:
                 ranks.wait()
-        whole = self._read(self.path)
+        whole = self._read(self.path, earlier=True)
         self._file.truncate(whole)  # a torn line; its reply will be made again
         if not whole:
             self._write([{"settings": settings}])
-        self.read_others()
+        self.read_others(earlier=True)
 
     def _others(self) -> list[Path]:
         """The files of the other processes, or those of a run that had more."""
         return sorted(set(self.path.parent.glob(f"{glob.escape(self.result.stem)}.journal*.jsonl")) - {self.path})
 
-    def read_others(self) -> None:
-        """Take in what the other processes have finished by now."""
+    def read_others(self, earlier: bool = False) -> None:
+        """Take in what the other processes have finished by now; of an `earlier` call not what failed and may pass."""
         for file in self._files[1:]:
             file.close()
         del self._files[1:]
         for path in self._others():
-            self._read(path)
+            self._read(path, earlier)
 
-    def _read(self, path: Path) -> int:
+    def _read(self, path: Path, earlier: bool) -> int:
         """Keep where the replies in a file are; the bytes up to the end of its last whole line."""
         self._files.append(open(path, "rb"))  # noqa: SIM115
-        whole, number = 0, len(self._files) - 1
-        for line in self._files[-1]:
+        whole, number, places, failed = 0, len(self._files) - 1, [], []
+        for index, line in enumerate(self._files[-1]):
             if not line.endswith(b"\n"):
                 break  # torn by a kill
-            entry = json.loads(line)
-            if whole == 0 and entry["settings"] != self.settings:
+            try:
+                entry = json.loads(line)
+                settings = entry["settings"] if whole == 0 else None
+                if whole and not (isinstance(entry["key"], str) and isinstance(entry.get("text", ""), str)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.close()
                 raise InputError(
-                    f"{path}: an unfinished run with other settings: {differences(entry['settings'], self.settings)}. "
+                    f"{path}, line {index + 1}: no line of a journal: {line[:60]!r}. Take this line out to keep the replies in "
+                    "the others, or begin anew with --restart."
+                ) from None
+            if whole == 0 and settings != self.settings:
+                self.close()
+                raise InputError(
+                    f"{path}: an unfinished run with other settings: {differences(settings, self.settings)}. "
                     "Go on with those, or begin anew with --restart."
                 )
             if whole:
-                self._keep([(entry["key"], whole)], number)
+                (failed if passing(entry) else places).append((entry["key"], whole))
             whole += len(line)
+        self._keep(places, number)
+        if not earlier:
+            self._keep(failed, number)
         return whole
 
     def _keep(self, places: Iterable[tuple[str, int]], file: int = 0) -> None:

@@ -1,11 +1,12 @@
 """Do two answers agree: `MATCHERS[name](prediction, answer) -> bool`, the question that PI asks twice."""
 
 from mpa import metrics
+from mpa.normalising import normalise, unwrap
 
 
 def exact(prediction: str | None, answer: str | None) -> bool:
-    """Equal after normalising (paper, section 3.2). An empty answer matches nothing."""
-    return bool(metrics.squeeze(answer)) and metrics.squeeze(prediction) == metrics.squeeze(answer)
+    """Equal after `normalise` (paper, section 3.2; the departures are in README.md). An empty answer matches nothing."""
+    return bool(normalise(answer)) and normalise(prediction) == normalise(answer)
 
 
 def contains(prediction: str | None, answer: str | None) -> bool:
@@ -18,7 +19,7 @@ def contains(prediction: str | None, answer: str | None) -> bool:
 
 def _scored(metric, threshold: float, copies: int = 1):
     def matches(prediction: str | None, answer: str | None) -> bool:
-        if not metrics.squeeze(answer) or prediction is None:
+        if not normalise(answer) or prediction is None:
             return False
         return metric(prediction, [answer] * copies) >= threshold
 
@@ -35,3 +36,11 @@ MATCHERS = {
     # As if ten people had given the answer; the EvalAI form, since `vqa` leaves the unanimous as they are.
     "vqa": _scored(metrics.textvqa, 1.0, copies=10),
 }
+
+
+def seen_through(match, prediction: str | None, answer: str | None) -> bool:
+    """`match`, also of what is left of the two without the words and marks that models put around a short answer.
+
+    An S-VLM that answers "The answer is red." knows the answer; a parity set with such samples would teach it the format.
+    """
+    return match(prediction, answer) or match(unwrap(prediction), unwrap(answer))

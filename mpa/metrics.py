@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from mpa.normalising import fold, normalise
+
 # --- VQA challenge and TextVQA ---------------------------------------------------------------------
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -98,7 +100,9 @@ def accuracy(prediction: str, answers: list[str]) -> float:
 def anls(prediction: str, answers: list[str]) -> float:
     """Average normalised Levenshtein similarity of ST-VQA: 1 - NL where NL < 0.5, else 0; the best answer.
 
-    NL is the edit distance over the longer length, without regard to case and outer white space.
+    NL is the edit distance over the longer length, without regard to case and outer white space. As the formula of the
+    ST-VQA paper (section 4) has it, a distance of exactly 0.5 gives 0. lmms-eval and the evaluator in wide use keep 0.5
+    there, and fold white space within the answer.
     """
     prediction = prediction.strip().lower()
     distances = [Levenshtein.normalized_distance(prediction, answer.strip().lower()) for answer in answers]
@@ -140,17 +144,18 @@ _WORD_VALUES |= _TENS | {
 _TENS_AND_UNIT = re.compile(rf"\b({'|'.join(_TENS)}) ({'|'.join(_UNITS.split()[1:10])})\b")
 _THOUSANDS = re.compile(r"(?<![\d.,])[+-]?\d{1,3}(?:,\d{3})+(?![\d,])")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%?")
+_OUTER = " \"'`*_~!?,;:()[]{}"
 
 
 @lru_cache(2**16)
 def plain(text: str) -> str:
-    """An answer without what people do not count: case, outer space, a closing full stop, thousands separators,
-    and whether numbers and percent are words or signs.
+    """An answer without what people do not count: case and Unicode form (`fold`), outer punctuation, thousands
+    separators, and whether numbers and percent are words or signs.
 
     >>> plain(" 12,500 per cent."), plain("Twenty-five"), plain("Route 66.")
     ('12500%', '25', 'route 66')
     """
-    text = " ".join(text.lower().replace("−", "-").split()).removesuffix(".")
+    text = fold(text).strip(_OUTER).removesuffix(".").rstrip(_OUTER)
     text = _TENS_AND_UNIT.sub(r"\1-\2", text)
     text = " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
     text = re.sub(r"(?<=\d)\s*(?:%|percent\b|per cent\b)", "%", text)
@@ -158,15 +163,16 @@ def plain(text: str) -> str:
 
 
 def tolerant(prediction: str, answers: list[str]) -> float:
-    """1 if a person would take the prediction for one of the answers: both `plain`, equal, or numbers within 5 %.
+    """1 if a person would take the prediction for one of the answers: equal as `exact` has it, or both `plain` and
+    equal, or numbers within 5 %.
 
     The tolerance is ChartQA's; here years (1500 to 2099) must be equal, and "5%" is 5.
     """
 
     def matches(answer: str) -> bool:
         ours, theirs = plain(prediction), plain(answer)
-        if ours == theirs:
-            return bool(theirs)
+        if ours == theirs or normalise(prediction) == normalise(answer):
+            return bool(normalise(answer))
         if not (_NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs)):
             return False
         is_share = "%" in ours + theirs
@@ -179,7 +185,7 @@ def tolerant(prediction: str, answers: list[str]) -> float:
 
 @lru_cache(2**16)
 def squeeze(text: str | None) -> str:
-    """Lower case, without white space and non-word characters: how the released code compares.
+    """Lower case, without white space and non-word characters: how the released code compares, to the letter.
 
     >>> squeeze("1.5 m"), squeeze("15M")
     ('15m', '15m')
@@ -193,8 +199,8 @@ def most_common(answers: list[str]) -> str:
 
 
 def exact(prediction: str, answers: list[str]) -> float:
-    """1 if the squeezed prediction is one of the squeezed answers; nothing equals an empty one."""
-    return float(bool(squeeze(prediction)) and squeeze(prediction) in {squeeze(a) for a in answers})
+    """1 if the prediction is one of the answers, both after `normalise`; nothing equals an empty one."""
+    return float(bool(normalise(prediction)) and normalise(prediction) in {normalise(a) for a in answers})
 
 
 def contains(prediction: str, answers: list[str]) -> float:

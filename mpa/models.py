@@ -1,14 +1,13 @@
 """Load any supported VLM: what is checked before, and which device and dtype it runs on."""
 
 import hashlib
-import json
 import os
 import sys
-import time
+from functools import cache
 from pathlib import Path
 
 from mpa import ranks
-from mpa.records import InputError
+from mpa.records import InputError, read_json
 
 # The paper's pixels per image, passed to every processor that takes such limits.
 MIN_PIXELS = 128 * 28 * 28
@@ -54,9 +53,22 @@ def check_model_path(path: str) -> None:
 
 
 def adapted(path: str) -> str | None:
-    """The model that the LoRA adapters in this folder are for; None where it is a whole model's."""
+    """The model that the LoRA adapters in this folder are for; None where it is a whole model's. Raises InputError for adapters
+    that do not say for which model they are, or say that it is their own."""
     config = Path(path) / ADAPTER
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
+    if not config.is_file():
+        return None
+    content = read_json(config)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{config}: does not name the model that it is for (base_model_name_or_path). Write it in.")
+    if Path(base).is_dir() and (Path(base) / ADAPTER).is_file():
+        own = Path(base).samefile(path)
+        raise InputError(
+            f"{config}: the model that it names, {base}, is {'this folder itself' if own else 'adapters, too'}. Name a whole "
+            "model; PL/Qwen2-VL-Finetune/scripts/merge_lora.sh makes one."
+        )
+    return base
 
 
 def identity(path: str) -> str:
@@ -102,28 +114,69 @@ def pick_device(device: str = "auto") -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def pick_dtype(dtype: str, device: str):
-    """The torch dtype named, or for "auto" the one that this device is quick in, found by measuring.
+def resolved_dtype(dtype: str, device: str = "auto") -> str:
+    """The dtype named, or for "auto" the one of this device: by what it is, so that a resumed run has the same.
 
-    Checkpoints say bfloat16. A CPU without matrix units multiplies it no faster than float32, or
-    hundreds of times slower; so a CPU gets float32, in which greedy replies do not depend on the
-    batch, unless bfloat16 is at least 4 times quicker.
+    A GPU: bfloat16, or float16 where it only emulates that. A CPU: float32, in which greedy replies do not depend on the
+    batch. Checkpoints say bfloat16, which a CPU without matrix units multiplies hundreds of times slower.
     """
+    if dtype != "auto":
+        return dtype
     import torch
 
-    if dtype != "auto":
-        return getattr(torch, dtype)
+    device = pick_device(device)
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    seconds = {}
-    for candidate in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(512, 512, dtype=candidate, device=device)
-        matrix @ matrix
-        started = time.perf_counter()
-        for _ in range(3):
-            matrix @ matrix
-        seconds[candidate] = time.perf_counter() - started
-    return torch.bfloat16 if 4 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "float32"
+
+
+# Of the families in use, where a model is behind a server and its tokenizer is not known.
+COMMON_MARKS = frozenset(
+    "<image> <video> <audio> <s> </s> <unk> <pad> <bos> <eos> <IMG_CONTEXT> <img> </img> <box> </box> <ref> </ref> <quad> </quad> "
+    "<fake_token_around_image> <end_of_utterance> <row_1_col_1> <global-img> <start_of_turn> <end_of_turn> <start_of_image> "
+    "<end_of_image> <image_soft_token> [INST] [/INST] [IMG] [IMG_BREAK] [IMG_END] <image_placeholder> <|image|> <|im_end|>".split()
+)
+
+
+@cache
+def format_marks(path: str | None, trust_remote_code: bool = False) -> frozenset[str]:
+    """What the prompt format of a model takes for its own, and no question or answer may hold: the special tokens of its
+    tokenizer and the image and video marks of its processor. Of a model behind a server (None), those of the families in use."""
+    if path is None:
+        return COMMON_MARKS
+    folder = Path(adapted(path) or path)
+    if not (folder / "tokenizer.json").is_file():
+        return processor_marks(load_processor(str(folder), MIN_PIXELS, MAX_PIXELS, trust_remote_code))
+    marks = set()  # read, since to load a processor takes seconds
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSOR_FILES):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        tokens = content.get("added_tokens", []) + list(content.get("added_tokens_decoder", {}).values())
+        marks |= {token["content"] for token in tokens if _is_mark(token["content"], token.get("special"))}
+        named = (value for key, value in content.items() if key.endswith("_token") and value)
+        marks |= {str(value.get("content", "") if isinstance(value, dict) else value) for value in named}
+    return frozenset(mark for mark in marks if len(mark.strip()) > 1)
+
+
+def processor_marks(processor) -> frozenset[str]:
+    """`format_marks` of a processor that is loaded."""
+    tokenizer = processor.tokenizer
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if _is_mark(str(token), token.special)}
+    for name in (
+        "image_token",
+        "video_token",
+        "fake_image_token",
+        "global_image_tag",
+        "end_of_utterance_token",
+        "start_image_token",
+    ):
+        for owner in (processor, tokenizer):
+            mark = getattr(owner, name, None)
+            marks.add(str(getattr(mark, "content", mark) or ""))
+    return frozenset(mark for mark in {*marks, *tokenizer.all_special_tokens} if len(mark.strip()) > 1)
+
+
+def _is_mark(token: str, special: bool | None) -> bool:
+    return bool(special) or (token[:1] in "<[" and token[-1:] in ">]")
 
 
 def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):

@@ -3,7 +3,10 @@
 All do the same, but for the requests they answer; only the first writes results. Alone, every function here is trivial.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from datetime import timedelta
 from functools import cache
 
@@ -30,3 +33,9 @@ def end() -> None:
     """Leave the group in order, so that none waits in vain for another to go."""
     if WORLD > 1:
         _state().destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when the launcher ends, if there is one: `accelerate launch` of one process does not pass its own on."""
+    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

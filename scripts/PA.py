@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, ranks, records
 from mpa.datasets import DATASETS, Sample, load_samples
-from mpa.engines import Request, ask
-from mpa.journal import Journal, finished
+from mpa.engines import Request, ask, cut_off
+from mpa.journal import Journal, finished, passing
 from mpa.metrics import most_common
-from mpa.prompts import TASK_PROMPTS, Annotation, parse_annotation
+from mpa.pictures import fingerprints
+from mpa.prompts import TASK_PROMPTS, Annotation, holds_mark, parse_annotation
 
 
 def arguments(argv=None):
@@ -47,6 +48,11 @@ def arguments(argv=None):
     )
     p.add_argument(
         "--tries", type=cli.number(0), default=2, help="more tries, sampled, for unreadable replies (default: 2)"
+    )
+    p.add_argument(
+        "--keep-refusals",
+        action="store_true",
+        help='keep annotations whose answer is none ("N/A", "cannot be determined"); they teach the S-VLM to refuse',
     )
     p.add_argument(
         "--fused",
@@ -89,8 +95,24 @@ def request(sample: Sample, attempt: int, args) -> Request:
     )
 
 
-def record(sample: Sample, attempt: int, reply: dict, preset: str) -> dict:
-    parsed = parse_annotation(reply["text"], preset) if "text" in reply else Annotation(None, None, reply["error"])
+def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
+    """What the L-VLM has written, or why it cannot be used."""
+    if "text" not in reply:
+        return Annotation(None, None, reply["error"])
+    parsed = parse_annotation(reply["text"], args.preset, args.keep_refusals, marks)
+    if args.preset != "released" and (cut := cut_off(reply)):
+        return Annotation(parsed.question, parsed.answer, cut)
+    if (
+        parsed.question
+        and parsed.answer
+        and not parsed.reason
+        and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
+    ):
+        return Annotation(parsed.question, parsed.answer, "a mark of the prompt's format in it")  # in every preset
+    return parsed
+
+
+def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image: tuple[int, str] | None) -> dict:
     return {
         "question_id": sample.question_id,
         "image_path": sample.image_path,
@@ -103,19 +125,34 @@ def record(sample: Sample, attempt: int, reply: dict, preset: str) -> dict:
         "reply": reply.get("text"),
         "logprob": reply.get("logprob"),
         "follow_up": reply.get("follow_up"),
+        "finish_reason": reply.get("finish_reason"),
+        "image_bytes": image and image[0],
+        "image_hash": image and image[1],
     }
 
 
-def annotate(samples: list[Sample], tries: int, engine, journal: Journal, args) -> list[dict]:
-    """A record for each sample. An unreadable reply is asked for again, a picture that cannot be read is not."""
+def annotate(
+    samples: list[Sample], tries: int, engine, journal: Journal, args, marks: frozenset[str] = frozenset(), images=None
+) -> list[dict]:
+    """A record for each sample. An unusable reply is asked for again, a picture that cannot be read is not."""
     done, left = {}, samples
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
         ask(engine, [request(sample, attempt, args) for sample in left], journal, label)
         for sample in left:
-            done[sample.key] = record(sample, attempt, journal[f"{sample.key}#{attempt}"], args.preset)
+            reply = journal[f"{sample.key}#{attempt}"]
+            if attempt and "error" in reply:  # keep the reply that there is; the next call asks again
+                continue
+            parsed = annotation(reply, args, marks)
+            done[sample.key] = record(sample, attempt, reply, parsed, (images or {}).get(sample.image_path))
         left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
+
+
+def failed(samples: list[Sample], tries: int, journal: Journal) -> int:
+    """How many samples have a reply that failed for a reason that may pass."""
+    keys = ([f"{s.key}#{attempt}" for attempt in range(tries + 1)] for s in samples)
+    return sum(any(key in journal and passing(journal[key]) for key in of_it) for of_it in keys)
 
 
 def main(argv=None) -> Path:
@@ -123,16 +160,19 @@ def main(argv=None) -> Path:
     started = time.time()
     tries = 0 if args.preset == "released" else args.tries
     lvlm = records.short_name(args.model_path_lvlm)
+    cli.check_model(args, args.model_path_lvlm)
     samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
     samples = cli.chosen(samples, args)
+    images = fingerprints(s.image_path for s in samples)
     settings = cli.settings(
         args,
         args.model_path_lvlm,
-        [args.prompt, *((s.key, s.image_path, s.question, s.answers) for s in samples)],
+        [args.prompt, *((s.key, s.image_path, images[s.image_path], s.question, s.answers) for s in samples)],
         temperature=args.temperature,
         top_p=args.top_p,
         tries=tries,
         fused=args.fused,
+        keep_refusals=args.keep_refusals,
         # Every engine draws in its own way; greedily all say the same.
         engine=cli.replier(args, args.model_path_lvlm) if args.temperature or tries else "any",
     )
@@ -144,18 +184,27 @@ def main(argv=None) -> Path:
     if args.dry_run:
         cli.dry_run(args, args.model_path_lvlm, [request(sample, 0, args) for sample in samples], "PA")
         return out
+    marks = cli.marks_of(args, args.model_path_lvlm)
+    if args.prompt_file and holds_mark(args.prompt, marks):
+        raise records.InputError(
+            f"{args.prompt_file}: holds a mark of the model's prompt format, such as <image>; take it out."
+        )
     with cli.engine(args, args.model_path_lvlm) as engine:
         journal = Journal(out, settings, args.restart)
-        result = annotate(samples, tries, engine, journal, args)
+        result = annotate(samples, tries, engine, journal, args, marks, images)
         ran_on = engine.facts()
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
+    unfinished = failed(samples, tries, journal)
     facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}
+    facts |= {"unfinished": unfinished or (0 if counts["parsed"] else len(result))}
     records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
-    journal.close(remove=ranks.FIRST)
+    journal.close(remove=ranks.FIRST and not facts["unfinished"])
     print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
     if account := cli.account(ran_on):
         print(f"PA: {account}")
+    if unfinished:
+        print(f"PA: {unfinished} samples failed for reasons that may pass. The same command asks again.")
     if not counts["parsed"]:
         raise records.InputError(f"{out}: not one picture could be annotated; `reply` and `left_out` in it say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")

@@ -13,18 +13,22 @@ One model is in memory at a time, and the S-VLM is asked only where the L-VLM ag
 """
 
 import json
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, ranks, records
+from mpa import cli, holdout, ranks, records
 from mpa.answering import answers, question_request
 from mpa.datasets import locate, look_for_pictures
 from mpa.engines import ENGINES, Request
 from mpa.journal import finished
-from mpa.matching import MATCHERS
-from mpa.prompts import parse_annotation, train_prompt, with_question_mark
+from mpa.matching import MATCHERS, seen_through
+from mpa.models import resolved_dtype
+from mpa.pictures import fingerprints
+from mpa.prompts import holds_mark, parse_annotation, train_prompt, with_question_mark
 from mpa.records import InputError
 
 
@@ -63,19 +67,34 @@ def arguments(argv=None):
     return args
 
 
-def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> dict[str, dict] | None:
-    """The L-VLM's replies that PA has brought along by id, or None: not all there, or made with other settings."""
-    if not records.meta_path(pa_json).exists() or not all(r.get("follow_up") for r in annotations):
-        return None
-    made = records.read_json(records.meta_path(pa_json)).get("settings", {})
-    names = ("preset", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
-    ours = {name: getattr(args, name) for name in names} | {"model": cli.model_identity(args, args.model_path_lvlm)}
-    same = all(made.get(name) == value for name, value in ours.items())
-    # The question must be the one that was put to it: people edit these files.
-    same = same and all(
-        parse_annotation(r["reply"], args.preset).question == r["predicted_question"] for r in annotations
-    )
-    return {str(r["question_id"]): r["follow_up"] for r in annotations} if same else None
+def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
+    """The L-VLM's replies that PA has brought along by id, and why others must be asked for.
+
+    A reply serves where all that decides it is the same: model, preset, pixels, longest reply, the question, the image, and
+    for a model that runs here the dtype.
+    """
+    meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
+    made = meta.get("settings", {}) if isinstance(meta, dict) else {}
+    ours = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
+    ours["model"] = cli.model_identity(args, args.model_path_lvlm)
+    if ENGINES[cli.replier(args, args.model_path_lvlm)].local:
+        ours["dtype"] = resolved_dtype(args.dtype, args.device)
+    differing = [name for name, value in ours.items() if made.get(name) != value]
+    ready, why = {}, Counter()
+    for r in annotations:
+        follow_up = r.get("follow_up") or {}
+        if not made or not r.get("reply"):
+            why["PA did not ask them"] += 1
+        elif differing:
+            why[f"PA asked with another {', '.join(differing)}"] += 1
+        elif "text" not in follow_up:
+            why["PA did not get an answer" if follow_up else "PA did not ask them"] += 1
+        # The question must be the one that was put to it: people edit these files.
+        elif parse_annotation(r["reply"], args.preset, keep_refusals=True).question != r["predicted_question"]:
+            why["their question was edited"] += 1
+        else:
+            ready[str(r["question_id"])] = follow_up
+    return ready, why
 
 
 def question_of(annotation: dict, args) -> Request:
@@ -104,12 +123,24 @@ def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, 
     return answers(args, model_path, out, "PI", asked, f"PI {who} {name}", ready, choice)
 
 
-def agrees(record: dict, match) -> bool:
-    """Does this model's answer match the annotation's?"""
-    return match(record["predictions"], record["PA_answer"])
+def agrees(record: dict, args) -> bool:
+    """Does this model's answer match the annotation's? Under `paper` also within words such as "The answer is …"."""
+    match, texts = MATCHERS[args.match], (record["predictions"], record["PA_answer"])
+    return match(*texts) if args.preset == "released" else seen_through(match, *texts)
 
 
-def identify_parity(lvlm: list[dict], svlm: list[dict], match, preset: str) -> list[dict]:
+def consistent(record: dict, args) -> bool:
+    """Does the L-VLM agree with itself? A reply that was cut off or filtered is no answer to agree with."""
+    return agrees(record, args) and (args.preset == "released" or not record.get("finish_reason"))
+
+
+def wrapped(found: list[dict], args) -> int:
+    """How many of these answers match only within words or marks around them."""
+    match = MATCHERS[args.match]
+    return sum(agrees(r, args) and not match(r["predictions"], r["PA_answer"]) for r in found)
+
+
+def identify_parity(lvlm: list[dict], svlm: list[dict], args) -> list[dict]:
     """The parity set D_PI = {(I, Q, A): L-VLM's answer matches A, S-VLM's does not}, as train records.
 
     Samples come in the S-VLM file's order; those that only one of the files has are not in it. The
@@ -122,55 +153,65 @@ def identify_parity(lvlm: list[dict], svlm: list[dict], match, preset: str) -> l
         if l is None or s.get("left_out"):
             continue
         # The annotation is the S-VLM file's for both, as in the released code.
-        if match(l["predictions"], s["PA_answer"]) and not agrees(s, match):
-            prompt = train_prompt(s["PA_question"], preset)
+        if consistent(l | {"PA_answer": s["PA_answer"]}, args) and not agrees(s, args):
+            prompt = train_prompt(s["PA_question"], args.preset)
             parity.append(records.train_record(s["question_id"], s["image_path"], prompt, s["PA_answer"]))
     return parity
 
 
-def held_out_pictures(consistent: list[dict], share: float) -> set[str]:
-    """A share of the pictures, at least one if any, chosen by a hash of their path."""
-    pictures = sorted({r["image_path"] for r in consistent}, key=records.digest)
-    return set(pictures[: max(1, round(share * len(pictures)))]) if share else set()
+def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], dict[str, str], str]:
+    """(images held out, hashes of all, threshold): decided by the first call of a run, see `mpa.holdout`.
 
-
-def held_out_file(args, lvlm: str) -> Path:
-    return records.run_folder(args.run) / f"PI_{lvlm}_heldout_{args.dataset}.json"
-
-
-def write_held_out(args, lvlm: str, held_out: list[dict]) -> None:
-    """Pictures on which the L-VLM agrees with itself, kept from training: a test set of agreement with it."""
+    `found` are the L-VLM's consistent answers. Those about images held out become the test set.
+    """
+    file = holdout.file_of(records.run_folder(args.run), lvlm, args.dataset)
+    of = holdout.hashes(r["image_path"] for r in found) if args.hold_out or file.exists() else {}
+    threshold = holdout.decide(file, of, args.hold_out)
+    held_out = {path for path, content in of.items() if holdout.is_held_out(content, threshold)}
     test = [
         {
             "question_id": r["question_id"],
             "image_path": r["image_path"],
             "question": r["PA_question"],
             "answers": [r["PA_answer"]],
+            "image_hash": of[r["image_path"]],
         }
-        for r in held_out
+        for r in found
+        if r["image_path"] in held_out
     ]
-    records.write_json(held_out_file(args, lvlm), test)
+    if test and ranks.FIRST:
+        holdout.write(file, test, args.hold_out, threshold)
+    return held_out, of, threshold
 
 
-def usable_annotations(annotations: list[dict], args) -> list[dict]:
+def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
     """The PA records that have a question and an answer, their pictures where they lie now.
+
+    `left_out` counts why others are not among them: `marks` of the prompt's format, an image that has changed since.
 
     The released code's, which have no `reply`, have lost their question mark; under `paper` it is put back.
     """
-    usable = []
-    for r in annotations:
-        if not (r["predicted_question"] and r["predicted_answer"]):
-            continue
+    usable, left_out = [], Counter() if left_out is None else left_out
+    paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
+    images = fingerprints(path for r, path in zip(annotations, paths, strict=True) if r.get("image_hash"))
+    for r, path in zip(annotations, paths, strict=True):
         question = r["predicted_question"]
+        if not (question and r["predicted_answer"]):
+            continue
         if args.preset == "paper" and "reply" not in r:
             question = with_question_mark(question)
-        path = locate(r["image_path"], args.path_map, args.image_root)
-        usable.append(r | {"image_path": path, "predicted_question": question})
+        if holds_mark(f"{question}\n{r['predicted_answer']}", marks):
+            left_out["a mark of the prompt's format in it"] += 1
+        elif images.get(path) and images[path][1] != r["image_hash"]:
+            left_out["the image has changed since PA"] += 1
+        else:
+            usable.append(r | {"image_path": path, "predicted_question": question})
     return usable
 
 
-def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict], dict]:
-    """The L-VLM's answers to all annotations, the S-VLM's where the first half of PI holds, and the funnel so far."""
+def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, str]:
+    """The L-VLM's answers to all annotations, the S-VLM's where the first half of PI holds, the funnel so far, and the
+    threshold of what is held out."""
     if lvlm == svlm:
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
     for model_path in (args.model_path_lvlm, args.model_path_svlm):
@@ -178,52 +219,70 @@ def ask_both(args, lvlm: str, svlm: str, match) -> tuple[list[dict], list[dict],
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.chosen(records.read_records(pa_json, "PA"), args)
-    usable = usable_annotations(annotations, args)
+    left_out = Counter()
+    usable = usable_annotations(
+        annotations, args, left_out, cli.marks_of(args, args.model_path_lvlm, args.model_path_svlm)
+    )
+    if left_out:
+        print(f"PI: {cli.counted(left_out.elements())}", file=sys.stderr)
     if not usable:
-        raise InputError(f"{pa_json}: none of its {len(annotations)} records has a question and an answer.")
+        raise InputError(
+            f"{pa_json}: none of its {len(annotations)} records has a question and an answer that can be used."
+        )
 
     look_for_pictures([r["image_path"] for r in usable])
-    ready = answers_of_pa(args, pa_json, usable)
+    ready, why = answers_of_pa(args, pa_json, usable)
     if args.dry_run:
-        for who, model_path in (("L-VLM", args.model_path_lvlm), ("S-VLM, at most", args.model_path_svlm)):
-            if who != "L-VLM" or ready is None:
-                cli.dry_run(args, model_path, [question_of(r, args) for r in usable], f"PI {who}")
+        to_ask = [question_of(r, args) for r in usable]
+        left = [request for request in to_ask if request.key not in ready]
+        for who, model_path, requests in (
+            ("L-VLM", args.model_path_lvlm, left),
+            ("S-VLM, at most", args.model_path_svlm, to_ask),
+        ):
+            if requests:
+                cli.dry_run(args, model_path, requests, f"PI {who}")
         raise SystemExit
+    if ready and why:
+        print(f"PI: {why.total()} answers of the L-VLM are asked for: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
-    consistent = [r for r in lvlm_answers if agrees(r, match)]
-    held_out = held_out_pictures(consistent, args.hold_out)
-    if held_out and ranks.FIRST:
-        write_held_out(args, lvlm, [r for r in consistent if r["image_path"] in held_out])
-    ids = {str(r["question_id"]) for r in consistent}
+    agreed = [r for r in lvlm_answers if consistent(r, args)]
+    held_out, _, threshold = hold_out(args, lvlm, agreed)
+    ids = {str(r["question_id"]) for r in agreed}
     asked = [r for r in usable if args.answer_all or str(r["question_id"]) in ids]
     asked = [r for r in asked if r["image_path"] not in held_out]
     if not asked:
         kept = f", all held out (--hold-out {args.hold_out:g}): nothing is left to train on" if held_out else ""
         raise InputError(
-            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(usable)} samples "
+            f"{pa_json}: the L-VLM agrees with itself on {len(agreed)} of {len(usable)} samples "
             f"(--match {args.match}){kept}. Annotate more pictures."
         )
     choice = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = answer(args, "S-VLM", args.model_path_svlm, asked, lvlm, **choice)
-    funnel = {"pictures": len(annotations), "parsed": len(usable), "L-consistent": len(consistent)}
-    return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {})
+    funnel = {"pictures": len(annotations), "parsed": len(usable), "L-consistent": len(agreed)}
+    return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
 
 def main(argv=None) -> Path:
     args = arguments(argv)
-    match = MATCHERS[args.match]
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
     if args.lvlm_json:
         lvlm_answers = records.read_records(args.lvlm_json, "PI")
-        svlm_answers = [
-            r | {"image_path": locate(r["image_path"], args.path_map, args.image_root)}
-            for r in cli.chosen(records.read_records(args.svlm_json, "PI"), args)
-        ]
-        funnel = {"L-consistent": sum(agrees(r, match) for r in lvlm_answers)}
+        svlm_answers = cli.chosen(records.read_records(args.svlm_json, "PI"), args)
+        paths = locate([r["image_path"] for r in svlm_answers], args.path_map, args.image_root)
+        svlm_answers = [r | {"image_path": path} for r, path in zip(svlm_answers, paths, strict=True)]
+        found = {str(r["question_id"]): r for r in lvlm_answers if consistent(r, args)}
+        tested = [s for s in svlm_answers if str(s["question_id"]) in found]
+        held_out, _, threshold = hold_out(args, lvlm, tested)
+        svlm_answers = [s for s in svlm_answers if s["image_path"] not in held_out]
+        funnel = {"L-consistent": len(found)} | ({"held out": len(held_out)} if held_out else {})
     else:
-        lvlm_answers, svlm_answers, funnel = ask_both(args, lvlm, svlm, match)
+        lvlm_answers, svlm_answers, funnel, threshold = ask_both(args, lvlm, svlm)
 
-    parity = identify_parity(lvlm_answers, svlm_answers, match, args.preset)
+    parity = identify_parity(lvlm_answers, svlm_answers, args)
+    if threshold:  # no byte of a held-out image, whatever its path
+        hashes = holdout.hashes(r["image"] for r in parity)
+        parity = [r for r in parity if not holdout.is_held_out(hashes[r["image"]], threshold)]
+        holdout.refuse_held_out(parity, hashes, threshold, "the parity set")
     funnel["parity"] = len(parity)
     out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
     settings = {name: getattr(args, name) for name in ("preset", "match", "hold_out")}
@@ -233,11 +292,18 @@ def main(argv=None) -> Path:
     facts = {"funnel": funnel}
     if not args.lvlm_json:
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
-    if args.hold_out and not args.lvlm_json:
-        facts["held_out"] = held_out_file(args, lvlm).name
+    if threshold:
+        held_out_file = holdout.file_of(records.run_folder(args.run), lvlm, args.dataset)
+        facts["held_out"] = os.path.relpath(held_out_file, out.parent)
+    seen = {who: wrapped(found, args) for who, found in (("L-VLM", lvlm_answers), ("S-VLM", svlm_answers))}
+    if args.preset != "released":
+        facts["matched_within_words"] = seen
     if not finished(out, settings, args.restart):
         records.write_result(out, parity, settings, **facts)
     print("PI: " + " → ".join(f"{n} {what}" for what, n in funnel.items()))
+    if args.preset != "released" and any(seen.values()):
+        what = " and ".join(f"{n} of the {who}'s" for who, n in seen.items())
+        print(f"PI: answers that match only within words such as 'The answer is …': {what}.")
     left_out = cli.counted(r["left_out"] for r in [*lvlm_answers, *svlm_answers] if r.get("left_out"))
     if left_out:
         print(f"PI: {left_out}")

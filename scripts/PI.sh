@@ -2,8 +2,7 @@
 # Stage 2, the Parity Identifier: keep what the L-VLM answers consistently and the S-VLM gets wrong.
 # Edit or export what you change; `PI.sh --help` lists all flags, and those you add are passed on.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PATH="$ROOT/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
 LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # a folder or a hub id
@@ -16,5 +15,6 @@ SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # a picture is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
-python "$ROOT/scripts/PI.py" --dataset "$DATASET" --model-path-lvlm "$LVLM" --model-path-svlm "$SVLM" --run "$RUN" \
+python_for "$@"
+exec python "$ROOT/scripts/PI.py" --dataset "$DATASET" --model-path-lvlm "$LVLM" --model-path-svlm "$SVLM" --run="$RUN" \
     --preset "$PRESET" --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli, holdout, records
+from mpa.datasets import locate
 from mpa.prompts import train_prompt
 
 BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
@@ -49,14 +50,30 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pa-json", type=Path, required=True, help="the annotations of the L-VLM")
     p.add_argument("--train-json", type=Path, required=True, help="the parity set")
+    p.add_argument("--image-root", metavar="DIR", help="folder of the pictures, as for PI")
+    p.add_argument(
+        "--path-map",
+        type=cli.path_map,
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="moved pictures, as for PI",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     args = p.parse_args(argv)
-    n = len(records.read_records(args.train_json, "train"))
+    parity = records.read_records(args.train_json, "train")
     meta = records.read_json(records.meta_path(args.train_json))
-    annotations = records.read_records(args.pa_json, "PA")
-    if meta.get("held_out"):
-        held_out = {r["image_path"] for r in records.read_json(args.train_json.with_name(meta["held_out"]))}
-        annotations = [r for r in annotations if r["image_path"] not in held_out]
+    annotations, threshold = records.read_records(args.pa_json, "PA"), holdout.threshold_of(args.train_json)
+    now = {str(r["id"]): r["image"] for r in parity}  # where PI found the images
+    paths = locate([r["image_path"] for r in annotations], dict(args.path_map), args.image_root)
+    annotations = [
+        r | {"image_path": now.get(str(r["question_id"]), path)} for r, path in zip(annotations, paths, strict=True)
+    ]
+    if threshold:
+        of = holdout.hashes(r["image_path"] for r in annotations)
+        of |= {r["image_path"]: r["image_hash"] for r in annotations if r.get("image_hash")}
+        annotations = [r for r in annotations if not holdout.is_held_out(of[r["image_path"]], threshold)]
+    n = len(parity)
     for name, samples in train_sets(annotations, n, args.seed, meta["settings"]["preset"]).items():
         out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
         records.write_json(out, samples)

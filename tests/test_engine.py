@@ -98,7 +98,7 @@ def test_bad_pictures_cost_only_themselves(pictures, tmp_path, one_by_one, worke
     asked = requests(pictures)[:4]
     got = replies([*asked[:2], *bad.values(), *asked[2:]], batch_size=8, workers=workers)
     assert [got[r.key]["text"] for r in asked] == [one_by_one[r.key]["text"] for r in asked]
-    assert got["gone"] == {"key": "gone", "error": "picture: no such file"}
+    assert got["gone"] == {"key": "gone", "error": "picture: no such file", "permanent": True}
     assert "cannot be read" in got["empty"]["error"]
     assert "the processor refuses it" in got["thin"]["error"]
     assert got["dot"]["text"]
@@ -152,8 +152,8 @@ def test_a_tokenizer_alone_is_no_processor(tmp_path):
 
 
 def test_the_dtype_is_measured_and_the_processors_limits_are_set():
-    assert models.pick_dtype("float16", "cpu") == torch.float16
-    assert models.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+    assert models.resolved_dtype("float16", "cpu") == "float16"
+    assert models.resolved_dtype("auto", "cpu") == "float32"
     processor = models.load_processor(str(STUDENT), models.MIN_PIXELS, models.MAX_PIXELS)
     picture = Image.new("RGB", (64, 64))
     thw = processor.image_processor([picture], return_tensors="pt")["image_grid_thw"][0]

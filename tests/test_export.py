@@ -232,7 +232,7 @@ def test_only_pictures_below_the_image_root_go_into_a_folder(parity_set, tmp_pat
             export.main(arguments)
     assert not (tmp_path / "out").exists()
     (tmp_path / "moved").symlink_to(root)  # a root that is a link itself, as prepare.py makes them
-    with_image(parity_set, "/elsewhere/a.png")
+    parity_set.write_text(json.dumps([{**read_json(parity_set)[0], "image": "/elsewhere/a.png"}]))
     export.main([*arguments[:3], "--image-root", str(tmp_path / "moved"), "--out", str(tmp_path / "out")])
 
 
@@ -258,11 +258,12 @@ def test_names_that_are_no_unicode_are_written_and_text_that_is_none_is_left_out
     [
         ({"image": None}, "'image' should be the path"),
         ({"conversations": "hello"}, "'conversations' should be a list of turns"),
-        ({"conversations": []}, "from 'human' and 'gpt' in turn"),
-        ({"conversations": [{"from": "human", "value": "<image>q"}]}, "from 'human' and 'gpt' in turn"),
-        ({"conversations": [{"from": "system", "value": "q"}]}, "a turn should be from 'human' or 'gpt'"),
-        ({"conversations": [{"from": ["human"], "value": "q"}]}, "a turn should be from 'human' or 'gpt'"),
-        ({"conversations": [{"from": "human", "value": 5}]}, "a turn should be from 'human' or 'gpt'"),
+        ({"conversations": []}, "'conversations' should be a list of turns"),
+        ({"conversations": [{"from": "human", "value": "<image>q"}] * 2}, "from 'human' and 'gpt' in turn"),
+        ({"conversations": [{"from": "human", "value": "<image>q"}] * 3}, "from 'human' and 'gpt' in turn"),
+        ({"conversations": [{"from": "system", "value": "q"}] * 2}, "a turn should be from 'human' or 'gpt'"),
+        ({"conversations": [{"from": ["human"], "value": "q"}] * 2}, "'conversations' should be a list of turns"),
+        ({"conversations": [{"from": "human", "value": 5}] * 2}, "'conversations' should be a list of turns"),
         ({"conversations": ["q", "a"]}, "'conversations' should be a list of turns"),
         (train_record(0, "x", "<image> q", "a"), "2 <image> marks in its text; expected one"),
         (train_record(0, "x", "q", "<image>"), "2 <image> marks in its text; expected one"),

@@ -234,12 +234,12 @@ def test_a_line_of_another_shape_is_named_not_scored(tmp_path, change, says):
         ({"answers": {}}, "'answers' should be a list of text"),
         ({"answers": [True]}, "'answers' should be a list of text"),
         ({"raw_answers": [["x"]]}, "'raw_answers' should be a list of text"),
-        ({"type": ["human"]}, "'type' should be text or null"),
-        ({"left_out": {"why": 1}}, "'left_out' should be text or null"),
-        ({"question_id": None}, "'question_id' should be a number or text"),
-        ({"question_id": [1]}, "'question_id' should be a number or text"),
-        ({"question_id": float("inf")}, "'question_id' should be a number or text"),
-        ({"question_id": True}, "'question_id' should be a number or text"),
+        ({"type": ["human"]}, "'type' should be str or null"),
+        ({"left_out": {"why": 1}}, "'left_out' should be str or null"),
+        ({"question_id": None}, "'question_id' should be text or a whole number"),
+        ({"question_id": [1]}, "'question_id' should be text or a whole number"),
+        ({"question_id": float("inf")}, "'question_id' should be text or a whole number"),
+        ({"question_id": True}, "'question_id' should be text or a whole number"),
     ],
 )
 def test_a_result_file_of_another_shape_is_named(tmp_path, change, says):

@@ -1,3 +1,5 @@
+import os
+import socket
 import struct
 import sys
 import zlib
@@ -8,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from mpa.datasets import load_samples
-from mpa.pictures import PictureError, open_picture, picture_size
+from mpa.pictures import PictureError, content_hash, fingerprints, open_picture, picture_size
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import data
@@ -98,3 +100,47 @@ def test_the_trainer_sees_the_same_pixels_as_the_stages(tmp_path, suffix):
         if mode == "I;16":
             Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(other)
         assert data.open_picture(other).tobytes() == open_picture(other).tobytes()
+
+
+def test_the_trainer_opens_images_by_the_same_code():
+    copies = ("mpa/pictures.py", "PL/Qwen2-VL-Finetune/src/pictures.py")
+    assert len({(ROOT / copy).read_bytes() for copy in copies}) == 1
+
+
+def special(folder, kind):
+    path = folder / "a.jpg"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+    elif kind == "sparse":
+        with open(path, "wb") as file:
+            file.truncate(2**32)
+    elif kind == "postscript":
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "sparse", "postscript"])
+def test_what_is_no_image_file_is_refused_at_once(tmp_path, kind, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)  # Ghostscript
+    path = special(tmp_path, kind)
+    with pytest.raises(PictureError, match="cannot be read"):
+        open_picture(path)
+    assert picture_size(path) == (0, 0)
+    assert (fingerprints([path])[path] is None) == (kind != "postscript")
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data._opened(str(path))
+
+
+def test_a_fingerprint_tells_content_from_content(tmp_path):
+    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = fingerprints([tmp_path / name for name in "abc"]).values()
+    assert a == b == (1, content_hash(tmp_path / "a")) and a != c

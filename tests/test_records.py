@@ -28,7 +28,11 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
 
 
 def test_an_id_twice_is_refused_even_as_text_and_number(tmp_path):
-    record = {"id": 1, "image": "a.png", "conversations": []}
+    record = {
+        "id": 1,
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}],
+    }
     write_json(tmp_path / "t.json", [record, {**record, "id": "1"}])
     with pytest.raises(InputError, match="records 0 and 1 have the same id, '1'"):
         read_records(tmp_path / "t.json", "train")

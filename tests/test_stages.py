@@ -14,7 +14,7 @@ import PI
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
 
-from mpa import cli
+from mpa import cli, holdout
 from mpa.datasets import Sample, locate
 from mpa.journal import Journal
 from mpa.prompts import TASK_PROMPTS
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_at_once_with_a_word_on_how_to_go_on(tmp_path):
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "stopped. Run the same command again to go on."
     assert "Traceback" not in said
 
@@ -176,21 +176,23 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
     done = script(*pi, "--run", f"{tmp_path}/fused/")
     assert done.returncode == 0, done.stderr
-    assert "its 40 answers were made along with the annotations" in done.stdout
+    assert "40 of its 40 answers were made along with the annotations" in done.stdout
     for name in OUTPUTS["PI"][2:]:
         assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
     fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
     assert [r["predictions"] for r in fused] == [r["predictions"] for r in apart]
-    # With other settings than PA's, or where a question was edited, the answers are not taken over.
+    # With other settings than PA's, the answers are not taken over; where a question was edited, the others are.
     arguments = PI.arguments([*pi[1:], "--run", f"{tmp_path}/fused/"])
     pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
     annotations = [r for r in read(pa_json) if r["predicted_answer"]]
-    assert PI.answers_of_pa(arguments, pa_json, annotations)
+    n = len(annotations)
+    assert len(PI.answers_of_pa(arguments, pa_json, annotations)[0]) == n
     arguments.max_new_tokens = 7
-    assert PI.answers_of_pa(arguments, pa_json, annotations) is None
+    assert PI.answers_of_pa(arguments, pa_json, annotations) == ({}, {"PA asked with another max_new_tokens": n})
     arguments.max_new_tokens = 128
     annotations[3]["predicted_question"] = "is it red?"
-    assert PI.answers_of_pa(arguments, pa_json, annotations) is None
+    ready, why = PI.answers_of_pa(arguments, pa_json, annotations)
+    assert len(ready) == n - 1 and why == {"their question was edited": 1}
 
 
 def test_a_model_trained_anew_in_the_same_folder_is_another_model(run, tmp_path):
@@ -241,16 +243,19 @@ def test_the_released_codes_own_command_needs_no_data_set_and_overwrites_nothing
 
 
 def test_pictures_that_have_moved_are_found_below_the_image_root(run, tmp_path, pictures):
-    moved = locate(f"/old/place/{next(pictures.glob('more/*.png')).relative_to(pictures)}", {}, str(pictures))
+    (moved,) = locate([f"/old/place/{next(pictures.glob('more/*.png')).relative_to(pictures)}"], {}, str(pictures))
     assert os.path.exists(moved)
-    assert locate("/old/place/none.png", {"/old": "/new"}, str(pictures)) == "/new/place/none.png"
+    assert locate(["/old/place/none.png"], {"/old": "/new"}, str(pictures)) == ["/new/place/none.png"]
 
 
 def test_a_hold_out_takes_at_least_one_picture_and_says_when_nothing_is_left(pictures, tmp_path):
-    consistent = [{"image_path": f"{i}.png"} for i in range(100)]
-    assert len(PI.held_out_pictures(consistent, 0.15)) == 15
-    assert len(PI.held_out_pictures(consistent[:2], 0.15)) == 1
-    assert PI.held_out_pictures(consistent, 0.0) == set()
+    of = {f"{i}.png": f"{i:032x}" for i in range(100)}
+
+    def held_out(share: float, n: int = 100) -> int:
+        threshold = holdout.decide(tmp_path / "none.json", dict(list(of.items())[:n]), share)
+        return sum(holdout.is_held_out(content, threshold) for content in list(of.values())[:n])
+
+    assert (held_out(0.15), held_out(0.15, n=2), held_out(0.0)) == (15, 1, 0)
     asked = {"predicted_question": "what color is the shape?", "predicted_answer": "red"}
     annotation = {"question_id": 1, "image_path": str(pictures / "more/00.png"), **asked}
     annotations = [annotation | {"ground_truth_question": None, "ground_truth_answer": None}]

@@ -1,10 +1,12 @@
 """Engines: requests in, replies out as they finish. The stages know no more than this.
 
 An engine is a context manager with `generate(requests, done) -> Iterator[list[dict]]`. It yields
-lists of replies, each `{"key", "text", "logprob", "tokens"}` or `{"key", "error"}`: one picture that
-cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token included.
-Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under
-that name, the reply to the prompt that followed.
+lists of replies, each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error", "permanent"}`:
+one picture that cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token
+included. `finish_reason` says why the reply ended: "stop" (the end token, or the line that was waited for), "length"
+(the token limit), "content_filter". An error is `permanent` where asking again cannot help; others may pass.
+Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under that name, the
+reply to the prompt that followed; where it is missing or an error, PI asks that question.
 
 `facts()` tells for the meta file how it went. `status()` is what the progress bar shows beside rate and
 time left, such as the share of the time in which the model waited for pictures.
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from mpa import ranks
 from mpa.journal import Journal
-from mpa.prompts import follow_up_prompt
+from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,24 @@ class Request:
     follow_up: str = ""
 
 
-def following(request: Request, text: str | None) -> Request | None:
-    """The request that a reply of this `text` gives rise to (see `Request.follow_up`); None where it does not."""
-    prompt = follow_up_prompt(text, request.follow_up) if request.follow_up and text is not None else None
-    if not prompt:
+def cut_off(reply: dict) -> str | None:
+    """Why an annotation is not whole; None where it is: what follows the line of its answer may be missing."""
+    why = {"length": "cut off at the token limit", "content_filter": "stopped by the content filter"}
+    reason = why.get(reply.get("finish_reason", "stop"))
+    text = reply["text"]
+    return None if reason is None or annotation_is_complete(text[: text.rfind("\n") + 1]) else reason
+
+
+MARK_IN_IT = "question: a mark of the prompt's format in it"
+
+
+def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
+    """The request that a reply gives rise to (see `Request.follow_up`); None where it does not. `marks` are the model's."""
+    text = reply.get("text")
+    if not request.follow_up or text is None or (request.follow_up != "released" and cut_off(reply)):
+        return None
+    prompt = follow_up_prompt(text, request.follow_up, marks)
+    if not prompt or holds_mark(prompt, marks):
         return None
     stop = "" if request.follow_up == "released" else "answer"
     return replace(request, prompt=prompt, temperature=0.0, stop=stop, follow_up="")

@@ -6,7 +6,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from mpa.engines import Request
-from mpa.prompts import STOPS
+from mpa.prompts import STOPS, opened_reasoning
 
 
 class Chooser(LogitsProcessor):
@@ -48,21 +48,45 @@ def line_breaks(tokenizer):  # -> [n]
     return torch.tensor([i for i, t in enumerate(tokens) if t and ("Ċ" in t or "\n" in t or t == "<0x0A>")])
 
 
-class Stopper(StoppingCriteria):
-    """Ends a row at the line break that completes what was asked; `lengths` are the tokens kept of each."""
+class Decoder:
+    """Token ids to text, without the special tokens, but for those that open and close reasoning."""
 
-    def __init__(self, batch: list[Request], tokenizer, line_breaks, prompt_length: int):
-        self.batch, self.tokenizer, self.prompt_length = batch, tokenizer, prompt_length
+    def __init__(self, tokenizer):
+        self.tokenizer, tokens = tokenizer, getattr(tokenizer, "added_tokens_decoder", {})
+        self.tags = {
+            i: str(token)
+            for i, token in tokens.items()
+            if token.special and opened_reasoning(str(token).replace("/", ""))
+        }
+
+    def __call__(self, ids) -> str:
+        ids = [int(i) for i in ids]
+        parts, start = [], 0
+        for at in (at for at, i in enumerate(ids) if i in self.tags):
+            parts += [self.tokenizer.decode(ids[start:at], skip_special_tokens=True), self.tags[ids[at]]]
+            start = at + 1
+        return "".join([*parts, self.tokenizer.decode(ids[start:], skip_special_tokens=True)])
+
+
+class Stopper(StoppingCriteria):
+    """Ends a row at the line break that completes what was asked; `lengths` are the tokens kept of each.
+
+    `opened` is the tag with which the chat template has opened the reply's reasoning, or "".
+    """
+
+    def __init__(self, batch: list[Request], decoder: Decoder, line_breaks, prompt_length: int, opened: str = ""):
+        self.batch, self.decoder, self.prompt_length, self.opened = batch, decoder, prompt_length, opened
         self.line_breaks = line_breaks
         self.lengths = torch.tensor([r.max_new_tokens for r in batch])
+        self.complete = [False] * len(batch)
 
     def __call__(self, input_ids, scores, **_):  # [B, T] -> [B]
         written = input_ids[:, self.prompt_length :]
         broken = torch.isin(written[:, -1], self.line_breaks.to(written.device))
         for row in broken.nonzero()[:, 0].tolist():
             stop = self.batch[row].stop
-            if stop and written.shape[1] < self.lengths[row]:
-                text = self.tokenizer.decode(written[row], skip_special_tokens=True)
-                if STOPS[stop](text):
+            if stop and written.shape[1] <= self.lengths[row] and not self.complete[row]:
+                self.complete[row] = STOPS[stop](self.opened + self.decoder(written[row]))
+                if self.complete[row]:
                     self.lengths[row] = written.shape[1]
         return (self.lengths <= written.shape[1]).to(input_ids.device)

@@ -26,13 +26,15 @@ from PIL import Image
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import models, ranks
-from mpa.engines import Request, following
-from mpa.engines.decoding import Chooser, Stopper, line_breaks
+from mpa.engines import MARK_IN_IT, Request, following
+from mpa.engines.decoding import Chooser, Decoder, Stopper, line_breaks
 from mpa.engines.prefixes import Prefixes, forget_positions, spare_last_layer
 from mpa.pictures import PictureError, open_picture, picture_size
+from mpa.prompts import holds_mark, opened_reasoning
 from mpa.records import InputError
 
 WINDOW = 64  # batches within which requests are sorted by length
+OUT_OF_MEMORY = "out of memory; try a smaller --max-pixels"
 OF_MEMORY = 0.8  # the share of a GPU's free memory that batches may fill
 
 
@@ -69,7 +71,7 @@ class HFEngine:
     def __exit__(self, failure, *_):
         """Free the model and the workers, so that the next model has the memory."""
         if self.pool:
-            for worker in multiprocessing.active_children() if failure else ():
+            for worker in list((self.pool._processes or {}).values()) if failure else ():
                 worker.kill()  # nobody waits for its batch any more
             self.pool.shutdown(cancel_futures=True)
         model = weakref.ref(self.model) if self.model else lambda: None
@@ -90,7 +92,10 @@ class HFEngine:
             cores = max(1, len(os.sched_getaffinity(0)) // ranks.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(4, cores)
         self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
-        self.line_breaks = line_breaks(self.processor.tokenizer)
+        self.line_breaks, self.decoder = line_breaks(self.processor.tokenizer), Decoder(self.processor.tokenizer)
+        self.marks = models.processor_marks(self.processor)
+        self._check_processor()
+        self.opened = opened_reasoning(self._texts(["?"])[0])
         # A worker of a CPU is forked with the model in it; one of a GPU before the device is touched.
         if self.workers and self.device == "cpu":
             threads = torch.get_num_threads()
@@ -104,7 +109,7 @@ class HFEngine:
             self._load_model()
 
     def _load_model(self) -> None:
-        self.dtype = models.pick_dtype(self.dtype, self.device)
+        self.dtype = getattr(torch, models.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust)
         if self.model.config.model_type in models.SHORTCUTS:
             spare_last_layer(self.model.get_decoder().layers[-1])
@@ -220,10 +225,10 @@ class HFEngine:
         try:
             return self._run(batch, good, inputs, errors)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is a CPU's
-            if not any(words in str(error) for words in ("out of memory", "not enough memory")):
+            if not out_of_memory(error):
                 raise
         if len(good) == 1:
-            return [*errors, {"key": batch[good[0]].key, "error": "out of memory; try a smaller --max-pixels"}]
+            return [*errors, {"key": batch[good[0]].key, "error": OUT_OF_MEMORY, "permanent": False}]
         forget_positions(self.model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -236,19 +241,26 @@ class HFEngine:
     def prepare(self, batch: list[Request]) -> tuple[list[int], dict, list[dict]]:
         """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
         pictures, errors = {}, []  # by row
+
+        def refuse(row: int, why: str, permanent: bool = True) -> None:
+            errors.append({"key": batch[row].key, "error": why, "permanent": permanent})
+
         for row, request in enumerate(batch):
+            if holds_mark(request.prompt, self.marks):
+                refuse(row, MARK_IN_IT)
+                continue
             try:
                 pictures[row] = open_picture(request.image_path)
             except PictureError as error:
-                errors.append({"key": request.key, "error": f"picture: {error}"})
+                refuse(row, f"picture: {error}")
+            except MemoryError:
+                refuse(row, OUT_OF_MEMORY, permanent=False)
 
         def process(rows):
             return self._process([pictures[row] for row in rows], [batch[row].prompt for row in rows])
 
         try:
             return list(pictures), process(pictures), errors
-        except MemoryError:
-            raise
         except Exception:  # one picture may have spoilt the batch: an extreme shape, say
             good = []
             for row in pictures:
@@ -256,9 +268,25 @@ class HFEngine:
                     process([row])
                     good.append(row)
                 except Exception as error:
-                    self._check_processor()
-                    errors.append({"key": batch[row].key, "error": f"picture: the processor refuses it ({error})"})
+                    if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
+                        refuse(row, OUT_OF_MEMORY, permanent=False)
+                    else:
+                        refuse(row, f"{self._at_fault(pictures[row])}: the processor refuses it ({error})")
+        try:
             return good, process(good), errors
+        except MemoryError:  # one by one they fit
+            for row in good[1:]:
+                refuse(row, OUT_OF_MEMORY, permanent=False)
+            return good[:1], process(good[:1]), errors
+
+    def _at_fault(self, picture: Image.Image) -> str:
+        """Whether a request that the processor refuses is so for its picture or for its question."""
+        self._check_processor()
+        try:
+            self._process([picture], ["What is it?"])
+            return "question"
+        except Exception:
+            return "picture"
 
     def _check_processor(self) -> None:
         """Raise InputError where the processor fails on a plain picture: then no picture is to blame."""
@@ -295,7 +323,7 @@ class HFEngine:
         inputs, cache = self.prefixes.with_head(inputs) if self.prefixes else (inputs, None)
         replies, cache = self._generate(batch, inputs, cache)
 
-        asked = [following(r, reply["text"]) for r, reply in zip(batch, replies, strict=True)]
+        asked = [following(r, reply, self.marks) for r, reply in zip(batch, replies, strict=True)]
         rows, asked = [row for row, request in enumerate(asked) if request], [request for request in asked if request]
         if rows:
             shared = None
@@ -312,7 +340,7 @@ class HFEngine:
         """Replies to a batch and the cache they leave; `cache` holds the key-values of the inputs' first columns."""
         prompt_length = inputs["input_ids"].shape[1]
         chooser = Chooser(batch)
-        stopper = Stopper(batch, self.processor.tokenizer, self.line_breaks, prompt_length)
+        stopper = Stopper(batch, self.decoder, self.line_breaks, prompt_length, self.opened)
         out = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
@@ -332,17 +360,27 @@ class HFEngine:
         is_end = torch.isin(written, torch.tensor(ends, device=written.device))
         first_end = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, written.shape[1])
         lengths = torch.minimum(first_end, stopper.lengths.to(written.device)).tolist()
+        ends_at = torch.where(is_end.any(1), first_end, written.shape[1] + 1).tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).cpu()  # [B, T]
         replies = [
             {
                 "key": request.key,
-                "text": self.processor.tokenizer.decode(row[:n], skip_special_tokens=True),
+                "text": self.opened + self.decoder(row[:n]),
                 "logprob": round(values[:n].sum().item(), 4),
                 "tokens": n,
+                "finish_reason": "stop" if complete or end <= n else "length",
             }
-            for request, row, n, values in zip(batch, written, lengths, logprobs, strict=True)
+            for request, row, n, values, complete, end in zip(
+                batch, written, lengths, logprobs, stopper.complete, ends_at, strict=True
+            )
         ]
         return replies, out.past_key_values
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """In the words of torch on GPUs and CPUs, and of the libraries below it."""
+    words = ("out of memory", "not enough memory", "allocate memory", "alloc_failed", "bad_alloc", "unable to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def written(reply: dict) -> int:
@@ -357,7 +395,8 @@ def _start_worker(engine: HFEngine) -> None:
     global _engine
     _engine = engine
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to deal with
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however it ends
 
 

@@ -118,7 +118,8 @@ class RayEngine:
         # Pickled, as Arrow takes no text that is no Unicode. One batch is one block, and so one task.
         rows = [{"number": i, "packed": pickle.dumps(left[i : i + n])} for i in range(0, len(left), n)]
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        tries = ray.remote(Tries).options(num_cpus=0, scheduling_strategy=here).remote()
+        alive = {"max_restarts": -1, "max_task_retries": -1}  # begun anew with its counts at 0
+        tries = ray.remote(Tries).options(num_cpus=0, scheduling_strategy=here, **alive).remote()
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # none: a batch may take long
@@ -151,11 +152,11 @@ class RayEngine:
 
     def facts(self) -> dict:
         """What the actors' engines tell: counts and cost summed up, the mean of shares."""
-        told = list(self.told.values())
+        told = [facts for facts in self.told.values() if facts]  # an actor whose engine did not open has none
         of_all = dict(told[0]) if told else {}
         for name, value in of_all.items():
             if isinstance(value, (int, float)):
-                total = sum(facts[name] for facts in told)
+                total = sum(facts.get(name) or 0 for facts in told)
                 share = isinstance(value, float) and name != "cost"
                 of_all[name] = round(total / len(told), 4) if share else total
         return {**of_all, "engine": self.inner, "actors": self.actors}

@@ -19,9 +19,10 @@ from importlib.util import find_spec
 from PIL import Image
 
 from mpa import models, ranks
-from mpa.engines import Request, following
+from mpa.engines import MARK_IN_IT, Request, following
+from mpa.engines.decoding import Decoder
 from mpa.engines.feed import Feed, Row
-from mpa.prompts import ANSWER_SUFFIX, STOPS
+from mpa.prompts import ANSWER_SUFFIX, STOPS, holds_mark, opened_reasoning
 from mpa.records import InputError
 
 IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
@@ -29,9 +30,8 @@ VERIFIED = 4  # pictures whose visual tokens are counted
 STEP_OF_LENGTH = 1024  # what the longest prompt and reply are rounded up to, see `_longest`
 
 INSTALL = (
-    "--engine vllm needs vLLM, in an environment of its own: "
-    "uv venv .venv-vllm && uv pip install -p .venv-vllm/bin/python -r requirements-vllm.txt, "
-    "then `source .venv-vllm/bin/activate` (without a GPU: requirements-vllm-cpu.txt)."
+    "--engine vllm needs vLLM, in an environment of its own: `bash scripts/setup.sh vllm` makes .venv-vllm, in which the "
+    "scripts run it; to call a Python file yourself: .venv-vllm/bin/python scripts/PA.py …"
 )
 
 
@@ -110,6 +110,8 @@ class VLLMEngine:
         if not self.processor:
             self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
             self._check_processor()
+            self.decoder, self.marks = Decoder(self.processor.tokenizer), models.processor_marks(self.processor)
+            self.opened = opened_reasoning(self._text("?"))
         needed = self.max_model_len or self._longest(requests)
         if self.llm and needed > self.length:
             self._unload()
@@ -134,7 +136,7 @@ class VLLMEngine:
         gpus = self.parallel[0] * self.parallel[1]
         self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")
         if on_cpu:
-            self.dtype = models.pick_dtype(str(self.dtype).removeprefix("torch."), "cpu")
+            self.dtype = models.resolved_dtype(str(self.dtype).removeprefix("torch."), "cpu")
         elif self.dtype == "auto":
             self.dtype = "bfloat16" if current_platform.has_device_capability(80) else "float16"
         self.in_flight = IN_FLIGHT["cpu" if on_cpu else "gpu"]
@@ -235,13 +237,19 @@ class VLLMEngine:
 
     def prepare(self, request: Request, picture) -> tuple[dict | None, str]:
         """(what vLLM takes, ""), or (None, why it cannot be asked)."""
+        if holds_mark(request.prompt, self.marks):
+            return None, MARK_IN_IT
         try:
             processed = self._processed(request.prompt, picture)
         except Exception as error:
             if too_long := _too_long(error):
                 return None, too_long
             self._check_processor()
-            return None, f"picture: the processor refuses it ({_reason(error)})"
+            try:
+                self._processed("What is it?", picture)
+                return None, f"question: the processor refuses it ({_reason(error)})"
+            except Exception:
+                return None, f"picture: the processor refuses it ({_reason(error)})"
         length = len(processed["prompt_token_ids"])
         if length >= self.length:
             # vLLM holds for sent what it has processed, and would not send this picture with a shorter prompt.
@@ -304,7 +312,10 @@ class VLLMEngine:
                     except VLLMClientError as error:
                         row.error = _too_long(error) or f"vLLM refuses it: {_reason(error)}"
                 if row.error:
-                    replies += self._finish(row, {"key": row.request.key, "error": row.error}, feed)
+                    permanent = not row.error.startswith("prompt:")  # which a longer --max-model-len may take
+                    replies += self._finish(
+                        row, {"key": row.request.key, "error": row.error, "permanent": permanent}, feed
+                    )
             if live:
                 started = clock()
                 try:
@@ -342,27 +353,28 @@ class VLLMEngine:
         """The reply, once it is complete: at its end token, at the longest, or at the line break that ends it."""
         written, request = output.outputs[0], row.request
         new, row.seen = written.text[row.seen :], len(written.text)
-        complete = output.finished
-        if not complete and request.stop and "\n" in new and STOPS[request.stop](written.text):
+        stopped = bool(request.stop) and "\n" in new and STOPS[request.stop](self.opened + written.text)
+        if stopped and not output.finished:
             self.llm.llm_engine.abort_request([output.request_id])
-            complete = True
-        if not complete:
+        if not stopped and not output.finished:
             return None
         self.tokens += len(written.token_ids)
         self.prompted += len(output.prompt_token_ids)
         self.cached += output.num_cached_tokens or 0
         n, short = len(written.token_ids), len(written.token_ids) < request.max_new_tokens
+        failed = {"key": request.key, "permanent": False}
         if written.finish_reason == "length" and short:
-            return {"key": request.key, "error": f"its reply does not fit in --max-model-len {self.length}"}
+            return failed | {"error": f"its reply does not fit in --max-model-len {self.length}"}
         if written.finish_reason not in ("stop", "length", None):
-            return {"key": request.key, "error": f"vLLM gave it up ({written.finish_reason})"}
+            return failed | {"error": f"vLLM gave it up ({written.finish_reason})"}
         return {
             "key": request.key,
             # Not written.text: it lacks a last character that was cut in two.
-            "text": self.processor.tokenizer.decode(written.token_ids, skip_special_tokens=True),
+            "text": self.opened + self.decoder(written.token_ids),
             # What else was in the batch shows from the sixth digit on in float32: a resumed run gives the same bytes.
             "logprob": round(written.cumulative_logprob, 3),
             "tokens": n,
+            "finish_reason": "length" if written.finish_reason == "length" and not stopped else "stop",
         }
 
     def _finish(self, row: Row, reply: dict, feed: Feed) -> list[dict]:
@@ -370,7 +382,7 @@ class VLLMEngine:
         if row.follows:
             row.follows["follow_up"] = reply
             return [row.follows]
-        asked = following(row.request, reply.get("text"))
+        asked = following(row.request, reply, self.marks)
         if not asked:
             return [reply]
         feed.push(Row(asked, follows=reply))

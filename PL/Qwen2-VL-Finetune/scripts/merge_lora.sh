@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-python "$HERE/../src/merge_lora.py" --model-path "${ADAPTER:?name the folder of a LoRA training}" \
+exec python "$HERE/../src/merge_lora.py" --model-path "${ADAPTER:?name the folder of a LoRA training}" \
     --save-model-path "${OUTPUT_DIR:?name the folder to write}" "$@"

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pictures import read_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -41,11 +42,11 @@ class Cache:
         self.left = min(most - used, shutil.disk_usage(folder).free / 2) / shares
 
     def key(self, sample: dict) -> str:
-        """Raises OSError where a picture cannot be read."""
+        """Raises PictureError where an image cannot be read."""
         digest = hashlib.sha256(self.maker)
         digest.update(json.dumps(sample["messages"]).encode())
         for path in sample["images"]:
-            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            digest.update(hashlib.sha256(read_file(path)).digest())
         return digest.hexdigest()
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:

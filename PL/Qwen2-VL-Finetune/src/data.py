@@ -1,16 +1,14 @@
 """From train JSON to samples as a model takes them. Only the answers and their end tokens are labelled.
 
-A record (LLaVA form, as the Parity Identifier writes it); `image` may be a list, or missing:
+A record in the LLaVA form, as the Parity Identifier writes it (`forms.py` reads others); `image` may be a list, or missing:
     {"id": 4, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat airline is it?"},
                                                   {"from": "gpt", "value": "Virgin"}]}
 """
 
-import json
 import math
 import os
 import random
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,42 +18,20 @@ import ranks
 import torch
 import torch.distributed as dist
 from cache import Cache
-from PIL import Image, ImageOps
+from forms import IMAGE, DataError, read_record, read_records
+from pictures import PictureError, open_picture
+from PIL import Image
 from tqdm import tqdm
 
 IGNORE = -100
-IMAGE = "<image>"
 OF_TEXT = ("input_ids", "labels", "sample")  # of an encoded sample; the rest is pictures
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's output that is not about pictures
-
-
-class DataError(Exception):
-    """Something in the train JSON that the user can mend: names file, record and remedy."""
-
-
-def open_picture(path: str) -> Image.Image:
-    """The picture as the stages see it: first frame, turned as its EXIF says, 8 bits, alpha over white, RGB."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = Image.open(path)
-    with picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I") or picture.mode == "F":  # deep grey, which Pillow's conversion would cut to white
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        most = values.max()
-        white = 65535 if picture.mode.startswith("I;16") or 255 < most <= 65535 else 1 if most <= 1 else max(most, 255)
-        picture = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_samples(
     data_path: Sequence[str], image_folder: str = "", path_map: Sequence[str] = (), seed: int = 0
 ) -> list[dict]:
-    """The records of all files, checked, as {"id", "where", "images", "messages"} with chat-template messages.
+    """The records of all files (`forms`), checked, as {"id", "where", "images", "messages"} with chat-template messages.
 
     A file may have a share of the mixture ("a.json:0.9"): then as many of each file are drawn, by `seed`,
     as keep the shares and leave one file whole. `path_map` are "OLD=NEW" folders of pictures that have
@@ -67,16 +43,32 @@ def read_samples(
     files = [split_share(path) for path in data_path]
     if any(share for _, share in files) and not all(share for _, share in files):
         raise DataError(f"--data_path {' '.join(data_path)}: give each file a share, as in a.json:0.9, or none.")
-    samples = [
-        [_read(record, f"{path}, record {i}", i, image_folder, moves) for i, record in enumerate(_records(path))]
-        for path, _ in files
-    ]
+    parts, lines = [], []
+    for path, _ in files:
+        records = enumerate(read_records(path))
+        parts.append(
+            [
+                _sample(read_record(r, f"{path}, record {i}", i), f"{path}, record {i}", image_folder, moves)
+                for i, r in records
+            ]
+        )
+    read = [len(part) for part in parts]
     if files[0][1]:
-        size = min(len(part) / share for part, (_, share) in zip(samples, files, strict=True))
-        for part, (_, share) in zip(samples, files, strict=True):
+        size = min(len(part) / share for part, (_, share) in zip(parts, files, strict=True))
+        for part, (path, share) in zip(parts, files, strict=True):
             chosen = random.Random(seed).sample(range(len(part)), round(share * size))
+            if not chosen:
+                raise DataError(
+                    f"--data_path {path}:{share:g}: of its {len(part)} samples none would be drawn, since the mixture has only "
+                    f"{size:.1f} samples to its whole. Raise its share, or leave the file out."
+                )
             part[:] = [part[i] for i in sorted(chosen)]
-    return [sample for part in samples for sample in part]
+    for (path, _), part, n in zip(files, parts, read, strict=True):
+        with_images = sum(bool(sample["images"]) for sample in part)
+        lines.append(f"PL: {path}: {n:,} samples read, {len(part):,} taken, {with_images:,} of them with images.")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*lines, sep="\n", flush=True)
+    return [sample for part in parts for sample in part]
 
 
 def split_share(path: str) -> tuple[str, float | None]:
@@ -91,18 +83,6 @@ def split_share(path: str) -> tuple[str, float | None]:
     if not 0 < value < math.inf:
         raise DataError(f"--data_path {path}: a share must be above 0.")
     return name, value
-
-
-def _records(path: str) -> list:
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Run PI.sh first, or name the file with --data_path.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not JSON ({error}). Write it again.") from None
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: no samples in it; there is nothing to train on.")
-    return records
 
 
 def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
@@ -202,7 +182,7 @@ class _Tried(torch.utils.data.Dataset):
                 encoded = self.cache.get(key)
             found = encoded is not None
             encoded = encoded if found else encode(sample, self.processor)
-        except (DataError, ValueError, OSError) as error:
+        except (DataError, PictureError, ValueError, OSError) as error:
             return str(error)
         length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == self.processor.image_token_id).sum())
         self.memory -= sum(value.nbytes for value in encoded.values())
@@ -213,41 +193,19 @@ class _Tried(torch.utils.data.Dataset):
         return Look(length, visual, key, None)
 
 
-def _read(record, where: str, number: int, image_folder: str, moves: list[tuple[str, str]]) -> dict:
-    try:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        images = record.get("image") or []
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: missing {error}; expected id, image and conversations of from and value.") from None
-    if not all(isinstance(text, str) for _, text in turns):
-        raise DataError(f"{where}: a turn's value is not text; write it as a string.")
-    system = []
-    if turns and turns[0][0] == "system":
-        system = [{"role": "system", "content": [{"type": "text", "text": turns.pop(0)[1]}]}]
-    if [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        raise DataError(f"{where}: conversations must alternate human and gpt, starting with human.")
-    images = [images] if isinstance(images, str) else images
-    if not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}: image is neither a path nor a list of paths.")
-    marks = sum(text.count(IMAGE) for who, text in turns if who == "human")
-    if marks != len(images) or any(IMAGE in text for who, text in turns if who == "gpt"):
-        raise DataError(
-            f"{where}: {len(images)} images, and {marks} {IMAGE} in the human turns; expected one for each."
-        )
-    if not all(text.strip() for who, text in turns if who == "gpt"):
-        raise DataError(f"{where}: an answer is empty; there is nothing to learn from it.")
+def _sample(record: dict, where: str, image_folder: str, moves: list[tuple[str, str]]) -> dict:
+    images = record["images"]
     for old, new in moves:
         images = [new + image.removeprefix(old) if image.startswith(old) else image for image in images]
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = system + [{"role": roles[who], "content": _content(text)} for who, text in turns]
+    messages = [{"role": role, "content": _content(text)} for role, text in record["turns"]]
     paths = [os.path.join(image_folder, image) for image in images]
-    return {"id": record.get("id", number), "where": where, "images": paths, "messages": messages}
+    return {"id": record["id"], "where": where, "images": paths, "messages": messages}
 
 
 def _content(text: str) -> list[dict]:
     """Chat-template parts. A line break beside <image> belongs to the mark, not to the prompt."""
     parts = []
-    for i, piece in enumerate(re.split(f"\n?{IMAGE}\n?", text)):
+    for i, piece in enumerate(re.split(f"(?:\r?\n)?{IMAGE}(?:\r?\n)?", text)):
         parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
     return parts
 
@@ -294,8 +252,8 @@ def _opened(path: str | Image.Image) -> Image.Image:
         return path
     try:
         return open_picture(path)
-    except Exception as error:  # Pillow's plugins raise anything
-        raise DataError(f"{path} cannot be read ({error or type(error).__name__})") from None
+    except PictureError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 class Samples(torch.utils.data.Dataset):

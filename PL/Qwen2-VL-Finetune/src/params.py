@@ -55,6 +55,13 @@ class ModelArguments:
         default=False, metadata={"help": "Do not use flash-attention 2 where it is installed: torch's attention."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    save_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "What the final weights are written in; auto: as the base's. Checkpoints on the way are in float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
 
 
 @dataclass
@@ -182,6 +189,11 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
         model.lora_namespan_exclude = literal_eval(model.lora_namespan_exclude[0])  # as that project's scripts write it
     if model.freeze_vision_tower and model.freeze_merger and model.freeze_llm and not model.lora_enable:
         raise DataError("everything is frozen; there is nothing to train.")
+    if (Path(model.model_id) / "adapter_config.json").is_file():
+        raise DataError(
+            f"{model.model_id}: holds LoRA adapters, which would not be saved with what is trained here. Merge them first: "
+            "scripts/merge_lora.sh."
+        )
     if Path(model.model_id).is_dir():
         model.model_id = str(Path(model.model_id).resolve())  # an adapter names its base from anywhere
     if args.activation_checkpointing_kwargs:

@@ -1,5 +1,6 @@
 """The parts of a model (vision, merger, language) by family: frozen, given learning rates, adapted with LoRA."""
 
+import re
 from collections import Counter
 
 import torch
@@ -13,6 +14,8 @@ IDEFICS = {"vision": ("vision_model.",), "merger": ("connector.",)}
 LLAVA = {"vision": ("vision_tower.",), "merger": ("multi_modal_projector.", "image_newline")}
 FAMILIES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "idefics3": IDEFICS, "smolvlm": IDEFICS}
 FAMILIES |= {"internvl": LLAVA, "llava": LLAVA, "llava_next": LLAVA, "llava_onevision": LLAVA}
+# What PEFT puts into the names of a model's parameters and modules: of those trained whole beside adapters, it keeps a copy.
+PEFT = re.compile(r"^base_model\.model\.|(?<=\.)(?:modules_to_save\.[^.]+|original_module|base_layer)(?:\.|$)")
 PARTS = ("vision", "merger", "language")
 
 
@@ -23,7 +26,7 @@ def part_of(name: str, model_type: str) -> str:
         raise DataError(
             f"model type {model_type}: its parts are not known. Add it to FAMILIES in src/parts.py: {known}."
         )
-    name = name.removeprefix("base_model.model.").removeprefix("model.") + "."
+    name = PEFT.sub("", name).removeprefix("model.") + "."
     for part in ("merger", "vision"):
         if name.startswith(FAMILIES[model_type][part]):
             return part
@@ -60,9 +63,11 @@ def groups(model, decaying: set[str], args) -> list[dict]:
 
 
 def counts(model) -> dict[str, tuple[int, int]]:
-    """Parameters of each part: (all, trained). Under ZeRO-3 a parameter's size is not that of its shard."""
+    """Parameters of each part: (all, trained), without PEFT's copies. Under ZeRO-3 a parameter's size is not that of its shard."""
     total, trained = Counter(), Counter()
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
         part, size = part_of(name, model.config.model_type), getattr(parameter, "ds_numel", parameter.numel())
         total[part] += size
         trained[part] += size if parameter.requires_grad else 0

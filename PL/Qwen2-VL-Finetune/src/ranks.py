@@ -1,6 +1,9 @@
 """The processes of one training: how many they are on this machine, and what they do together."""
 
+import ctypes
 import os
+import signal
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,9 +11,11 @@ import torch.distributed as dist
 
 def settle() -> None:
     """To be called first. DeepSpeed's launcher names the ranks of this machine otherwise than torchrun, and accelerate
-    would take the missing name for 1."""
+    would take the missing name for 1. A rank whose launcher is killed gets SIGTERM: it saves and stops."""
     if "LOCAL_SIZE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def here() -> int:

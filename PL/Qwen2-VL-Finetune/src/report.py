@@ -1,6 +1,8 @@
 """What the trainer tells: the line at the start, the device's pace, the model card."""
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -8,7 +10,42 @@ import torch
 
 
 def write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    """Whole or not at all: beside `path`, then renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def as_saved(config, dtype: torch.dtype | None):
+    """The configuration as it is to be written: with `dtype`, and the cache that training switches off on again."""
+    parts = [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
+    before = [(part, part.dtype, getattr(part, "use_cache", None)) for part in parts]
+    for part, was, cached in before:
+        part.dtype = dtype or was
+        if cached is False:
+            part.use_cache = True
+    try:
+        yield
+    finally:
+        for part, was, cached in before:
+            part.dtype = was
+            if cached is False:
+                part.use_cache = cached
+
+
+def without_traces(folder: Path) -> None:
+    """Take out of the saved JSON files what says where and how they were made, and nothing to who loads them."""
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text())
+        kept = {key: value for key, value in content.items() if key not in ("local_files_only", "_name_or_path")}
+        if kept != content:
+            write_json(path, kept)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the weights in a model's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -91,7 +128,8 @@ MPA = (
 def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     """README.md of the model's folder: what it is, from what data, how to use it."""
     funnel, licence = _funnel(meta["settings"]["data_path"]), _licence(base)
-    front = ["---", f"base_model: {base}", *([f"license: {licence}"] if licence else [])]
+    name = _name(base)
+    front = ["---", f"base_model: {name}", f"license: {licence or 'other'}"]
     front += ["pipeline_tag: image-text-to-text", f"library_name: {'peft' if adapter else 'transformers'}", "---"]
     accuracy = [f"- accuracy on held-out samples: {meta['accuracy']:.1%}"] if "accuracy" in meta else []
     settings = ("learning_rate", "vision_lr", "merger_lr", "num_train_epochs", "per_device_train_batch_size")
@@ -99,7 +137,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     lines = [
         *front,
         f"\n# {out.name}\n",
-        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{base}`{MPA if funnel else ''}.\n",
+        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{name}`{MPA if funnel else ''}.\n",
         "## Data\n",
         *(f"- `{Path(path).name}`" for path in meta["settings"]["data_path"]),
         f"- {meta['samples']} samples, {meta['tokens']} tokens an epoch",
@@ -111,7 +149,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
         "\n## Licence\n",
         f"That of the base model{f' ({licence})' if licence else ''}; the pictures have licences of their own.",
         "\n## Use\n",
-        f"`MODEL={out} bash evaluate.sh`, or any program that loads such checkpoints.\n",
+        f"`MODEL={out.name} bash evaluate.sh`, or any program that loads such checkpoints.\n",
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -125,6 +163,11 @@ def _funnel(data_paths: list[str]) -> list[str]:
             counts = json.loads(meta.read_text()).get("funnel", {})
             lines.append("- " + " → ".join(f"{count} {name}" for name, count in counts.items()))
     return lines
+
+
+def _name(base: str) -> str:
+    """A hub id as it is; of a folder, the base that its own card names, or its name: paths of this machine are nobody's business."""
+    return base if not Path(base).is_dir() else Path(base).resolve().name
 
 
 def _licence(base: str) -> str:

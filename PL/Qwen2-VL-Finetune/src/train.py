@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
 import parts
 import ranks
 import report
@@ -28,9 +29,8 @@ from features import Features, keep
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from trainer import SETTINGS, Leveler, compute_dtype
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available
 
 from data import (
@@ -87,7 +87,7 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
         decides["deepspeed_sha256"] = sha256(Path(args.deepspeed))
     ours = {**vars(model_args), **vars(data_args)}
     decides |= {name: value for name, value in ours.items() if not name.startswith(WITHOUT_EFFECT)}
-    decides["world_size"] = args.world_size
+    decides["save_dtype"], decides["world_size"] = model_args.save_dtype, args.world_size
     decides["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then it matters when is looked, and at what
         names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
@@ -184,17 +184,25 @@ def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
 
 
 def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from. Raises DataError where it is of a training with other settings."""
+    """The checkpoint to go on from: the last whole one. Raises DataError where none is whole, or it is of a training with
+    other settings."""
     found = args.resume_from_checkpoint
     if found in ("no", "False", "false", None):
         return None
     if found == "auto":
-        found = get_last_checkpoint(str(out)) if out.is_dir() else None
-        if found is None:
+        whole, refused = checkpoints.last_whole(out)
+        if refused and not whole:
+            raise DataError(
+                f"{'; '.join(refused)}. There is none to go on from; --resume_from_checkpoint no starts again."
+            )
+        if refused and args.process_index == 0:
+            print(f"PL: passed over {'; '.join(refused)}.", flush=True)
+        if whole is None:
             return None
-    if not Path(found, SETTINGS).exists():
-        raise DataError(f"{found}: no complete checkpoint of this trainer; --resume_from_checkpoint no starts again.")
-    refuse_other_settings(json.loads(Path(found, SETTINGS).read_text()), asked, found)
+        found = str(whole)
+    elif why := checkpoints.fault(Path(found)):
+        raise DataError(f"{found}: {why}; --resume_from_checkpoint no starts again.")
+    refuse_other_settings(checkpoints.read_json(Path(found, SETTINGS)), asked, found)
     return found
 
 
@@ -240,7 +248,17 @@ def build(
         batch_tokens=data_args.batch_tokens,
         processing_class=processor,
         settings=asked,
+        save_dtype=save_dtype(model_args),
     )
+
+
+def save_dtype(model_args: ModelArguments) -> torch.dtype:
+    """What the weights are written in at the end: as --save_dtype says, by default as the base's are."""
+    if model_args.save_dtype != "auto":
+        return getattr(torch, model_args.save_dtype)
+    config = load(AutoConfig, model_args)
+    of_base = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    return of_base if isinstance(of_base, torch.dtype) else torch.float32
 
 
 def main(argv=None) -> int:
@@ -250,14 +268,17 @@ def main(argv=None) -> int:
     if args.deepspeed:
         ranks.init_deepspeed()
     started, out, first = time.time(), Path(args.output_dir), args.process_index == 0
+    lock = checkpoints.Lock(out) if first else None
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
     samples = read(data_args.data_path, data_args, args)  # before all that is slow
     asked = settings(model_args, data_args, args)
     if (out / META).exists():
-        refuse_other_settings(json.loads((out / META).read_text())["settings"], asked, out)
+        refuse_other_settings(checkpoints.read_json(out / META).get("settings") or {}, asked, out)
         print(f"PL: {out} is there already, trained with these settings.")
+        if lock:
+            lock.release()
         return 0
     checkpoint = checkpoint_in(out, asked, args)
 
@@ -292,7 +313,9 @@ def main(argv=None) -> int:
         report.write_card(out, meta, model_args.model_id, model_args.lora_enable)
         report.write_json(out / META, meta)
         print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
-        print(f"Wrote {out}. Next: evaluate.sh with MODEL={out}.")
+        size, dtype = report.size_of(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
+        print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")
+        lock.release()
     return 0
 
 

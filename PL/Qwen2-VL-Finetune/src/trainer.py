@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import activations
+import checkpoints
 import parts
 import ranks
 import report
@@ -57,8 +58,10 @@ class Leveler(Trainer):
         features: Features | None = None,
         batch_tokens: int = 0,
         settings: dict,
+        save_dtype: torch.dtype | None = None,
         **kwargs,
     ):
+        self.save_dtype = save_dtype
         self.stop = StopWhenAsked()
         self.batches = Batches(
             samples.lengths,
@@ -91,6 +94,7 @@ class Leveler(Trainer):
         self.limit = EXPLODED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
         self.flops_a_token, self.peak, self.train_seconds = None, None, 0.0
         self.seen, self.logged, self.logged_at = Counter(), Counter(), None
+        self.step_ids, self.last_ids = [], []  # of the samples since the last optimizer step, and before it
 
     # --- data -----------------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ class Leveler(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
+        self.step_ids += ids
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         self.rates = {f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups}
         if self.logged_at is None:
@@ -141,12 +146,18 @@ class Leveler(Trainer):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
         mean = loss.item() / max(1, len(targets))
         if not mean < self.limit:  # nan too
-            raise DataError(
-                f"step {self.state.global_step + 1}: the loss is {mean:.1f} for the samples with id "
-                f"{', '.join(map(str, ids))}. Look at them, or lower --learning_rate. The last checkpoint is good."
-            )
+            raise self._gone_wrong(f"the loss is {mean:.1f}", ids)
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
         return loss * world / num_items_in_batch
+
+    def _gone_wrong(self, what: str, ids: list) -> DataError:
+        kept, _ = checkpoints.last_whole(Path(self.args.output_dir))
+        kept = f"The last checkpoint, {kept.name}, is good" if kept else "There is no checkpoint yet"
+        named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+        return DataError(
+            f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Look at them, or lower "
+            f"--learning_rate. {kept}; nothing was written since."
+        )
 
     def _packed_positions(self, inputs: dict) -> torch.Tensor:
         """[4, 1, T] for models that give a token three positions: within its sample, then the model's three."""
@@ -210,7 +221,22 @@ class Leveler(Trainer):
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(self._groups(), **settings)
+            if hasattr(self.optimizer, "register_step_pre_hook"):  # DeepSpeed steps with it, too
+                self.optimizer.register_step_pre_hook(self._refuse_bad_gradients)
         return self.optimizer
+
+    def _refuse_bad_gradients(self, optimizer, *_) -> None:
+        """Before any weight is changed: raises DataError, on all ranks, where a gradient is not finite on one."""
+        gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+        bad = torch.zeros((), device=self.args.device)
+        for gradient in gradients:
+            bad += (~gradient.isfinite().all()).to(bad)
+        if self.args.world_size > 1:
+            dist.all_reduce(bad)
+        if bad:
+            ids = [i for of_rank in ranks.told(self.step_ids) for i in of_rank]
+            raise self._gone_wrong("a gradient is not finite", ids)
+        self.last_ids, self.step_ids = self.step_ids, []
 
     def _groups(self) -> list[dict]:
         return parts.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
@@ -271,6 +297,7 @@ class Leveler(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(out / ASIDE / name / "trainer_state.json"))
             report.write_json(out / ASIDE / name / SETTINGS, self.settings)
+            checkpoints.write_manifest(out / ASIDE / name)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(out / ASIDE / name, out / name)
             shutil.rmtree(out / ASIDE)
@@ -278,11 +305,29 @@ class Leveler(Trainer):
         ranks.wait()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        """In float32 on the way, so that a training goes on exactly; at the end in `save_dtype`. Raises DataError where a weight
+        is not finite, and writes nothing."""
+        output_dir = output_dir or self.args.output_dir
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        if state_dict is not None:  # DeepSpeed's has each tied tensor twice
+        if state_dict is None:
+            state_dict = self.model.state_dict()
+        else:  # DeepSpeed's has each tied tensor twice
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
+        bad = [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise self._gone_wrong(
+                f"{len(bad)} of {len(state_dict)} weights are not finite, {bad[0]} first; last trained on",
+                self.last_ids,
+            )
+        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        final = not self.aside
+        if final and self.save_dtype is not None:
+            state_dict = {n: v.to(self.save_dtype) if v.is_floating_point() else v for n, v in state_dict.items()}
+        with report.as_saved(core.config, self.save_dtype if final else None):
+            super()._save(output_dir, state_dict)
+        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
+        if self.args.should_save:
+            report.without_traces(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
