@@ -20,7 +20,7 @@ from sources import UNREADABLE, Member, Source, check_ratio
 from tqdm import tqdm
 
 from mpa.datasets import Sample
-from mpa.pictures import PictureError, open_picture
+from mpa.pictures import PictureError, open_file, open_picture
 from mpa.records import InputError
 
 PART = ".prepare.part"  # the same each time: one left by a kill goes with the next
@@ -150,7 +150,7 @@ def linked(source: str) -> Callable[[Path], None]:
         try:
             os.link(os.path.realpath(source), temporary)
         except OSError:
-            with open(source, "rb") as file, open(temporary, "xb") as out:
+            with open_file(source) as file, open(temporary, "xb") as out:
                 shutil.copyfileobj(file, out)
 
     return fill

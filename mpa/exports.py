@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from mpa import records
+from mpa.pictures import read_file
 from mpa.records import InputError
 
 MARK = "<image>"
@@ -130,7 +131,7 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
     }[form]
 
     def embedded(path: str) -> dict:
-        return {"bytes": Path(path).read_bytes(), "path": _unicode(Path(path).name)}
+        return {"bytes": read_file(path), "path": _unicode(Path(path).name)}
 
     def rows() -> Iterator[dict]:
         for sample in samples:
