@@ -13,130 +13,36 @@ Writes the annotation files of the released MPA code under data/<Name>/. A folde
 """
 
 import argparse
-import contextlib
 import os
-import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import placing
 import sources
-from layouts import PREPARATIONS, as_train_json, is_train_json, part_of, root_of, samples_of, split_of
-from sources import Member, Source
-from tqdm import tqdm
+from layouts import PREPARATIONS, as_train_json, is_train_json, part_of, samples_of, split_of
+from sources import Source
 
 from mpa import checking, cli, records
-from mpa.datasets import DATA, DATASETS, Sample, load_samples, locate, no_twice
+from mpa.datasets import DATA, DATASETS, Sample, labelled, load_samples, locate, no_twice
 from mpa.records import InputError
 
 
-def write_files(files: dict[Path, object], overwrite: bool) -> None:
-    """Write what is new. A file that would change is refused before any is written; white space is no change."""
+def check_files(files: dict[Path, object], overwrite: bool) -> set[Path]:
+    """Those that are there already; white space is no change. Raises InputError for one that would change."""
 
     def content_of(document):
         return document.get("data", document) if isinstance(document, dict) else document
 
-    there = {
-        path: path.exists() and content_of(records.read_json(path)) == content_of(new) for path, new in files.items()
-    }
-    changed = [path for path in files if path.exists() and not there[path]]
+    there = {p for p, new in files.items() if p.exists() and content_of(records.read_json(p)) == content_of(new)}
+    changed = [path for path in files if path.exists() and path not in there]
     if changed and not overwrite:
         raise InputError(
             f"{changed[0]}: is there already and differs (of {len(changed)} files). The released code's own files are "
             "best kept; choose another --data folder, or --overwrite."
         )
-    for path, content in files.items():
-        if not there[path]:
-            records.write_json(path, content)
-        print(f"  {path}: {'is there already' if there[path] else 'written'}")
-
-
-# --- pictures
-
-
-def write_picture(path: Path, content: bytes) -> None:
-    if path.exists() and path.stat().st_size == len(content):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def link_picture(path: Path, source: str) -> None:
-    """The same file under another name; a copy where it lies on another disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(os.path.realpath(source), temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, path)
-
-
-def find_picture(source: Source, dataset: str, part: str, name: str) -> Member | None:
-    """A picture in the source; ChartQA's parts have pictures of the same names, so that the folder counts."""
-    return source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
-
-
-def one_folder(members: dict[str, Member | None]) -> Path | None:
-    """The plain folder that holds all of these pictures, none of them behind a link; or None."""
-    folders = {m and not m.archive and m.name.removesuffix(f"/{name}") for name, m in members.items()}
-    folder = folders.pop() if len(folders) == 1 else None
-    if not folder:
-        return None
-    real = os.path.realpath(folder)
-    straight = all(
-        os.path.realpath(m.name) == os.path.join(real, os.path.normpath(name)) for name, m in members.items()
-    )
-    return Path(real) if straight else None
-
-
-def place_pictures(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> int:
-    """Bring the pictures to the image roots; how many are nowhere to be found."""
-    by_root, lost = {}, 0
-    for part, samples in parts.items():
-        root = root_of(dataset, part, data)
-        by_root.setdefault(root, {}).update((os.path.relpath(s.image_path, root), part) for s in samples)
-    for root, wanted in by_root.items():
-        members = {name: find_picture(source, dataset, part, name) for name, part in wanted.items()}
-        complete = root.is_symlink() and all((root / name).exists() for name in wanted)
-        if not complete and not (root.is_dir() and not root.is_symlink()) and (folder := one_folder(members)):
-            root.parent.mkdir(parents=True, exist_ok=True)
-            root.unlink(missing_ok=True)  # a link to where they are no more
-            root.symlink_to(folder)
-        elif not complete:
-            if root.is_symlink():
-                root.unlink()  # never write into the download
-            place_one_by_one(root, members)
-        there = sum((root / name).exists() for name in wanted)
-        lost += len(wanted) - there
-        print(f"  {root}: {there:,} of {len(wanted):,} pictures")
-    return lost
-
-
-def place_one_by_one(root: Path, members: dict[str, Member | None]) -> None:
-    with contextlib.ExitStack() as stack:
-        archives = {m.archive for m in members.values() if m and m.archive}
-        archives = {path: stack.enter_context(zipfile.ZipFile(path)) for path in archives}
-        for name, member in tqdm(members.items(), desc=f"pictures of {root.name}", unit="picture", disable=None):
-            path = root / name
-            if member is None:
-                continue
-            if member.archive is None:
-                if not path.exists() or path.stat().st_size != os.stat(member.name).st_size:
-                    link_picture(path, member.name)
-                continue
-            archive = archives[member.archive]
-            if path.exists() and path.stat().st_size == archive.getinfo(member.name).file_size:
-                continue
-            try:
-                write_picture(path, archive.read(member.name))
-            except zipfile.BadZipFile as error:
-                raise InputError(f"{member}: {error}. Download it again.") from None
+    return there
 
 
 # --- what a person types
@@ -161,31 +67,38 @@ def count(samples: list[Sample]) -> tuple[int, int]:
     return len(samples), len({s.image_path for s in samples})
 
 
+def labelled_only(part: str, items: list, samples: list[Sample]) -> tuple[list, list[Sample]]:
+    """Both without the questions that have no answer; these are counted."""
+    kept = [i for i, sample in enumerate(samples) if labelled(sample.answers)]
+    if len(kept) < len(samples):
+        n = len(samples) - len(kept)
+        print(f"  {n:,} questions of the {part} part have no answers, and are passed over; {len(kept):,} have.")
+    return [items[i] for i in kept], [samples[i] for i in kept]
+
+
 def prepare(args) -> None:
     dataset, steps, data = args.dataset, PREPARATIONS[args.dataset], args.data
     if dataset != "easyVQA" and not args.source:
         raise InputError(f"--source is needed: the folder with {steps.download}.")
-    source = None
+    source = copy = None
     if args.source_format == "hf":
-
-        def keep_picture(where: str, part: str, record: dict, picture: bytes) -> None:
-            (sample,) = samples_of(dataset, part, [record], data, where)
-            write_picture(Path(sample.image_path), picture)
-
-        parts = sources.from_hf(args.source, dataset, keep_picture)
+        copy = sources.from_hf(args.source, dataset)
+        parts = copy.records
     else:
         source = Source(args.source) if args.source else None
         parts = {part: items for part, items in steps.official(source).items() if items}
+    samples = {}
+    for part, items in parts.items():
+        found = samples_of(dataset, part, items, data, f"{args.source or 'easy-vqa'}, {part} part")
+        parts[part], samples[part] = labelled_only(part, items, found)
+        no_twice(samples[part], f"{args.source}, {part} part")
+    parts, samples = ({part: items for part, items in of.items() if items} for of in (parts, samples))
     if not parts:
         unopened = f" Not opened: {', '.join(map(str, source.unopened))}." if source and source.unopened else ""
         raise InputError(f"{args.source}: nothing of {dataset} in it. Expected {steps.download}.{unopened}")
     for part in ("train", "test"):
         if part not in parts and "all" not in parts and dataset != "easyVQA":
             print(f"  no {part} part in the source: its files are not written.")
-    samples = {}
-    for part, items in parts.items():
-        samples[part] = samples_of(dataset, part, items, data, f"{args.source or 'easy-vqa'}, {part} part")
-        no_twice(samples[part], f"{args.source}, {part} part")
 
     files, counts = steps.files(parts, args.seed), {}
     for name, content in files.items():
@@ -194,13 +107,37 @@ def prepare(args) -> None:
         counts[name] = count(of_file)
         if is_train_json(name):
             files[name] = as_train_json(of_file, args.preset)
-    write_files({data / steps.folder / name: content for name, content in files.items()}, args.overwrite)
-    lost = place_pictures(source, dataset, samples, data) if source and dataset != "easyVQA" else 0
+    files = {data / steps.folder / name: content for name, content in files.items()}
+    there = check_files(files, args.overwrite)
+    roots = []
+    if copy:
+        roots = placing.of_copy(copy.sizes, dataset, samples, data)
+    elif source and dataset != "easyVQA":
+        roots = placing.of_download(source, dataset, samples, data)
+    placing.check_target(data / steps.folder, data)
+    placing.check(roots, data)
+
+    for path, content in files.items():
+        if path not in there:
+            records.write_json(path, content)
+        print(f"  {path}: {'is there already' if path in there else 'written'}")
+    if copy:
+        of_row = {
+            row: sample.image_path
+            for part, rows in copy.rows.items()
+            for row, sample in zip(rows, samples[part], strict=True)
+        }
+        rows = enumerate(sources.hf_rows(args.source))
+        pictures = ((where, of_row[i], picture) for i, (where, _, _, picture) in rows if i in of_row)
+        lost = placing.place_copy(roots, pictures)
+    else:
+        lost = placing.place_download(roots)
     official = samples.get("train", samples.get("all"))
     report(dataset, count(official) if official else None, counts)
     if lost:
-        unopened = f" Archives that were not opened: {', '.join(map(str, source.unopened))}." if source.unopened else ""
-        sys.exit(f"\n{lost:,} pictures are not below {args.source}.{unopened} Add them and call again.")
+        closed = source.unopened if source else ()
+        unopened = f" Archives and other things that were not opened: {', '.join(map(str, closed))}." if closed else ""
+        sys.exit(f"\n{lost:,} pictures are not below {args.source}, or no pictures.{unopened} Add them and call again.")
     print(f"\nNext: python data/prepare.py check {dataset}")
 
 

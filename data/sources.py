@@ -6,92 +6,149 @@ part, whose split is ours.
 
 import hashlib
 import json
+import lzma
 import os
+import stat
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mpa.records import InputError
 
+# What zipfile raises for a member that is corrupt, encrypted, or packed in a way that it does not know (Deflate64).
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
+LARGEST_JSON = 2**31  # bytes; the largest annotation file of the four has some 10**8
+MOST_PACKED, ALWAYS_FINE = 100, 2**26  # times smaller in an archive than outside: JSON is 10 to 20; and bytes
+
 
 @dataclass(frozen=True)
 class Member:
-    """A file below the source, or one in an archive there (`archive` is its path)."""
+    """A regular file below the source, or one in an archive there (`archive` is its path); `size` in bytes, unpacked."""
 
     name: str
+    size: int
     archive: Path | None = None
+    leads_out: bool = False  # a link to a file that does not lie below the source, nor beside the link
 
     def __str__(self) -> str:
         return f"{self.archive}: {self.name}" if self.archive else self.name
 
 
+def check_ratio(archive: Path, unpacked: int, packed: int) -> None:
+    """Raise InputError for an archive that would fill the disk or the memory: photographs hardly get smaller in one."""
+    if unpacked > ALWAYS_FINE and unpacked > MOST_PACKED * packed:
+        raise InputError(
+            f"{archive}: {packed / 1e6:.1f} MB that become {unpacked / 1e6:,.0f} MB when unpacked: no download of this data "
+            "set. Nothing was unpacked; download it again."
+        )
+
+
 class Source:
-    """The files below a folder, those inside its zip archives too, found by the end of their path."""
+    """The files below a folder, those inside its zip archives too, found by the end of their path.
+
+    Regular files only; `unopened` are the other things, and archives that were not opened.
+    """
 
     def __init__(self, root: Path):
         if not root.exists():
             raise InputError(f"{root}: no such folder. Name that of the download with --source.")
         self.root, self.by_name, self.unopened = root, {}, []
-        for path in sorted(_files(root)):
-            self.by_name.setdefault(path.name, []).append(Member(str(path)))
+        real = os.path.realpath(root)
+        for path in sorted(self._files()):
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue  # a link to nothing
+            if not stat.S_ISREG(status.st_mode):
+                self.unopened.append(path)
+                continue
+            leads_out = path.is_symlink() and not any(
+                os.path.realpath(path).startswith(f"{folder.rstrip('/')}/")
+                for folder in (real, os.path.realpath(path.parent))
+            )
+            member = Member(str(path), status.st_size, leads_out=leads_out)
+            self.by_name.setdefault(path.name, []).append(member)
             if path.suffix.lower() == ".zip":
                 self._read_archive(path)
             elif {".tar", ".tgz", ".gz", ".7z", ".rar"} & {s.lower() for s in path.suffixes[-2:]}:
                 self.unopened.append(path)
 
+    def _files(self) -> Iterator[Path]:
+        """All files below the root, links to folders followed once; or the one file that it is."""
+        if not self.root.is_dir():
+            yield self.root
+            return
+
+        def closed(error: OSError) -> None:
+            print(f"warning: {error.filename}: cannot be looked into ({error.strerror}); passed over.", file=sys.stderr)
+            self.unopened.append(error.filename)
+
+        seen = {os.path.realpath(self.root)}
+        for folder, folders, files in os.walk(self.root, onerror=closed, followlinks=True):
+            folders[:] = [
+                f for f in folders if (real := os.path.realpath(Path(folder, f))) not in seen and not seen.add(real)
+            ]
+            yield from (Path(folder, name) for name in files)
+
     def _read_archive(self, path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, OSError) as error:
+                members = archive.infolist()
+        except (*UNREADABLE, OSError, ValueError) as error:
             print(f"warning: {path}: no whole zip archive ({error}); passed over.", file=sys.stderr)
             self.unopened.append(path)
             return
-        for name in names:
-            self.by_name.setdefault(PurePosixPath(name).name, []).append(Member(name, path))
+        for member in members:
+            if not member.is_dir():
+                found = Member(member.filename, member.file_size, path)
+                self.by_name.setdefault(PurePosixPath(member.filename).name, []).append(found)
 
     def find(self, ending: str) -> Member | None:
-        """The file whose path ends so, a plain one rather than one in an archive."""
+        """The file whose path ends so, a plain one rather than one in an archive, and the one with the shortest path.
+
+        Raises InputError where several do and are not of one size: they are different files.
+        """
         found = [m for m in self.by_name.get(PurePosixPath(ending).name, ()) if f"/{m.name}".endswith(f"/{ending}")]
-        return min(found, key=lambda m: m.archive is not None, default=None)
+        found = [m for m in found if not m.archive] or found
+        nearest = min((m.name.count("/") for m in found), default=0)
+        found = [m for m in found if m.name.count("/") == nearest]
+        other = next((m for m in found if m.size != found[0].size), None)
+        if other:
+            raise InputError(
+                f"{found[0]} and {other} are two different files of one name; name one's folder with --source."
+            )
+        return found[0] if found else None
 
     def json(self, ending: str, *fields: str):
         """What the JSON file whose path ends so holds, below `fields`; None where there is no such file."""
         member = self.find(ending)
         if member is None:
             return None
+        if member.size > LARGEST_JSON:
+            raise InputError(
+                f"{member}: {member.size / 1e9:.1f} GB, no annotation file of this data set. Download it again."
+            )
         try:
             if member.archive:
                 with zipfile.ZipFile(member.archive) as archive:
+                    check_ratio(member.archive, member.size, archive.getinfo(member.name).compress_size)
                     content = archive.read(member.name)
             else:
                 content = Path(member.name).read_bytes()
             document = json.loads(content.decode("utf-8-sig"))
-        except (ValueError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, *UNREADABLE) as error:
             raise InputError(f"{member}: cannot be read as JSON ({error}). Download it again.") from None
-        for field in fields:
-            if not isinstance(document, dict) or field not in document:
-                raise InputError(f"{member}: no field {field!r} in it; is it the official file?")
-            document = document[field]
+        for name in fields:
+            if not isinstance(document, dict) or name not in document:
+                raise InputError(f"{member}: no field {name!r} in it; is it the official file?")
+            document = document[name]
         if not isinstance(document, list) or not all(isinstance(record, dict) for record in document):
             raise InputError(f"{member}: expected a list of records; is it the official file?")
         return document
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder, links to folders followed once; or the one file that `root` is."""
-    if root.is_file():
-        yield root
-        return
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [
-            f for f in folders if (real := os.path.realpath(Path(folder, f))) not in seen and not seen.add(real)
-        ]
-        yield from (Path(folder, name) for name in files)
 
 
 # --- official downloads
@@ -156,32 +213,45 @@ SPLITS = {"train": "train", "validation": "val", "val": "val", "val2014": "test"
 
 
 def hf_rows(source: Path) -> Iterator[tuple[str, str, dict, bytes]]:
-    """(where, part, row without its picture, the picture's bytes) of all parquet files below `source`."""
+    """(where, split, row without its picture, the picture's bytes) of all parquet files below `source`."""
     import pyarrow.parquet
 
-    files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    files = [path for path in (sorted(source.rglob("*.parquet")) if source.is_dir() else [source]) if path.is_file()]
     if not files:
         raise InputError(f"{source}: no parquet files in it; --source-format hf reads a copy with data/*.parquet.")
     for path in files:
         # data/train-00000-of-00001.parquet, or default/train/0000.parquet
         named = [SPLITS.get(word) for word in (path.name.split("-")[0].split(".")[0], path.parent.name)]
-        part = next(filter(None, named), None)
-        if part is None:
+        split = next(filter(None, named), None)
+        if split is None:
             raise InputError(f"{path}: neither it nor its folder is named after a split ({', '.join(SPLITS)}).")
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: no whole parquet file ({error}). Download it again.") from None
         number = 0
-        for batch in file.iter_batches(batch_size=32):
-            for row in batch.to_pylist():
-                image = row.pop("image", None)
-                picture = image.get("bytes") if isinstance(image, dict) else image
-                where = f"{path}, row {number}"
-                if not isinstance(picture, bytes):
-                    raise InputError(f"{where}: no picture in it; columns: {', '.join(row)}.")
-                yield where, part, row, picture
-                number += 1
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+                check_ratio(path, sum(groups), os.path.getsize(path))
+                for batch in file.iter_batches(batch_size=4):
+                    for row in batch.to_pylist():
+                        image = row.pop("image", None)
+                        picture = image.get("bytes") if isinstance(image, dict) else image
+                        where = f"{path}, row {number}"
+                        if not isinstance(picture, bytes):
+                            raise InputError(f"{where}: no picture in it; columns: {', '.join(row)}.")
+                        yield where, split, row, picture
+                        number += 1
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}: no whole parquet file ({error}). Download it again.") from None
+
+
+def _answers_of(row: dict) -> list | None:
+    """The first column of answers that holds one; None where all are empty, as in a test part without labels."""
+    for name in ("answers", "answer", "label"):
+        answers = row.get(name)
+        answers = answers if isinstance(answers, list) else [answers]
+        texts = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+        if any(text is not None and str(text).strip() for text in texts):
+            return answers
+    return None
 
 
 def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | None:
@@ -190,10 +260,9 @@ def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | Non
     A picture without a name gets one from its content.
     """
     question = row["question"] if "question" in row else row["query"]
-    answers = next((row[name] for name in ("answers", "answer", "label") if row.get(name)), None)
+    answers = _answers_of(row)
     if answers is None:
         return None
-    answers = [answers] if isinstance(answers, str) else answers
     more = {}
     if all(isinstance(a, dict) for a in answers):  # as the official OK-VQA has them
         more = {"raw_answers": [a["raw_answer"] for a in answers]} if "raw_answer" in answers[0] else {}
@@ -215,14 +284,23 @@ def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | Non
     return {"image_id": image_id, "question": question, "question_id": question_id, "answers": answers, **more}
 
 
-def from_hf(source: Path, dataset: str, keep_picture) -> dict[str, list[dict]]:
-    """The records of a copy; `keep_picture(where, part, record, picture)` is called for each."""
-    found, without_answers = {}, Counter()
-    for index, (where, part, row, picture) in enumerate(hf_rows(source)):
-        if dataset == "stVQA":
-            part = "all"
-        elif dataset in ("textVQA", "okVQA") and part == "val":
-            part = "test"  # which serves as the test part; the official test part of TextVQA has no answers
+@dataclass
+class Copy:
+    """The records of a Hugging Face copy by part, and with each its row's number and its picture's size in bytes."""
+
+    records: dict[str, list[dict]] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+
+
+def from_hf(source: Path, dataset: str) -> Copy:
+    """What a copy holds, without the pictures. Questions without answers are left out, and counted.
+
+    facebook/textvqa's test part has ten empty answers a question; its validation part serves as ours.
+    """
+    found, without_answers, splits = Copy(), Counter(), {}
+    for index, (where, split, row, picture) in enumerate(hf_rows(source)):
+        part = "all" if dataset == "stVQA" else "test" if dataset in ("textVQA", "okVQA") and split == "val" else split
         try:
             record = hf_record(dataset, index, row, picture)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -230,8 +308,14 @@ def from_hf(source: Path, dataset: str, keep_picture) -> dict[str, list[dict]]:
         if record is None:
             without_answers[part] += 1
             continue
-        keep_picture(where, part, record, picture)
-        found.setdefault(part, []).append(record)
+        if part == "test" and splits.setdefault(part, split) != split:
+            raise InputError(
+                f"{source}: both a test and a validation part with answers; copy only the one to evaluate on."
+            )
+        found.records.setdefault(part, []).append(record)
+        found.rows.setdefault(part, []).append(index)
+        found.sizes.setdefault(part, []).append(len(picture))
     for part, n in without_answers.items():
-        print(f"  {n} questions of the {part} part have no answers, and are passed over.")
+        kept = len(found.records.get(part, ()))
+        print(f"  {n:,} questions of the {part} part have no answers, and are passed over; {kept:,} have.")
     return found

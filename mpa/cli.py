@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import random
-import re
+import select
 import signal
 import sys
 import time
@@ -14,7 +14,7 @@ from collections import Counter
 from datetime import date, timedelta
 from pathlib import Path
 
-from mpa import ranks, records
+from mpa import interchange, ranks, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
 from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, format_marks, identity, resolved_dtype
@@ -177,11 +177,14 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
     """The arguments, checked against each other. `named_by` are those whose files may name the data set."""
     args = p.parse_args(argv)
     if not args.dataset:
-        files = " ".join(str(getattr(args, name)) for name in named_by)
-        of_file = [name for name in DATASETS if re.search(rf"_{name}\.", files)]
+        named = [getattr(args, name) or () for name in named_by]
+        files = [path for value in named for path in (value if isinstance(value, list | tuple) else [value])]
+        of_file = set(filter(None, map(_dataset_of, files)))
+        if len(of_file) > 1:
+            p.error(f"the files are of several data sets: {', '.join(sorted(of_file))}; compare like with like")
         if not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
-        args.dataset = of_file[0]
+        (args.dataset,) = of_file
     if args.min_pixels > args.max_pixels:
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():
@@ -189,6 +192,11 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
     records.run_folder(args.run)  # a name that will do
     args.path_map = dict(args.path_map or ())
     return args
+
+
+def _dataset_of(file: Path) -> str | None:
+    """The data set that a result file's name ends with, ours or lmms-eval's."""
+    return next((name for name in DATASETS if f"_{name}." in file.name), None) or interchange.dataset_of(file.name)
 
 
 def chosen(items: list, args) -> list:
@@ -324,10 +332,17 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     if not ranks.FIRST:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- all say the same
     try:
-        main()
-        ranks.end()
+        try:
+            main()
+            ranks.end()
+        finally:
+            sys.stdout.flush()  # now, where it can still be said that nobody reads
     except InputError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        sys.exit(128 + signal.SIGPIPE)  # quietly, as other programs end before `head`
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.exit(
@@ -343,3 +358,13 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     except KeyboardInterrupt:
         print("stopped. Run the same command again to go on.", file=sys.stderr)
         sys.exit(128 + heard[0])
+
+
+def _unread(stream) -> bool:
+    """Has what read the stream gone? Then nothing more is written there, at the interpreter's end neither."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True

@@ -4,6 +4,7 @@ Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annota
 --image-root name other places. data/README.md says where the files come from.
 """
 
+import math
 import os
 import random
 import re
@@ -319,11 +320,22 @@ def samples_from(
         ) from None
 
 
+def is_texts(answers) -> bool:
+    return isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+
+
+def labelled(answers: list[str]) -> bool:
+    """Is there an answer to score against? Test parts without labels hold an empty list, or empty text ten times over."""
+    return any(answer.strip() for answer in answers)
+
+
 def _texts(answers) -> list[str]:
-    """Answers as text; numbers are taken, other things are no answers."""
-    if not isinstance(answers, list) or not all(
-        isinstance(a, str | int | float) and not isinstance(a, bool) for a in answers
-    ):
+    """Answers as text; finite numbers are taken, other things are no answers."""
+
+    def is_answer(a) -> bool:
+        return isinstance(a, str) or (isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a))
+
+    if not isinstance(answers, list) or not all(map(is_answer, answers)):
         raise TypeError(f"the answers should be a list of text: {str(answers)[:80]}")
     return [str(answer) for answer in answers]
 
@@ -369,11 +381,11 @@ def load_samples(
         paths = locate([s.image_path for s in samples], {}, image_root)
         samples = [replace(s, image_path=path) for s, path in zip(samples, paths, strict=True)]
     if split == "test":
-        blank = [i for i, s in enumerate(samples) if not any(answer.strip() for answer in s.answers)]
-        if blank:
+        without = [index for index, sample in enumerate(samples) if not labelled(sample.answers)]
+        if without:
             raise InputError(
-                f"{source}, record {blank[0]}: no answers to score against, nor in {len(blank) - 1} others of {len(samples)}; is it "
-                "a test part without labels? Take these records out, or evaluate on the part that has answers."
+                f"{source}, record {without[0]}: no answers to score against, nor have {len(without) - 1} others of "
+                f"{len(samples)}; is it a test part without labels? Name the labelled one with --annotations."
             )
     no_twice(samples, source)
     if pictures:

@@ -1,20 +1,26 @@
 """Result files as other tools write and read them: lmms-eval's results.json and samples_<task>.jsonl.
 
-Shapes as of lmms-eval 0.7 (evaluation_tracker.py, evaluator.py). Its current sample lines have no `doc`;
-ours have, as those of older versions, so that they can be scored anywhere.
+Shapes as of lmms-eval 0.7.3 (evaluation_tracker.py, evaluator.py). Its current sample lines have no `doc`, but the prompt as
+`input`; ours have both, so that they can be scored anywhere. Its files' names begin with the date.
 """
 
+import ast
+import contextlib
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 from mpa import records, scoring
-from mpa.datasets import Sample
+from mpa.datasets import Sample, is_texts, labelled
 from mpa.metrics import most_common
 from mpa.prompts import answer_prompt
 from mpa.records import InputError
 
-TASKS = {  # our data sets by lmms-eval's names for their test parts, and its name for the headline there
+# Our data sets by lmms-eval's names for their test parts, and its name for the headline there; another data set is called
+# as ours in lower case.
+TASKS = {
     "textVQA": ("textvqa_val", "exact_match"),
     "stVQA": ("stvqa", "anls"),
     "chartVQA": ("chartqa", "relaxed_overall"),
@@ -26,8 +32,8 @@ TASKS = {  # our data sets by lmms-eval's names for their test parts, and its na
 
 def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str, model_path: str) -> Path:
     """Write samples_<task>.jsonl and results.json to `folder`; other tasks in a results.json there stay."""
-    task, headline = TASKS[dataset]
     names = scoring.metric_names(dataset, preset)
+    task, headline = TASKS.get(dataset, (dataset.lower(), names[0]))
     rows = {name: scoring.values(result, name) for name in names}
     keys = {name: headline if name == names[0] else name for name in names}
     lines = []
@@ -67,11 +73,25 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
     }
     path = folder / "results.json"
     document = records.read_json(path) if path.exists() else {}
+    if not isinstance(document, dict) or not all(isinstance(document.get(key, {}), dict) for key in of_task):
+        raise InputError(
+            f"{path}: not a results.json of lmms-eval; move it away and call again, nothing is asked anew."
+        )
     for key, value in of_task.items():
         document[key] = document.get(key, {}) | {task: value}
     document |= {"model_source": "mpa", "model_name": model_path, "config": {"model": "mpa", "model_args": model_path}}
     records.write_json(path, document)
     return folder
+
+
+def dataset_of(file_name: str) -> str | None:
+    """The data set that a samples file is of, by lmms-eval's name for the task; None where it tells of none.
+
+    >>> dataset_of("20250101_120000_samples_chartqa.jsonl"), dataset_of("samples_textvqa_val_lite.jsonl")
+    ('chartVQA', 'textVQA')
+    """
+    found = re.search(r"(?:^|_)samples_(.+?)(?:_lite)?\.jsonl?$", file_name)
+    return next((name for name, (task, _) in TASKS.items() if found and found[1] == task), None)
 
 
 def is_lmms_eval(lines) -> bool:
@@ -81,46 +101,144 @@ def is_lmms_eval(lines) -> bool:
 def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) -> list[dict]:
     """The lines of a samples_<task>.jsonl as Eval records.
 
-    Answers come from the line's own `doc`, or else from `samples`, the data set's test part: by the question's
-    id where the line has one, else by `doc_id` as the position. Raises InputError where neither will do.
+    Answers come from the line's own `doc`, or else from `samples`, the data set's test part: by the question's id
+    where the line has one, else by `doc_id`, the position. Either way the line's prompt and target, where it has them, must
+    be that question's. Raises InputError for a line of another shape, another question, or one that occurs twice.
     """
     by_id = {s.key: s for s in samples or ()}
-    result = []
+    result, seen, unchecked = [], {}, 0
     for i, line in enumerate(lines):
         try:
-            reply = line["filtered_resps"]
-            reply = reply[0] if isinstance(reply, list) else reply
-            doc, submission = line.get("doc") or {}, line.get("submission") or {}
-            answers = doc.get("answers") or ([doc["answer"]] if "answer" in doc else None)
-            if not isinstance(reply, str) or not all(isinstance(answer, str) for answer in answers or ()):
-                raise TypeError("text where replies and answers should be")
-            question, more = doc.get("question"), {k: doc[k] for k in ("type", "raw_answers") if k in doc}
-            if "type" in more:
-                more["type"] = more["type"].removesuffix("_test")  # lmms-lab/ChartQA's human_test
-            question_id = doc.get("question_id", submission.get("question_id", line["doc_id"]))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"{path}, line {i + 1}: no sample of lmms-eval: no {error}.") from None
-        if not answers:
-            sample = by_id.get(str(question_id))
-            if sample is None and samples and line["doc_id"] < len(samples):
-                sample = samples[line["doc_id"]]
-                if line.get("target") not in sample.answers:  # the position is all there is: it must be the same order
-                    sample = None
-            if sample is None:
-                raise InputError(
-                    f"{path}, line {i + 1}: no answers in it, and no question {question_id!r} in the data set. "
-                    "Name the data set's test file with --annotations."
-                )
-            question_id, question, answers, more = sample.question_id, sample.question, sample.answers, sample.more
-        result.append(
-            {
-                "question_id": question_id,
-                "image_path": doc.get("image_path"),
-                "GT_question": question,
-                "GT_answer": most_common(answers),
-                "predictions": reply,
-                "answers": answers,
-                **more,
-            }
+            record, question_id = _shaped(line)
+            if record["answers"] is None:
+                if not samples:
+                    raise ValueError("no answers in it. Name the data set's test file with --annotations")
+                sample, checked = _question_of(line, question_id, samples, by_id)
+                unchecked += not checked
+                question_id, record["GT_question"] = sample.question_id, sample.question
+                record |= {"answers": sample.answers, **sample.more}
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {i + 1}: {error}.") from None
+        question_id = line["doc_id"] if question_id is None else question_id
+        if str(question_id) in seen:
+            raise InputError(
+                f"{path}: lines {seen[str(question_id)]} and {i + 1} answer the same question, {question_id!r}."
+            )
+        seen[str(question_id)] = i + 1
+        result.append({"question_id": question_id} | record | {"GT_answer": most_common(record["answers"])})
+    if unchecked:
+        print(
+            f"warning: {path}: {unchecked} lines have no prompt and no answer to check their question's id by; taken as "
+            "they say.",
+            file=sys.stderr,
         )
     return result
+
+
+def _shaped(line) -> tuple[dict, int | str | None]:
+    """An Eval record of the line, its `answers` None where it has none, and its question's id, if it has one.
+
+    Raises TypeError for what is not of lmms-eval's shape.
+    """
+
+    def field(place: dict, name: str, kinds, expected: str):
+        value = place.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise TypeError(f"{name!r} should be {expected}: {json.dumps(value)[:80]}")
+        return value
+
+    if not isinstance(line, dict) or "filtered_resps" not in line:
+        raise TypeError("no sample of lmms-eval: no 'filtered_resps'")
+    if field(line, "doc_id", int, "a number") is None:
+        raise TypeError("no sample of lmms-eval: no 'doc_id'")
+    doc, submission = (field(line, name, dict, "an object") or {} for name in ("doc", "submission"))
+
+    reply = line["filtered_resps"]
+    while isinstance(reply, list) and len(reply) == 1:
+        (reply,) = reply
+    if not isinstance(reply, str):
+        raise TypeError(f"'filtered_resps' should be one reply: {json.dumps(reply)[:80]}")
+
+    answers = None
+    for name in ("answers", "answer"):
+        found = doc.get(name)
+        if found is None or answers is not None:
+            continue
+        answers = [found] if name == "answer" and isinstance(found, str) else found
+        if not is_texts(answers):
+            raise TypeError(f"{name!r} should be a list of text: {json.dumps(found)[:80]}")
+        if not labelled(answers):
+            raise TypeError(f"{name!r} holds no answer to score against (a test part without labels?)")
+    more = {}
+    if kind := field(doc, "type", str, "text"):
+        more["type"] = kind.removesuffix("_test")  # lmms-lab/ChartQA's human_test
+    if raw := field(doc, "raw_answers", list, "a list of text"):
+        if not is_texts(raw):
+            raise TypeError(f"'raw_answers' should be a list of text: {json.dumps(raw)[:80]}")
+        more["raw_answers"] = raw
+
+    ids = [field(place, "question_id", (int, str), "a number or text") for place in (doc, submission)]
+    image = submission.get("image")  # of OK-VQA: <question_id>.jpg
+    if isinstance(image, str) and image.endswith(".jpg"):
+        ids.append(image.removesuffix(".jpg"))
+    record = {
+        "image_path": field(doc, "image_path", str, "text"),
+        "GT_question": field(doc, "question", str, "text"),
+        "GT_answer": None,
+        "predictions": reply,
+        "answers": answers,
+    }
+    return record | more, next((id for id in ids if id is not None), None)
+
+
+def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str, Sample]) -> tuple[Sample, bool]:
+    """The question that a line without answers answers, and whether its prompt or target says so, too.
+
+    Raises ValueError where there is none, or prompt or target are those of another; a position alone is not enough.
+    """
+    where = f"question {question_id!r}" if question_id is not None else f"'doc_id' {line['doc_id']} (a position)"
+    if question_id is not None:
+        sample = by_id.get(str(question_id))
+    else:
+        sample = samples[line["doc_id"]] if 0 <= line["doc_id"] < len(samples) else None
+    if sample is None:
+        raise ValueError(f"no answers in it, and no {where} in the data set (another data set or part?)")
+
+    prompt, target, checked = line.get("input"), line.get("target"), False
+    remedy = (
+        "Name the test file of the same part in the same order with --annotations "
+        "(data/prepare.py makes it of lmms-eval's own copy with --source-format hf)"
+    )
+    if isinstance(prompt, str) and prompt.strip():
+        checked = True
+        if _folded(sample.question) not in _folded(prompt):
+            raise ValueError(
+                f"no answers in it, and {where} is {sample.question!r} in the data set, and not what the prompt asks. {remedy}"
+            )
+    # Where a task names a column that its data set lacks, the target is that column's name.
+    if isinstance(target, str) and _folded(target) not in ("", "answer", "answers", "none"):
+        checked = True
+        targets = {_folded(t) for t in _listed(target)}
+        if targets.isdisjoint(map(_folded, sample.answers + sample.more.get("raw_answers", []))):
+            raise ValueError(
+                f"no answers in it, and {where} has other answers in the data set than {target!r}. {remedy}"
+            )
+    if not checked and question_id is None:
+        raise ValueError(
+            f"no answers in it, {where} and neither a prompt nor an answer that says which question it is. {remedy}"
+        )
+    return sample, checked
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _listed(target: str) -> list[str]:
+    """lmms-eval writes a list of answers as Python would print it."""
+    if target.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = ast.literal_eval(target)
+            if isinstance(found, list):
+                return [target, *map(str, found)]
+    return [target]

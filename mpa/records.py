@@ -107,8 +107,8 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
         if no_text:
             raise InputError(f"{path}, record {index}: {no_text[0]!r} should be text or null: {record[no_text[0]]!r}.")
         for field in ("answers", "raw_answers") if kind == "Eval" else ():
-            answers = record.get(field) or []
-            if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            answers = record.get(field)
+            if answers is not None and not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)):
                 raise InputError(f"{path}, record {index}: {field!r} should be a list of text: {str(answers)[:80]}.")
         if problem := _wrong(record, kind):
             raise InputError(f"{path}, record {index}: {problem}")
@@ -128,6 +128,7 @@ def _wrong(record: dict, kind: str) -> str:
     kinds = {
         "reply": str,
         "left_out": str,
+        "type": str,
         "follow_up": dict,
         "image_hash": str,
         "finish_reason": str,

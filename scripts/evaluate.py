@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, holdout, interchange, ranks, records, scoring
 from mpa.answering import answers, question_request
-from mpa.datasets import load_samples
+from mpa.datasets import labelled, load_samples
 from mpa.engines import ENGINES
 from mpa.metrics import most_common
 
@@ -78,9 +78,12 @@ def read_predictions(args, path: Path) -> list[dict]:
             result = with_answers(path, result, samples)
     if not result:
         raise records.InputError(f"{path}: no records in it.")
-    for i, r in enumerate(result):
-        if not r.get("answers") and not r["GT_answer"]:
-            raise records.InputError(f"{path}, record {i}: no answer to score against; name them with --annotations.")
+    without = [i for i, r in enumerate(result) if not labelled(r.get("answers") or [r["GT_answer"] or ""])]
+    if without:
+        raise records.InputError(
+            f"{path}, record {without[0]}: no answer to score against, nor have {len(without) - 1} others of "
+            f"{len(result)}; name them with --annotations."
+        )
     return cli.chosen(result, args)
 
 

@@ -6,166 +6,159 @@
 Reads  a parity set, or any train JSON of that form (id, image, conversations).
 Writes beside it, or to --out:
   llava      one JSON list with `image`, as LLaVA and Qwen2-VL-Finetune read it: the parity set's own form
-  sharegpt   one JSON list with `images`, as LLaMA-Factory reads it, and its dataset_info.json
+  sharegpt   one JSON list with `images`, as LLaMA-Factory reads it, and its entry in dataset_info.json
   ms-swift   JSON lines of `messages` and `images`
   trl        a data set folder of `prompt`, `completion` and `images`, the pictures inside: SFTTrainer's vision form
   hf         a data set folder of `id`, `image`, `question` and `answer`, the pictures inside, with a data card
-The folders load with `datasets.load_dataset(folder)`.
+The folders load with `datasets.load_dataset(folder)`. They hold copies of the pictures: only what decodes as one, and
+with --image-root only what lies below it.
 """
 
 import argparse
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from mpa import cli, records
 from mpa.datasets import locate, look_for_pictures
+from mpa.exports import (
+    FORMS,
+    data_card,
+    free_for_folder,
+    is_unicode,
+    registry_with,
+    write_folder,
+)
+from mpa.pictures import PictureError, open_picture
 from mpa.records import InputError
 
-MARK = "<image>"
+FOLDERS = ("trl", "hf")
 
 
-def turns(sample: dict) -> list[tuple[str, str]]:
-    """("user" or "assistant", text) in turn; the first user's text has the <image> mark."""
-    return [({"human": "user", "gpt": "assistant"}[t["from"]], t["value"]) for t in sample["conversations"]]
+def read_samples(args) -> list[dict]:
+    """The samples, each one that the form can hold, with where its picture lies now."""
+    samples, kept = records.read_records(args.train_json, "train"), []
+    for i, sample in enumerate(samples):
+        try:
+            if not isinstance(sample["image"], str):
+                raise ValueError("'image' should be the path of a picture")
+            if args.to in FOLDERS and ".." in Path(sample["image"]).parts:
+                raise ValueError(
+                    f"its picture {sample['image']!r} leads up and out of its folder; name it without '..'"
+                )
+            FORMS[args.to](sample)
+            if is_unicode(sample):
+                kept.append(sample)
+        except ValueError as error:
+            raise InputError(f"{args.train_json}, record {i}: {error}.") from None
+    if len(kept) < len(samples):
+        print(f"warning: {len(samples) - len(kept)} samples left out: their text is no Unicode.", file=sys.stderr)
+    if not kept:
+        raise InputError(f"{args.train_json}: no samples in it.")
+    paths = locate([sample["image"] for sample in kept], dict(args.path_map), args.image_root)
+    return [sample | {"image": path} for sample, path in zip(kept, paths, strict=True)]
 
 
-def sharegpt(sample: dict) -> dict:
-    return {"id": sample["id"], "conversations": sample["conversations"], "images": [sample["image"]]}
+def check_pictures(paths: list[str], image_root: str | None) -> None:
+    """Raise InputError for one that is not there, not below the image root, or no picture: what is copied is published."""
+    if missing := look_for_pictures(paths):
+        raise InputError(f"{missing[0]}: no such picture, nor {len(missing) - 1} others; a folder holds them all.")
+    if image_root:
+        root = os.path.realpath(image_root)
+        outside = [path for path in paths if os.path.commonpath([os.path.realpath(path), root]) != root]
+        if outside:
+            raise InputError(
+                f"{outside[0]}: lies outside --image-root {image_root}, as do {len(outside) - 1} others; nothing written."
+            )
+    broken = {}
+    for path in tqdm(dict.fromkeys(paths), desc="opening pictures", unit="picture", disable=None):
+        try:
+            open_picture(path)
+        except PictureError as error:
+            broken[path] = error
+    if broken:
+        path, why = next(iter(broken.items()))
+        raise InputError(
+            f"{path}: {why}; nor can {len(broken) - 1} others be used. A folder holds pictures and nothing else; take "
+            "these samples out."
+        )
 
 
-def ms_swift(sample: dict) -> dict:
-    messages = [{"role": role, "content": text.replace(f"{MARK}\n", MARK)} for role, text in turns(sample)]
-    return {"messages": messages, "images": [sample["image"]]}
-
-
-def trl(sample: dict) -> dict:
-    """All turns but the last are the prompt. As many image parts as images."""
-
-    def content(text: str) -> list[dict]:
-        words = {"type": "text", "text": text.replace(MARK, "").strip("\n")}
-        return [{"type": "image", "text": None}, words] if MARK in text else [words]
-
-    messages = [{"role": role, "content": content(text)} for role, text in turns(sample)]
-    return {"prompt": messages[:-1], "completion": messages[-1:], "images": [sample["image"]]}
-
-
-def question_and_answer(sample: dict) -> dict:
-    (_, question), (_, answer), *_ = turns(sample)
-    question = question.replace(MARK, "").strip("\n")
-    return {"id": str(sample["id"]), "image": sample["image"], "question": question, "answer": answer}
-
-
-def write_folder(folder: Path, samples: list[dict], form, card: str) -> None:
-    """A data set folder: data/train-….parquet with the pictures inside, and README.md, the data card."""
-    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    text = Value("string")
-    message = List({"role": text, "content": List({"type": text, "text": text})})
-    features = {
-        trl: Features({"prompt": message, "completion": message, "images": List(Image())}),
-        question_and_answer: Features({"id": text, "image": Image(), "question": text, "answer": text}),
-    }[form]
-
-    def embedded(path: str) -> dict:
-        return {"bytes": Path(path).read_bytes(), "path": Path(path).name}
-
-    def rows() -> Iterator[dict]:
-        for sample in samples:
-            row = form(sample)
-            if "image" in row:
-                yield row | {"image": embedded(row["image"])}
-            else:
-                yield row | {"images": [embedded(path) for path in row["images"]]}
-
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    part = folder / "data/train-00000-of-00001.parquet"
-    temporary = part.with_name(f".{part.name}")
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        Dataset.from_generator(rows, features=features, cache_dir=cache).to_parquet(temporary)
-    os.replace(temporary, part)
-    records.write_text(folder / "README.md", card)
-
-
-def data_card(train_json: Path, samples: list[dict]) -> str:
-    """What the data set is and how it was made, from the parity set's meta file."""
+def of_run(train_json: Path) -> dict:
+    """The parity set's meta file, {} where it has none; its parts are objects."""
     meta = records.meta_path(train_json)
     made = records.read_json(meta) if meta.exists() else {}
-    funnel = " → ".join(f"{n} {what}" for what, n in made.get("funnel", {}).items()) or "not known"
-    lvlm, svlm = (records.short_name(made.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
-    return f"""---
-task_categories:
-- visual-question-answering
-license: other
-size_categories:
-- {"n<1K" if len(samples) < 1000 else "1K<n<10K" if len(samples) < 10_000 else "10K<n<100K"}
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*
----
-
-# Parity set {train_json.stem}
-
-{len(samples)} questions about pictures, written and answered by a large vision-language model (L-VLM), of which a small
-one (S-VLM) got each wrong: Model Parity Alignment (arXiv 2509.16633). No person has written or checked an answer.
-
-- L-VLM: {lvlm}
-- S-VLM: {svlm}
-- Funnel: {funnel}
-- Settings: {json.dumps(made.get("settings", {}), ensure_ascii=False)}
-
-The pictures keep the terms of where they come from, and the L-VLM's licence may bind what is trained on its answers:
-set `license` before you publish this.
-"""
+    if not isinstance(made, dict) or not all(isinstance(made.get(part, {}), dict) for part in ("settings", "funnel")):
+        raise InputError(f"{meta}: not the meta file of a parity set; take it away to export without what it says.")
+    return made
 
 
-FORMS = {"llava": dict, "sharegpt": sharegpt, "ms-swift": ms_swift, "trl": trl, "hf": question_and_answer}
+def how_to_train(to: str, out: Path, made: dict) -> str:
+    """What the trainer must be told to see what is evaluated, token by token: its template, and the pictures' pixels."""
+    pixels = [made.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
+    least, most = (n or default for n, default in zip(pixels, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
+    return {
+        # Its own resizing gives other sizes than the processor's, so that it must leave the pictures as they are.
+        "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
+        f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
+        f"{least} and longest_edge {most}.",
+        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={least} MAX_PIXELS={most} swift sft --template qwen2_vl "
+        f"--model_type qwen2_vl --dataset {out}",
+        "trl": "TRL, for a Qwen2-VL: SFTTrainer(processing_class=AutoProcessor.from_pretrained(S_VLM, "
+        f"min_pixels={least}, max_pixels={most}), …)",
+    }[to]
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("train_json", type=Path, help="the parity set")
     p.add_argument("--to", choices=FORMS, default="llava", help="(default: llava)")
-    p.add_argument("--out", type=Path, help="file or folder to write (default: beside the parity set)")
-    p.add_argument("--image-root", metavar="DIR", help="look for the pictures below this folder")
+    p.add_argument(
+        "--out", type=Path, help="file or folder to write (default: beside the parity set; a folder has the run's name)"
+    )
+    p.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="look for the pictures below this folder; hf and trl take none from elsewhere",
+    )
     p.add_argument(
         "--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved pictures"
     )
     args = p.parse_args(argv)
-    samples = records.read_records(args.train_json, "train")
-    if not samples:
-        raise InputError(f"{args.train_json}: no samples in it.")
-    paths = locate([s["image"] for s in samples], dict(args.path_map), args.image_root)
-    samples = [s | {"image": path} for s, path in zip(samples, paths, strict=True)]
-    folder = args.to in ("trl", "hf")
-    out = args.out or args.train_json.with_name(f"{args.train_json.stem}_{args.to}" + ("" if folder else ".json"))
-    if args.to == "ms-swift" and not args.out:
-        out = out.with_suffix(".jsonl")
-    if out == args.train_json:
+    samples, made = read_samples(args), of_run(args.train_json)
+    stem, run = args.train_json.stem, args.train_json.resolve().parent.name
+    default = f"{stem}_{run}_{args.to}" if args.to in FOLDERS else f"{stem}_{args.to}.json"
+    out = args.out or args.train_json.with_name(default + ("l" if args.to == "ms-swift" else ""))
+    if out.resolve() == args.train_json.resolve():
         raise InputError(f"{out}: is what is read; name another file with --out.")
-    missing = look_for_pictures([s["image"] for s in samples])
-    if missing and folder:
-        raise InputError(f"{missing[0]}: no such picture, nor {len(missing) - 1} others; a folder holds them all.")
-    if folder:
-        write_folder(out, samples, FORMS[args.to], data_card(args.train_json, samples))
-    elif args.to == "ms-swift":
-        records.write_text(out, "".join(json.dumps(ms_swift(s), ensure_ascii=False) + "\n" for s in samples))
+    if args.to not in FOLDERS and (out.is_dir() or out.name == "dataset_info.json"):
+        raise InputError(f"{out}: cannot hold the samples; name a file with --out.")
+    if args.to in FOLDERS:
+        free_for_folder(out)
+        check_pictures([s["image"] for s in samples], args.image_root)
+        write_folder(out, samples, FORMS[args.to], lambda file: data_card(args.train_json, made, len(samples), file))
     else:
-        records.write_json(out, [FORMS[args.to](s) for s in samples])
-        if args.to == "sharegpt":
-            columns = {"messages": "conversations", "images": "images"}
-            info = {out.stem: {"file_name": out.name, "formatting": "sharegpt", "columns": columns}}
-            records.write_json(out.with_name("dataset_info.json"), info)
+        look_for_pictures([s["image"] for s in samples])
+        rows = [FORMS[args.to](s) for s in samples]
+        if args.to == "ms-swift":
+            records.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        elif args.to == "sharegpt":
+            registry = registry_with(out)
+            records.write_json(out, rows)
+            records.write_json(os.path.realpath(out.with_name("dataset_info.json")), registry)
+        else:
+            records.write_json(out, rows)
     print(f"{len(samples)} samples, wrote {out}.")
+    if args.to in FOLDERS:
+        folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
+        print(f"The pictures in it are copies, from below {os.path.commonpath(folders)}.")
+    if args.to in ("sharegpt", "ms-swift", "trl"):
+        print(how_to_train(args.to, out, made))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Other tools' files, written and read: lmms-eval's results, and the parity set for other trainers."""
+"""lmms-eval's result files, written and read; and result files of any maker, checked where they enter."""
 
 import json
+import os
+import subprocess
+import sys
 
-import datasets
 import evaluate
-import export
 import pytest
-from conftest import DATA, script
-from PIL import Image
+from conftest import DATA, ROOT, script
 
 from mpa import interchange, scoring
 from mpa.datasets import Sample
-from mpa.records import InputError, read_json, train_record
+from mpa.records import InputError, read_json, read_records
 
 OFFICIAL = DATA / "official"
 RESULT = [
@@ -114,74 +114,193 @@ def test_files_of_other_questions_with_the_same_ids_are_not_compared():
         scoring.compare(RESULT, other, "chartVQA")
 
 
-@pytest.fixture
-def parity_set(tmp_path):
-    """Two samples and what PI says of them."""
-    for name, color in (("a.png", "red"), ("b.jpg", "blue")):
-        Image.new("RGB", (32, 32), color).save(tmp_path / name)
-    samples = [
-        train_record(7, str(tmp_path / "a.png"), "what color is it? Answer", "red"),
-        train_record("x/8", str(tmp_path / "b.jpg"), "welche Farbe? Antworte", "blau"),
+def lines_of(samples: list[Sample], prompt="{}\nAnswer the question with a single word.") -> list[dict]:
+    """A sample file's lines about questions, as lmms-eval 0.7.3 writes them for ChartQA: no `doc`, nor a question's id."""
+    return [
+        {
+            **{"doc_id": i, "target": s.answers[0], "filtered_resps": s.answers[0] if i % 3 else "?"},
+            **{
+                "token_counts": [None],
+                "doc_hash": "0" * 64,
+                "input": prompt.format(s.question),
+                "relaxed_overall": 1.0,
+            },
+        }
+        for i, s in enumerate(samples)
     ]
-    path = tmp_path / "PI_big_train_big_small_images.json"
-    path.write_text(json.dumps(samples))
-    meta = {"settings": {"preset": "paper"}, "funnel": {"pictures": 9, "parity": 2}, "model_path_lvlm": "big"}
-    (tmp_path / "PI_big_train_big_small_images.meta.json").write_text(json.dumps(meta))
-    return path
 
 
-def exported(parity_set, to: str):
-    out = parity_set.parent / f"out-{to}"
-    export.main([str(parity_set), "--to", to, "--out", str(out)])
-    return out
+CHARTS = [Sample(i, f"{i}.png", f"What is the value of bar {i}?", [str(3 * i)]) for i in range(10)]
 
 
-def test_llava_and_sharegpt(parity_set):
-    assert read_json(exported(parity_set, "llava")) == read_json(parity_set)
-    out = exported(parity_set, "sharegpt")
-    first = read_json(out)[0]
-    assert first["images"] == [str(parity_set.parent / "a.png")]
-    assert first["conversations"][0]["value"].count("<image>") == len(first["images"])
-    info = read_json(parity_set.parent / "dataset_info.json")["out-sharegpt"]
-    assert info["columns"] == {"messages": "conversations", "images": "images"}
+@pytest.mark.parametrize("without", [(), ("input",), ("target",)])
+def test_a_position_counts_only_where_the_prompt_or_the_target_is_that_questions(tmp_path, without):
+    """ChartQA in another order: 70 % became 24 %, without a word."""
+    lines = [{k: v for k, v in line.items() if k not in without} for line in lines_of(CHARTS)]
+    scores = [r["predictions"] in r["answers"] for r in interchange.read_lmms_eval(tmp_path, lines, CHARTS)]
+    assert sum(scores) == 6
+    with pytest.raises(InputError, match=r"line 1: no answers in it, and 'doc_id' 0 .*same order with --annotations"):
+        interchange.read_lmms_eval(tmp_path, lines, CHARTS[::-1])
+    with pytest.raises(InputError, match="no 'doc_id' 9"):
+        interchange.read_lmms_eval(tmp_path, lines, CHARTS[:9])
 
 
-def test_ms_swift(parity_set):
-    lines = [json.loads(line) for line in exported(parity_set, "ms-swift").read_text().splitlines()]
-    assert lines[0] == {
-        "messages": [
-            {"role": "user", "content": "<image>what color is it? Answer"},
-            {"role": "assistant", "content": "red"},
-        ],
-        "images": [str(parity_set.parent / "a.png")],
-    }
+def test_a_position_is_never_taken_for_a_questions_id(tmp_path):
+    others = [Sample(s.question_id + 1, *(s.image_path, s.question, s.answers)) for s in CHARTS]
+    got = interchange.read_lmms_eval(tmp_path, lines_of(CHARTS), others)
+    assert [r["question_id"] for r in got] == list(range(1, 11))
+    alone = [{"doc_id": 3, "target": "answer", "filtered_resps": "9"}]
+    with pytest.raises(InputError, match="neither a prompt nor an answer"):
+        interchange.read_lmms_eval(tmp_path, alone, CHARTS)
 
 
-def test_the_folder_for_trl_loads_with_its_pictures(parity_set, tmp_path):
-    loaded = datasets.load_dataset(str(exported(parity_set, "trl")), split="train", cache_dir=tmp_path / "cache")
-    row = loaded[0]
-    (user,) = row["prompt"]
-    assert [part["type"] for part in user["content"]] == ["image", "text"]
-    assert user["content"][1]["text"] == "what color is it? Answer"
-    assert row["completion"] == [{"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
-    assert [picture.getpixel((0, 0)) for picture in row["images"]] == [(255, 0, 0)]
+def test_the_same_question_with_another_answer_and_an_answer_to_another_question_are_refused(tmp_path):
+    twins = [Sample(i, f"{i}.png", "What is the lowest bar?", [str(i)]) for i in range(3)]
+    lines = lines_of(twins)
+    with pytest.raises(InputError, match="other answers in the data set than '0'"):
+        interchange.read_lmms_eval(tmp_path, lines, twins[::-1])
+    with pytest.raises(InputError, match=r"lines 1 and 4 answer the same question, 0"):
+        interchange.read_lmms_eval(tmp_path, [*lines, lines[0]], twins)
 
 
-def test_the_hugging_face_folder_loads_and_its_card_says_what_it_is(parity_set, tmp_path):
-    folder = exported(parity_set, "hf")
-    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=tmp_path / "cache")
-    assert (loaded["id"][:], loaded["answer"][:]) == (["7", "x/8"], ["red", "blau"])
-    assert loaded[1]["image"].getpixel((0, 0))[2] > 250
-    card = (folder / "README.md").read_text()
-    assert "9 pictures → 2 parity" in card
-    assert "visual-question-answering" in card
+def test_real_lines_of_okvqa_textvqa_and_stvqa_are_read(tmp_path, capsys):
+    """Their `target` is a column's name, and OK-VQA's question id is the name of a picture."""
+    samples = [
+        Sample(2971475, "x.jpg", "What sport can you use this for?", ["race"] * 10, {"raw_answers": ["racing"] * 10})
+    ]
+    line = {"doc_id": 0, "target": "answer", "filtered_resps": "racing", "exact_match": 0.0}
+    line["input"] = (
+        "What sport can you use this for?\nWhen the provided information is insufficient, respond with 'Un…'."
+    )
+    line["submission"] = {"image": "2971475.jpg", "answer": "racing"}
+    (record,) = interchange.read_lmms_eval(tmp_path, [line], samples)
+    assert (record["question_id"], record["predictions"], record["answers"][0]) == (2971475, "racing", "race")
+    # TextVQA's prompt has the question capitalised, ST-VQA's target is a list as Python prints it.
+    for_text = [{**line, "input": "What Sport CAN you  use this for?\nAnswer", "submission": {"question_id": 2971475}}]
+    assert interchange.read_lmms_eval(tmp_path, for_text, samples)[0]["question_id"] == 2971475
+    assert interchange.read_lmms_eval(tmp_path, [{**for_text[0], "target": "['race', 'run']"}], samples)
+    for changed in ({"input": "What animal is it?"}, {"target": "['ran']"}, {"submission": {"image": "7.jpg"}}):
+        with pytest.raises(InputError, match=r"line 1: no answers in it, and (no )?question"):
+            interchange.read_lmms_eval(tmp_path, [{**for_text[0], **changed}], samples)
+    assert "by; taken as" not in capsys.readouterr().err
+    interchange.read_lmms_eval(tmp_path, [{k: v for k, v in line.items() if k != "input"}], samples)
+    assert "1 lines have no prompt and no answer to check their question's id by" in capsys.readouterr().err
 
 
-def test_a_picture_that_is_not_there_is_named_before_a_folder_is_written(parity_set):
-    (parity_set.parent / "a.png").unlink()
-    with pytest.raises(InputError, match=r"a\.png: no such picture"):
-        exported(parity_set, "hf")
-    assert not (parity_set.parent / "out-hf").exists()
-    (parity_set.parent / "b.jpg").unlink()
-    with pytest.raises(InputError, match="no such picture, and none of the others"):
-        exported(parity_set, "ms-swift")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"doc": {"answers": "nokia"}}, "'answers' should be a list of text: \"nokia\""),
+        ({"doc": {"answers": [["nokia"]]}}, "'answers' should be a list of text"),
+        ({"doc": {"answers": {"0": "nokia"}}}, "'answers' should be a list of text"),
+        ({"doc": {"answers": 5}}, "'answers' should be a list of text"),
+        ({"doc": {"answers": [True]}}, "'answers' should be a list of text"),
+        ({"doc": {"answers": ["a", None]}}, "'answers' should be a list of text"),
+        ({"doc": {"answer": 5}}, "'answer' should be a list of text"),
+        ({"doc": {"answers": ["", " "]}}, "'answers' holds no answer to score against"),
+        ({"doc": {"answer": ""}}, "'answer' holds no answer to score against"),
+        ({"doc": ["nokia"]}, "'doc' should be an object"),
+        ({"doc": {"answers": ["a"], "type": ["human"]}}, "'type' should be text"),
+        ({"doc": {"answers": ["a"], "raw_answers": "abc"}}, "'raw_answers' should be a list of text"),
+        ({"doc": {"answers": ["a"], "question": 3}}, "'question' should be text"),
+        ({"doc": {"answers": ["a"], "question_id": [1]}}, "'question_id' should be a number or text"),
+        ({"doc": {"answers": ["a"], "question_id": 1.5}}, "'question_id' should be a number or text"),
+        ({"doc": {"answers": ["a"], "question_id": True}}, "'question_id' should be a number or text"),
+        ({"submission": "x"}, "'submission' should be an object"),
+        ({"doc_id": "0"}, "'doc_id' should be a number"),
+        ({"doc_id": None}, "no 'doc_id'"),
+        ({"filtered_resps": ["a", "b"]}, "'filtered_resps' should be one reply"),
+        ({"filtered_resps": []}, "'filtered_resps' should be one reply"),
+        ({"filtered_resps": None}, "'filtered_resps' should be one reply"),
+        ({"filtered_resps": 7}, "'filtered_resps' should be one reply"),
+        ({"filtered_resps": {"a": 1}}, "'filtered_resps' should be one reply"),
+    ],
+)
+def test_a_line_of_another_shape_is_named_not_scored(tmp_path, change, says):
+    good = {"doc_id": 0, "doc": {"question_id": 0, "question": "q", "answers": ["a"]}, "filtered_resps": [["a"]]}
+    assert interchange.read_lmms_eval(tmp_path, [good], None)[0]["predictions"] == "a"
+    with pytest.raises(InputError) as refused:
+        interchange.read_lmms_eval(tmp_path, [good, {**good, "doc_id": 1, **change}], None)
+    assert f"line 2: {says}" in str(refused.value) or f"line 2: no sample of lmms-eval: {says}" in str(refused.value)
+    with pytest.raises(InputError, match="line 2: no sample"):
+        interchange.read_lmms_eval(tmp_path, [good, ["a"]], None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"answers": "12"}, "'answers' should be a list of text"),
+        ({"answers": ""}, "'answers' should be a list of text"),
+        ({"answers": {}}, "'answers' should be a list of text"),
+        ({"answers": [True]}, "'answers' should be a list of text"),
+        ({"raw_answers": [["x"]]}, "'raw_answers' should be a list of text"),
+        ({"type": ["human"]}, "'type' should be str or null"),
+        ({"left_out": {"why": 1}}, "'left_out' should be str or null"),
+        ({"question_id": None}, "'question_id' should be text or a whole number"),
+        ({"question_id": [1]}, "'question_id' should be text or a whole number"),
+        ({"question_id": float("inf")}, "'question_id' should be text or a whole number"),
+        ({"question_id": True}, "'question_id' should be text or a whole number"),
+    ],
+)
+def test_a_result_file_of_another_shape_is_named(tmp_path, change, says):
+    (tmp_path / "Eval_a_chartVQA.json").write_text(json.dumps([RESULT[0], {**RESULT[1], **change}]))
+    with pytest.raises(InputError, match=f"record 1: {says}"):
+        read_records(tmp_path / "Eval_a_chartVQA.json", "Eval")
+
+
+def test_result_files_without_labels_are_refused_with_their_count(tmp_path):
+    file = tmp_path / "Eval_a_textVQA.json"
+    file.write_text(json.dumps([RESULT[0], *({**r, "answers": [""] * 10, "GT_answer": ""} for r in RESULT[1:])]))
+    args = evaluate.arguments(["--predictions", str(file)])
+    with pytest.raises(InputError, match="record 1: no answer to score against, nor have 2 others of 4"):
+        evaluate.read_predictions(args, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        ("20250101_120000_samples_chartqa.jsonl", "chartVQA"),
+        ("samples_textvqa_val.jsonl", "textVQA"),
+        ("20250101_120000_samples_ok_vqa_val2014_lite.jsonl", "okVQA"),
+        ("20260102_030405_samples_stvqa.jsonl", "stVQA"),
+        ("Eval_PL_a_b_textVQA_chartVQA.json", "chartVQA"),
+    ],
+)
+def test_a_files_name_tells_the_data_set_with_lmms_evals_date_before_it(name, dataset):
+    assert evaluate.arguments(["--predictions", f"some/textvqa.d/{name}"]).dataset == dataset
+
+
+def test_files_of_two_data_sets_are_not_compared(capsys):
+    for names in (("samples_mmmu_val.jsonl", "x.json"), ("Eval_a_textVQA.json", "samples_chartqa.jsonl")):
+        with pytest.raises(SystemExit):
+            evaluate.arguments(["--compare", *names])
+    assert "the files are of several data sets: chartVQA, textVQA" in capsys.readouterr().err
+
+
+def test_a_new_data_set_is_logged_by_its_own_name_and_headline(tmp_path, monkeypatch):
+    monkeypatch.setitem(scoring.DATASETS, "docVQA", scoring.DATASETS["stVQA"])
+    interchange.write_lmms_eval(tmp_path, RESULT, "docVQA", "paper", "m")
+    assert (tmp_path / "samples_docvqa.jsonl").exists()
+    assert "anls,none" in read_json(tmp_path / "results.json")["results"]["docvqa"]
+
+
+def test_a_results_file_of_another_shape_is_named_not_mixed(tmp_path):
+    for content in ("[]", '{"results": []}', "{"):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(InputError, match=r"results\.json: not"):
+            interchange.write_lmms_eval(tmp_path, RESULT, "chartVQA", "paper", "m")
+        assert (tmp_path / "results.json").read_text() == content
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_quietly(unbuffered):
+    command = (
+        f"{sys.executable} {ROOT}/scripts/evaluate.py --predictions {OFFICIAL}/Eval_Qwen2-VL-2B-Instruct_textVQA.json"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    assert (done.returncode, done.stderr) == (141, "")

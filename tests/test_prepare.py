@@ -1,117 +1,34 @@
-"""Each official download in miniature, as it comes; what prepare makes of it, and the four stages on that."""
+"""What prepare makes of each official download in miniature, and the four stages on that."""
 
 import hashlib
-import json
 import shutil
-import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, STUDENT, TEACHER, script
+from downloads import (
+    LAYOUTS,
+    NAMES,
+    N,
+    chartqa,
+    drawings,
+    layouts,
+    listing,
+    parquet,
+    prepare,
+    prepared_from,
+    stvqa,
+    textvqa,
+    write,
+    zipped,
+)
 from PIL import Image
 
-from mpa.datasets import DATASETS, EASY, load_samples
+from mpa.datasets import DATASETS, load_samples
 from mpa.records import InputError, read_json, read_records
 
-sys.path.insert(0, str(ROOT / "data"))
-import layouts
-import prepare
-
 REFERENCE = ROOT.parent / "shared/reference/annotations"
-NAMES = ["textVQA", "stVQA", "chartVQA", "okVQA"]
-N = 24  # pictures in a train part; a third as many in a test part
-
-
-def drawings(part: str):
-    """(bytes of an easy-VQA picture, [(question, answer), …]) without end."""
-    asked = {}
-    for question, answer, image in read_json(f"{EASY}/data/{part}/questions.json"):
-        asked.setdefault(image, []).append((question, answer))
-    for image, of_it in asked.items():
-        yield Path(f"{EASY}/data/{part}/images/{image}.png").read_bytes(), of_it
-
-
-def write(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-
-
-def zipped(folder: Path, archive: Path) -> None:
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(folder.rglob("*")):
-            file.write(path, path.relative_to(folder.parent))
-    shutil.rmtree(folder)
-
-
-def textvqa(root: Path) -> None:
-    """The 0.5.1 JSON files, and the pictures of both parts in one archive."""
-    ids = count()
-    for part, name, n in (("train", "train", N), ("test", "val", N // 3)):
-        data = []
-        for (picture, asked), _ in zip(drawings(part), range(n), strict=False):
-            image_id = hashlib.md5(picture).hexdigest()[:16]
-            write(root / f"train_images/{image_id}.jpg", picture)
-            for question, answer in asked[:2]:
-                record = {"question_id": next(ids), "image_id": image_id, "question": question, "set_name": name}
-                data.append(record | {"answers": [answer] * 10, "image_classes": ["Clock"]})
-        write(root / f"TextVQA_0.5.1_{name}.json", {"dataset_type": name, "dataset_name": "textvqa", "data": data})
-    zipped(root / "train_images", root / "train_val_images.zip")
-
-
-def stvqa(root: Path) -> None:
-    """Task 1 of the train part, which has all answers, and its image tree."""
-    data = []
-    for i, ((picture, asked), _) in enumerate(zip(drawings("train"), range(N + N // 3), strict=False)):
-        folder = ("coco-text", "iiit_text", "vizwiz")[i % 3]
-        write(root / f"train/{folder}/img_{i:06}.jpg", picture)
-        for question, answer in asked[:2]:
-            record = {"question_id": len(data), "dataset": folder, "file_name": f"img_{i:06}.jpg", "set_name": "train"}
-            data.append(record | {"file_path": f"{folder}/img_{i:06}.jpg", "question": question, "answers": [answer]})
-    write(root / "train_task_1.json", {"dataset_name": "st-vqa", "data": data})
-
-
-def chartqa(root: Path) -> None:
-    """The repository's folder; a picture of the same name in two parts is another picture."""
-    for part, n in (("train", N), ("val", 3), ("test", N // 3)):
-        by_kind = {"human": [], "augmented": []}
-        for i, ((picture, asked), _) in enumerate(
-            zip(drawings("test" if part == "test" else "train"), range(n), strict=False)
-        ):
-            write(root / f"ChartQA Dataset/{part}/png/{i}.png", picture)
-            for question, answer in asked[:2]:
-                by_kind["human" if i % 2 else "augmented"].append(
-                    {"imgname": f"{i}.png", "query": question, "label": answer}
-                )
-        for kind, data in by_kind.items():
-            write(root / f"ChartQA Dataset/{part}/{part}_{kind}.json", data)
-
-
-def okvqa(root: Path) -> None:
-    """Questions and annotations apart, each in an archive, with COCO's pictures: one part zipped, the other not."""
-    for part, name, n in (("train", "train2014", N), ("test", "val2014", N // 3)):
-        questions, annotations = [], []
-        for i, ((picture, asked), _) in enumerate(zip(drawings(part), range(n), strict=False)):
-            write(root / f"{name}/COCO_{name}_{i + 1:012}.jpg", picture)
-            for j, (question, answer) in enumerate(asked[: 1 + (i == 0)]):
-                ids = {"image_id": i + 1, "question_id": 10 * (i + 1) + j}
-                questions.append({**ids, "question": question})
-                answers = [{"answer_id": k, "answer": answer[:5], "raw_answer": answer} for k in range(10)]
-                annotations.append({**ids, "question_type": "one", "answers": answers})
-        for file, content in (
-            (f"OpenEnded_mscoco_{name}_questions.json", {"questions": questions}),
-            (f"mscoco_{name}_annotations.json", {"annotations": annotations}),
-        ):
-            with zipfile.ZipFile(root / f"{file}.zip", "w") as archive:
-                archive.writestr(file, json.dumps(content))
-    zipped(root / "train2014", root / "train2014.zip")
-
-
-LAYOUTS = {"textVQA": textvqa, "stVQA": stvqa, "chartVQA": chartqa, "okVQA": okvqa}
 FILES = {
     "textVQA": [
         "TextVQA_0.5.1_unique_train.json",
@@ -225,14 +142,6 @@ def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
     (tmp_path / "x.zip").write_bytes(b"PK but cut off")
     with pytest.raises(InputError, match=r"Not opened: .*x\.zip"):
         prepare.main([name, "--source", str(tmp_path), "--data", str(tmp_path / "data")])
-
-
-def parquet(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "image"} for row in rows])
-    table = table.append_column("image", pa.array([{"bytes": row["image"], "path": None} for row in rows], image))
-    pa.parquet.write_table(table, path)
 
 
 def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):
@@ -376,15 +285,6 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         assert {kind: len(found) for kind, found in read_back.items()} == {"PA": 1, "PI": 2, "train": 1, "Eval": 3}
         assert {len(found) for found in read_back["Eval"]} == {len(samples_of(prepared, name, "test"))}
         assert len(list(folder.glob("lmms-eval/*/samples_*.jsonl"))) == 3
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def prepared_from(source: Path, name: str, tmp_path: Path) -> Path:
-    prepare.main([name, "--source", str(source), "--data", str(tmp_path / "data")])
-    return tmp_path / "data" / layouts.PREPARATIONS[name].folder
 
 
 def test_pictures_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):

@@ -1,0 +1,239 @@
+"""Bring a download's pictures to the image roots: a whole folder by a link, else one by one.
+
+All is looked at before anything is written: that no archive is a bomb, that there is room, and that no link leads what is
+written out of the data folder. What is placed one by one is a picture: it has been opened.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from layouts import root_of
+from sources import UNREADABLE, Member, Source, check_ratio
+from tqdm import tqdm
+
+from mpa.datasets import Sample
+from mpa.pictures import PictureError, open_file, open_picture
+from mpa.records import InputError
+
+PART = ".prepare.part"  # the same each time: one left by a kill goes with the next
+
+
+@dataclass
+class Root:
+    """An image root and what belongs there: {path below it: where it comes from, or its size in bytes}."""
+
+    path: Path
+    wanted: dict[str, Member | int | None] = field(default_factory=dict)
+
+    def size(self, name: str) -> int | None:
+        source = self.wanted[name]
+        return source.size if isinstance(source, Member) else source
+
+    def is_there(self, name: str) -> bool:
+        with contextlib.suppress(OSError):
+            return os.stat(self.path / name).st_size == self.size(name)
+        return False
+
+    @property
+    def complete(self) -> bool:
+        return all(os.path.exists(self.path / name) for name in self.wanted)
+
+
+def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path) -> Iterator[tuple[str, Root, Sample, str]]:
+    """(part, its root, sample, path of its picture below the root) of every sample."""
+    roots = {}
+    for part, samples in parts.items():
+        path = root_of(dataset, part, data)
+        root = roots.setdefault(path, Root(path))
+        for sample in samples:
+            yield part, root, sample, os.path.relpath(sample.image_path, path)
+
+
+def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
+    """The roots of an official download. ChartQA's parts have pictures of the same names, so that the folder counts."""
+    roots = {}
+    for part, root, _, name in roots_of(dataset, parts, data):
+        if name not in root.wanted:
+            root.wanted[name] = source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
+        roots[root.path] = root
+    return list(roots.values())
+
+
+def of_copy(sizes: dict[str, list[int]], dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
+    """The roots of a Hugging Face copy, the pictures' `sizes` in the order of each part's samples."""
+    roots, left = {}, {part: iter(of_part) for part, of_part in sizes.items()}
+    for part, root, _, name in roots_of(dataset, parts, data):
+        root.wanted[name] = next(left[part])
+        roots[root.path] = root
+    return list(roots.values())
+
+
+# --- before anything is written
+
+
+def check_target(folder: Path, data: Path) -> None:
+    """Raise InputError where a link below `data` leads `folder` elsewhere: into a download, perhaps."""
+    below = os.path.relpath(folder, data)
+    if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(data), below)):
+        raise InputError(
+            f"{folder}: leads to {os.path.realpath(folder)} through a link, and nothing is written through links. Remove the "
+            "link, or choose another --data folder."
+        )
+
+
+def check(roots: list[Root], data: Path) -> None:
+    """Raise InputError for what would be written through a link, for an archive that is a bomb, and for too little room."""
+    needed, by_archive = 0, Counter()
+    for root in roots:
+        to_write = [name for name in root.wanted if not root.is_there(name)]
+        if to_write:  # links further down are refused with the records, as leading out of the image root
+            of_download = any(isinstance(source, Member) for source in root.wanted.values())
+            check_target(root.path.parent if of_download else root.path, data)  # a link to a download is made anew
+        for name in to_write:
+            source = root.wanted[name]
+            if isinstance(source, Member) and source.archive:
+                by_archive[source.archive] += source.size
+            elif isinstance(source, int):
+                needed += source
+    needed += by_archive.total()
+    for archive, size in by_archive.items():
+        check_ratio(archive, size, os.stat(archive).st_size)
+    place = data
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{data}: the pictures take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Make room, or choose "
+            "another --data folder."
+        )
+
+
+# --- writing
+
+
+def put(path: Path, fill: Callable[[Path], None]) -> str | None:
+    """Make `path` what `fill(temporary)` writes, if that is a picture. None, or why it is not there now."""
+    temporary = path.with_name(PART)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        fill(temporary)
+        open_picture(str(temporary))
+        os.replace(temporary, path)
+    except PictureError as error:
+        return str(error)
+    except UNREADABLE as error:
+        return f"cannot be unpacked ({error})"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        return f"cannot be read or written ({error.strerror or error})"
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return None
+
+
+def linked(source: str) -> Callable[[Path], None]:
+    """The same file under another name; a copy where it lies on another disk."""
+
+    def fill(temporary: Path) -> None:
+        try:
+            os.link(os.path.realpath(source), temporary)
+        except OSError:
+            with open_file(source) as file, open(temporary, "xb") as out:
+                shutil.copyfileobj(file, out)
+
+    return fill
+
+
+def unpacked(archive: zipfile.ZipFile, name: str) -> Callable[[Path], None]:
+    def fill(temporary: Path) -> None:
+        with archive.open(name) as file, open(temporary, "xb") as out:
+            shutil.copyfileobj(file, out, 2**20)
+
+    return fill
+
+
+def one_folder(members: dict[str, Member | None]) -> Path | None:
+    """The plain folder that holds all of these pictures, none of them behind a link; or None."""
+    folders = {m and not m.archive and m.name.removesuffix(f"/{name}") for name, m in members.items()}
+    folder = folders.pop() if len(folders) == 1 else None
+    if not folder:
+        return None
+    real = os.path.realpath(folder)
+    straight = all(
+        os.path.realpath(m.name) == os.path.join(real, os.path.normpath(name)) for name, m in members.items()
+    )
+    return Path(real) if straight else None
+
+
+def place_download(roots: list[Root]) -> int:
+    """Bring the pictures to their roots; how many are not there in the end."""
+    lost = 0
+    for root in roots:
+        broken = {}
+        if not (root.path.is_symlink() and root.complete):
+            is_folder = root.path.is_dir() and not root.path.is_symlink()
+            if not is_folder and (folder := one_folder(root.wanted)):
+                root.path.parent.mkdir(parents=True, exist_ok=True)
+                root.path.unlink(missing_ok=True)  # a link to where they are no more
+                root.path.symlink_to(folder)
+            else:
+                if root.path.is_symlink():
+                    root.path.unlink()  # never write into the download
+                broken = _place_one_by_one(root)
+        lost += report(root, broken)
+    return lost
+
+
+def _place_one_by_one(root: Root) -> dict[str, str]:
+    """{source: why it could not be taken}"""
+    broken = {}
+    with contextlib.ExitStack() as stack:
+        archives = {m.archive for m in root.wanted.values() if m and m.archive}
+        archives = {path: stack.enter_context(zipfile.ZipFile(path)) for path in archives}
+        for name, member in tqdm(
+            root.wanted.items(), desc=f"pictures of {root.path.name}", unit="picture", disable=None
+        ):
+            if member is None or root.is_there(name):
+                continue
+            if member.leads_out:
+                broken[str(member)] = "a link that leads out of the download"
+                continue
+            fill = unpacked(archives[member.archive], member.name) if member.archive else linked(member.name)
+            if why := put(root.path / name, fill):
+                broken[str(member)] = why
+    return broken
+
+
+def place_copy(roots: list[Root], pictures: Iterator[tuple[str, str, bytes]]) -> int:
+    """Write a copy's `pictures`, (where, path, content), to their roots; how many are not there in the end."""
+    broken, done = {root.path: {} for root in roots}, set()
+    of = {str(root.path / name): root for root in roots for name in root.wanted}
+    for where, path, content in tqdm(pictures, desc="pictures", unit="picture", disable=None):
+        root = of[path]
+        if path in done or root.is_there(os.path.relpath(path, root.path)):
+            continue
+        done.add(path)
+        if why := put(Path(path), lambda temporary, content=content: temporary.write_bytes(content)):
+            broken[root.path][where] = why
+    return sum(report(root, broken[root.path]) for root in roots)
+
+
+def report(root: Root, broken: dict[str, str]) -> int:
+    there = sum(os.path.exists(root.path / name) for name in root.wanted)
+    print(f"  {root.path}: {there:,} of {len(root.wanted):,} pictures")
+    for why, n in Counter(broken.values()).most_common(5):
+        first = next(source for source, reason in broken.items() if reason == why)
+        print(f"    {n:,} not taken: {why}; the first is {first}", file=sys.stderr)
+    return len(root.wanted) - there

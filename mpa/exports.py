@@ -1,0 +1,230 @@
+"""The parity set in the form of other trainers: one function a form, from a sample (id, image, conversations) to a row.
+
+What they train on is the prompt that is evaluated: the image, then the text, with no line break between.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from mpa import records
+from mpa.pictures import read_file
+from mpa.records import InputError
+
+MARK = "<image>"
+ROLES = {"human": "user", "gpt": "assistant"}
+PART = r"train-00000-of-00001-[0-9a-f]{16}\.parquet"
+MADE_BY = "Model Parity Alignment (arXiv 2509.16633)"  # in the card of a folder that may be written anew
+
+
+def turns(sample: dict) -> list[tuple[str, str]]:
+    """("user" or "assistant", text) in turn, the first text with the one <image> mark and no line break after it.
+
+    Raises ValueError for what is no such conversation about one image.
+    """
+    conversation = sample["conversations"]
+    if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
+        raise ValueError("'conversations' should be a list of turns")
+    for turn in conversation:
+        if turn.get("from") not in list(ROLES) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"a turn should be from 'human' or 'gpt' and its value text: {json.dumps(turn)[:80]}")
+    found = [(ROLES[turn["from"]], re.sub(rf"{MARK}\r?\n", MARK, turn["value"])) for turn in conversation]
+    if [role for role, _ in found] != ["user", "assistant"] * (len(found) // 2) or not found:
+        raise ValueError("the turns of 'conversations' should be from 'human' and 'gpt' in turn")
+    marks = [text.count(MARK) for _, text in found]
+    if marks[0] != 1 or any(marks[1:]):
+        raise ValueError(f"{sum(marks)} {MARK} marks in its text; expected one, in the first turn")
+    return found
+
+
+def sharegpt(sample: dict) -> dict:
+    names = {role: name for name, role in ROLES.items()}
+    conversation = [{"from": names[role], "value": text} for role, text in turns(sample)]
+    return {"id": sample["id"], "conversations": conversation, "images": [sample["image"]]}
+
+
+def ms_swift(sample: dict) -> dict:
+    return {
+        "messages": [{"role": role, "content": text} for role, text in turns(sample)],
+        "images": [sample["image"]],
+    }
+
+
+def trl(sample: dict) -> dict:
+    """All turns but the last are the prompt. The image part stands where its mark stood."""
+
+    def content(text: str) -> list[dict]:
+        parts = [{"type": "text", "text": words} for words in text.split(MARK)]
+        if MARK in text:
+            parts.insert(1, {"type": "image", "text": None})
+        return [part for part in parts if part["text"] != ""] or parts
+
+    messages = [{"role": role, "content": content(text)} for role, text in turns(sample)]
+    return {"prompt": messages[:-1], "completion": messages[-1:], "images": [sample["image"]]}
+
+
+def question_and_answer(sample: dict) -> dict:
+    found = turns(sample)
+    if len(found) > 2:
+        raise ValueError(f"{len(found) // 2} questions in it; this form holds one (--to trl holds all)")
+    (_, question), (_, answer) = found
+    return {
+        "id": _unicode(str(sample["id"])),
+        "image": sample["image"],
+        "question": question.replace(MARK, ""),
+        "answer": answer,
+    }
+
+
+FORMS = {"llava": dict, "sharegpt": sharegpt, "ms-swift": ms_swift, "trl": trl, "hf": question_and_answer}
+
+
+def _unicode(text: str) -> str:
+    """What is no Unicode, such as a file name in another encoding, as an escape: Parquet holds nothing else."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_unicode(sample: dict) -> bool:
+    """Is all text of the conversation? Half a surrogate pair is none, and no tokenizer takes it."""
+    return not any(re.search("[\ud800-\udfff]", text) for _, text in turns(sample))
+
+
+# --- a data set folder
+
+
+def free_for_folder(folder: Path) -> None:
+    """Raise InputError where `folder` holds anything but an earlier export, or what a killed one has left."""
+    if not folder.is_dir():
+        return
+    card, data = folder / "README.md", folder / "data"
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    others = there - {card.name, data.name}
+    if card.is_file():
+        ours = MADE_BY in card.read_text(encoding="utf-8", errors="replace")
+    else:
+        ours = all(re.fullmatch(PART, path.name) or path.name.startswith(".") for path in data.glob("*"))
+    if others or not ours:
+        raise InputError(
+            f"{folder}: is there already, and not as an export of a parity set ({', '.join(sorted(others or there))} in "
+            "it); choose another --out."
+        )
+
+
+def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callable[[str], str]) -> None:
+    """A data set folder: data/train-….parquet with the images inside, and README.md, which `card(file)` makes.
+
+    The file's name holds a hash of its content. `datasets` keeps what it has loaded by the folder's name and the card's
+    `configs`, not by content: under a fixed name it would give another run's set from its cache.
+    """
+    import pyarrow.parquet
+    from datasets import Features, Image, List, Value
+
+    text = Value("string")
+    message = List({"role": text, "content": List({"type": text, "text": text})})
+    features = {
+        trl: Features({"prompt": message, "completion": message, "images": List(Image())}),
+        question_and_answer: Features({"id": text, "image": Image(), "question": text, "answer": text}),
+    }[form]
+
+    def embedded(path: str) -> dict:
+        return {"bytes": read_file(path), "path": _unicode(Path(path).name)}
+
+    def rows() -> Iterator[dict]:
+        for sample in samples:
+            row = form(sample)
+            if "image" in row:
+                yield row | {"image": embedded(row["image"])}
+            else:
+                yield row | {"images": [embedded(path) for path in row["images"]]}
+
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    temporary = data / ".train.parquet.part"
+    try:
+        with pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer:
+            left = rows()
+            while group := list(islice(left, 32)):  # an image may be large
+                writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
+        with open(temporary, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        part = data / f"train-00000-of-00001-{content}.parquet"
+        os.replace(temporary, part)
+    finally:
+        temporary.unlink(missing_ok=True)
+    records.write_text(folder / "README.md", card(f"data/{part.name}"))
+    for old in data.glob("train-*.parquet"):  # of an earlier export; the card no longer names it
+        if old != part:
+            old.unlink()
+
+
+def size_category(n: int) -> str:
+    """The Hub's name for how many samples there are.
+
+    >>> size_category(999), size_category(100_000)
+    ('n<1K', '100K<n<1M')
+    """
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    above = sum(n >= 10 ** (3 + i) for i in range(len(bounds)))
+    if above in (0, len(bounds)):
+        return f"n<{bounds[0]}" if not above else f"n>{bounds[-1]}"
+    return f"{bounds[above - 1]}<n<{bounds[above]}"
+
+
+def data_card(train_json: Path, made: dict, n: int, file: str) -> str:
+    """What the data set is and how it was made: `made` is the parity set's meta file."""
+    funnel = " → ".join(f"{count} {what}" for what, count in made.get("funnel", {}).items()) or "not known"
+    lvlm, svlm = (records.short_name(made.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
+    return f"""---
+task_categories:
+- visual-question-answering
+license: other
+size_categories:
+- {size_category(n)}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {file}
+---
+
+# Parity set {train_json.stem}
+
+{n} questions about pictures, written and answered by a large vision-language model (L-VLM), of which a small
+one (S-VLM) got each wrong: {MADE_BY}. No person has written or checked an answer.
+
+- L-VLM: {lvlm}
+- S-VLM: {svlm}
+- Run: {train_json.resolve().parent.name}
+- Funnel: {funnel}
+- Settings: {json.dumps(made.get("settings", {}), ensure_ascii=False)}
+
+The pictures keep the terms of where they come from, and the L-VLM's licence may bind what is trained on its answers:
+set `license` before you publish this.
+"""
+
+
+# --- LLaMA-Factory's registry of data sets
+
+
+def registry_with(data: Path) -> dict:
+    """What dataset_info.json beside `data` holds, and the entry for `data`.
+
+    Raises InputError where the file is broken or has an entry of that name for something else.
+    """
+    path = data.with_name("dataset_info.json")
+    info = records.read_json(path) if path.exists() else {}
+    if not isinstance(info, dict):
+        raise InputError(
+            f"{path}: should be an object of data sets by name, as LLaMA-Factory reads it; mend or move it."
+        )
+    columns = {"messages": "conversations", "images": "images"}
+    entry = {"file_name": data.name, "formatting": "sharegpt", "columns": columns}
+    if info.get(data.stem, entry) != entry:
+        raise InputError(
+            f"{path}: has another data set of the name {data.stem!r} already; name another file with --out."
+        )
+    return info | {data.stem: entry}
