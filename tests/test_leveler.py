@@ -386,7 +386,7 @@ def test_flags_without_effect_are_refused(tmp_path, flags, says):
 
 def test_an_unknown_flag_is_an_error(tmp_path):
     write(tmp_path, 1)
-    with pytest.raises(ValueError, match="--bits"):
+    with pytest.raises(data.DataError, match="--bits"):
         params.parse(arguments(tmp_path, "--bits", "4"))
 
 

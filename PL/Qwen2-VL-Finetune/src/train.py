@@ -48,6 +48,7 @@ from data import (
 )
 
 META = "train_meta.json"
+MOST_ON_DISK = 20 * 2**30  # bytes of samples, by default
 IN_MEMORY = 2**30  # bytes of samples that one device alone keeps there, before it takes to the disk
 # What joins a batch without pictures, unlabelled, so that every rank runs every module.
 BLANK = {
@@ -165,21 +166,34 @@ def prepared(
 ) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
-    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks.here()), most_kept(data_args)
+    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks.here()), most_kept(data_args, args, len(samples))
     # With other ranks all that one makes is for all.
-    memory = 0 if args.world_size > 1 else most if not data_args.lazy_preprocess else min(most, IN_MEMORY)
-    cache = open_cache(processor, data_args, args, workers) if most and on_disk else None
+    memory = 0 if args.world_size > 1 or data_args.cache_gb == 0 else IN_MEMORY if data_args.lazy_preprocess else most
+    cache = open_cache(processor, data_args, args, len(samples), workers) if most and on_disk else None
     return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, memory, cache, workers)
 
 
-def open_cache(processor, data_args: DataArguments, args: TrainingArguments, writers: int = 1) -> Cache:
+def open_cache(processor, data_args: DataArguments, args: TrainingArguments, n: int, writers: int = 1) -> Cache:
     """The cache, in which so many processes of this rank write."""
-    return Cache(samples_folder(data_args, args), most_kept(data_args), processor, shares=ranks.here() * writers)
+    return Cache(
+        samples_folder(data_args, args), most_kept(data_args, args, n), processor, shares=ranks.here() * writers
+    )
 
 
-def most_kept(data_args: DataArguments) -> float:
-    """Bytes of samples."""
-    return data_args.cache_gb * 2**30 if data_args.lazy_preprocess else float("inf")
+def most_kept(data_args: DataArguments, args: TrainingArguments, n: int) -> float:
+    """Bytes of samples on disk, of `n`. By default none where each is used once: to make one again takes less than to keep it."""
+    if not data_args.lazy_preprocess:
+        return float("inf")
+    if data_args.cache_gb is not None:
+        return data_args.cache_gb * 2**30
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    used = args.max_steps * a_step / n if args.max_steps > 0 else args.num_train_epochs
+    if used <= 1 and not data_args.samples_dir and not data_args.cache_features:
+        return 0
+    folder = samples_folder(data_args, args)
+    while not folder.exists():
+        folder = folder.parent
+    return min(MOST_ON_DISK, shutil.disk_usage(folder).free / 10)
 
 
 def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
@@ -239,7 +253,7 @@ def build(
     if data_args.cache_features:
         some = encode(BLANK, processor)
         features = Features(model, args.device, compute_dtype(args), some)
-        keep(samples, features, open_cache(processor, data_args, args))
+        keep(samples, features, open_cache(processor, data_args, args, len(samples)))
         blank = blank and features.of(some)
     return Leveler(
         model=model,
