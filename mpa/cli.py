@@ -128,7 +128,7 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
         "--max-cost",
         type=number(0, kind=float),
         metavar="MONEY",
-        help="stop before this call has cost more (default: never)",
+        help="stop before the run, all its stages and calls, has cost more (default: never)",
     )
     openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="of a million prompt tokens")
     openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="of a million reply tokens")
@@ -189,7 +189,7 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():
         p.error(f"--out {args.out} is a folder; name a file")
-    records.run_folder(args.run)  # a name that will do
+    args.ledger = (args.out.parent if args.out else records.run_folder(args.run)) / "spending.json"
     args.path_map = dict(args.path_map or ())
     return args
 

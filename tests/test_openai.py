@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -175,7 +176,7 @@ def test_one_refused_request_costs_only_itself(pictures, proxy, tmp_path):
     address, _ = proxy([refuse] * 20)
     got = replies(asked, address, concurrency=1)
     assert got["bad"]["error"].startswith("picture: cannot be read")
-    assert got["no"] == {"key": "no", "error": "server: 400: against the policy"}
+    assert got["no"] == {"key": "no", "error": "server: 400: against the policy", "permanent": True}
     assert all(got[r.key]["text"] for r in asked[:4])
 
 
@@ -217,23 +218,23 @@ def test_a_server_without_log_probabilities_is_asked_without(pictures, proxy):
 
 def test_the_account_adds_up_and_no_more_is_spent_than_allowed(pictures, proxy, tmp_path):
     address, _ = proxy()
-    asked = requests(pictures)[:6]
-    with open_engine("openai", model_path=MODEL, base_url=address, price_in=100.0, price_out=1000.0) as engine:
+    asked = [replace(r, key=f"{r.key} {i}") for i in range(8) for r in requests(pictures)[:6]]
+    prices = {"price_in": 100.0, "price_out": 1000.0, "ledger": tmp_path / "whole.json"}
+    with open_engine("openai", model_path=MODEL, base_url=address, **prices) as engine:
         got = [reply for batch in engine.generate(asked) for reply in batch]
         whole = engine.facts()
     assert whole["tokens_out"] == sum(reply["tokens"] for reply in got)
     assert whole["cost"] == pytest.approx((100 * whole["tokens_in"] + 1000 * whole["tokens_out"]) / 1e6)
-    kept = []
+    kept, most = [], whole["cost"] / 2
+    poor = prices | {"ledger": tmp_path / "poor.json", "max_cost": most}
     with (
-        open_engine(
-            "openai", model_path=MODEL, base_url=address, price_in=100.0, price_out=1000.0, max_cost=whole["cost"] / 2
-        ) as engine,
+        open_engine("openai", model_path=MODEL, base_url=address, **poor) as engine,
         pytest.raises(InputError, match="is all but spent"),
     ):
         for batch in engine.generate(asked):
             kept += batch
-    assert 1 <= len(kept) < 6
-    assert engine.cost <= whole["cost"] / 2
+    assert 1 <= len(kept) < len(asked)
+    assert 0 < engine.facts()["cost"] <= most
     done = {reply["key"] for reply in kept}
     rest = replies([r for r in asked if r.key not in done], address)
     assert {r["key"]: r["text"] for r in kept} | {k: r["text"] for k, r in rest.items()} == {

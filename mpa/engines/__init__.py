@@ -92,7 +92,7 @@ ENGINES = {
     ),
     "openai": Engine(
         "mpa.engines.openai:OpenAIEngine",
-        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", "max_pixels"),
+        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", "max_pixels", "ledger"),
         local=False,
     ),
 }

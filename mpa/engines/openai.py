@@ -1,52 +1,53 @@
 """The `openai` engine: GPT-4o, or any server that speaks its protocol (`vllm serve`, `transformers serve`).
 
-Many requests at a time. What may pass (429, 5xx, a cut connection, a reply that is none) is asked again after a
-while, all others waiting with it where the server says so; what concerns one request costs only that; what
-concerns all (the key, the model's name, the quota) ends the run with everything kept.
+As many requests at a time as the server lets through. What may pass is asked again after a while; what concerns one request
+costs only that; what concerns all (the key, the model's name, the quota, the budget) ends the run with everything kept: nothing
+new is sent, and what is under way is awaited, since it is paid for.
 """
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import random
+import signal
+import sys
 import time
 from collections.abc import Container, Iterable, Iterator
-from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 import openai
 from PIL import Image
 
 from mpa.engines import Request, following
+from mpa.engines.budget import Budget
+from mpa.engines.servers import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
+from mpa.models import COMMON_MARKS
 from mpa.pictures import PictureError, open_picture
-from mpa.records import InputError
+from mpa.records import InputError, without_secrets
 
-RETRIES = 8  # more tries of a request, before it is given up
+RETRIES = 8  # more tries of a request, before it is given up; too many requests at a time are no failed try
 LONGEST_WAIT = 60.0  # seconds between two, unless the server asks for more
+PATIENCE = 1800.0  # seconds without any reply, while the server says that there are too many requests
 TIMEOUT = 300.0  # seconds for a reply
-MANY = 5  # refusals without a single reply: then it is not the pictures
+MANY = 5  # refusals without a single reply: then it is not the images
+# An upper estimate of an image's tokens, until replies tell: so many, and one for so many pixels.
+IMAGE_TOKENS, PIXELS_A_TOKEN = 300, 300
 
 
-class Passing(Exception):
-    """A failure that may pass; `after` is how many seconds the server asks to wait, or None."""
-
-    def __init__(self, what: str, after: float | None = None):
-        super().__init__(what)
-        self.after = after
-
-
-class Refused(Exception):
-    """The server does not want this one request."""
+class Stopped(Exception):
+    """The run ends before this request was sent."""
 
 
 class OpenAIEngine:
     """`generate` through a server; see `mpa.engines`. `model_path` is the name that the server knows the model by.
 
-    Prices are for a million tokens, in any currency; `max_cost` is of one call, in the same. Pictures with more than
-    `max_pixels` are made smaller before they travel. The key comes from $OPENAI_API_KEY alone.
+    Prices are for a million tokens, in any currency; `max_cost` is of the whole run, whose account is the file `ledger`. Images
+    with more than `max_pixels` are made smaller before they travel. The key comes from $OPENAI_API_KEY alone.
     """
 
     def __init__(
@@ -59,23 +60,29 @@ class OpenAIEngine:
         price_out: float = 0.0,
         image_detail: str = "auto",
         max_pixels: int = 512 * 28 * 28,
+        ledger: Path | None = None,
     ):
         if max_cost is not None and not (price_in or price_out):
             raise InputError("--max-cost needs --price-in and --price-out, what a million tokens cost.")
-        self.key = os.environ.get("OPENAI_API_KEY", "")
-        if not (self.key or base_url):
+        self.key, self.base_url = os.environ.get("OPENAI_API_KEY", ""), base_url or os.environ.get("OPENAI_BASE_URL")
+        if not (self.key or self.base_url):
             raise InputError(
                 "OPENAI_API_KEY is not set: export your key, or name a server of your own with --base-url."
             )
-        self.model, self.base_url, self.concurrency = model_path, base_url, concurrency
-        self.max_cost, self.prices, self.detail, self.max_pixels = (
-            max_cost,
-            (price_in, price_out),
-            image_detail,
-            max_pixels,
-        )
-        self.tokens, self.replied, self.refused = [0, 0], 0, 0  # tokens read and written; requests
-        self.logprobs, self.resume_at, self.started = True, 0.0, time.monotonic()
+        self.where = without_secrets(self.base_url) if self.base_url else "OpenAI"
+        self.model, self.concurrency, self.max_pixels = model_path, concurrency, max_pixels
+        self.max_cost, self.prices, self.detail = max_cost, (price_in, price_out), image_detail
+        self.budget = Budget(Path(ledger) if ledger else None, f"{Path(sys.argv[0]).stem} {model_path}", max_cost)
+        self.replied = self.refused = 0
+        self.dropped: dict[str, str] = {}  # parameters that the model does not take: by what they were replaced, or ""
+        self.factor, self.most_in, self.most_out = 0.0, 0, 0  # of estimates; the most tokens seen
+        self.limit, self.under_way = float(concurrency), 0  # requests at a time: allowed, sent
+        self.resume_at = self.slowed_at = 0.0
+        self.crowded = 0  # refusals for too many requests, one after the other
+        self.progress = self.started = time.monotonic()
+        self.written, self.said = 0, set()
+        self.fatal: BaseException | None = None
+        self.signal = 0
         self.client = None
 
     def __enter__(self):
@@ -84,81 +91,126 @@ class OpenAIEngine:
     def __exit__(self, *_):
         pass
 
-    @property
-    def cost(self) -> float:
-        return sum(n * price for n, price in zip(self.tokens, self.prices, strict=True)) / 1e6
-
     def facts(self) -> dict:
-        """The account of this call."""
-        read, written = self.tokens
-        account = {"requests": self.replied, "tokens_in": read, "tokens_out": written, "cost": round(self.cost, 6)}
-        return {"device": self.base_url or "OpenAI", "dtype": None, **account}
+        """The account of this stage over all calls, and what the model did not take."""
+        account = self.budget.account()
+        facts = {name: account[name] for name in ("requests", "tokens_in", "tokens_out")}
+        facts |= {"cost": round(account["cost"], 6), "server_seconds": round(account["seconds"], 1)}
+        dropped = {"dropped_parameters": dict(sorted(self.dropped.items()))} if self.dropped else {}
+        return {"device": self.where, "dtype": None, **facts, **dropped}
 
     def status(self) -> str:
-        pace = self.tokens[1] / max(time.monotonic() - self.started, 1e-9)
-        return f"{pace:.0f} tokens/s" + (f", cost {self.cost:.2f}" if any(self.prices) else "")
+        pace = self.written / max(time.monotonic() - self.started, 1e-9)
+        return f"{pace:.0f} tokens/s" + (f", cost {self.budget.spent():.2f}" if any(self.prices) else "")
+
+    # --- the run ------------------------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
-        """Replies as they come. Raises InputError when the server cannot be used, or `max_cost` is reached."""
-        waiting, pending, enough = (r for r in requests if r.key not in done), set(), False
-        self.started = time.monotonic()
+        """Replies as they come. Raises InputError when the server cannot be used, or `max_cost` is reached, and
+        KeyboardInterrupt after a signal; each after what was under way has come in."""
+        waiting, pending = (r for r in requests if r.key not in done), set()
+        self.started = self.progress = time.monotonic()
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
+            self.ending, self.changed = asyncio.Event(), asyncio.Condition()
             self.client = openai.AsyncOpenAI(
                 api_key=self.key or "none", base_url=self.base_url, max_retries=0, timeout=TIMEOUT
             )
-            try:
-                while True:
-                    while len(pending) < self._at_a_time() and not (enough := enough or self._spent(len(pending))):
-                        request = next(waiting, None)
-                        if request is None:
+            with self._signals(loop) as before:
+                try:
+                    while True:
+                        while not self._ends() and len(pending) < self._at_a_time():
+                            request = next(waiting, None)
+                            if request is None:
+                                break
+                            pending.add(loop.create_task(self._answer(request)))
+                        if not pending:
                             break
-                        pending.add(loop.create_task(self._answer(request)))
-                    if not pending:
-                        break
-                    finished, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
-                    failures = [task.exception() for task in finished if task.exception()]
-                    yield [task.result() for task in finished if not task.exception()]
-                    if failures:
-                        raise failures[0]
-            finally:
-                for task in pending:
-                    task.cancel()
-                runner.run(self.client.close())
-        if enough:
-            raise InputError(
-                f"--max-cost {self.max_cost:g} is all but spent: {self.cost:.4f} for {self.replied} replies. They are kept; "
-                "the same command with more goes on."
-            )
+                        finished, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
+                        replies = [reply for task in finished if (reply := task.result())]
+                        if replies:
+                            yield replies
+                finally:
+                    for task in pending:
+                        task.cancel()
+                    runner.run(self.client.close())
+                    self.budget.settle(0.0, seconds=time.monotonic() - self.started)
+            if self.signal:
+                handler = before.get(self.signal)
+                if callable(handler):
+                    handler(self.signal, None)
+                raise KeyboardInterrupt
+        if self.fatal:
+            raise self.fatal
+
+    def _ends(self) -> bool:
+        return bool(self.fatal or self.signal)
+
+    def _end(self, failure: BaseException) -> None:
+        self.fatal = self.fatal or failure
+        self.ending.set()
+
+    @contextlib.contextmanager
+    def _signals(self, loop):
+        """SIGINT and SIGTERM end the run in order; a second Ctrl-C ends it at once. Yields the handlers of before."""
+        before = {}
+
+        def hear(number: int) -> None:
+            if self.signal and number == signal.SIGINT:
+                os._exit(130)
+            self.signal = number
+            self.ending.set()
+            print("stopping: waiting for what is under way.", file=sys.stderr)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # no main thread, no Unix
+                before[number] = signal.getsignal(number)
+                loop.add_signal_handler(number, hear, number)
+        try:
+            yield before
+        finally:
+            for number, handler in before.items():
+                with contextlib.suppress(ValueError, RuntimeError):
+                    loop.remove_signal_handler(number)
+                    signal.signal(number, handler)
 
     def _at_a_time(self) -> int:
         """One until it is known what a reply costs, where that matters."""
         return self.concurrency if self.replied or self.max_cost is None else 1
 
-    def _spent(self, under_way: int) -> bool:
-        """Would one more request, beside those under way, cost more than `max_cost`?"""
-        if self.max_cost is None or not self.replied:
-            return False
-        return self.cost + (under_way + 1) * self.cost / self.replied > self.max_cost
+    # --- a request ----------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request) -> dict:
-        """A request's reply, and that to what follows from it."""
+    async def _answer(self, request: Request) -> dict | None:
+        """A request's reply, and that to what follows from it; None where the run ended before it was sent."""
         try:
             picture = await asyncio.to_thread(self._encoded, request.image_path)
             reply = await self._until_it_passes(request, picture)
-            if asked := following(request, reply["text"]):
-                reply["follow_up"] = await self._until_it_passes(asked, picture)
-            return reply
         except PictureError as error:
-            return {"key": request.key, "error": f"picture: {error}"}
+            return {"key": request.key, "error": f"picture: {error}", "permanent": True}
         except Refused as error:
             self.refused += 1
             if not self.replied and self.refused >= MANY:
-                raise InputError(f"{self.model}: the server refuses every request: {error}") from None
-            return {"key": request.key, "error": f"server: {error}"}
+                self._end(InputError(f"{self.model}: the server refuses every request: {error}"))
+                return None
+            return {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
+        except Stopped:
+            return None
+        except InputError as error:
+            self._end(error)
+            return None
+        if asked := following(request, reply, COMMON_MARKS):
+            try:
+                reply["follow_up"] = await self._until_it_passes(asked, picture)
+            except Refused as error:  # PI asks again
+                reply["follow_up"] = {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
+            except Stopped:
+                pass
+            except InputError as error:
+                self._end(error)
+        return reply
 
-    def _encoded(self, path: str) -> str:
-        """The picture as a data URL, without loss, no larger than `max_pixels`."""
+    def _encoded(self, path: str) -> tuple[str, int]:
+        """The image as a data URL, without loss, no larger than `max_pixels`, and its pixels."""
         picture = open_picture(path)
         shrink = math.sqrt(self.max_pixels / (picture.width * picture.height))
         if shrink < 1:
@@ -166,89 +218,190 @@ class OpenAIEngine:
             picture = picture.resize(size, Image.Resampling.BICUBIC)
         content = io.BytesIO()
         picture.save(content, "PNG")
-        return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+        url = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+        return url, picture.width * picture.height
 
-    async def _until_it_passes(self, request: Request, picture: str) -> dict:
-        replied_before, wait = self.replied, 0.5
-        for attempt in range(RETRIES + 1):
-            await asyncio.sleep(max(0.0, self.resume_at - time.monotonic()))
+    async def _until_it_passes(self, request: Request, picture: tuple[str, int]) -> dict:
+        attempt, wait, last = 0, 0.5, ""
+        replied_before = self.replied
+        while attempt <= RETRIES:
+            reserved, estimate = await self._turn(request, picture[1])
+            sent, spent = time.monotonic(), {}
             try:
-                return await self._ask(request, picture)
-            except Passing as failure:
-                if attempt == RETRIES:
-                    last = str(failure)
-                    break
-                if failure.after is not None:  # the server's word, to all
-                    self.resume_at = max(self.resume_at, time.monotonic() + failure.after)
-                else:
-                    await asyncio.sleep(min(wait, LONGEST_WAIT) * random.uniform(0.75, 1.0))
+                reply = await self._ask(request, picture[0])
+                spent = self._cost(reply.pop("usage"), reserved, estimate)
+                self._goes_well()
+                return reply
+            except (Passing, Refused) as failure:
+                usage = getattr(failure, "usage", None)
+                if usage or getattr(failure, "billed", False):
+                    spent = self._cost(usage, reserved, estimate)
+                if isinstance(failure, Refused):
+                    raise
+                last = str(failure)
+                if failure.rate:
+                    await self._crowded(failure, sent)
+                    continue
+                attempt += 1
+                if attempt <= RETRIES:
+                    pause = max(min(wait, LONGEST_WAIT) * random.uniform(0.75, 1.25), failure.after or 0.0)
                     wait *= 2
+                    await self._sleep(pause)
+            except Unsupported as failure:
+                self._drop(str(failure), request)
+            finally:
+                self.budget.settle(reserved, **spent)
+                self.under_way -= 1
+                async with self.changed:
+                    self.changed.notify_all()
         if self.replied > replied_before:
-            raise Refused(f"failed {RETRIES + 1} times while others went through: {last}")
-        raise InputError(
-            f"{self.base_url or 'OpenAI'}: keeps failing: {last}. What is finished is kept; call again later."
-        )
+            raise Refused(f"failed {RETRIES + 1} times while others went through: {last}", permanent=False)
+        raise InputError(f"{self.where}: keeps failing: {last}. What is finished is kept; call again later.")
+
+    async def _turn(self, request: Request, pixels: int) -> tuple[float, float]:
+        """Waits until this request may be sent: (the money set aside for it, its prompt's tokens as estimated). Raises Stopped
+        where the run ends before, InputError where the budget does not allow it."""
+        estimate = self._estimate(request, pixels)
+        while True:
+            if self._ends():
+                raise Stopped
+            now = time.monotonic()
+            if now < self.resume_at:  # each at a moment of its own, not all at once
+                await self._sleep(self.resume_at - now + random.uniform(0, min(2.0, 0.1 * self.concurrency)))
+                continue
+            if self.under_way < max(1, int(self.limit)):
+                amount = self._upper_cost(request, estimate)
+                if self.budget.reserve(amount):
+                    self.under_way += 1
+                    return amount, estimate
+                if not self.under_way:
+                    spent = self.budget.spent()
+                    raise InputError(
+                        f"--max-cost {self.max_cost:g} is all but spent: {spent:.4f} by this run, and the next request may cost "
+                        f"{amount:.4f}. All replies are kept; the same command with more goes on."
+                    )
+            async with self.changed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.changed.wait(), 1.0)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Or until the run ends."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ending.wait(), seconds)
+        if self._ends():
+            raise Stopped
+
+    def _goes_well(self) -> None:
+        self.replied += 1
+        self.crowded, self.progress = 0, time.monotonic()
+        self.limit = min(float(self.concurrency), self.limit + 1 / self.limit)
+
+    async def _crowded(self, failure: Passing, sent: float) -> None:
+        """Too many requests: fewer at a time, after a pause for all. Raises InputError where none has passed for PATIENCE."""
+        now = time.monotonic()
+        if now - self.progress > PATIENCE:
+            raise InputError(
+                f"{self.where}: too many requests for {PATIENCE / 60:.0f} minutes: {failure}. Call again later."
+            )
+        if sent > self.slowed_at:  # of those sent together, the first counts
+            self.slowed_at, self.limit = now, max(1.0, self.limit / 2)
+            self.crowded += 1
+        floor = min(LONGEST_WAIT, 0.5 * 2 ** min(self.crowded, 10)) * random.uniform(0.75, 1.25)
+        self.resume_at = max(self.resume_at, now + max(floor, failure.after or 0.0))
+
+    # --- money --------------------------------------------------------------------------------------
+
+    def _estimate(self, request: Request, pixels: int) -> float:
+        """Prompt tokens, from above: a byte of text is a token at most."""
+        return IMAGE_TOKENS + pixels / PIXELS_A_TOKEN + len(request.prompt.encode("utf-8", "surrogatepass"))
+
+    def _upper_cost(self, request: Request, estimate: float) -> float:
+        tokens_in = max(1.25 * self.factor * estimate, self.most_in) if self.factor else estimate
+        tokens_out = max(request.max_new_tokens, self.most_out)
+        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
+
+    def _cost(self, usage: tuple[int, int] | None, reserved: float, estimate: float) -> dict:
+        """What a reply adds to the account. One that does not say what it used counts as much as was set aside."""
+        if usage is None:
+            if any(self.prices):
+                self._say("the server does not say what a reply uses: each counts at its upper estimate.")
+            return {"requests": 1, "cost": reserved}
+        read, written = usage
+        self.written += written
+        self.factor = max(self.factor, read / estimate)
+        self.most_in, self.most_out = max(self.most_in, read), max(self.most_out, written)
+        cost = (read * self.prices[0] + written * self.prices[1]) / 1e6
+        return {"requests": 1, "tokens_in": read, "tokens_out": written, "cost": cost}
+
+    # --- the wire -----------------------------------------------------------------------------------
 
     async def _ask(self, request: Request, picture: str) -> dict:
-        """One call. Raises Passing, Refused, or InputError, by what the failure concerns."""
-        image = {"url": picture} | ({"detail": self.detail} if self.detail != "auto" else {})
+        """One call. Raises Passing, Refused, Unsupported or InputError, by what the failure concerns."""
+        options = self._options(request)
+        image = {"url": picture} | ({"detail": options.pop("detail")} if "detail" in options else {})
         content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": request.prompt}]
-        options = {"temperature": request.temperature, "max_completion_tokens": request.max_new_tokens}
+        sent = {**options, "image_url": {name: "" for name in image}}
+        messages = [{"role": "user", "content": json.loads(json.dumps(content).encode("utf-8", "replace"))}]
+        try:
+            raw = await self.client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, **options
+            )
+        except openai.APIStatusError as error:
+            raise self._placed(meaning(error, sent, self.key)) from None
+        except (openai.APIError, ValueError) as error:  # connections, time-outs, garbage
+            says = without_secrets(f"{type(error).__name__}: {error}")
+            raise Passing(
+                says, billed=not isinstance(error.__cause__, ConnectionRefusedError) and _was_sent(error)
+            ) from None
+        reply = read_reply(raw.http_response.text)
+        usage = reply.pop("usage")
+        tokens = usage[1] if usage else None
+        return {"key": request.key, **reply, "tokens": tokens, "usage": usage}
+
+    def _placed(self, failure: Exception) -> Exception:
+        if isinstance(failure, InputError):
+            return InputError(f"{self.model} at {self.where}: {failure}. What is finished is kept.")
+        return failure
+
+    def _options(self, request: Request) -> dict:
+        options = {
+            "temperature": request.temperature,
+            "max_completion_tokens": request.max_new_tokens,
+            "logprobs": True,
+        }
         if request.temperature:
             seed = hashlib.sha256(f"{request.seed}:{request.key}".encode("utf-8", "surrogatepass")).digest()
             options |= {"top_p": request.top_p, "seed": int.from_bytes(seed[:4]) // 2}
-        if self.logprobs:
-            options["logprobs"] = True
-        try:
-            reply = await self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}], **options
-            )
-        except openai.APIStatusError as error:
-            if error.status_code == 400 and "logprobs" in str(error) and "logprobs" in options:
-                self.logprobs = False
-                return await self._ask(request, picture)
-            raise self._meaning_of(error) from None
-        except (openai.APIError, json.JSONDecodeError) as error:  # connections, time-outs, garbage
-            raise Passing(f"{type(error).__name__}: {error}") from None
-        return self._reply(request, reply)
+        if self.detail != "auto":
+            options["detail"] = self.detail
+        for name, instead in self.dropped.items():
+            value = options.pop(name, None)
+            if instead and value is not None:
+                options[instead] = value
+        return options
 
-    def _meaning_of(self, error: openai.APIStatusError) -> Exception:
-        detail = error.body if isinstance(error.body, dict) else {}
-        says = str(detail.get("message") or detail.get("detail") or error)
-        says = f"{error.status_code}: {says.replace(self.key, '…') if self.key else says}"[:500]
-        if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
-            return InputError(f"{self.model} at {self.base_url or 'OpenAI'}: {says}. What is finished is kept.")
-        if error.status_code in (408, 409, 429) or error.status_code >= 500:
-            return Passing(says, _retry_after(error.response.headers))
-        return Refused(says)
+    def _drop(self, name: str, request: Request) -> None:
+        """Send a parameter under its other name, or no more; said once, and told in the meta file."""
+        if name in self.dropped:  # another request was first
+            return
+        instead = RENAMED.get(name, "")
+        self.dropped[name] = "" if instead in self.dropped else instead
+        what = f"is sent as {self.dropped[name]}" if self.dropped[name] else "is not sent"
+        effect = (
+            " Replies are sampled as the server does by itself." if name in ("temperature", "top_p", "seed") else ""
+        )
+        self._say(f"{self.model} does not take {name}: it {what}.{effect}")
 
-    def _reply(self, request: Request, reply) -> dict:
-        if not getattr(reply, "choices", None):
-            raise Passing(f"no reply, but {str(reply)[:80]!r}")
-        choice, usage = reply.choices[0], reply.usage
-        if usage:
-            self.tokens[0] += usage.prompt_tokens
-            self.tokens[1] += usage.completion_tokens
-        self.replied += 1
-        if choice.message.content is None:
-            raise Refused(f"no text in the reply: {choice.message.refusal or choice.finish_reason}")
-        logprobs = choice.logprobs and choice.logprobs.content
-        return {
-            "key": request.key,
-            "text": choice.message.content,
-            "logprob": round(sum(token.logprob for token in logprobs), 4) if logprobs else None,
-            "tokens": usage.completion_tokens if usage else None,
-        }
+    def _say(self, what: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            print(f"note: {what}", file=sys.stderr)
 
 
-def _retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait: Retry-After, in seconds or as a date; None where it does not say."""
-    value = headers.get("retry-after")
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+def _was_sent(error: Exception) -> bool:
+    """Whether a request may have reached the server before its connection failed."""
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    return not any(name.startswith("Connect") and name not in ("ConnectionResetError",) for name in causes[1:])

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpa.engines import ENGINES, Request, open_engine
+from mpa.engines.budget import Budget
 from mpa.records import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,8 +125,10 @@ class RayEngine:
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # none: a batch may take long
         size, settings = min(self.actors, len(rows)), dict(self.settings)
-        if settings.get("max_cost") is not None:  # to each its part of what is left
-            settings["max_cost"] = max(0.0, settings["max_cost"] - self.facts().get("cost", 0.0)) / size
+        ledger = settings.pop("ledger", None)
+        budget = Budget(Path(ledger), f"ray {settings['model_path']}") if ledger else None
+        if budget and settings.get("max_cost") is not None:  # to each its part of what is left of the run's
+            settings["max_cost"] = max(0.0, settings["max_cost"] - budget.spent()) / size
         finished = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map(
@@ -139,7 +142,12 @@ class RayEngine:
         self.started, failure = time.perf_counter(), ""
         for block in finished:
             for packed in block["packed"]:
-                actor, replies, self.told[actor], error = pickle.loads(packed)
+                actor, replies, facts, error = pickle.loads(packed)
+                if budget:
+                    before = self.told.get(actor) or {}
+                    names = ("requests", "tokens_in", "tokens_out", "cost")
+                    budget.settle(0.0, **{name: facts.get(name, 0) - before.get(name, 0) for name in names})
+                self.told[actor] = facts
                 if replies:
                     yield replies
                 failure = failure or error
