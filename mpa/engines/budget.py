@@ -41,9 +41,12 @@ class Budget:
             book["reserved"][self.owner] = book["reserved"].get(self.owner, 0.0) + amount
             return True
 
-    def settle(self, reserved: float, **spent) -> None:
-        """Give a reservation back, and book what was spent of it (fields of ACCOUNT)."""
+    def settle(self, reserved: float, most: dict | None = None, **spent) -> None:
+        """Give a reservation back, and book what was spent of it (fields of ACCOUNT); `most` are figures to `remember`."""
         with self._book() as book:
+            seen = book.setdefault("most", {})
+            for name, value in (most or {}).items():
+                seen[name] = max(value, seen.get(name, 0))
             left = book["reserved"].get(self.owner, 0.0) - reserved
             book["reserved"][self.owner] = left
             if left <= 1e-12:
@@ -54,6 +57,11 @@ class Budget:
         """What this stage has asked for and spent, over all its calls."""
         with self._book() as book:
             return ACCOUNT | book["spent"].get(self.stage, {})
+
+    def remember(self, name: str) -> float:
+        """The most that was ever told of a figure, by any stage; 0 for none."""
+        with self._book() as book:
+            return book.get("most", {}).get(name, 0)
 
     def spent(self) -> float:
         """By the whole run."""
@@ -87,7 +95,11 @@ class Budget:
             before = json.dumps(book)
             try:
                 accounts = [ACCOUNT | account for account in book["spent"].values()]
-                whole = all(isinstance(n, int | float) for a in (*accounts, book["reserved"]) for n in a.values())
+                whole = all(
+                    isinstance(n, int | float)
+                    for a in (*accounts, book["reserved"], book.get("most", {}))
+                    for n in a.values()
+                )
             except (KeyError, TypeError, AttributeError):
                 whole = False
             if not whole:

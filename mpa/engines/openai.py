@@ -36,7 +36,7 @@ PATIENCE = 1800.0  # seconds without any reply, while the server says that there
 TIMEOUT = 300.0  # seconds for a reply
 MANY = 5  # refusals without a single reply: then it is not the images
 # An upper estimate of an image's tokens, until replies tell: so many, and one for so many pixels.
-IMAGE_TOKENS, PIXELS_A_TOKEN = 300, 300
+IMAGE_TOKENS, PIXELS_A_TOKEN = 1000, 300
 
 
 class Stopped(Exception):
@@ -75,7 +75,9 @@ class OpenAIEngine:
         self.budget = Budget(Path(ledger) if ledger else None, f"{Path(sys.argv[0]).stem} {model_path}", max_cost)
         self.replied = self.refused = 0
         self.dropped: dict[str, str] = {}  # parameters that the model does not take: by what they were replaced, or ""
-        self.factor, self.most_in, self.most_out = 0.0, 0, 0  # of estimates; the most tokens seen
+        # Of estimates; the most tokens of a prompt and of a reply: of the calls before, too.
+        names = (f"{model_path}: {what}" for what in ("factor", "prompt", "reply"))
+        self.seen = {name: self.budget.remember(name) for name in names}
         self.limit, self.under_way = float(concurrency), 0  # requests at a time: allowed, sent
         self.resume_at = self.slowed_at = 0.0
         self.crowded = 0  # refusals for too many requests, one after the other
@@ -316,8 +318,9 @@ class OpenAIEngine:
         return IMAGE_TOKENS + pixels / PIXELS_A_TOKEN + len(request.prompt.encode("utf-8", "surrogatepass"))
 
     def _upper_cost(self, request: Request, estimate: float) -> float:
-        tokens_in = max(1.25 * self.factor * estimate, self.most_in) if self.factor else estimate
-        tokens_out = max(request.max_new_tokens, self.most_out)
+        factor, most_in, most_out = self.seen.values()
+        tokens_in = max(1.25 * factor * estimate, most_in) if factor else estimate
+        tokens_out = max(request.max_new_tokens, most_out)
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
 
     def _cost(self, usage: tuple[int, int] | None, reserved: float, estimate: float) -> dict:
@@ -328,10 +331,10 @@ class OpenAIEngine:
             return {"requests": 1, "cost": reserved}
         read, written = usage
         self.written += written
-        self.factor = max(self.factor, read / estimate)
-        self.most_in, self.most_out = max(self.most_in, read), max(self.most_out, written)
+        now = dict(zip(self.seen, (read / estimate, read, written), strict=True))
+        self.seen = {name: max(self.seen[name], value) for name, value in now.items()}
         cost = (read * self.prices[0] + written * self.prices[1]) / 1e6
-        return {"requests": 1, "tokens_in": read, "tokens_out": written, "cost": cost}
+        return {"requests": 1, "tokens_in": read, "tokens_out": written, "cost": cost, "most": self.seen}
 
     # --- the wire -----------------------------------------------------------------------------------
 
