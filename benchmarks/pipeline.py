@@ -33,7 +33,7 @@ from qwen_vl_utils import process_vision_info
 
 from mpa import models, records
 from mpa.datasets import DATASETS, load_samples
-from mpa.matching import exact
+from mpa.matching import Match
 from mpa.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
 
 ROOT = records.REPOSITORY
@@ -75,7 +75,7 @@ def plain_loop(args) -> dict:
     task = TASK_PROMPTS[DATASETS[args.dataset].task]
     parsed = [parse_annotation(text) for text in lvlm.replies([(s.image_path, task) for s in samples], 8)]
     usable = [(s, p) for s, p in zip(samples, parsed, strict=True) if not p.reason]
-    asked = [(s.image_path, answer_prompt(p.question)) for s, p in usable]
+    asked, agree = [(s.image_path, answer_prompt(p.question)) for s, p in usable], Match()
     first = [first_line(text) for text in lvlm.replies(asked, 4)]
     second = [first_line(text) for text in svlm.replies(asked, 4)]
     return {
@@ -84,7 +84,7 @@ def plain_loop(args) -> dict:
         "parity": [
             s.key
             for (s, p), a, b in zip(usable, first, second, strict=True)
-            if exact(a, p.answer) and not exact(b, p.answer)
+            if agree(a, p.answer) and not agree(b, p.answer)
         ],
     }
 

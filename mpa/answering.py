@@ -8,7 +8,8 @@ from pathlib import Path
 from mpa import cli, pictures, ranks, records
 from mpa.engines import Request, ask
 from mpa.journal import Journal, finished, passing
-from mpa.prompts import answer_prompt, read_answer
+from mpa.prompts import answer_prompt
+from mpa.replies import first_line, strip_reasoning
 
 ONLY_REASONING = "only reasoning, no answer"
 
@@ -27,14 +28,14 @@ def question_request(args, key: str, image_path: str, question: str) -> Request:
 def prediction(reply: dict, preset: str) -> str | None:
     """What counts as the answer: all of the reply under `released`, else its first line after any reasoning; None for an error."""
     text = reply.get("text")
-    return text if text is None or preset == "released" else read_answer(text)
+    return text if text is None or preset == "released" else first_line(text)
 
 
 def answered(before: dict, reply: dict, after: dict, preset: str) -> dict:
     """The record of a reply. One that was cut off or filtered says so in `finish_reason`."""
     record = {**before, "predictions": prediction(reply, preset), **after}
     left_out = reply.get("error")
-    if record["predictions"] == "" and reply["text"].strip() and preset != "released":
+    if preset != "released" and "text" in reply and reply["text"].strip() and strip_reasoning(reply["text"]) is None:
         left_out = ONLY_REASONING
     record |= {"left_out": left_out, "logprob": reply.get("logprob")}
     cut = reply.get("finish_reason", "stop") != "stop"

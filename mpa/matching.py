@@ -1,25 +1,34 @@
-"""Do two answers agree: `MATCHERS[name](prediction, answer) -> bool`, the question that PI asks twice."""
+"""Do two answers agree: `Match(name, preset)(prediction, answer) -> bool`, the question that PI asks twice."""
+
+import re
 
 from mpa import metrics
-from mpa.normalising import normalise, unwrap
+from mpa.normalise import normalise
+from mpa.replies import ANSWER_WORDS, LABEL, bare, strip_reasoning
 
 
-def exact(prediction: str | None, answer: str | None) -> bool:
-    """Equal after `normalise` (paper, section 3.2; the departures are in README.md). An empty answer matches nothing."""
-    return bool(normalise(answer)) and normalise(prediction) == normalise(answer)
+def _form(preset: str):
+    return metrics.squeeze if preset == "released" else normalise
 
 
-def contains(prediction: str | None, answer: str | None) -> bool:
-    """The answer lies in the prediction, after normalising: the released code, to the letter.
+def exact(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
+    """Equal after normalising (paper, section 3.2). An empty answer matches nothing."""
+    form = _form(preset)
+    return bool(form(answer)) and form(prediction) == form(answer)
 
-    "1" is found in "2013", and an empty answer in everything.
+
+def contains(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
+    """The answer lies in the prediction, after normalising: "1" is found in "2013".
+
+    `released`, the released code to the letter, finds an empty answer in everything.
     """
-    return metrics.squeeze(answer) in metrics.squeeze(prediction)
+    form = _form(preset)
+    return (preset == "released" or bool(form(answer))) and form(answer) in form(prediction)
 
 
-def _scored(metric, threshold: float, copies: int = 1):
-    def matches(prediction: str | None, answer: str | None) -> bool:
-        if not normalise(answer) or prediction is None:
+def _scored(metric, threshold: float, copies: int = 1, form=normalise):
+    def matches(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
+        if prediction is None or answer is None or not (normalise(answer) and form(answer)):
             return False
         return metric(prediction, [answer] * copies) >= threshold
 
@@ -34,13 +43,83 @@ MATCHERS = {
     "relaxed": _scored(metrics.relaxed, 1.0),
     "tolerant": _scored(metrics.tolerant, 1.0),
     # As if ten people had given the answer; the EvalAI form, since `vqa` leaves the unanimous as they are.
-    "vqa": _scored(metrics.textvqa, 1.0, copies=10),
+    "vqa": _scored(metrics.textvqa, 1.0, copies=10, form=metrics.evalai),
 }
 
+# --- what a model says around its answer -----------------------------------------------------------
 
-def seen_through(match, prediction: str | None, answer: str | None) -> bool:
-    """`match`, also of what is left of the two without the words and marks that models put around a short answer.
+_OPENING = re.compile(r"(?:sure|certainly|of course|okay|ok|well|so|thus|therefore|hence)\b[!,.:]+ *", re.IGNORECASE)
+_YES_NO = re.compile(r"(yes|no)(?:,|;| -| –|—|\.(?= [^\W\d_]{2}))", re.IGNORECASE)
+# Frames that hold nothing of their own: the answer is, it's, that would be, there are …
+_IS = "(?:is|are|was|were|would be|must be|says?|reads?|ist|es|est|è|é|это|是|は|:|=)"
+_FRAME = re.compile(
+    rf"(?:(?:i (?:think|believe|see|would say|guess)|based on the image|in the image|according to the chart)(?: that)?,? *)?"
+    rf"(?:(?:(?:the|my|a|an|die|der|das|la|le|el|o|correct|right|final|short|best|most likely|正确|最终) ?){{0,4}}"
+    rf"(?:{ANSWER_WORDS}) *{_IS}+(?![a-z'’])|(?:it|this|that|there|they|these|those|he|she)(?:'s|’s|'re|’re| {_IS})(?![a-z'’]))"
+    rf" *[:：]? *(?:(?:a|an|the) +(?=\w))?",
+    re.IGNORECASE,
+)
+# A sentence's last "is": what follows is what it says. Not where it denies, asks or doubts.
+_STATES = re.compile(
+    r".*[^\W\d_] (?:is|are|was|were|reads|says|equals)(?: +(?:called|named|titled))? +(?:(?:a|an|the) +)?(?=\S)",
+    re.IGNORECASE,
+)
+_DOUBTS = re.compile(
+    r"\b(?:not|no|never|neither|nor|none|without|if|whether|or|either|maybe|perhaps|possibly|probably|unless|except"
+    r"|may|might|could|because|what|which|who|why)\b|n['’]t\b|\?",
+    re.IGNORECASE,
+)
+_LONGEST = 400  # characters; a short answer in its wrapping has fewer
 
-    An S-VLM that answers "The answer is red." knows the answer; a parity set with such samples would teach it the format.
+
+def unwrap(text: str | None) -> str | None:
+    r"""A short answer without what models put around it: labels, Markdown, \boxed{}, tags, "The answer is …", "It's …".
+
+    >>> unwrap("**Answer:** red"), unwrap(r"The answer is \boxed{red}."), unwrap("It's a cat.")
+    ('red', 'red', 'cat')
     """
-    return match(prediction, answer) or match(unwrap(prediction), unwrap(answer))
+    if text is None or len(text) > _LONGEST:
+        return text
+    text = found = (strip_reasoning(text) or "").strip() or text
+    for _ in range(6):
+        text = bare(text.strip().rstrip(".,;!。 ") if len(text.strip()) > 1 else text)
+        for pattern in (_OPENING, LABEL, _FRAME):
+            start = pattern.match(text)
+            if start and (pattern is not LABEL or start["answer"] or start["a"]) and text[start.end() :].strip(" .!*"):
+                text = text[start.end() :]
+        if text == found:
+            break
+        found = text
+    return text
+
+
+def stated(text: str | None) -> str | None:
+    """What a sentence comes down to: "The car is red." -> "red", "No, it is blue." -> "No"; None for another text."""
+    if text is None or len(text) > _LONGEST:
+        return None
+    text = bare(text)
+    if answer := _YES_NO.match(text):
+        return answer[1]
+    sentence = None if _DOUBTS.search(text) else _STATES.match(text)
+    return bare(text[sentence.end() :].rstrip(".,;!。 ")) if sentence else None
+
+
+class Match:
+    """A matcher as PI uses it. Under `paper` it sees through what is wrapped around an answer; `released` does not."""
+
+    def __init__(self, name: str = "exact", preset: str = "paper"):
+        self.matcher, self.preset = MATCHERS[name], preset
+
+    def __call__(self, prediction: str | None, answer: str | None) -> bool:
+        return self.matcher(prediction, answer, self.preset) or self.only_unwrapped(prediction, answer)
+
+    def only_unwrapped(self, prediction: str | None, answer: str | None) -> bool:
+        """Do they agree, but not as they were written? PI reports how often."""
+        if self.preset == "released" or prediction is None or answer is None:
+            return False
+        if self.matcher(prediction, answer, self.preset):
+            return False
+        ours, theirs = unwrap(prediction), unwrap(answer)
+        # What a sentence states is compared with an answer alone: two sentences may be about two things.
+        pairs = ((ours, theirs), (stated(prediction), theirs), (ours, stated(answer)))
+        return any(a is not None and b is not None and self.matcher(a, b, self.preset) for a, b in pairs)

@@ -10,7 +10,8 @@ from functools import lru_cache
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from mpa.normalising import fold, normalise
+from mpa.normalise import canonical, normalise
+from mpa.replies import bare
 
 # --- VQA challenge and TextVQA ---------------------------------------------------------------------
 
@@ -100,12 +101,14 @@ def accuracy(prediction: str, answers: list[str]) -> float:
 def anls(prediction: str, answers: list[str]) -> float:
     """Average normalised Levenshtein similarity of ST-VQA: 1 - NL where NL < 0.5, else 0; the best answer.
 
-    NL is the edit distance over the longer length, without regard to case and outer white space. As the formula of the
-    ST-VQA paper (section 4) has it, a distance of exactly 0.5 gives 0. lmms-eval and the evaluator in wide use keep 0.5
-    there, and fold white space within the answer.
+    NL is the edit distance over the longer length, without regard to case and outer white space. As in the formula
+    (Biten et al. 2019, equation 1), an NL of exactly 0.5 gives 0; lmms-eval and the evaluator that is widely copied
+    keep 0.5 there, and also fold white space within the answer. Quadratic in the length, in C, and cut off at 0.5.
     """
     prediction = prediction.strip().lower()
-    distances = [Levenshtein.normalized_distance(prediction, answer.strip().lower()) for answer in answers]
+    distances = (
+        Levenshtein.normalized_distance(prediction, answer.strip().lower(), score_cutoff=0.5) for answer in answers
+    )
     nearest = min(distances, default=1.0)
     return 1.0 - nearest if nearest < 0.5 else 0.0
 
@@ -142,42 +145,52 @@ _WORD_VALUES |= _TENS | {
     f"{ten}-{_UNITS.split()[unit]}": value + unit for ten, value in _TENS.items() for unit in range(1, 10)
 }
 _TENS_AND_UNIT = re.compile(rf"\b({'|'.join(_TENS)}) ({'|'.join(_UNITS.split()[1:10])})\b")
-_THOUSANDS = re.compile(r"(?<![\d.,])[+-]?\d{1,3}(?:,\d{3})+(?![\d,])")
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%?")
-_OUTER = " \"'`*_~!?,;:()[]{}"
+_PERCENT = re.compile(r"(?<=\d)\s?(?:%|percent\b|per cent\b)")
+_SENTENCE_END = re.compile(r"[.。!]$")
+_CURRENCY = re.compile(r"^(-?)([^\w\s.+-])(?=\.?\d)")
+_NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)%?")
 
 
 @lru_cache(2**16)
 def plain(text: str) -> str:
-    """An answer without what people do not count: case and Unicode form (`fold`), outer punctuation, thousands
-    separators, and whether numbers and percent are words or signs.
+    """An answer without what people do not count: `canonical`, without a closing full stop, and whether numbers and
+    percent are words or signs.
 
     >>> plain(" 12,500 per cent."), plain("Twenty-five"), plain("Route 66.")
     ('12500%', '25', 'route 66')
     """
-    text = fold(text).strip(_OUTER).removesuffix(".").rstrip(_OUTER)
+    text = _SENTENCE_END.sub("", bare(canonical(text)))
     text = _TENS_AND_UNIT.sub(r"\1-\2", text)
     text = " ".join(str(_WORD_VALUES.get(word, word)) for word in text.split())
-    text = re.sub(r"(?<=\d)\s*(?:%|percent\b|per cent\b)", "%", text)
-    return _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
+    return _PERCENT.sub("%", text)
+
+
+@lru_cache(2**16)
+def _as_people_read(text: str) -> tuple[frozenset[str], float | None, str, bool]:
+    """(the forms in which it is compared, its value if it is a number, the number's currency, is it in percent)."""
+    text_plain = plain(text)
+    forms = frozenset({normalise(text), normalise(text_plain)} - {""})
+    currency = _CURRENCY.match(text_plain)
+    number = text_plain.replace(currency[2], "", 1) if currency else text_plain
+    value = float(number.rstrip("%")) if _NUMBER.fullmatch(number) else None
+    return forms, value, currency[2] if currency else "", "%" in number
 
 
 def tolerant(prediction: str, answers: list[str]) -> float:
-    """1 if a person would take the prediction for one of the answers: equal as `exact` has it, or both `plain` and
-    equal, or numbers within 5 %.
+    """1 if a person would take the prediction for one of the answers: equal as in `exact`, equal when both are `plain`,
+    or numbers within 5 %.
 
-    The tolerance is ChartQA's; here years (1500 to 2099) must be equal, and "5%" is 5.
+    The tolerance is ChartQA's; here years (1500 to 2099) must be equal, "5%" is 5, and so is "$5", but never "€5".
     """
+    forms, ours, our_currency, our_share = _as_people_read(prediction)
 
     def matches(answer: str) -> bool:
-        ours, theirs = plain(prediction), plain(answer)
-        if ours == theirs or normalise(prediction) == normalise(answer):
-            return bool(normalise(answer))
-        if not (_NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs)):
+        their_forms, theirs, their_currency, their_share = _as_people_read(answer)
+        if forms & their_forms:
+            return True
+        if ours is None or theirs is None or len({our_currency, their_currency, ""}) > 2:
             return False
-        is_share = "%" in ours + theirs
-        ours, theirs = float(ours.rstrip("%")), float(theirs.rstrip("%"))
-        is_year = not is_share and any(n.is_integer() and 1500 <= n < 2100 for n in (ours, theirs))
+        is_year = not (our_share or their_share) and any(n.is_integer() and 1500 <= n < 2100 for n in (ours, theirs))
         return ours == theirs if is_year else abs(ours - theirs) <= 0.05 * abs(theirs)
 
     return float(any(map(matches, answers)))
@@ -199,7 +212,7 @@ def most_common(answers: list[str]) -> str:
 
 
 def exact(prediction: str, answers: list[str]) -> float:
-    """1 if the prediction is one of the answers, both after `normalise`; nothing equals an empty one."""
+    """1 if the prediction is one of the answers, all after `normalise`; nothing equals an empty one."""
     return float(bool(normalise(prediction)) and normalise(prediction) in {normalise(a) for a in answers})
 
 

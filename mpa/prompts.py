@@ -4,12 +4,24 @@ The prompts are constants with a snapshot test, so that they cannot drift in sil
 a changed word changes every number measured with it.
 """
 
-import json
+import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from json import JSONDecoder
 
-from mpa.normalising import ANSWER_WORDS, unwrap
+from mpa.refusals import is_refusal
+from mpa.replies import (
+    ANSWER_WORDS,
+    INLINE,
+    INLINE_LETTER,
+    LABEL,
+    QUESTION_WORDS,
+    bare,
+    first_line,
+    in_reasoning,
+    is_frame,
+    strip_reasoning,
+)
 
 # Paper, section 3.1: a task prompt T_pr for each kind of VQA. The wording is ours; what each
 # asks for is the paper's. "general" serves pictures of no particular kind.
@@ -52,44 +64,6 @@ def train_prompt(question: str, preset: str = "paper") -> str:
     return question if preset == "released" else answer_prompt(question)
 
 
-# --- reasoning ------------------------------------------------------------------------------------------
-
-_TAGS = "think|thinking|thought|thoughts|reasoning|reason|analysis|reflection|scratchpad|seed:think"
-_REASONING = re.compile(
-    rf"(?P<close></(?:{_TAGS})>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|/think\|>)"
-    rf"|<(?:{_TAGS})>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|think\|>",
-    re.IGNORECASE,
-)
-
-
-def strip_reasoning(text: str) -> str:
-    """`text` without its reasoning blocks, as <think>…</think>; "" where nothing else has arrived.
-
-    A closing tag alone belongs to a block that the chat template has opened. A block that is not closed goes to the end.
-    """
-    kept, depth, at = [], 0, 0
-    for tag in _REASONING.finditer(text):
-        if tag["close"]:
-            kept = kept if depth else []
-            depth = max(0, depth - 1)
-        else:
-            kept += [] if depth else [text[at : tag.start()]]
-            depth += 1
-        at = tag.end()
-    text = "".join([*kept, text[at:]]) if not depth else "".join(kept)
-    return text if text.strip() else ""
-
-
-def opened_reasoning(prompt: str) -> str:
-    """The tag with which a rendered prompt opens the reply's reasoning, or ""."""
-    tags = list(_REASONING.finditer(prompt[-100:]))
-    open_at_end = tags and not tags[-1]["close"] and not prompt[-100:][tags[-1].end() :].strip()
-    return tags[-1][0] if open_at_end else ""
-
-
-# --- annotations ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Annotation:
     """A parsed PA reply. `reason` is None, or says why the reply cannot be used."""
@@ -99,61 +73,32 @@ class Annotation:
     reason: str | None = None
 
 
-_QUESTION_WORDS = (
-    "question|q|frage|pregunta|pergunta|domanda|vraag|fråga|spørgsmål|kysymys|pytanie|otázka|вопрос|питання|soru|"
-    "pertanyaan|soalan|câu hỏi|प्रश्न|सवाल|问题|問題|问|問|質問|질문|السؤال|سؤال|שאלה|پرسش|سوال|คำถาม"
+# A question mark that ends a sentence.
+_QUESTION_MARK = re.compile(r"(?<![?؟？!])[?؟！!]*[?؟](?=[\s\"'”’)*\]]|$|[A-ZÀ-ÞА-Я])|？+")
+# What it says in quotes or brackets are not its own questions: Who asked "Why? When?"?
+_QUOTED = re.compile(
+    r"\"[^\"]*\"|“[^“”]*”|„[^„“”]*[“”]|«[^«»]*»|「[^「」]*」|『[^『』]*』|‘[^‘’]*’|(?<!\w)'[^']*'(?!\w)|\([^()]*\)|（[^（）]*）"
 )
-_LABELS = {w: "question" for w in _QUESTION_WORDS.split("|")} | {w: "answer" for w in f"{ANSWER_WORDS}|a".split("|")}
-# A label at the start of a line, as models decorate it: "- **Question 1:** …", "1. Q: …", "### Question", "Correct Answer:".
-# Behind the question on one line, an answer's only as a word: "Question: …? Answer: …".
-_WORDS = "|".join(sorted(map(re.escape, _LABELS), key=len, reverse=True))
-_LABEL = re.compile(
-    r"(?:^[ \t\-*#>_\d.)(\[]{0,20}|(?<=[?？؟])[ \t*_]{1,20}(?=\w{3,}))"
-    r"(?:(?:the|die|la|visual|correct|final|short|expected|right|suggested|generated) ){0,2}"
-    rf"(?P<word>{_WORDS})(?:[ \t]*[#(]?\d{{1,3}}\)?|[ \t]*\([^)\n]{{1,30}}\))?(?P<end>[ \t]*[\])]?[ \t*_]{{0,9}}[:：][ \t*_]{{0,9}}|[ \t*_#:]*$)",
-    re.IGNORECASE | re.MULTILINE,
-)
-# A question mark that ends a sentence; not the one in: What does the sign "WHY?" say?
-_QUESTION_MARK = re.compile(r"[?؟](?=\s|$)|(?<!？)？")
-_QUOTED = re.compile(r'"[^"]*"|“[^”]*”|«[^»]*»|„[^“”]*[“”]|「[^」]*」|『[^』]*』|(?<!\w)\'[^\'\n]*\'(?!\w)|‘[^’]*’')
+_ENDED = re.compile(r"[?؟？.!。！…;][\"'”’»」』)*_`\]]*\Z")
+_OPTION = re.compile(r"(?:[-*•] )?\(?[A-Fa-f1-6][).:] |(?:options|choices)\b", re.IGNORECASE)
 # What a chat template or a train record would take for its own mark, if a question or answer held it.
 _MARK = re.compile(r"<image>|<video>|<\|[^|\n]{1,99}\|>")
-_PLACEHOLDER = re.compile(
-    r"[<\[{(](?:(?:your|the|a|insert|short|write) ){0,3}(?:question|answer)[^>\]})]{0,40}[>\]})][.?]?|\W+", re.I
+# The prompt's own <question>, or what models put in its place.
+_BLANK = re.compile(
+    rf"[<\[{{(](?=[^<>]{{0,80}}(?:{QUESTION_WORDS}|{ANSWER_WORDS}|your|here|insert|\.\.\.))[^<>]{{1,80}}[>\]}})]"
+    rf"|(?:(?:your|the|my) )?(?:{QUESTION_WORDS}|{ANSWER_WORDS})(?: here)?[.?:]?|[\s.…_–—|\"'`{{}}\[\]-]+",
+    re.IGNORECASE,
 )
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w-]*[ \t]*$", re.MULTILINE)
+_TAG = re.compile(rf"<(/?)(?:(?P<question>{QUESTION_WORDS}|q)|(?:{ANSWER_WORDS}|a))>", re.IGNORECASE)
+_KEY = re.compile(
+    rf"""(["'])(?:(?:predicted|generated|correct|short|final|vqa|the)[_ ])?"""
+    rf"""(?:(?P<question>{QUESTION_WORDS}|q)|(?:{ANSWER_WORDS}|a))(?:_text|\d{{1,2}})?\1\s*[:：]\s*""",
+    re.IGNORECASE,
+)
+_SINGLE_QUOTED = re.compile(r"'((?:[^'\\\n]|\\.|'(?=\w))*)'")
+_SCALAR = re.compile(r"-?\d[\d.,]*%?(?<![.,])|true\b|false\b|yes\b|no\b", re.IGNORECASE)
+_RELEASED_QUESTION = re.compile(r"question:\s*+", re.IGNORECASE)
 _RELEASED_ANSWER = re.compile(r"answer:\s*([^\n]*)", re.IGNORECASE)
-
-# What a model says instead of an answer. Whole answers, and how sentences begin.
-_NO_ANSWER = re.compile(
-    r"(?:n[./]?\s?a\.?|not (?:applicable|available|visible|shown|specified|provided|given|mentioned|stated|present|clear|"
-    r"legible|readable|known|sure|determinable|discernible|identifiable|answerable|possible to \w+|enough info\w*)|"
-    r"unanswerable|un(?:known|clear|certain|determined|identifiable|readable|specified)|indeterminate|indeterminable|"
-    r"illegible|insufficient (?:information|data|context)|no (?:answer|information|idea|data available)|can ?not (?:be )?\w+|"
-    r"can't (?:be )?\w+|none (?:given|visible|provided)|nicht (?:erkennbar|sichtbar|bekannt|lesbar|bestimmbar|beantwortbar)|"
-    r"unbekannt|inconnue?|indéterminée?|non visible|no visible|no se ve|desconocid[oa]|desconhecid[oa]|não visível|sconosciut[oa]|"
-    r"неизвестно|не видно|невозможно определить|未知|不明|不知道|不清楚|看不清|无法(?:确定|判断|回答|识别|看清)|無法(?:確定|判斷|回答)|"
-    r"わかりません|分かりません|判断できません|不可能|알 수 없음|모름|판단 불가|غير (?:معروف|واضح|مرئي)|لا يمكن تحديد\w*|bilinmiyor|tidak diketahui)"
-    r"(?: (?:in|from|on|based on|with) (?:the|this) .{1,60})?[\s.。!*`\"']*",
-    re.IGNORECASE,
-)
-_REFUSES = re.compile(
-    r"(?:(?:i'?m |i am )?(?:very |so )?sorry\b|i apologi[sz]e|unfortunately\b|as an ai\b|i (?:can ?not|can't|could not|couldn't|"
-    r"am unable|am not able|do not|don't|won't|will not|must decline|have no|am not sure)|i'm (?:unable|not able|not sure|afraid)|"
-    r"(?:it|this|that|the \w+|there) (?:can ?not|can't|could not|is not possible|is impossible|is unclear|is not (?:visible|clear|"
-    r"specified|provided|shown|given|legible|mentioned)|isn't (?:visible|clear|specified|enough)|is unknown|is no(?:t enough)? "
-    r"(?:information|way))|(?:unable|impossible|not possible) to \w+|ich kann (?:nicht|das|leider|keine)|leider\b|je ne (?:peux|sais)|"
-    r"(?:the|this) (?:image|picture|photo|chart|graph|text|document) (?:does not|doesn't|do not|don't|(?:shows|provides|contains|has) no )|"
-    r"désolée?|impossible (?:de|à)|lo siento|no (?:puedo|se puede)|desculpe|não (?:posso|é possível)|mi dispiace|non (?:posso|è possibile)|"
-    r"извините|я не могу|к сожалению|抱歉|对不起|對不起|很抱歉|我(?:无法|不能|不知道)|申し訳|すみません|죄송|آسف|عذر|لا (?:أستطيع|يمكنني))",
-    re.IGNORECASE,
-)
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether a text is no answer but says that there is none ("cannot be determined", "N/A", "I'm sorry, …")."""
-    text = unwrap(answer).replace("’", "'").strip(" *`\"'()[]<>")[:400]
-    return bool(_NO_ANSWER.fullmatch(text) or _REFUSES.match(text))
 
 
 def parse_annotation(
@@ -161,10 +106,11 @@ def parse_annotation(
 ) -> Annotation:
     """Read question and answer from a PA reply.
 
-    `paper`: after any reasoning, a JSON object with the two, or the text after the first question's label (it keeps its
-    question mark and may go over several lines) and after the answer's label that follows. A question that holds two
-    questions, an empty one, an empty answer, the prompt's own placeholders, a refusal (unless `keep_refusals`), or a mark
-    of a prompt format, such as <image> or one of `marks`, cannot be used.
+    `paper`: the first question with the answer that follows it, behind labels ("Question:", "**Q1:**", "### Answer",
+    "Frage:" …), as keys of JSON, or in tags; reasoning before them is passed over. A question may run over
+    lines; an answer is one line. `reason` says why they cannot be used: reasoning alone, no question, two, no
+    answer, a mark of the prompt format such as <image> or one of `marks` in them, or, unless `keep_refusals`, an
+    answer that declines.
     `released`: the text before the first "?" after "Question:", and the line after "Answer:",
     each null when it is not there; nothing is refused.
 
@@ -176,115 +122,108 @@ def parse_annotation(
         return Annotation(_released_question(reply), answer and answer.group(1).strip())
 
     text = strip_reasoning(reply)
-    if not text and reply.strip():
-        return Annotation(None, None, "only reasoning, no annotation")
-    question, answer, several = _from_json(text) or _from_tags(text) or _from_labels(text)
-    if answer and answer[0] in "\\\\$<":
-        answer = unwrap(answer)  # \\boxed{…}
+    if text is None:
+        return Annotation(None, None, "only reasoning, no answer")
+    key = _KEY.search(text)
+    as_json = key and not any(kind == "question" for kind, _ in _parts(text[: key.start()]))
+    question, answer, reason = _first_pair(_json_parts(text) if as_json else _parts(text))
     if not question:
-        return Annotation(
-            None, answer, "a refusal" if answer is None and _REFUSES.match(text.strip()) else "no question"
-        )
-    if several or len(_QUESTION_MARK.findall(_QUOTED.sub("", question))) > 1:
-        return Annotation(question, answer, "two questions")
+        declined = not (answer or reason or keep_refusals) and is_refusal(first_line(text))
+        return Annotation(None, answer, "a refusal" if declined else reason or "no question")
+    if reason or len(_QUESTION_MARK.findall(_QUOTED.sub(" ", question))) > 1:
+        return Annotation(question, answer, reason or "two questions")
     if not answer:
         return Annotation(question, None, "no answer")
-    if _PLACEHOLDER.fullmatch(question) or _PLACEHOLDER.fullmatch(answer):
-        return Annotation(question, answer, "the prompt's own template")
-    if holds_mark(question + "\n" + answer, marks):
-        return Annotation(question, answer, "a mark of the prompt's format in it")
-    if not keep_refusals and (is_refusal(answer) or _REFUSES.match(question)):
+    if holds_mark(f"{question}\n{answer}", marks):
+        return Annotation(question, answer, "a mark of the prompt format")
+    if not keep_refusals and is_refusal(answer):
         return Annotation(question, answer, "a refusal")
     return Annotation(question, answer)
 
 
 def holds_mark(text: str, marks: frozenset[str] = frozenset()) -> bool:
-    """Whether a text holds what a chat template or train record takes for its own: <image>, <|…|>, or one of a model's `marks`."""
-    return bool(_MARK.search(text)) or any(mark in text for mark in marks)
+    """Does a text hold what a chat template or a train record takes for its own: <image>, <|…|>, or one of a model's `marks`?"""
+    return bool(_MARK.search(text)) or any(mark.strip() and mark in text for mark in marks)
 
 
 def _released_question(reply: str) -> str | None:
-    """What `question:\\s*([^\\n]*?)\\?` finds first, in linear time."""
-    mark = line_end = -1
-    for label in re.finditer(r"question:\s*+", reply, re.IGNORECASE):
-        if mark < label.end():
-            mark = reply.find("?", label.end())
+    r"""What `question:\s*([^\n]*?)\?` finds, without trying every length of the white space, nor a line twice."""
+    mark = line_break = -1
+    for label in _RELEASED_QUESTION.finditer(reply):
+        start = label.end()
+        if mark < start:
+            mark = reply.find("?", start)
+        if line_break < start:
+            line_break = reply.find("\n", start) % (len(reply) + 1)  # the end where there is none
         if mark < 0:
             return None
-        if line_end < label.end():
-            line_end = reply.find("\n", label.end()) % (len(reply) + 1)
-        if mark < line_end:
-            return reply[label.end() : mark].strip()
+        if mark < line_break:
+            return reply[start:mark].strip()
     return None
 
 
-def _from_json(text: str) -> tuple[str | None, str | None, bool] | None:
-    """(question, answer, whether there are several) of a JSON object in the text; None where there is none."""
-    start = min((at for at in (text.find("{"), text.find("[")) if at >= 0), default=-1)
-    if start < 0 or _LABEL.match(text.lstrip()):
-        return None
-    try:
-        content, _ = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
-    several = isinstance(content, list) and len(content) > 1
-    content = content[0] if isinstance(content, list) and content else content
-    if not isinstance(content, dict):
-        return None
-    found = {}
-    for name, value in content.items():
-        kind = _LABELS.get(name.strip().lower().removeprefix("short_").removeprefix("correct_"))
-        if kind and isinstance(value, str | int | float) and not isinstance(value, bool):
-            found.setdefault(kind, " ".join(str(value).split()))
-    return (found.get("question"), found.get("answer"), several) if "question" in found else None
+def _json_parts(text: str) -> list[tuple[str, list[str]]]:
+    """("question" or "answer", lines) of each such key of JSON or of a Python dictionary, in their order."""
+    parts, decoder = [], JSONDecoder(strict=False)
+    for key in _KEY.finditer(text):
+        start, value = key.end(), ""
+        if text[start : start + 1] == '"':
+            with contextlib.suppress(ValueError):  # cut off
+                value = decoder.raw_decode(text, start)[0]
+        elif plain := (_SINGLE_QUOTED.match(text, start) or _SCALAR.match(text, start)):
+            value = plain[plain.lastindex or 0].replace("\\'", "'")
+            value = {"true": "yes", "false": "no"}.get(value.lower(), value)
+        parts.append(("question" if key["question"] else "answer", value.splitlines()))
+    return parts
 
 
-_PAIR = re.compile(r"<question>([^<]*)</question>\s*<answer>([^<]*)</answer>", re.IGNORECASE)
+def _parts(text: str) -> list[tuple[str, list[str]]]:
+    """("question" or "answer", lines) of each label, in their order."""
+    if "</" in text:
+        text = _TAG.sub(lambda tag: "\n" if tag[1] else "\nQuestion:\n" if tag["question"] else "\nAnswer:\n", text)
+    parts, single = [], False
+    for line in INLINE.sub("\n", text).splitlines():
+        label = LABEL.match(line)
+        if label and (label["question"] or label["q"]):
+            single = bool(label["q"])
+            asked, *answered = INLINE_LETTER.split(line[label.end() :], maxsplit=1) if single else [line[label.end() :]]
+            parts.append(("question", [asked]))
+            parts += [("answer", [a[LABEL.match(a).end() :]]) for a in answered]
+        elif label and (label["answer"] or single):
+            parts.append(("answer", [line[label.end() :]]))
+        elif parts:
+            parts[-1][1].append(line)
+    return parts
 
 
-def _from_tags(text: str) -> tuple[str | None, str | None, bool] | None:
-    pairs = _PAIR.findall(text)
-    return (pairs[0][0].strip(), pairs[0][1].strip(), False) if pairs else None
-
-
-def _from_labels(text: str) -> tuple[str | None, str | None, bool]:
-    question = answer = None
-    several, asked, text = False, False, _FENCE.sub("", text)
-    labels = list(_labels(text))
-    ends = [*(start for _, start, _ in labels[1:]), len(text)]
-    for (kind, _, start), end in zip(labels, ends, strict=False):
+def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | None, str | None]:
+    """(question, answer, why they do not go together) of the first pair that is not the prompt's own template."""
+    question = answer = reason = None
+    for kind, lines in parts:
         if kind == "question":
-            several, asked = several or bool(question), True  # "Question 1: … Question 2: … Answer: …"
-            question = question or _question_in(text[start:end])
-        elif asked:
-            answer = _undecorated(first_line(text[start:end]))
-            break
-    return question, answer, several
+            text = _question(lines)
+            if text and _BLANK.fullmatch(text):
+                reason = "the prompt's template, not filled in"
+            elif text and question:
+                return question, None, "two questions" if answer is None else "no answer"
+            elif not answer:  # one before its question is no answer to it
+                question = text
+        elif question is not None:
+            answer = next((bare(line).strip("* ") for line in lines if not is_frame(line)), "")
+            if _BLANK.fullmatch(answer):
+                answer = ""
+            elif question and answer:
+                return question, answer, None
+    return question, answer, None if question else reason
 
 
-def _labels(text: str) -> Iterator[tuple[str, int, int]]:
-    """(question or answer, where its label starts, where what it labels starts)."""
-    for label in _LABEL.finditer(text):
-        word, bare = label["word"].lower(), not label["end"].strip(" \t*_#")
-        if (":" in label["end"] or "：" in label["end"] or not bare) or (bare and ("#" in label[0] or "*" in label[0])):
-            yield _LABELS[word], label.start(), label.end()
-
-
-def _question_in(text: str) -> str | None:
-    """A question, over several lines where its first ones do not end it."""
-    lines = []
-    for line in text.splitlines():
-        if line.strip():
-            lines.append(line.strip())
-        if lines and (not line.strip() or _QUESTION_MARK.search(line.strip().rstrip("*_`\"'”)") + " ")):
-            break
-    return _undecorated(" ".join(lines)) or None
-
-
-def _undecorated(text: str) -> str:
-    """Without the Markdown around it."""
-    text = text.strip(" \t*`")
-    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "_" else text
+def _question(lines: list[str]) -> str:
+    """The question that these lines hold: to where it ends, with options and what else is asked, without remarks."""
+    found = []
+    for line in (line.strip() for line in lines if not is_frame(line)):
+        if not found or not _ENDED.search(found[-1]) or _OPTION.match(line) or _QUESTION_MARK.search(line):
+            found.append(line)
+    return bare(" ".join(found)).strip("* ")
 
 
 def with_question_mark(question: str) -> str:
@@ -300,55 +239,21 @@ def follow_up_prompt(reply: str, preset: str, marks: frozenset[str] = frozenset(
 
 
 def annotation_is_complete(reply: str) -> bool:
-    """True once the line that ends the answer is written: generation can stop.
+    """True once the line that ends the answer is written: generation can stop. Never within reasoning.
 
-    Everything `parse_annotation` reads under the `paper` preset lies before this point; it is never within reasoning or JSON.
+    Everything `parse_annotation` reads under the `paper` preset lies before this point.
     """
-    last_line = reply.rsplit("\n", 1)[-1]
-    if last_line.strip() or "\n" not in reply:
+    ended = reply.rpartition("\n")
+    if ended[2].strip() or in_reasoning(reply):
         return False
-    text = strip_reasoning(reply)
-    if text.lstrip()[:1] in ("{", "[") or _FENCE.match(text.lstrip()):
-        return False
-    parsed = parse_annotation(reply)
+    parsed = parse_annotation(ended[0], keep_refusals=True)
     return bool(parsed.question and parsed.answer)
 
 
-# --- answers --------------------------------------------------------------------------------------------
-
-
-def first_line(text: str) -> str:
-    """The first line of a text that is not blank nor a code fence."""
-    return next((line.strip() for line in text.splitlines() if line.strip() and not _FENCE.match(line)), "")
-
-
-_OPENS = re.compile(
-    rf"(?:[{{\[]|[*_ ]*(?:the )?(?:(?:final|short|correct) )?(?:{ANSWER_WORDS})(?: is)?[ *_]*[:：][ *_]*$)",
-    re.IGNORECASE,
-)
-
-
-def read_answer(reply: str) -> str:
-    """The short answer in a reply: its first line, after any reasoning. A line that only announces it ("Answer:") is
-    passed over, and of a JSON object the answer is taken."""
-    text = strip_reasoning(reply)
-    line = first_line(text)
-    if not _OPENS.match(line):
-        return line
-    if line[0] in "{[":
-        found = unwrap(_FENCE.sub("", text))
-        return first_line(found) if not found.startswith(("{", "[")) else line
-    return first_line(text.split(line, 1)[1]) or line
-
-
 def answer_is_complete(reply: str) -> bool:
-    """True once `read_answer(reply)` cannot change any more."""
-    if "\n" not in reply or _REASONING.search(reply):  # after reasoning it is short, and ends by itself
-        return False
-    line = first_line(reply)
-    done = bool(line) and not _OPENS.match(line)
-    return done and "\n" in reply[reply.index(line) + len(line) :]
+    """True once `first_line(reply)` cannot change any more. Never within reasoning."""
+    return not in_reasoning(reply) and bool(first_line(reply.rpartition("\n")[0]))
 
 
-# What a reply may end with, by name: see `Request.stop`.
+# What a reply may end with, by name: see `Request.stop`. Where the prompt has opened the reasoning, its tag stands in front.
 STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}

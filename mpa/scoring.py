@@ -3,7 +3,8 @@
 from collections import defaultdict
 
 from mpa.datasets import DATASETS
-from mpa.metrics import METRICS, bootstrap_interval, squeeze
+from mpa.metrics import METRICS, bootstrap_interval
+from mpa.normalise import normalise
 from mpa.records import InputError
 
 
@@ -64,7 +65,7 @@ def same_questions(before: list[dict], after: list[dict]) -> list[tuple[dict, di
     old = {str(r["question_id"]): r for r in before}
     pairs = [(old[str(r["question_id"])], r) for r in after if str(r["question_id"]) in old]
     for a, b in pairs:
-        if squeeze(a["GT_question"]) != squeeze(b["GT_question"]):
+        if normalise(a["GT_question"]) != normalise(b["GT_question"]):
             raise InputError(
                 f"question {a['question_id']!r} is {a['GT_question']!r} in the one file and {b['GT_question']!r} in the "
                 "other: these are not the same questions."

@@ -108,7 +108,7 @@ def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
         and not parsed.reason
         and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
     ):
-        return Annotation(parsed.question, parsed.answer, "a mark of the prompt's format in it")  # in every preset
+        return Annotation(parsed.question, parsed.answer, "a mark of the prompt format")  # in every preset
     return parsed
 
 

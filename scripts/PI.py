@@ -25,7 +25,7 @@ from mpa.answering import answers, question_request
 from mpa.datasets import locate, look_for_pictures
 from mpa.engines import ENGINES, Request
 from mpa.journal import finished
-from mpa.matching import MATCHERS, seen_through
+from mpa.matching import MATCHERS, Match
 from mpa.models import resolved_dtype
 from mpa.pictures import fingerprints
 from mpa.prompts import holds_mark, parse_annotation, train_prompt, with_question_mark
@@ -125,8 +125,7 @@ def answer(args, who: str, model_path: str, annotations: list[dict], lvlm: str, 
 
 def agrees(record: dict, args) -> bool:
     """Does this model's answer match the annotation's? Under `paper` also within words such as "The answer is …"."""
-    match, texts = MATCHERS[args.match], (record["predictions"], record["PA_answer"])
-    return match(*texts) if args.preset == "released" else seen_through(match, *texts)
+    return Match(args.match, args.preset)(record["predictions"], record["PA_answer"])
 
 
 def consistent(record: dict, args) -> bool:
@@ -136,8 +135,8 @@ def consistent(record: dict, args) -> bool:
 
 def wrapped(found: list[dict], args) -> int:
     """How many of these answers match only within words or marks around them."""
-    match = MATCHERS[args.match]
-    return sum(agrees(r, args) and not match(r["predictions"], r["PA_answer"]) for r in found)
+    match = Match(args.match, args.preset)
+    return sum(match.only_unwrapped(r["predictions"], r["PA_answer"]) for r in found)
 
 
 def identify_parity(lvlm: list[dict], svlm: list[dict], args) -> list[dict]:
@@ -201,7 +200,7 @@ def usable_annotations(annotations: list[dict], args, left_out: Counter | None =
         if args.preset == "paper" and "reply" not in r:
             question = with_question_mark(question)
         if holds_mark(f"{question}\n{r['predicted_answer']}", marks):
-            left_out["a mark of the prompt's format in it"] += 1
+            left_out["a mark of the prompt format"] += 1
         elif images.get(path) and images[path][1] != r["image_hash"]:
             left_out["the image has changed since PA"] += 1
         else:

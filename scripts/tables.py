@@ -11,14 +11,13 @@ Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_sam
 import argparse
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records, scoring
 from mpa.datasets import DATASETS
-from mpa.matching import MATCHERS, seen_through
+from mpa.matching import Match
 
 ROWS = {
     "base": "S-VLM before",
@@ -115,8 +114,7 @@ def examples(run: Run, n: int = 6) -> list[str]:
     """A few annotated pictures and what became of them, in words."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
-    match, held_out = MATCHERS[run.meta["settings"]["match"]], set()
-    match = match if run.preset == "released" else partial(seen_through, match)
+    match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
     if run.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
     lines = []

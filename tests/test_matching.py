@@ -1,6 +1,7 @@
 import pytest
+from linear import LONG, in_time
 
-from mpa.matching import MATCHERS
+from mpa.matching import MATCHERS, Match, unwrap
 
 
 @pytest.mark.parametrize("name", sorted(set(MATCHERS) - {"contains"}))
@@ -50,3 +51,65 @@ def test_an_empty_answer_matches_nothing(name):
 )
 def test_matchers(name, prediction, answer, agrees):
     assert MATCHERS[name](prediction, answer) is agrees
+
+
+WRAPPED = r"""
+The answer is red. | Answer: red | \boxed{red} | $\boxed{\text{red}}$ | **Answer:** red | It's red | It’s red. | It is a red
+<answer>red</answer> | "red" | 'red'. | The correct answer is: red | So the answer is red. | Final answer: red | **The answer is red.**
+The color of the phone is red. | The sign says "red". | This is red. | I think it is red. | Sure! The answer is red. | <think>hm</think>red
+""".strip()
+NOT_WRAPPED = """
+The answer is not red. | It isn't red | The car is not red | It could be red | It is red or blue | It is red and blue
+If it is red | Is it red? | I don't think it is red | blue
+""".strip()
+
+
+def cells(block: str) -> list[str]:
+    return [text.strip() for line in block.splitlines() for text in line.split(" | ")]
+
+
+@pytest.mark.parametrize("said", cells(WRAPPED))
+def test_pi_sees_through_what_is_wrapped_around_an_answer_and_counts_it(said):
+    match = Match()
+    assert match(said, "red")
+    assert match("red", said)
+    assert match.only_unwrapped(said, "red") is not MATCHERS["exact"](said, "red")
+    assert not match.only_unwrapped("red", "Red.")
+    assert not Match("exact", "released").only_unwrapped(said, "red")
+
+
+@pytest.mark.parametrize("said", cells(NOT_WRAPPED))
+def test_a_sentence_that_says_something_else_is_no_wrapping(said):
+    assert not Match()(said, "red")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "agrees"),
+    [
+        ("Yes, it is a cat.", "yes", True),
+        ("No, there is none.", "no", True),
+        ("Yes, two dogs", "Yes, three dogs", False),
+        ("No parking", "no", False),
+        ("The left one is red", "The right one is red", False),
+        ("The answer is -5.", "-5", True),
+        ("The answer is 5", "-5", False),
+        ("Die Antwort ist rot.", "rot", True),
+        ("答案是红色。", "红色", True),
+        ("The answer is", "the answer", False),
+    ],
+)
+def test_sentences(prediction, answer, agrees):
+    assert Match()(prediction, answer) is agrees
+
+
+def test_unwrapping_leaves_what_is_no_wrapping():
+    for text in ("red", "-5", "U.S.", "No. 5", "answer", ""):
+        assert Match()(text, text) is bool(text)
+    assert unwrap(None) is None
+    assert unwrap("red") == "red"
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_200_kb_take_time_in_proportion(text):
+    for name in set(MATCHERS) - {"anls"}:
+        in_time(Match(name), text, text[:-1] + "z")

@@ -65,3 +65,30 @@ def test_the_interval_holds_the_mean_and_narrows_with_n():
     # The textbook interval of a share, 1.96 standard errors to each side
     assert high_many - low_many == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 10_000) ** 0.5, rel=0.1)
     assert bootstrap_interval(few) == (low, high)
+
+
+def test_anls_follows_the_formula_where_the_copied_evaluator_departs_from_it():
+    assert METRICS["anls"]("ab", ["ax"]) == 0.0  # a distance of exactly 0.5; lmms-eval: 0.5
+    assert METRICS["anls"]("abc", ["abx"]) == pytest.approx(2 / 3)
+    assert METRICS["anls"]("a  b", ["a b"]) == 0.75  # lmms-eval folds the spaces: 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "passes"),
+    [
+        ("$5", "5", True),
+        ("$5", "€5", False),
+        ("-$5", "5", False),
+        ("１０４", "100", True),
+        ("٥", "5", True),
+        ("**12**", "12", True),
+        ("$1,000", "1000", True),
+        ("10:30", "1030", False),
+        ("3/4", "34", False),
+        ("C++", "C", False),
+        ("दिन", "दान", False),
+        ("T-shirt", "t shirt", True),
+    ],
+)
+def test_tolerant_reads_as_a_person_does(prediction, answer, passes):
+    assert METRICS["tolerant"](prediction, [answer]) == passes

@@ -1,5 +1,6 @@
 import hashlib
-import time
+import random
+import re
 
 import pytest
 
@@ -11,10 +12,7 @@ from mpa.prompts import (
     answer_prompt,
     first_line,
     follow_up_prompt,
-    opened_reasoning,
     parse_annotation,
-    read_answer,
-    strip_reasoning,
 )
 
 
@@ -58,10 +56,10 @@ DIGESTS = {
         ("Question: 这是什么？那是什么？\nAnswer: 猫", Annotation("这是什么？那是什么？", "猫", "two questions")),
         (
             "Question: What is <image>?\nAnswer: x",
-            Annotation("What is <image>?", "x", "a mark of the prompt's format in it"),
+            Annotation("What is <image>?", "x", "a mark of the prompt format"),
         ),
         ("", Annotation(None, None, "no question")),
-        ("Was ist das? Katze", Annotation(None, None, "no question")),
+        ("Die Frage: Was ist das?\nAntwort: Katze", Annotation("Was ist das?", "Katze")),
     ],
 )
 def test_replies_are_read_or_refused_with_a_reason(reply, expected):
@@ -115,161 +113,97 @@ def test_an_annotation_is_put_to_the_model_as_a_question_only_if_it_can_be_used(
 @pytest.mark.parametrize(
     ("reply", "question", "answer"),
     [
+        ("Question: According to the chart,\nwhich year?\nAnswer: 2013", "According to the chart, which year?", "2013"),
         (
-            "Question: According to the chart,\nwhich year is it?\nAnswer: 2010",
-            "According to the chart, which year is it?",
-            "2010",
+            "Question: According to the chart,\n\nwhich year?\n\nAnswer: 2013",
+            "According to the chart, which year?",
+            "2013",
         ),
-        ("Question:\nWhich brand,\nif any, is shown\nAnswer: Casio", "Which brand, if any, is shown", "Casio"),
+        ("Question: What is it?\nA) cat\nB) dog\nAnswer: A", "What is it? A) cat B) dog", "A"),
+        ("Question: What is it?\nType: text\nAnswer: cat", "What is it?", "cat"),
+        ("Question: <question>\nAnswer: <answer>\n\nQuestion: What is it?\nAnswer: cat", "What is it?", "cat"),
+        ("```\nQuestion: What is it?\nAnswer: cat\n```", "What is it?", "cat"),
+        ("Question: What is it?\nAnswer:\n```\ncat\n```", "What is it?", "cat"),
+        ("Question: What is it?\nAnswer: ```cat```", "What is it?", "cat"),
+        ('{"question": "What is it?", "answer": "cat"}', "What is it?", "cat"),
+        ('```json\n[{"question": "What is it?",\n "answer": 5}]\n```', "What is it?", "5"),
+        ("{'question': 'What\\'s it?', 'answer': 'cat'}", "What's it?", "cat"),
+        ('{"question_id": 4, "Question": "Is it \\"red\\"?", "Answer": true}', 'Is it "red"?', "yes"),
+        ("Q: What is it?\nA: cat", "What is it?", "cat"),
+        ("**Q1:** What is it? A: cat", "What is it?", "cat"),
+        ("### Question\nWhat is it?\n\n### Answer\ncat", "What is it?", "cat"),
+        ("Question 1: What is it?\nCorrect Answer: cat", "What is it?", "cat"),
+        ("Question: What is it?\nThe final answer is: **cat**", "What is it?", "cat"),
+        ("Question (text): What is it?\nAnswer (one word): cat", "What is it?", "cat"),
+        ("<question>What is it?</question><answer>cat</answer>", "What is it?", "cat"),
+        ("Sure! Question: What is it? Answer: cat", "What is it?", "cat"),
+        ("Question: Name it | Answer: cat", "Name it", "cat"),
+        ('Question: "What is it?"\nAnswer: "cat"', "What is it?", "cat"),
+        ("Question: What is the answer: A or B?\nAnswer: A", "What is the answer: A or B?", "A"),
         ('Question: Who asked "Why? When?"?\nAnswer: Bob', 'Who asked "Why? When?"?', "Bob"),
-        ("```\nQuestion: What?\nAnswer: a cat\n```", "What?", "a cat"),
-        ("Question: What?\nAnswer:\n```\na cat\n```", "What?", "a cat"),
-        ('```json\n{"question": "What?", "answer": "a cat"}\n```', "What?", "a cat"),
-        ('Here it is: {"Question": "How many?", "Answer": 5}', "How many?", "5"),
-        ("Q: What?\nA: a cat", "What?", "a cat"),
-        ("### Question\nWhat?\n\n### Answer\na cat", "What?", "a cat"),
-        ("**Question**\nWhat?\n**Answer**\na cat", "What?", "a cat"),
-        ("Question 1: What?\nAnswer 1: a cat\nQuestion 2: Who?\nAnswer 2: Bob", "What?", "a cat"),
-        ("Question (text): What?\nCorrect Answer: a cat", "What?", "a cat"),
-        ("<question>What?</question>\n<answer>a cat</answer>", "What?", "a cat"),
-        ("Question: What?\nAnswer: \\boxed{a cat}", "What?", "a cat"),
-        ("Question: What is the answer: yes or no?\nAnswer: yes", "What is the answer: yes or no?", "yes"),
-        ("Question: What?\nA) a cat\nB) a dog\nAnswer: A", "What?", "A"),
-        ("Frage: Was ist das?\nAntwort: Katze", "Was ist das?", "Katze"),
-        ("Die Frage: Was ist das?\nDie Antwort: Katze", "Was ist das?", "Katze"),
+        ("Question: Who asked “Why? When?”?\nAnswer: Bob", "Who asked “Why? When?”?", "Bob"),
+        ("Question: Is it (a cat? a dog?) here?\nAnswer: no", "Is it (a cat? a dog?) here?", "no"),
         ("Pregunta: ¿Qué es?\nRespuesta: gato", "¿Qué es?", "gato"),
+        ("Question : Qu'est-ce ?\nRéponse : chat", "Qu'est-ce ?", "chat"),
         ("Вопрос: Что это?\nОтвет: кот", "Что это?", "кот"),
-        ("问题：这是什么？\n答案：猫", "这是什么？", "猫"),
-        ("質問: これは何ですか？\n答え: 猫", "これは何ですか？", "猫"),
-        ("سؤال: ما هذا؟\nجواب: قطة", "ما هذا؟", "قطة"),
-        ("<think>Question: draft?\nAnswer: x</think>\nQuestion: What?\nAnswer: a cat", "What?", "a cat"),
-        ("Question: draft?\nAnswer: x\n</think>\nQuestion: What?\nAnswer: a cat", "What?", "a cat"),
-        ("[THINK]Question: draft?\nAnswer: x[/THINK]Question: What?\nAnswer: a cat", "What?", "a cat"),
-        ("Question: What does the sign say?\nAnswer: No", "What does the sign say?", "No"),
-        ("Question: How many are there?\nAnswer: none", "How many are there?", "none"),
+        ("问题：这是什么？答案：猫", "这是什么？", "猫"),
+        ("質問：これは何ですか。\n答え：猫", "これは何ですか。", "猫"),
+        ("질문: 무엇입니까?\n정답: 고양이", "무엇입니까?", "고양이"),
+        ("سؤال: ما هذا؟\nالإجابة: قطة", "ما هذا؟", "قطة"),
+        ("प्रश्न: यह क्या है?\nउत्तर: बिल्ली", "यह क्या है?", "बिल्ली"),
+        ("\ufeffQuestion: What is it?\r\nAnswer: cat\r\n", "What is it?", "cat"),
     ],
 )
-def test_the_common_forms_of_an_annotation_are_read(reply, question, answer):
+def test_an_annotation_is_read_in_the_forms_that_models_write(reply, question, answer):
     assert parse_annotation(reply) == Annotation(question, answer)
     cut = next((reply[:i] for i in range(len(reply) + 1) if annotation_is_complete(reply[:i])), reply)
-    if "</think>" not in reply or reply.startswith("<think>"):  # else the engine puts the tag in front
-        assert parse_annotation(cut) == Annotation(question, answer)
+    assert parse_annotation(cut) == Annotation(question, answer)
 
 
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("Question: <question>\nAnswer: <answer>", "the prompt's own template"),
-        ("Question: [Your question here]\nAnswer: [Your answer here]", "the prompt's own template"),
-        ("Question: ...\nAnswer: ...", "the prompt's own template"),
-        ("Question 1: What?\nQuestion 2: Who?\nAnswer: Bob", "two questions"),
-        ("<think>What could I ask? Question: a?\nAnswer: b", "only reasoning, no annotation"),
-        ("<think>hm</think>  ", "only reasoning, no annotation"),
-        ("I'm sorry, I can't help with that.", "a refusal"),
-        *[
-            (f"Question: What does it say?\nAnswer: {answer}", "a refusal")
-            for answer in (
-                *(
-                    "I cannot determine the answer.",
-                    "unanswerable",
-                    "N/A",
-                    "n/a.",
-                    "not visible",
-                    "Unknown",
-                    "Cannot be determined",
-                ),
-                *(
-                    "**Not specified**",
-                    "I'm sorry, but I can't tell.",
-                    "The image does not show it.",
-                    "It is unclear",
-                    "不知道",
-                ),
-                *(
-                    "无法确定",
-                    "Nicht erkennbar",
-                    "No se puede determinar",
-                    "not visible in the image",
-                    "Can't tell",
-                    "わかりません",
-                ),
-            )
-        ],
+        ("Question: <question>\nAnswer: <answer>", "the prompt's template, not filled in"),
+        ("Question: [Your question here]\nAnswer: [Your answer here]", "the prompt's template, not filled in"),
+        ("Question: What is it?\nAnswer: <answer>", "no answer"),
+        ("Question: What is it?\nAnswer: ...", "no answer"),
+        ('{"question": "What is it?", "answer": "Grand Cen', "no answer"),
+        ("Question: What is it?\nWhat color?\nAnswer: cat", "two questions"),
+        ("Question 1: A?\nQuestion 2: B?\nAnswer 1: x\nAnswer 2: y", "two questions"),
+        ("I'm sorry, but I can't help with that.", "a refusal"),
+        ("<think>Question: What is it?\nAnswer: cat", "only reasoning, no answer"),
+        ("Question: What is <|im_end|>?\nAnswer: x", "a mark of the prompt format"),
     ],
 )
-def test_what_is_no_annotation_is_left_out_with_its_reason(reply, reason):
+def test_what_cannot_be_used_is_left_out_with_its_reason(reply, reason):
     assert parse_annotation(reply).reason == reason
+    assert follow_up_prompt(reply, "paper") is None
 
 
-def test_refusals_are_kept_where_they_are_wanted():
-    assert parse_annotation("Question: What?\nAnswer: N/A", keep_refusals=True) == Annotation("What?", "N/A")
+@pytest.mark.parametrize("answer", ["I cannot determine that.", "unanswerable", "N/A", "not visible", "不知道"])
+def test_a_refusal_is_left_out_unless_it_is_to_be_kept(answer):
+    reply = f"Question: What is it?\nAnswer: {answer}"
+    assert parse_annotation(reply).reason == "a refusal"
+    assert parse_annotation(reply, keep_refusals=True) == Annotation("What is it?", answer)
 
 
-def test_marks_of_a_model_are_refused():
-    reply = "Question: What is <IMG_CONTEXT>?\nAnswer: x"
+def test_marks_of_a_model_are_refused_beside_the_fixed_ones():
+    reply = "Question: What does <IMG_CONTEXT> say?\nAnswer: x"
+    marks = frozenset({"<IMG_CONTEXT>", "</s>", " "})  # white space among a tokenizer's tokens is no mark
     assert parse_annotation(reply).reason is None
-    assert parse_annotation(reply, marks=frozenset({"<IMG_CONTEXT>"})).reason == "a mark of the prompt's format in it"
+    assert parse_annotation(reply, marks=marks).reason == "a mark of the prompt format"
+    assert parse_annotation("Question: What is it?\nAnswer: x</s>", marks=marks).reason == "a mark of the prompt format"
+    assert parse_annotation("Question: What is it?\nAnswer: a b", marks=marks).reason is None
+    assert follow_up_prompt(reply, "paper", marks) is None
+    assert parse_annotation("Question: What is it\nAnswer: x</s>", "released", marks=marks).reason is None
 
 
-@pytest.mark.parametrize(
-    ("reply", "left"),
-    [
-        *[
-            ("<think>a\nb</think>\n\nred", "\n\nred"),
-            ("a</think>red", "red"),
-            ("<THINK>a</THINK>red", "red"),
-            ("red", "red"),
-        ],
-        *[("◁think▷a◁/think▷red", "red"), ("<think>a<think>b</think>c</think>red", "red"), ("<think>a", ""), ("", "")],
-        *[("<|begin_of_thought|>a<|end_of_thought|>red", "red"), ("<think></think>", ""), ("a <b> c", "a <b> c")],
-        ("<think>a</think><think>b</think>red", "red"),
-    ],
-)
-def test_reasoning_is_no_part_of_a_reply(reply, left):
-    assert strip_reasoning(reply) == left
-
-
-def test_a_template_that_opens_the_reasoning_is_seen():
-    assert opened_reasoning("<|im_start|>assistant\n<think>\n") == "<think>"
-    assert opened_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
-    assert opened_reasoning("What is <think>? Answer") == ""
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer"),
-    [
-        *[
-            ("<think>\nblue?\n</think>\n\nred", "red"),
-            ("```\nred\n```", "red"),
-            ("Answer:\nred", "red"),
-            ("<think>red", ""),
-        ],
-        *[
-            ('{"answer": "red"}', "red"),
-            ('```json\n{\n"answer": "red"\n}\n```', "red"),
-            ("The answer is red.", "The answer is red."),
-        ],
-    ],
-)
-def test_the_answer_is_read_from_a_reply(reply, answer):
-    assert read_answer(reply) == answer
-    cut = next((reply[:i] for i in range(len(reply) + 1) if answer_is_complete(reply[:i])), reply)
-    assert read_answer(cut) == answer
-
-
-LONG = ["Question: " + "?" * 200_000, "question:" + " " * 200_000, "Question: " * 20_000, "question: a\n" * 20_000]
-LONG += ["<think>" * 30_000, "</think>" * 30_000, "{" * 200_000, "[" * 200_000, "Question: " + '"' * 200_001]
-LONG += ["question:" * 22_000 + "?", "Question: a? " * 20_000, "* " * 100_000, "Question: a\nAnswer: " + "<|a" * 60_000]
-LONG += ["Question:\n" + "a b\n" * 50_000, "Question: a?\nAnswer: " + "not " * 50_000, "Question: " + "'a" * 100_000]
-
-
-@pytest.mark.parametrize("reply", LONG, ids=[str(i) for i in range(len(LONG))])
-def test_reading_takes_time_linear_in_the_length(reply):
-    started = time.perf_counter()
-    (
-        parse_annotation(reply),
-        parse_annotation(reply, "released"),
-        annotation_is_complete(reply + "\n"),
-        read_answer(reply),
-    )
-    assert time.perf_counter() - started < 5  # a quadratic pattern takes minutes at 200 kB
+def test_the_released_reader_finds_what_its_expressions_find():
+    draw = random.Random(0)
+    pieces = ["Question:", "question:", "queſtion:", "Answer:", "answer:", "?", " ", "\n", "\t", "\u2028", "x", "？"]
+    for _ in range(20_000):
+        reply = "".join(draw.choices(pieces, k=draw.randint(0, 14)))
+        question = re.search(r"question:\s*([^\n]*?)\?", reply, re.IGNORECASE)
+        answer = re.search(r"answer:\s*([^\n]*)", reply, re.IGNORECASE)
+        expected = Annotation(question and question.group(1).strip(), answer and answer.group(1).strip())
+        assert parse_annotation(reply, "released") == expected

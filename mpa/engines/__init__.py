@@ -50,7 +50,7 @@ def cut_off(reply: dict) -> str | None:
     return None if reason is None or annotation_is_complete(text[: text.rfind("\n") + 1]) else reason
 
 
-MARK_IN_IT = "question: a mark of the prompt's format in it"
+MARK_IN_IT = "question: a mark of the prompt format"
 
 
 def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:

@@ -6,7 +6,8 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from mpa.engines import Request
-from mpa.prompts import STOPS, opened_reasoning
+from mpa.prompts import STOPS
+from mpa.replies import is_reasoning_tag
 
 
 class Chooser(LogitsProcessor):
@@ -53,11 +54,7 @@ class Decoder:
 
     def __init__(self, tokenizer):
         self.tokenizer, tokens = tokenizer, getattr(tokenizer, "added_tokens_decoder", {})
-        self.tags = {
-            i: str(token)
-            for i, token in tokens.items()
-            if token.special and opened_reasoning(str(token).replace("/", ""))
-        }
+        self.tags = {i: str(token) for i, token in tokens.items() if token.special and is_reasoning_tag(str(token))}
 
     def __call__(self, ids) -> str:
         ids = [int(i) for i in ids]

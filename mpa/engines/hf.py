@@ -30,8 +30,9 @@ from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Chooser, Decoder, Stopper, line_breaks
 from mpa.engines.prefixes import Prefixes, forget_positions, spare_last_layer
 from mpa.pictures import PictureError, open_picture, picture_size
-from mpa.prompts import holds_mark, opened_reasoning
+from mpa.prompts import holds_mark
 from mpa.records import InputError
+from mpa.replies import opened_reasoning
 
 WINDOW = 64  # batches within which requests are sorted by length
 OUT_OF_MEMORY = "out of memory; try a smaller --max-pixels"

@@ -22,8 +22,9 @@ from mpa import models, ranks
 from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Decoder
 from mpa.engines.feed import Feed, Row
-from mpa.prompts import ANSWER_SUFFIX, STOPS, holds_mark, opened_reasoning
+from mpa.prompts import ANSWER_SUFFIX, STOPS, holds_mark
 from mpa.records import InputError
+from mpa.replies import opened_reasoning
 
 IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
 VERIFIED = 4  # pictures whose visual tokens are counted

@@ -1,0 +1,197 @@
+"""What surrounds a model's words: reasoning before them, Markdown and quotes around them, labels in front.
+
+All of it takes time linear in the reply's length, whatever a model has written.
+"""
+
+import re
+
+# --- reasoning -------------------------------------------------------------------------------------
+
+# DeepSeek, Qwen and most others write <think>…</think>; Mistral [THINK], Kimi ◁think▷, Seed <seed:think>, Cohere
+# <|START_THINKING|>, gpt-oss and Gemma channels, Granite a sentence; LLaVA-CoT has sections.
+_NAMES = r"(?:seed:)?think(?:ing)?|thoughts?|thought_process|reasoning|reflection|scratchpad|inner_monologue|analysis"
+_NAMES += r"|rationale|summary|caption"
+_OPEN = rf"""
+    <\s?(?:{_NAMES})(?:\s[^<>/]{{0,99}})?>  |  ◁\s?(?:{_NAMES})\s?▷  |  \[(?:think(?:ing)?|thought|reasoning)\]
+    | <\|(?:begin_of_|start_|start_of_)(?:thought|thinking|think|reasoning)\|>  |  <\|(?:think|thinking|inner_prefix)\|>
+    | <\|channel\|?>\s?(?:analysis|commentary|thought)(?:<\|message\|>)?  |  <unused94>(?:thought\b)?
+    | ^here\sis\smy\sthought\sprocess:
+"""
+_CLOSE = rf"""
+    <\s?/\s?(?:{_NAMES})\s?>  |  ◁\s?/\s?(?:{_NAMES})\s?▷  |  \[/(?:think(?:ing)?|thought|reasoning)\]
+    | <\|(?:end_of_|end_)(?:thought|thinking|think|reasoning)\|>  |  <\|(?:/think|/thinking|inner_suffix)\|>
+    | <channel\|>  |  <unused95>
+"""
+# Before these stands reasoning, marked or not.
+_FINAL = r"""
+    (?:<\|start\|>assistant)?<\|channel\|?>\s?final(?:<\|message\|>)?  |  assistantfinal  |  \[BEGIN\ FINAL\ RESPONSE\]
+    | <\s?(?:conclusion|response|solution|final_answer)\s?>  |  <\|(?:begin_of_|start_)(?:solution|response)\|>
+    | ^here\sis\smy\sresponse:
+"""
+# These only say where the answer begins or ends.
+_AROUND = r"""
+    <\s?/\s?(?:conclusion|response|solution|final_answer)\s?>  |  <\|(?:end_of_|end_)(?:solution|response)\|>
+    | \[END\ FINAL\ RESPONSE\]  |  <\|(?:begin|end)_of_box\|>  |  <\|(?:end|return|im_end|eot_id|endoftext)\|>\s*\Z
+"""
+_REASONING = re.compile(
+    f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<final>{_FINAL})|(?P<around>{_AROUND})", re.I | re.M | re.X
+)
+_OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", re.I | re.X)
+
+
+def _visible(text: str) -> tuple[str, bool, bool]:
+    """(`text` without reasoning, was there any, does it go on at the end)."""
+    kept, at, depth, found = [], 0, 0, False
+    for mark in _REASONING.finditer(text):
+        if not depth:
+            kept.append(text[at : mark.start()])
+        at, kind = mark.end(), mark.lastgroup
+        found = found or kind != "around"
+        if kind == "final" or (kind == "close" and not depth):  # the chat template opened the block
+            kept, depth = [], 0
+        elif kind != "around":
+            depth += 1 if kind == "open" else -1
+    if not depth:
+        kept.append(text[at:])
+    return "".join(kept) if at else text, found, depth > 0
+
+
+def strip_reasoning(text: str) -> str | None:
+    """`text` without reasoning blocks; one that was opened by the chat template ends at the closing tag.
+
+    What stands before a block stays. None where only reasoning arrived, finished or not.
+
+    >>> strip_reasoning("<think>It looks red.</think>red"), strip_reasoning("so, red</think>red")
+    ('red', 'red')
+    """
+    visible, found, _ = _visible(text)
+    if found and not visible.strip():
+        return None
+    return visible.lstrip() if found else visible
+
+
+def in_reasoning(text: str) -> bool:
+    """Does `text` end within a reasoning block that it opened itself?"""
+    return _visible(text)[2]
+
+
+def opened_reasoning(prompt: str) -> str:
+    """The tag with which a prompt in its chat template opens a reasoning block, or "".
+
+    Then the reply begins within the block, and nothing in it says so before the closing tag: the tag is put in front of it.
+    """
+    opened = _OPENED.search(prompt[-200:])
+    return opened[0].strip() if opened else ""
+
+
+def is_reasoning_tag(token: str) -> bool:
+    """Is a token one that opens or closes reasoning?"""
+    return bool(_REASONING.fullmatch(token.strip())) and not re.fullmatch(_AROUND, token.strip(), re.I | re.X)
+
+
+# --- what decorates an answer ----------------------------------------------------------------------
+
+_FENCE = re.compile(r"[ \t>]*(?:```|~~~)[\w+-]*[ \t]*")
+_RULE = re.compile(r"[ \t]*([-*_=])[ \t]*(?:\1[ \t]*){2,}")
+_TAGS = "answer|b|strong|em|i|u|code|p|span|div|mark|final|ans"
+_DRESSED = [
+    re.compile(r"(\*{1,3}|_{1,3}|`{1,3}|~~)((?:(?!\1).)+)\1", re.S),
+    re.compile(rf"<({_TAGS})>((?:(?!</).)*)(?:</\1>)?", re.S | re.I),
+    re.compile(r"()\\(?:text|textbf|textit|textrm|emph|mathrm|mathbf|mathit|mbox|fbox)\{([^{}]*)\}"),
+    re.compile(r"()\\[(\[](.*)\\[)\]]", re.S),
+    re.compile(r"(\$\$?)([^$]+)\1"),
+    *(re.compile(f"({a})([^{a}{b}]+){b}") for a, b in ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "””")),
+]
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}")
+
+
+def _boxed(text: str) -> str | None:
+    r"""What the last \boxed{…} holds; None where there is none that ends."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for i in range(start + 6, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if not depth:
+            return text[start + 7 : i]
+    return None
+
+
+def bare(text: str) -> str:
+    r"""`text` without what decorates all of it: Markdown, quotes, LaTeX, tags, the last \boxed{…} in it.
+
+    >>> bare('**"red"**'), bare(r"So it is $\boxed{\text{red}}$."), bare("<answer>red</answer>"), bare('"a" or "b"')
+    ('red', 'red', 'red', '"a" or "b"')
+    """
+    text = text.strip()
+    for _ in range(6):  # as deep as they are nested in earnest
+        boxed = _boxed(text)
+        inner = boxed if boxed is not None else next((m[2] for p in _DRESSED if (m := p.fullmatch(text))), text)
+        if not inner.strip() or inner.strip() == text:
+            break
+        text = inner.strip()
+    return _FRACTION.sub(r"\1/\2", text).replace("\\%", "%")
+
+
+def is_frame(line: str) -> bool:
+    """Is this line blank, a code fence or a rule?"""
+    return not line.strip() or bool(_FENCE.fullmatch(line) or _RULE.fullmatch(line))
+
+
+# --- labels ----------------------------------------------------------------------------------------
+
+_QUESTION = """
+question, questions, frage, pregunta, pergunta, domanda, vraag, soru, pytanie, pertanyaan, soalan, fråga, spørgsmål,
+spørsmål, kysymys, otázka, kérdés, întrebare, câu hỏi, вопрос, питання, въпрос, ερώτηση, سؤال, السؤال, پرسش, שאלה,
+प्रश्न, सवाल, প্রশ্ন, คำถาม, 问题, 問題, 提问, 提問, 質問, 問い, 问, 問, 질문, 문제
+"""
+_ANSWER = """
+answer, answers, ans, antwort, respuesta, réponse, reponse, resposta, risposta, antwoord, cevap, yanıt, odpowiedź,
+odpověď, jawaban, svar, vastaus, válasz, răspuns, câu trả lời, trả lời, đáp án, ответ, відповідь, отговор, απάντηση,
+إجابة, الإجابة, جواب, الجواب, پاسخ, תשובה, उत्तर, जवाब, উত্তর, คำตอบ, 答案, 回答, 答え, 答, 답변, 정답, 대답, 답
+"""
+_BEFORE = """
+the, my, your, a, an, its, die, der, das, la, le, el, o, a, de, het, final, correct, right, short, expected, model,
+proposed, sample, example, generated, predicted, visual, vqa, reference, ground truth, ground-truth, brief, one-word,
+正确, 正確, 参考, 最终, 最終, richtige, correcta, correcte, correta, corretta, правильный
+"""
+
+
+def _any(words: str) -> str:
+    """Any of these words, the longest first."""
+    return "|".join(sorted((re.escape(w.strip()) for w in words.split(",")), key=len, reverse=True))
+
+
+QUESTION_WORDS, ANSWER_WORDS = _any(_QUESTION), _any(_ANSWER)
+# Number and remark behind a label's word: Question 1, Answer (one word).
+_BEHIND = r"(?:[ _]?(?:no\.? ?|nr\.? ?|#|№)?\d{1,3})?(?: ?[(\[][^()\[\]\n]{0,40}[)\]])?"
+_WORDS = rf"(?:(?:{_any(_BEFORE)})[ _-]?){{0,3}}(?:(?P<question>{QUESTION_WORDS})|(?P<answer>{ANSWER_WORDS})){_BEHIND}"
+_LETTERS = r"(?:(?P<q>q)|(?P<a>a))(?:\d{1,3})?"
+_END = r"""[*_`"'”)\]]*+[ ]*+"""
+# A line that begins with a label, as models decorate it: "- **Question 1:** …", "### Answer", "Q: …".
+LABEL = re.compile(
+    rf"""[ \t\ufeff\u200b\-*#>•·|_~`"'“(\[{{\d.)]*+(?:{_WORDS}{_END}(?:(?:is|ist|es|est|è|é) ?)?(?:[:：=]|[-–—](?=\s)|$)"""
+    rf"""|{_LETTERS}{_END}(?:[:：]|\.(?=\s)))[ \t]*+(?:[*_`]++(?=\s|$))?[ \t]*+""",
+    re.IGNORECASE,
+)
+# One further on in the line, behind a sentence or a bar: "Question: …? Answer: …".
+INLINE = re.compile(
+    rf"""(?:(?<=[?？؟.!。！"'”’)>\]])[\s|;,/*_–—-]*+|(?<=[^\s|;,])\s*+[|;,]\s*+[*_]*+)(?={_WORDS}[*_`]*+ ?[:：])""",
+    re.IGNORECASE,
+)
+INLINE_LETTER = re.compile(r"(?<=[?？؟])[\s|*_]*+(?=a ?[:：])", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+
+
+def first_line(reply: str) -> str:
+    """The first line of a reply that says something: the short answer that was asked for.
+
+    Reasoning is passed over, and so are blank lines, code fences, rules and a line that is only a label, "Answer:".
+    "" where there is none.
+    """
+    for line in (strip_reasoning(reply) or "").splitlines():
+        line = _ANSWER_TAG.sub("", line).strip()
+        label = LABEL.match(line)
+        only_label = label and label.end() == len(line) and not line.isalpha()
+        if not is_frame(line) and not only_label:
+            return line
+    return ""
