@@ -1,0 +1,249 @@
+"""The trainer and what goes wrong: numbers that are none, damaged checkpoints, two trainings in one folder, saved forms."""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+
+import checkpoints
+import parts
+import pytest
+import torch
+import train
+from cache import Cache
+from conftest import STUDENT
+from safetensors.torch import load_file, save_file
+from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
+from transformers import AutoProcessor
+
+import data
+
+QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
+
+
+# --- numbers that are none ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--max_grad_norm", "0"], ["--lora_enable", "True"]], ids=str)
+def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_samples(tmp_path, more):
+    write(tmp_path, 12)
+    with pytest.raises(data.DataError) as error:
+        flags = "--per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e3 --save_strategy no".split()
+        train.main(arguments(tmp_path, *flags, *more))
+    said = str(error.value)
+    assert ("step 2" in said or "step 3" in said) and "samples with id s" in said and "There is no checkpoint yet" in said
+    assert not [*tmp_path.glob("out/*.safetensors")]
+    assert not (tmp_path / "out").exists()  # nothing was written, nothing is left
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_so_it_does_on_two_ranks(tmp_path, stage):
+    write(tmp_path, 16)
+    flags = "--per_device_train_batch_size 2 --max_steps 4 --learning_rate 1e3 --save_steps 1".split()
+    done = launch(tmp_path, *flags, *zero(stage), ranks=2)
+    assert done.returncode != 0
+    assert "error: step 2" in done.stdout and "The last checkpoint, checkpoint-1, is good" in done.stdout, done.stdout
+    assert not [*tmp_path.glob("out/*.safetensors")]
+    saved = weights(tmp_path / "out/checkpoint-1")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    write(tmp_path, 4)
+    trainer = build(tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters())[0] = torch.inf
+    with pytest.raises(data.DataError, match="weights are not finite"):
+        trainer.save_model(str(tmp_path / "out"))
+    assert not [*tmp_path.glob("out/*")]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A training of ten steps with checkpoints of the first three, as if it had been killed then."""
+    write(tmp_path, 18)
+    flags = [*ONE, "--save_total_limit", "3"]
+    train.main(arguments(tmp_path, *flags))
+    for name in ("train_meta.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    return tmp_path, flags
+
+
+def damage(folder, how: str) -> None:
+    if how == "truncated weights":
+        os.truncate(folder / "model.safetensors", 1000)
+    elif how == "a changed pickle":
+        content = bytearray((folder / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / "optimizer.pt").write_bytes(content)
+    elif how == "a new pickle":
+        (folder / "other.pt").write_bytes(pickle.dumps(1))
+    elif how == "a cut manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / how.removeprefix("no ")).unlink()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("no optimizer.pt", "no scheduler.pt", "no trainer_state.json", "no manifest.json", "no train_settings.json"),
+        *("truncated weights", "a changed pickle", "a new pickle", "a cut manifest"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, capsys):
+    folder, flags = stopped
+    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("out/checkpoint-*"))
+    assert len(steps) == 3
+    damage(folder / f"out/checkpoint-{steps[-1]}", how)
+    train.main(arguments(folder, *flags))
+    said = capsys.readouterr().out
+    assert f"passed over {folder}/out/checkpoint-{steps[-1]}: " in said
+    assert f"goes on from {folder}/out/checkpoint-{steps[-2]}" in said
+    assert len(losses(folder / "out")) == 10
+
+
+def test_checkpoints_of_the_model_alone_are_not_resumed_from_in_silence(tmp_path):
+    write(tmp_path, 18)
+    train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
+    (tmp_path / "out/train_meta.json").unlink()
+    with pytest.raises(data.DataError, match=r"holds the model only.*--resume_from_checkpoint no starts again"):
+        train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
+
+
+def test_a_meta_file_that_was_cut_off_is_named(tmp_path):
+    write(tmp_path, 4)
+    train.main(arguments(tmp_path, *QUICK))
+    (tmp_path / "out/train_meta.json").write_text('{"settings": {')
+    with pytest.raises(data.DataError, match=r"train_meta\.json: cannot be read"):
+        train.main(arguments(tmp_path, *QUICK))
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    write(tmp_path, 4)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(data.DataError, match="another training is writing it"):
+            train.main(arguments(tmp_path, *QUICK))
+    train.main(arguments(tmp_path, *QUICK))  # the lock of one that has ended holds nobody up
+    assert not (tmp_path / "out/.lock").exists()
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", [False, True], ids=["vision trained", "vision frozen"])
+@pytest.mark.parametrize("merger", [False, True], ids=["merger trained", "merger frozen"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_each_part_moves_at_its_rate_or_not_at_all(tmp_path, vision, merger, lora):
+    """Adam's first update is as large as the learning rate, whatever the gradient."""
+    write(tmp_path, 4)
+    flags = (
+        "--per_device_train_batch_size 4 --learning_rate 1e-3 --merger_lr 3e-4 --vision_lr 1e-4 --max_steps 1".split()
+    )
+    flags += "--lr_scheduler_type constant --save_strategy no --adam_epsilon 1e-12 --weight_decay 0".split()
+    flags += ["--freeze_vision_tower", str(vision), "--freeze_merger", str(merger), "--lora_enable", str(lora)]
+    trainer = build(tmp_path, *flags)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    counts = parts.counts(trainer.model)
+    trainer.train()
+    moved = {"vision": 0.0, "merger": 0.0, "language": 0.0}
+    for name, value in trainer.model.named_parameters():
+        part = parts.part_of(name, "qwen2_vl")
+        moved[part] = max(moved[part], (value - before[name]).abs().max().item())
+    expected = {"vision": 0.0 if vision else 1e-4, "merger": 0.0 if merger else 3e-4, "language": 1e-3}
+    assert moved == pytest.approx(expected, rel=2e-2)
+    whole = parts.counts(build(tmp_path).model)
+    for part, trained in (("vision", not vision), ("merger", not merger)):
+        assert counts[part] == (whole[part][0], whole[part][0] if trained else 0)  # without PEFT's copies
+
+
+def test_adapters_are_no_base_to_train_on(tmp_path):
+    write(tmp_path, 4)
+    train.main(arguments(tmp_path, *QUICK, "--lora_enable", "True"))
+    with pytest.raises(data.DataError, match=r"holds LoRA adapters.*merge_lora\.sh"):
+        train.main(arguments(tmp_path, *QUICK, model=tmp_path / "out", out="second"))
+
+
+# --- what is saved ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_the_final_weights_are_in_the_bases_dtype_and_checkpoints_in_float32(tmp_path, dtype, capsys):
+    write(tmp_path, 8)
+    train.main(arguments(tmp_path, *QUICK, "--save_dtype", dtype))
+    expected = {"auto": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}[
+        dtype
+    ]  # the student's is float16
+    assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {expected}
+    (checkpoint,) = tmp_path.glob("out/checkpoint-*")
+    assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == str(expected).removeprefix("torch.")
+    text = "".join(path.read_text() for path in (tmp_path / "out").glob("*config.json"))
+    assert '"use_cache": false' not in text and "local_files_only" not in text and str(STUDENT) not in text
+    assert f" GB, {config['dtype']})" in capsys.readouterr().out
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: student\n" in card and "license: " in card and str(STUDENT) not in card
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeypatch):
+    write(tmp_path, 8)
+    kept, whole = [], Cache.put
+    monkeypatch.setattr(Cache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    train.main(arguments(tmp_path, *QUICK))
+    assert kept == []
+    train.main(arguments(tmp_path, *QUICK[:2], "--num_train_epochs", "2", "--save_strategy", "no", out="two"))
+    assert len(kept) == 8 and not (tmp_path / "two/.samples").exists()
+
+
+def test_a_training_that_fails_leaves_no_samples_behind(tmp_path, monkeypatch):
+    write(tmp_path, 8)
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 1e3 --save_strategy no".split()
+    with pytest.raises(data.DataError, match="not finite"):
+        train.main(arguments(tmp_path, *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_pixels_are_bytes_and_come_back_to_the_bit(tmp_path):
+    write(tmp_path, 1)
+    processor = AutoProcessor.from_pretrained(STUDENT)
+    (sample,) = data.read_samples([str(tmp_path / "train.json")], str(tmp_path))
+    encoded = data.encode(sample, processor)
+    cache = Cache(tmp_path / "cache", 2**30, processor)
+    assert cache.put("key", encoded)
+    back = cache.get("key")
+    assert back.keys() == encoded.keys() and all(torch.equal(back[name], encoded[name]) for name in encoded)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_size < 0.35 * encoded["pixel_values"].nbytes + 8192
+    odd = {**encoded, "pixel_values": encoded["pixel_values"] + 0.001}  # no longer of 256 values a channel
+    assert cache.put("odd", odd) and torch.equal(cache.get("odd")["pixel_values"], odd["pixel_values"])
+
+
+def test_one_rank_of_two_that_fails_does_not_leave_the_other_waiting(tmp_path):
+    write(tmp_path, 8)
+    shutil.copytree(STUDENT, tmp_path / "bad")
+    state = load_file(tmp_path / "bad/model.safetensors")
+    state = {name: value * float("nan") if "norm" in name else value for name, value in state.items()}
+    save_file(state, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    done = launch(tmp_path, *TWO, *zero("zero2"), "--model_id", tmp_path / "bad", ranks=2)
+    assert done.returncode != 0 and "error: step 1" in done.stdout
+
+
+def test_a_manifest_names_every_file(tmp_path):
+    write(tmp_path, 8)
+    train.main(arguments(tmp_path, *QUICK))
+    (checkpoint,) = tmp_path.glob("out/checkpoint-*")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert set(manifest) == {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+    assert checkpoints.fault(checkpoint) == ""
