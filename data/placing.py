@@ -47,33 +47,31 @@ class Root:
         return all(os.path.exists(self.path / name) for name in self.wanted)
 
 
-def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path) -> Iterator[tuple[str, Root, Sample, str]]:
-    """(part, its root, sample, path of its picture below the root) of every sample."""
+def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path, origin: Callable) -> list[Root]:
+    """The roots of all samples' pictures; `origin(part, index of the sample, path below the root)` is asked once for each."""
     roots = {}
     for part, samples in parts.items():
         path = root_of(dataset, part, data)
         root = roots.setdefault(path, Root(path))
-        for sample in samples:
-            yield part, root, sample, os.path.relpath(sample.image_path, path)
+        for index, sample in enumerate(samples):
+            name = os.path.relpath(sample.image_path, path)
+            if name not in root.wanted:
+                root.wanted[name] = origin(part, index, name)
+    return list(roots.values())
 
 
 def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
     """The roots of an official download. ChartQA's parts have pictures of the same names, so that the folder counts."""
-    roots = {}
-    for part, root, _, name in roots_of(dataset, parts, data):
-        if name not in root.wanted:
-            root.wanted[name] = source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
-        roots[root.path] = root
-    return list(roots.values())
+
+    def origin(part: str, index: int, name: str) -> Member | None:
+        return source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
+
+    return roots_of(dataset, parts, data, origin)
 
 
 def of_copy(sizes: dict[str, list[int]], dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
     """The roots of a Hugging Face copy, the pictures' `sizes` in the order of each part's samples."""
-    roots, left = {}, {part: iter(of_part) for part, of_part in sizes.items()}
-    for part, root, _, name in roots_of(dataset, parts, data):
-        root.wanted[name] = next(left[part])
-        roots[root.path] = root
-    return list(roots.values())
+    return roots_of(dataset, parts, data, lambda part, index, name: sizes[part][index])
 
 
 # --- before anything is written

@@ -67,13 +67,13 @@ def count(samples: list[Sample]) -> tuple[int, int]:
     return len(samples), len({s.image_path for s in samples})
 
 
-def labelled_only(part: str, items: list, samples: list[Sample]) -> tuple[list, list[Sample]]:
-    """Both without the questions that have no answer; these are counted."""
+def labelled_only(part: str, samples: list[Sample]) -> list[int]:
+    """Which have an answer; those without are counted."""
     kept = [i for i, sample in enumerate(samples) if labelled(sample.answers)]
     if len(kept) < len(samples):
         n = len(samples) - len(kept)
         print(f"  {n:,} questions of the {part} part have no answers, and are passed over; {len(kept):,} have.")
-    return [items[i] for i in kept], [samples[i] for i in kept]
+    return kept
 
 
 def prepare(args) -> None:
@@ -90,7 +90,10 @@ def prepare(args) -> None:
     samples = {}
     for part, items in parts.items():
         found = samples_of(dataset, part, items, data, f"{args.source or 'easy-vqa'}, {part} part")
-        parts[part], samples[part] = labelled_only(part, items, found)
+        kept = labelled_only(part, found)
+        parts[part], samples[part] = ([of[i] for i in kept] for of in (items, found))
+        if copy:
+            copy.rows[part], copy.sizes[part] = ([of[part][i] for i in kept] for of in (copy.rows, copy.sizes))
         no_twice(samples[part], f"{args.source}, {part} part")
     parts, samples = ({part: items for part, items in of.items() if items} for of in (parts, samples))
     if not parts:
@@ -124,8 +127,8 @@ def prepare(args) -> None:
     if copy:
         of_row = {
             row: sample.image_path
-            for part, rows in copy.rows.items()
-            for row, sample in zip(rows, samples[part], strict=True)
+            for part in samples
+            for row, sample in zip(copy.rows[part], samples[part], strict=True)
         }
         rows = enumerate(sources.hf_rows(args.source))
         pictures = ((where, of_row[i], picture) for i, (where, _, _, picture) in rows if i in of_row)

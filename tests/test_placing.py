@@ -72,6 +72,21 @@ def test_a_copy_of_okvqa_with_empty_answers_in_its_annotations(tmp_path, capsys)
     assert "1 questions of the test part have no answers" in capsys.readouterr().out
 
 
+def test_a_copy_of_chartqa_whose_first_answer_is_blank(tmp_path, capsys):
+    rows = [
+        {"query": asked[0][0], "label": ["" if i == 1 else "5", "6"], "image": picture}
+        for i, (picture, asked) in zip(range(3), drawings("train"), strict=False)
+    ]
+    parquet(tmp_path / "hf/data/test-0.parquet", rows)
+    from_copy("chartVQA", tmp_path / "hf", tmp_path / "data")
+    written = read_json(tmp_path / "data/ChartVQA/test_combined.json")
+    assert [r["label"] for r in written] == ["5", "5"]
+    assert "1 questions of the test part have no answers" in capsys.readouterr().out
+    for record, row in zip(written, rows[::2], strict=True):
+        name = f"ChartQA_Dataset/test/png/{record['imgname']}"
+        assert (tmp_path / "data/ChartVQA" / name).read_bytes() == row["image"]
+
+
 def test_two_parts_with_answers_are_not_merged_into_one_test_part(tmp_path):
     copy_of_textvqa(tmp_path / "hf", unlabelled=("a",) * 10)
     with pytest.raises(InputError, match="both a test and a validation part with answers"):
