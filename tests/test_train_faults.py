@@ -32,7 +32,9 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_sample
         flags = "--per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e3 --save_strategy no".split()
         train.main(arguments(tmp_path, *flags, *more))
     said = str(error.value)
-    assert ("step 2" in said or "step 3" in said) and "samples with id s" in said and "There is no checkpoint yet" in said
+    assert (
+        ("step 2" in said or "step 3" in said) and "samples with id s" in said and "There is no checkpoint yet" in said
+    )
     assert not [*tmp_path.glob("out/*.safetensors")]
     assert not (tmp_path / "out").exists()  # nothing was written, nothing is left
 

@@ -111,12 +111,12 @@ def add_lora(model, args):
 
 
 def modules_of(parts: set[str], model, name: str = "") -> list[str]:
-    """Names of the largest modules all of whose parameters belong to these parts."""
+    """Names of the largest modules all of whose parameters belong to these parts; not of lists, which PEFT cannot copy."""
     module, kind = model.get_submodule(name), model.config.model_type
     here = {part_of(f"{name}.{below}" if name else below, kind) for below, _ in module.named_parameters()}
     if not here & parts:
         return []
-    if here <= parts and name:
+    if here <= parts and name and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
         return [name]
     below = (f"{name}.{child}" if name else child for child, _ in module.named_children())
     return [found for child in below for found in modules_of(parts, model, child)]

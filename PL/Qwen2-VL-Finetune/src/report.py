@@ -17,28 +17,30 @@ def write_json(path: Path, content) -> None:
 
 
 @contextlib.contextmanager
-def as_saved(config, dtype: torch.dtype | None):
-    """The configuration as it is to be written: with `dtype`, and the cache that training switches off on again."""
+def with_cache(config):
+    """The configuration as it is to be written: with the cache that training switches off."""
     parts = [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
-    before = [(part, part.dtype, getattr(part, "use_cache", None)) for part in parts]
-    for part, was, cached in before:
-        part.dtype = dtype or was
-        if cached is False:
-            part.use_cache = True
+    off = [part for part in parts if getattr(part, "use_cache", None) is False]
+    for part in off:
+        part.use_cache = True
     try:
         yield
     finally:
-        for part, was, cached in before:
-            part.dtype = was
-            if cached is False:
-                part.use_cache = cached
+        for part in off:
+            part.use_cache = False
 
 
-def without_traces(folder: Path) -> None:
-    """Take out of the saved JSON files what says where and how they were made, and nothing to who loads them."""
+TRACES = ("local_files_only", "_name_or_path")
+
+
+def without_traces(folder: Path, dtype: torch.dtype | None) -> None:
+    """Take out of the saved JSON files what says where and how they were made, and say in what dtype the weights are."""
     for path in folder.glob("*config.json"):
         content = json.loads(path.read_text())
-        kept = {key: value for key, value in content.items() if key not in ("local_files_only", "_name_or_path")}
+        kept = json.loads(path.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k not in TRACES})
+        for part in (kept, *(value for value in kept.values() if isinstance(value, dict))):
+            if dtype is not None and "dtype" in part and path.name == "config.json":
+                part["dtype"] = str(dtype).removeprefix("torch.")
         if kept != content:
             write_json(path, kept)
 

@@ -322,11 +322,11 @@ class Leveler(Trainer):
             dtype = f" in {self.save_dtype}" if final else ""
             what = f"{len(bad)} of {len(state_dict)} weights are not finite{dtype}, such as {bad[0]}, after training"
             raise self._gone_wrong(what, self.last_ids)
-        with report.as_saved(core.config, self.save_dtype if final else None):
+        with report.with_cache(core.config):
             super()._save(output_dir, state_dict)
         Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
         if self.args.should_save:
-            report.without_traces(Path(output_dir))
+            report.without_traces(Path(output_dir), self.save_dtype if final else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
