@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fake_server import Handler
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,3 +47,25 @@ def pictures(tmp_path_factory) -> Path:
         (pen.ellipse if i % 2 else pen.rectangle)(box, fill=colors[i % 6])
         picture.save(root / (f"more/{i:02}.png" if i % 4 == 0 else f"{i:02}.png"))
     return root
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """`serve(rule, pause)` -> the running server; its `url`."""
+    started = []
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def start(rule, pause=0.0):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.rule, server.pause, server.lock = rule, pause, threading.Lock()
+        server.number, server.billed, server.bodies = 0, 0, []
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()

@@ -5,94 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, script
+from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_of
 
 from mpa.engines import Request, open_engine
 from mpa.engines.budget import Budget
 from mpa.engines.servers import retry_after
 from mpa.prompts import TASK_PROMPTS
 from mpa.records import InputError, read_json
-
-ANNOTATION = "Question: what color is it?\nAnswer: red"
-USAGE = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
-
-
-def completion(text="red", **more) -> dict:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [choice],
-        "usage": USAGE,
-        **more,
-    }
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers as `server.rule(body, number)` says: (status, document[, headers]); `billed` counts the replies."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.number += 1
-            number = server.number
-            server.bodies.append(body)
-        status, document, *headers = server.rule(body, number)
-        time.sleep(server.pause)
-        content = document if isinstance(document, bytes) else json.dumps(document).encode()
-        with server.lock:
-            server.billed += status == 200
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers[0] if headers else {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """`serve(rule, pause)` -> the running server; its `url`."""
-    started = []
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-    def start(rule, pause=0.0):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.rule, server.pause, server.lock = rule, pause, threading.Lock()
-        server.number, server.billed, server.bodies = 0, 0, []
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        started.append(server)
-        return server
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
-
-
-def annotate_or_answer(body, _=0):
-    return 200, completion(ANNOTATION if "Question:" in text_of(body) else "red")
-
-
-def text_of(body) -> str:
-    return body["messages"][0]["content"][1]["text"]
 
 
 def asked(pictures, n=40, prompt=TASK_PROMPTS["general"], **more) -> list[Request]:

@@ -1,0 +1,58 @@
+"""A server on this machine that speaks OpenAI's protocol, and replies as a test says."""
+
+import json
+import time
+from http.server import BaseHTTPRequestHandler
+
+ANNOTATION = "Question: what color is it?\nAnswer: red"
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+
+
+def completion(text="red", **more) -> dict:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        "usage": USAGE,
+        **more,
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as `server.rule(body, number)` says: (status, document[, headers]); `billed` counts the replies."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.number += 1
+            number = server.number
+            server.bodies.append(body)
+        status, document, *headers = server.rule(body, number)
+        time.sleep(server.pause)
+        content = document if isinstance(document, bytes) else json.dumps(document).encode()
+        with server.lock:
+            server.billed += status == 200
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers[0] if headers else {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def annotate_or_answer(body, _=0):
+    return 200, completion(ANNOTATION if "Question:" in text_of(body) else "red")
+
+
+def text_of(body) -> str:
+    return body["messages"][0]["content"][1]["text"]
