@@ -123,11 +123,20 @@ class Leveler(Trainer):
             self._keep_what_fits()
             self.peak = report.matmul_peak(self.args.device, compute_dtype(self.args))
             with report.Operations(self.model) as counted:
-                loss = super().training_step(model, inputs, num_items_in_batch)
+                loss = self._step(model, inputs, num_items_in_batch)
             self.flops_a_token, self.logged_at = counted.total / tokens, None  # a first step is slow
             return loss
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._step(model, inputs, num_items_in_batch)
         self.seen += Counter(samples=len(ids), tokens=tokens)
+        return loss
+
+    def _step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # DeepSpeed steps in there, and leaves a step out in silence where a gradient is not finite: right with float16 alone.
+        if self.is_deepspeed_enabled and not self.args.fp16 and self.model_wrapped.skipped_steps:
+            raise self._gone_wrong(
+                "a gradient is not finite", [i for of_rank in ranks.told(self.step_ids) for i in of_rank]
+            )
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
