@@ -34,7 +34,7 @@ def test_a_training_is_complete_and_the_same_the_next_time(whole):
     assert {"processor_config.json", "tokenizer.json", "generation_config.json", "train_settings.json"} <= inside
     assert not (whole / "out/training_args.bin").exists()
     card = (whole / "out/README.md").read_text()
-    assert f"base_model: {STUDENT}" in card and "18 samples" in card
+    assert f"base_model: {STUDENT.name}\n" in card and "18 samples" in card
     meta = json.loads((whole / "out/train_meta.json").read_text())
     assert meta["steps"] == 10 and meta["tokens"] == sum(build(whole).train_dataset.lengths)
 
