@@ -134,7 +134,8 @@ def ours(
     result, waited, started = {}, {}, time.perf_counter()
     settings = {"device": device, "dtype": dtype, "min_pixels": pixels, "max_pixels": pixels, **engine}
     asked = [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(paths)]
-    engines.follow_up_prompt = lambda text, preset: QUESTION  # before the workers are forked
+    engines.follow_up_prompt = lambda text, preset, marks: QUESTION  # before the workers are forked
+    engines.cut_off = lambda reply: None  # random weights end no line
     with Forced(str(folders["lvlm"]), **settings) as engine:
         replies = {r["key"]: r for batch in engine.generate(asked) for r in batch}
         waited["lvlm"] = engine.facts()["waited"]

@@ -39,7 +39,10 @@ def follow(request: Request, text: str) -> Request:
 
 
 def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, pictures, monkeypatch):
-    monkeypatch.setattr(hf, "following", lambda request, text: follow(request, text) if request.follow_up else None)
+    def following(request, reply, _marks):
+        return follow(request, reply["text"]) if request.follow_up else None
+
+    monkeypatch.setattr(hf, "following", following)
     monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the picture's key-values are to serve both
     paths = sorted(map(str, pictures.rglob("*.png")))
     asked = [

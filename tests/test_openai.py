@@ -218,13 +218,13 @@ def test_a_server_without_log_probabilities_is_asked_without(pictures, proxy):
 
 def test_the_account_adds_up_and_no_more_is_spent_than_allowed(pictures, proxy, tmp_path):
     address, _ = proxy()
-    asked = [replace(r, key=f"{r.key} {i}") for i in range(8) for r in requests(pictures)[:6]]
-    prices = {"price_in": 100.0, "price_out": 1000.0, "ledger": tmp_path / "whole.json"}
+    asked = [replace(r, key=f"{r.key} {i}") for i in range(8) for r in requests(pictures, max_new_tokens=16)[:6]]
+    prices = {"price_in": 10.0, "price_out": 1000.0, "ledger": tmp_path / "whole.json"}
     with open_engine("openai", model_path=MODEL, base_url=address, **prices) as engine:
         got = [reply for batch in engine.generate(asked) for reply in batch]
         whole = engine.facts()
     assert whole["tokens_out"] == sum(reply["tokens"] for reply in got)
-    assert whole["cost"] == pytest.approx((100 * whole["tokens_in"] + 1000 * whole["tokens_out"]) / 1e6)
+    assert whole["cost"] == pytest.approx((10 * whole["tokens_in"] + 1000 * whole["tokens_out"]) / 1e6)
     kept, most = [], whole["cost"] / 2
     poor = prices | {"ledger": tmp_path / "poor.json", "max_cost": most}
     with (

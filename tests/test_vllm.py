@@ -175,7 +175,8 @@ def test_it_tells_how_it_went(teacher, sizes):
 
 def test_a_picture_is_computed_once_for_a_prompt_and_what_follows_it(alone, sizes, monkeypatch):
     asked = [replace(r, max_new_tokens=4, stop="") for r in requests(sizes)[1::4]]
-    monkeypatch.setattr("mpa.engines.follow_up_prompt", lambda reply, preset: answer_prompt(QUESTIONS[0]))
+    monkeypatch.setattr("mpa.engines.follow_up_prompt", lambda reply, preset, marks: answer_prompt(QUESTIONS[0]))
+    monkeypatch.setattr("mpa.engines.cut_off", lambda reply: None)  # random weights end no line
     with open_engine("vllm", model_path=str(TEACHER), **LARGE) as engine:
         got = by_key(engine.generate(asked))
         shared, facts = engine.cached / engine.prompted, engine.facts()
