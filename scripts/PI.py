@@ -158,8 +158,8 @@ def identify_parity(lvlm: list[dict], svlm: list[dict], args) -> list[dict]:
     return parity
 
 
-def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], dict[str, str], str]:
-    """(images held out, hashes of all, threshold): decided by the first call of a run, see `mpa.holdout`.
+def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], str]:
+    """(images held out, threshold): decided by the first call of a run, see `mpa.holdout`.
 
     `found` are the L-VLM's consistent answers. Those about images held out become the test set.
     """
@@ -180,7 +180,7 @@ def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], dict[str, st
     ]
     if test and ranks.FIRST:
         holdout.write(file, test, args.hold_out, threshold)
-    return held_out, of, threshold
+    return held_out, threshold
 
 
 def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
@@ -245,7 +245,7 @@ def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, 
         print(f"PI: {why.total()} answers of the L-VLM are asked for: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     lvlm_answers = answer(args, "L-VLM", args.model_path_lvlm, usable, lvlm, ready)
     agreed = [r for r in lvlm_answers if consistent(r, args)]
-    held_out, _, threshold = hold_out(args, lvlm, agreed)
+    held_out, threshold = hold_out(args, lvlm, agreed)
     ids = {str(r["question_id"]) for r in agreed}
     asked = [r for r in usable if args.answer_all or str(r["question_id"]) in ids]
     asked = [r for r in asked if r["image_path"] not in held_out]
@@ -271,7 +271,7 @@ def main(argv=None) -> Path:
         svlm_answers = [r | {"image_path": path} for r, path in zip(svlm_answers, paths, strict=True)]
         found = {str(r["question_id"]): r for r in lvlm_answers if consistent(r, args)}
         tested = [s for s in svlm_answers if str(s["question_id"]) in found]
-        held_out, _, threshold = hold_out(args, lvlm, tested)
+        held_out, threshold = hold_out(args, lvlm, tested)
         svlm_answers = [s for s in svlm_answers if s["image_path"] not in held_out]
         funnel = {"L-consistent": len(found)} | ({"held out": len(held_out)} if held_out else {})
     else:
