@@ -16,23 +16,34 @@ python_for() {
     export PATH="$VLLM_VENV/bin:$PATH"
 }
 
-# run CMD…: run a command. SIGTERM, SIGHUP and Ctrl-C reach it, and the script ends once the command has ended.
-# Bash alone would die at once and leave the command running.
+# How a script ends when it is stopped: with 143 after SIGTERM or SIGHUP, with 130 after Ctrl-C, and after the command
+# that `run` has started. Bash alone would die at once and leave the command running.
+CHILD='' STARTING='' STOPPED=''
+stop() {
+    STOPPED=$2
+    if [[ $CHILD ]]; then
+        kill -"$1" "$CHILD" 2>/dev/null || true # it may have ended by itself
+    elif [[ ! $STARTING ]]; then
+        exit "$STOPPED"
+    fi
+}
+trap 'stop TERM 143' TERM HUP
+trap 'stop INT 130' INT
+
+# run CMD…: run a command, which the signals above reach, too.
 run() {
-    local child='' code=0 heard='' signal=''
-    trap 'heard=1 signal=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM HUP
-    trap 'heard=1 signal=130; [[ -z $child ]] || kill -INT "$child" 2>/dev/null' INT
+    local code=0
+    STARTING=1
     set -m # a process group for the command: Ctrl-C reaches it once, from here
     "$@" &
-    child=$!
+    CHILD=$!
     set +m
-    [[ -z $signal ]] || kill -TERM "$child" 2>/dev/null # came before there was a child
+    [[ ! $STOPPED ]] || kill -TERM "$CHILD" 2>/dev/null || true # came before there was a child
     while
-        heard=''
-        wait "$child" && code=0 || code=$?
-        [[ $heard ]] # the wait was interrupted
+        wait "$CHILD" && code=0 || code=$?
+        kill -0 "$CHILD" 2>/dev/null # the wait was interrupted
     do :; done
-    trap - TERM HUP INT
-    [[ -z $signal ]] || exit "$signal"
+    CHILD='' STARTING=''
+    [[ ! $STOPPED ]] || exit "$STOPPED"
     return "$code"
 }
