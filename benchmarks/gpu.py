@@ -1,11 +1,11 @@
 """The true shapes of Qwen2-VL-7B and 2B, with random weights, on one GPU: PA + PI by the plain loop and by `hf`.
 
-    python benchmarks/gpu.py                       # 256 pictures of 512 visual tokens each
-    python benchmarks/gpu.py --pictures 64 --batch-size 32
+    python benchmarks/gpu.py                       # 256 images of 512 visual tokens each
+    python benchmarks/gpu.py --images 64 --batch-size 32
     python benchmarks/gpu.py --only train          # the trainer: the 2B's shape, packed and not
 
 Annotations have 25 tokens and answers 4; see shapes.py. Nothing comes from the network. Prints images per second of
-both, the share of the time in which the model waited for pictures, and the share of this GPU's bfloat16 matrix
+both, the share of the time in which the model waited for images, and the share of this GPU's bfloat16 matrix
 product pace, measured in the same run, that each way achieves; then the trainer's samples per second and share of that
 pace (MFU), its answers of a few tokens, with padded and with packed batches. The last line is a JSON object.
 """
@@ -41,13 +41,13 @@ def generate(args, peak: float) -> dict:
     edge = 28 * 23  # 529 visual tokens
     with tempfile.TemporaryDirectory() as work:
         figures = shapes.compare(
-            *(shapes.QWEN2_VL, Path(work), "cuda:0", "bfloat16", args.pictures, edge, args.consistent),
+            *(shapes.QWEN2_VL, Path(work), "cuda:0", "bfloat16", args.images, edge, args.consistent),
             **{"batch_size": args.batch_size, "workers": args.workers},
         )
     for way in ("plain", "our"):
         per_second = (
             figures[f"{way}_images_per_second"]
-            * figures["gflops_a_picture"]["plain" if way == "plain" else "ours"]
+            * figures["gflops_per_image"]["plain" if way == "plain" else "ours"]
             * 1e9
         )
         figures[f"{way}_share_of_peak"] = per_second / peak
@@ -61,7 +61,7 @@ def train(n: int, batch: int) -> dict:
         work = Path(folder)
         trainer.alone(shapes.build, shapes.QWEN2_VL["svlm"], work / "model", "cpu", torch.bfloat16)
         paths = [path for edge in (336, 448, 560) for path in shapes.draw(work / str(edge), n // 3, edge)]
-        rows = [(path, "what is in the picture?", trainer.ANSWERS[i % 6]) for i, path in enumerate(paths)]
+        rows = [(path, "what is in the image?", trainer.ANSWERS[i % 6]) for i, path in enumerate(paths)]
         data = trainer.write_records(work / "train.json", rows)
         job = trainer.Work(str(work / "model"), data, 128 * 28**2, batch, 1e-5, 512 * 28**2)
         for name, flags in (("padded", []), ("packed", ["--packing", "True"])):
@@ -72,9 +72,9 @@ def train(n: int, batch: int) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pictures", type=int, default=256)
+    p.add_argument("--images", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=64, help="most rows a batch, memory permitting")
-    p.add_argument("--workers", type=int, default=8, help="processes that prepare pictures")
+    p.add_argument("--workers", type=int, default=8, help="processes that prepare images")
     p.add_argument(
         "--consistent", type=float, default=0.68, help="share that the L-VLM repeats, so that the S-VLM is asked"
     )

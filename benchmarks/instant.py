@@ -36,7 +36,7 @@ class InstantEngine:
     def reply(self, request: Request) -> dict:
         chance = int(hashlib.sha256(f"{self.model} {request.key} {request.prompt}".encode()).hexdigest()[:8], 16)
         if chance % 50 == 0:
-            return {"key": request.key, "error": "picture: no such file", "permanent": True}
+            return {"key": request.key, "error": "image: no such file", "permanent": True}
         text = f"Question: is it number {chance % 9}?\nAnswer: yes" if "Question:" in request.prompt else "yes"
         text = "nothing to say" if chance % 7 == 0 else text
         reply = {"key": request.key, "text": text, "logprob": -(chance % 999) / 100, "tokens": len(text.split())}
@@ -70,7 +70,7 @@ class Requests(Sequence):
         if isinstance(index, slice):
             return Requests(self.keys[index])
         return Request(
-            f"{self.keys[index]}#0", f"/pictures/{self.keys[index]}.jpg", "Question: … Answer: …", follow_up="paper"
+            f"{self.keys[index]}#0", f"/images/{self.keys[index]}.jpg", "Question: … Answer: …", follow_up="paper"
         )
 
 

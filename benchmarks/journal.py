@@ -3,7 +3,7 @@
     python benchmarks/journal.py
 
 Memory is the peak of a process of its own, beside that of one with 1,000 requests. Time is that of `ask` with the
-journal less that without, a reply, beside the time of a picture in a real PA of the embedded teacher, in this run.
+journal less that without, a reply, beside the time of an image in a real PA of the embedded teacher, in this run.
 The last line is a JSON object.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
         f"peak memory {few['MiB']:.0f} MiB with {FEW:,} requests, {many['MiB']:.0f} with {MANY:,}: {figures['memory_ratio']:.2f} times"
     )
     print(
-        f"journal: {1e6 * overhead:.0f} µs a reply, {100 * overhead / real:.2f} % of a real run's {1e3 * real:.1f} ms a picture"
+        f"journal: {1e6 * overhead:.0f} µs a reply, {100 * overhead / real:.2f} % of a real run's {1e3 * real:.1f} ms an image"
     )
     print(f"resuming a finished journal of {size:.0f} MiB: {figures['resume_seconds']:.2f} s")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))

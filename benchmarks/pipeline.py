@@ -1,11 +1,11 @@
-"""PA + PI against the plain loop, on the same pictures: how many times the images per second, and are the outputs equal?
+"""PA + PI against the plain loop, on the same images: how many times the images per second, and are the outputs equal?
 
-    python benchmarks/pipeline.py                       # 2,000 easy-VQA pictures, the embedded pair
-    python benchmarks/pipeline.py --compute-bound       # 12 pictures, 150 M and 40 M random parameters
+    python benchmarks/pipeline.py                       # 2,000 easy-VQA images, the embedded pair
+    python benchmarks/pipeline.py --compute-bound       # 12 images, 150 M and 40 M random parameters
     python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
         --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
 
-The plain loop is the released code's way, made whole: batches of 8 (PA) and 4 (PI) in file order, pictures
+The plain loop is the released code's way, made whole: batches of 8 (PA) and 4 (PI) in file order, images
 read between the batches, both models in memory, the S-VLM asked about everything, up to 128 tokens. Ours are the
 stages as they are, journal and files included. Both greedy, in this process, in turn, after a warm-up;
 loading the models counts for both. --compute-bound is the same at a size where arithmetic counts: the share of the
@@ -57,8 +57,8 @@ class PlainModel:
                 for path, prompt in batch
             ]
             texts = [self.processor.apply_chat_template(m, add_generation_prompt=True) for m in messages]
-            pictures, _ = process_vision_info(messages)
-            inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(
+            images, _ = process_vision_info(messages)
+            inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt").to(
                 self.model.device, self.model.dtype
             )
             out = self.model.generate(
@@ -70,7 +70,7 @@ class PlainModel:
 
 def plain_loop(args) -> dict:
     """PA and PI as the released code goes about them, with the paper preset's prompts, parser and match."""
-    samples = load_samples(args.dataset, "train")[: args.pictures]
+    samples = load_samples(args.dataset, "train")[: args.images]
     lvlm, svlm = PlainModel(args.lvlm, args), PlainModel(args.svlm, args)
     task = TASK_PROMPTS[DATASETS[args.dataset].task]
     parsed = [parse_annotation(text) for text in lvlm.replies([(s.image_path, task) for s in samples], 8)]
@@ -91,7 +91,7 @@ def plain_loop(args) -> dict:
 
 def stages(args, batch_size: int) -> dict:
     """The same from our PA and PI. Tries after the first are sampled, which the plain loop has not: left off."""
-    common = ["--dataset", args.dataset, "--limit", str(args.pictures), "--batch-size", str(batch_size)]
+    common = ["--dataset", args.dataset, "--limit", str(args.images), "--batch-size", str(batch_size)]
     common += ["--min-pixels", str(args.min_pixels), "--max-pixels", str(args.max_pixels)]
     common += ["--device", args.device, "--dtype", args.dtype, "--model-path-lvlm", args.lvlm]
     with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(sys.stderr):
@@ -120,7 +120,7 @@ def main(argv=None) -> None:
     p.add_argument("--dataset", default="easyVQA", choices=DATASETS)
     p.add_argument("--lvlm", default=str(ROOT / "data/mini/teacher"))
     p.add_argument("--svlm", default=str(ROOT / "data/mini/student"))
-    p.add_argument("--pictures", type=int, default=2000)
+    p.add_argument("--images", type=int, default=2000)
     p.add_argument("--batch-size", type=int, default=100, help="of our stages; also measured at 8")
     p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
     p.add_argument("--min-pixels", type=int, default=3136)
@@ -142,25 +142,25 @@ def main(argv=None) -> None:
         "ours": lambda: stages(args, args.batch_size),
         "ours at 8": lambda: stages(args, 8),
     }
-    pictures, args.pictures = args.pictures, 16
+    images, args.images = args.images, 16
     for way in ways.values():
         way()
-    args.pictures = pictures
+    args.images = images
     seconds, outputs = {name: [] for name in ways}, {}
     for _ in range(args.rounds):
         for name, way in ways.items():
             started = time.perf_counter()
             outputs[name] = way()
             seconds[name].append(time.perf_counter() - started)
-            print(f"{name}: {pictures / seconds[name][-1]:.1f} images/s", file=sys.stderr)
+            print(f"{name}: {images / seconds[name][-1]:.1f} images/s", file=sys.stderr)
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
     differing = {part: differences(outputs["plain"][part], outputs["ours"][part]) for part in outputs["plain"]}
     figures = {
-        "pictures": pictures,
+        "images": images,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-        "images_per_second": {name: round(pictures / s, 1) for name, s in median.items()},
+        "images_per_second": {name: round(images / s, 1) for name, s in median.items()},
         "ratio": round(statistics.median(ratios), 2),
         "ratio_of_rounds": [round(r, 2) for r in ratios],
         "ratio_at_batch_8": round(median["plain"] / median["ours at 8"], 2),

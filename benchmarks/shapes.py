@@ -1,7 +1,7 @@
 """PA + PI with models of a given shape and random weights: the plain loop against the hf engine, with forced lengths.
 
 What the models say means nothing, so that every annotation has `ANNOTATION` tokens and every answer `ANSWER`, and PI
-asks the S-VLM about the first `consistent` share of the pictures, as many as the L-VLM agrees with itself on. The plain
+asks the S-VLM about the first `consistent` share of the images, as many as the L-VLM agrees with itself on. The plain
 loop asks it about all. Used by pipeline.py (a compute-bound shape) and gpu.py (Qwen2-VL-7B's and 2B's).
 """
 
@@ -24,7 +24,7 @@ from mpa.prompts import TASK_PROMPTS, answer_prompt
 
 TEACHER = Path(__file__).resolve().parents[1] / "data/mini/teacher"
 ANNOTATION, ANSWER = 25, 4  # tokens
-TASK, QUESTION = TASK_PROMPTS["general"], answer_prompt("what is the shape in the middle of the picture?")
+TASK, QUESTION = TASK_PROMPTS["general"], answer_prompt("what is the shape in the middle of the image?")
 NEVER = 10**9  # no token's id: nothing ends before its length
 
 
@@ -78,7 +78,7 @@ def build(shape: Shape, folder: Path, device: str, dtype) -> int:
 
 
 def draw(folder: Path, n: int, edge: int) -> list[str]:
-    """n pictures of noise, `edge` pixels wide and high."""
+    """n images of noise, `edge` pixels wide and high."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{i:04}.jpg") for i in range(n)]
     for path in paths:
@@ -87,7 +87,7 @@ def draw(folder: Path, n: int, edge: int) -> list[str]:
 
 
 class PlainLoop:
-    """The released code's way: batches of 8 and of 4 in file order, pictures read between them, both models resident."""
+    """The released code's way: batches of 8 and of 4 in file order, images read between them, both models resident."""
 
     def __init__(self, folders: dict[str, Path], device: str, dtype, pixels: int):
         self.device, self.dtype = device, dtype
@@ -100,8 +100,8 @@ class PlainLoop:
         text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         written = []
         for start in range(0, len(paths), batch_size):
-            pictures = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
-            inputs = self.processor(text=[text] * len(pictures), images=pictures, padding=True, return_tensors="pt")
+            images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+            inputs = self.processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
             inputs = inputs.to(self.device, self.dtype)
             out = self.models[who].generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=NEVER)
             written += out[:, inputs["input_ids"].shape[1] :].tolist()
@@ -130,7 +130,7 @@ class Forced(hf.HFEngine):
 def ours(
     folders: dict[str, Path], device: str, dtype: str, pixels: int, paths: list[str], share: float, **engine
 ) -> dict:
-    """PA with its follow-up, then the S-VLM on a share of the pictures; texts, seconds and share of waiting."""
+    """PA with its follow-up, then the S-VLM on a share of the images; texts, seconds and share of waiting."""
     result, waited, started = {}, {}, time.perf_counter()
     settings = {"device": device, "dtype": dtype, "min_pixels": pixels, "max_pixels": pixels, **engine}
     asked = [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(paths)]
@@ -150,7 +150,7 @@ def ours(
 
 
 def plain(folders: dict[str, Path], device: str, dtype, pixels: int, paths: list[str], few: list[str]):
-    """The plain loop's texts and seconds, loading included, and its operations a picture, counted on a few."""
+    """The plain loop's texts and seconds, loading included, and its operations an image, counted on a few."""
     started = time.perf_counter()
     loop = PlainLoop(folders, device, dtype, pixels)
     rows = loop.run(paths)
@@ -170,7 +170,7 @@ def flops(work) -> float:
 def compare(
     shape: dict[str, Shape], work: Path, device: str, dtype: str, n: int, edge: int, share: float, **engine
 ) -> dict:
-    """Both ways on n pictures of `edge` pixels, loading included: seconds, operations, equal outputs, share of waiting."""
+    """Both ways on n images of `edge` pixels, loading included: seconds, operations, equal outputs, share of waiting."""
     torch_dtype, pixels, folders, parameters = getattr(torch, dtype), edge * edge, {}, {}
     for who, sizes in shape.items():
         folders[who] = work / who
@@ -188,14 +188,14 @@ def compare(
     }
     return {
         "parameters": parameters,
-        "pictures": n,
+        "images": n,
         "plain_images_per_second": n / plain_seconds,
         "our_images_per_second": n / mine["seconds"],
         "share_of_time": mine["seconds"] / plain_seconds,
         "share_of_flops": our_flops / plain_flops,
         "pace_ratio": (our_flops / mine["seconds"])
         / (plain_flops / plain_seconds),  # operations a second, ours to plain
-        "gflops_a_picture": {"plain": plain_flops / 1e9, "ours": our_flops / 1e9},
+        "gflops_per_image": {"plain": plain_flops / 1e9, "ours": our_flops / 1e9},
         "waited": mine["waited"],
         "equal": same,
     }

@@ -4,7 +4,7 @@
         torch==2.14.1 torchvision pillow datasets accelerate
     python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes, a CPU: some 15 minutes
     python benchmarks/train.py --shape mini --rounds 5                         # without TRL: ours and plain
-    python benchmarks/train.py --shape mini --ablate     # ours alone, pictures of several sizes, one thing changed at a time
+    python benchmarks/train.py --shape mini --ablate     # ours alone, images of several sizes, one thing changed at a time
 
 Same model, records, order, batch, steps, learning rate (constant), AdamW and labels; float32 on a CPU, float32 weights
 computing in bfloat16 on a GPU. Each training is a process of its own, so that its peak memory is its own. Samples per
@@ -17,8 +17,8 @@ Leave the machine alone meanwhile. Torch's threads wait for each other, so that 
 makes a mini training ten times as slow. `others_cores`, "others" in the table, is how many cores' time other processes
 took, at worst; near 0 or the round counts for nothing.
 
-"mini" is the embedded S-VLM with easy-VQA pictures, where what is around the model counts; "wide" is as wide as
-Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens a picture.
+"mini" is the embedded S-VLM with easy-VQA images, where what is around the model counts; "wide" is as wide as
+Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens an image.
 That flatters whoever saves logits and the last layer: `counted` has a step's operations and the bytes that its forward
 pass keeps, at this depth and at the full one (28 and 32), from one layer and one block, and their shares of plain's. `mfu` is ours' operations a
 second as a share of a large matrix product's pace here, the best in this run. Prints a table, then one JSON object.
@@ -46,7 +46,7 @@ import psutil
 import shapes
 import torch
 import train_peers
-from labelled import Labelled
+from answer_logits import AnswerLogits
 from report import matmul_peak
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -87,7 +87,7 @@ class Work:
     pixels: int
     batch: int
     lr: float
-    most: int = 0  # pixels, where pictures keep their sizes between the two
+    most: int = 0  # pixels, where images keep their sizes between the two
 
 
 def alone(function, *args):
@@ -119,18 +119,18 @@ def mini(folder: Path) -> Work:
 
 
 def mixed(folder: Path) -> Work:
-    """512 records with pictures of 4 to 64 visual tokens for the embedded S-VLM, 32 steps."""
+    """512 records with images of 4 to 64 visual tokens for the embedded S-VLM, 32 steps."""
     edges = [56 + 28 * (i * 5 % 7) for i in range(512)]
     paths = [shapes.draw(folder / str(edge), edges.count(edge), edge) for edge in sorted(set(edges))]
     drawn = dict(zip(sorted(set(edges)), map(iter, paths), strict=True))
-    rows = [(next(drawn[edge]), "what is in the picture?", ANSWERS[i % len(ANSWERS)]) for i, edge in enumerate(edges)]
+    rows = [(next(drawn[edge]), "what is in the image?", ANSWERS[i % len(ANSWERS)]) for i, edge in enumerate(edges)]
     return Work(str(ROOT / "data/mini/student"), write_records(folder / "train.json", rows), 3136, 16, 1e-4, 50176)
 
 
 def wide(folder: Path) -> Work:
-    """8 records with pictures of noise, 4 steps; some 535 M parameters."""
+    """8 records with images of noise, 4 steps; some 535 M parameters."""
     paths = shapes.draw(folder, 8, 448)
-    rows = [(path, "what is in the picture?", ANSWERS[i % len(ANSWERS)]) for i, path in enumerate(paths)]
+    rows = [(path, "what is in the image?", ANSWERS[i % len(ANSWERS)]) for i, path in enumerate(paths)]
     data = write_records(folder / "train.json", rows)
     alone(shapes.build, WIDE, folder / "model", "cpu", torch.float32)
     return Work(str(folder / "model"), data, 448 * 448, 2, 1e-5)
@@ -185,12 +185,12 @@ def peer(work: Work, way: str, python: str) -> dict:
     return {**json.loads(printed.splitlines()[-1]), **took}
 
 
-def step_of(model, batch: dict, labelled: Labelled | None):
+def step_of(model, batch: dict, answer_logits: AnswerLogits | None):
     """A step's loss and logits, forward."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
-    if labelled:
-        labelled.choose(following != train_peers.IGNORE)
+    if answer_logits:
+        answer_logits.choose(following != train_peers.IGNORE)
         following = following[following != train_peers.IGNORE]
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE), logits
@@ -225,13 +225,13 @@ def count(work: Work) -> dict:
 
         def counted(counter, attention: str, way: str) -> dict:
             model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention).train()
-            labelled, core = Labelled(model) if way != "plain" else None, model.model
+            answer_logits, core = AnswerLogits(model) if way != "plain" else None, model.model
             activations.use(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
-            whole = counter(model, batch, labelled)
+            whole = counter(model, batch, answer_logits)
             layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[1:]
-            layer = whole - counter(model, batch, labelled)
+            layer = whole - counter(model, batch, answer_logits)
             core.language_model.layers, core.visual.blocks = layers, core.visual.blocks[:1]
-            block = whole - counter(model, batch, labelled)
+            block = whole - counter(model, batch, answer_logits)
             more = {name: (shape.layers - 2) * layer + (shape.vision[1] - 2) * block for name, shape in DEPTHS.items()}
             return {"layer": layer, "block": block, **{name: whole + size for name, size in more.items()}}
 
@@ -315,7 +315,7 @@ def main(argv=None) -> None:
     p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
     p.add_argument("--trl-python", default="", help="interpreter that has TRL; without it TRL is left out")
     p.add_argument(
-        "--ablate", action="store_true", help="ours alone, pictures of several sizes, one flag changed at a time"
+        "--ablate", action="store_true", help="ours alone, images of several sizes, one flag changed at a time"
     )
     args = p.parse_args(argv)
     device = torch.cuda.get_device_name(0) if GPU else f"CPU, {os.cpu_count()} cores"

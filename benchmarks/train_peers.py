@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 def read(data: str, processor) -> list[dict]:
-    """Records with one picture and one answer as {"images": [path], "prompt": text, "completion": text}."""
+    """Records with one image and one answer as {"images": [path], "prompt": text, "completion": text}."""
     rows, end = [], processor.tokenizer.eos_token
     with open(data) as file:
         records = json.load(file)
@@ -42,14 +42,14 @@ def read(data: str, processor) -> list[dict]:
 
 
 class Collator:
-    """Rows -> a batch padded on the right [B, T]. Pictures are opened and all is tokenised here, at each step."""
+    """Rows -> a batch padded on the right [B, T]. Images are opened and all is tokenised here, at each step."""
 
     def __init__(self, processor):
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict:
-        pictures = [[Image.open(path).convert("RGB") for path in row["images"]] for row in rows]
-        inputs = self.processor(text=[row["prompt"] for row in rows], images=pictures)
+        images = [[Image.open(path).convert("RGB") for path in row["images"]] for row in rows]
+        inputs = self.processor(text=[row["prompt"] for row in rows], images=images)
         answers = self.processor.tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
         ids, labels, mask, types = [], [], [], []
         for asked, kinds, answer in zip(inputs["input_ids"], inputs["mm_token_type_ids"], answers, strict=True):
@@ -88,9 +88,9 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--way", choices=("plain", "trl"), required=True)
     p.add_argument("--model", required=True, help="folder of the model to start from")
-    p.add_argument("--data", required=True, help="train JSON with whole picture paths, taken in its order")
+    p.add_argument("--data", required=True, help="train JSON with whole image paths, taken in its order")
     p.add_argument("--output", default="train_peers_out", help="nothing is saved there")
-    p.add_argument("--pixels", type=int, required=True, help="area that every picture is brought to")
+    p.add_argument("--pixels", type=int, required=True, help="area that every image is brought to")
     p.add_argument("--batch", type=int, required=True, help="samples a step")
     p.add_argument("--lr", type=float, default=1e-5)
     p.add_argument("--seed", type=int, default=0)
@@ -108,10 +108,10 @@ def main(argv=None) -> None:
     clock = Clock()
     if args.way == "trl":
         from datasets import Dataset, Features, List, Value
-        from datasets import Image as Picture
+        from datasets import Image as Image
         from trl import SFTConfig, SFTTrainer
 
-        features = Features({"images": List(Picture()), "prompt": Value("string"), "completion": Value("string")})
+        features = Features({"images": List(Image()), "prompt": Value("string"), "completion": Value("string")})
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(**settings, max_length=None, completion_only_loss=True),

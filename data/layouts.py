@@ -1,4 +1,4 @@
-"""What `prepare.py` writes for each data set: the released files' names and content, from the records of its parts."""
+"""What `prepare.py` writes for each dataset: the released files' names and content, from the records of its parts."""
 
 import os
 import random
@@ -115,7 +115,7 @@ PREPARATIONS = {
         "STVQA",
         sources.stvqa,
         files_stvqa,
-        "train_task_1.json and the folders of pictures (coco-text/ …)",
+        "train_task_1.json and the folders of images (coco-text/ …)",
         {"official train": (26074, None), "QwenTrainFormat_train_task_1_onePerImage_eval.json": (2413, 2413)},
     ),
     "chartVQA": Preparation(
@@ -135,7 +135,7 @@ PREPARATIONS = {
         "OKVQA",
         sources.okvqa,
         files_okvqa,
-        "OpenEnded_mscoco_{train,val}2014_questions.json, mscoco_{train,val}2014_annotations.json and COCO's pictures",
+        "OpenEnded_mscoco_{train,val}2014_questions.json, mscoco_{train,val}2014_annotations.json and COCO's images",
         {
             "official train": (9009, 8998),
             "okvqa_train_unique_combine.json": (9009, 8998),

@@ -1,7 +1,7 @@
-"""Bring a download's pictures to the image roots: a whole folder by a link, else one by one.
+"""Bring a download's images to the image roots: a whole folder by a link, else one by one.
 
 All is looked at before anything is written: that no archive is a bomb, that there is room, and that no link leads what is
-written out of the data folder. What is placed one by one is a picture: it has been opened.
+written out of the data folder. What is placed one by one is an image: it has been opened.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from sources import UNREADABLE, Member, Source, check_ratio
 from tqdm import tqdm
 
 from mpa.datasets import Sample
-from mpa.pictures import PictureError, open_file, open_picture
+from mpa.image_files import ImageError, open_file, open_image
 from mpa.records import InputError
 
 PART = ".prepare.part"  # the same each time: one left by a kill goes with the next
@@ -48,7 +48,7 @@ class Root:
 
 
 def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path, origin: Callable) -> list[Root]:
-    """The roots of all samples' pictures; `origin(part, index of the sample, path below the root)` is asked once for each."""
+    """The roots of all samples' images; `origin(part, index of the sample, path below the root)` is asked once for each."""
     roots = {}
     for part, samples in parts.items():
         path = root_of(dataset, part, data)
@@ -61,7 +61,7 @@ def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path, origin: C
 
 
 def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
-    """The roots of an official download. ChartQA's parts have pictures of the same names, so that the folder counts."""
+    """The roots of an official download. ChartQA's parts have images of the same names, so that the folder counts."""
 
     def origin(part: str, index: int, name: str) -> Member | None:
         return source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
@@ -70,7 +70,7 @@ def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], da
 
 
 def of_copy(sizes: dict[str, list[int]], dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
-    """The roots of a Hugging Face copy, the pictures' `sizes` in the order of each part's samples."""
+    """The roots of a Hugging Face copy, the images' `sizes` in the order of each part's samples."""
     return roots_of(dataset, parts, data, lambda part, index, name: sizes[part][index])
 
 
@@ -110,7 +110,7 @@ def check(roots: list[Root], data: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise InputError(
-            f"{data}: the pictures take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Make room, or choose "
+            f"{data}: the images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Make room, or choose "
             "another --data folder."
         )
 
@@ -119,15 +119,15 @@ def check(roots: list[Root], data: Path) -> None:
 
 
 def put(path: Path, fill: Callable[[Path], None]) -> str | None:
-    """Make `path` what `fill(temporary)` writes, if that is a picture. None, or why it is not there now."""
+    """Make `path` what `fill(temporary)` writes, if that is an image. None, or why it is not there now."""
     temporary = path.with_name(PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         fill(temporary)
-        open_picture(str(temporary))
+        open_image(str(temporary))
         os.replace(temporary, path)
-    except PictureError as error:
+    except ImageError as error:
         return str(error)
     except UNREADABLE as error:
         return f"cannot be unpacked ({error})"
@@ -163,7 +163,7 @@ def unpacked(archive: zipfile.ZipFile, name: str) -> Callable[[Path], None]:
 
 
 def one_folder(members: dict[str, Member | None]) -> Path | None:
-    """The plain folder that holds all of these pictures, none of them behind a link; or None."""
+    """The plain folder that holds all of these images, none of them behind a link; or None."""
     folders = {m and not m.archive and m.name.removesuffix(f"/{name}") for name, m in members.items()}
     folder = folders.pop() if len(folders) == 1 else None
     if not folder:
@@ -176,7 +176,7 @@ def one_folder(members: dict[str, Member | None]) -> Path | None:
 
 
 def place_download(roots: list[Root]) -> int:
-    """Bring the pictures to their roots; how many are not there in the end."""
+    """Bring the images to their roots; how many are not there in the end."""
     lost = 0
     for root in roots:
         broken = {}
@@ -200,9 +200,7 @@ def _place_one_by_one(root: Root) -> dict[str, str]:
     with contextlib.ExitStack() as stack:
         archives = {m.archive for m in root.wanted.values() if m and m.archive}
         archives = {path: stack.enter_context(zipfile.ZipFile(path)) for path in archives}
-        for name, member in tqdm(
-            root.wanted.items(), desc=f"pictures of {root.path.name}", unit="picture", disable=None
-        ):
+        for name, member in tqdm(root.wanted.items(), desc=f"images of {root.path.name}", unit="image", disable=None):
             if member is None or root.is_there(name):
                 continue
             if member.leads_out:
@@ -214,11 +212,11 @@ def _place_one_by_one(root: Root) -> dict[str, str]:
     return broken
 
 
-def place_copy(roots: list[Root], pictures: Iterator[tuple[str, str, bytes]]) -> int:
-    """Write a copy's `pictures`, (where, path, content), to their roots; how many are not there in the end."""
+def place_copy(roots: list[Root], images: Iterator[tuple[str, str, bytes]]) -> int:
+    """Write a copy's `images`, (where, path, content), to their roots; how many are not there in the end."""
     broken, done = {root.path: {} for root in roots}, set()
     of = {str(root.path / name): root for root in roots for name in root.wanted}
-    for where, path, content in tqdm(pictures, desc="pictures", unit="picture", disable=None):
+    for where, path, content in tqdm(images, desc="images", unit="image", disable=None):
         root = of[path]
         if path in done or root.is_there(os.path.relpath(path, root.path)):
             continue
@@ -230,7 +228,7 @@ def place_copy(roots: list[Root], pictures: Iterator[tuple[str, str, bytes]]) ->
 
 def report(root: Root, broken: dict[str, str]) -> int:
     there = sum(os.path.exists(root.path / name) for name in root.wanted)
-    print(f"  {root.path}: {there:,} of {len(root.wanted):,} pictures")
+    print(f"  {root.path}: {there:,} of {len(root.wanted):,} images")
     for why, n in Counter(broken.values()).most_common(5):
         first = next(source for source, reason in broken.items() if reason == why)
         print(f"    {n:,} not taken: {why}; the first is {first}", file=sys.stderr)

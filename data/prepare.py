@@ -1,13 +1,13 @@
-"""Bring a data set's official download into the files that the stages read, and say what is missing or broken.
+"""Bring a dataset's official download into the files that the stages read, and say what is missing or broken.
 
     python data/prepare.py textVQA --source ~/Downloads/TextVQA       # stVQA, chartVQA, okVQA, easyVQA
     python data/prepare.py okVQA --source ~/hf/OK-VQA --source-format hf
-    python data/prepare.py check textVQA                              # open every picture once
+    python data/prepare.py check textVQA                              # open every image once
     python data/prepare.py check images --image-root ~/Pictures
 
 Reads  the download as it is, zipped or not, anywhere below --source (data/README.md says what to download),
-       or a copy of a Hugging Face data set: parquet files with the pictures inside.
-Writes the annotation files of the released MPA code under data/<Name>/. A folder that holds all pictures of a part
+       or a copy of a Hugging Face dataset: parquet files with the images inside.
+Writes the annotation files of the released MPA code under data/<Name>/. A folder that holds all images of a part
        is linked; else they are unpacked, or linked one by one (copied from another disk). What is there already
        stays; a file that would change is refused.
 """
@@ -131,8 +131,8 @@ def prepare(args) -> None:
             for row, sample in zip(copy.rows[part], samples[part], strict=True)
         }
         rows = enumerate(sources.hf_rows(args.source))
-        pictures = ((where, of_row[i], picture) for i, (where, _, _, picture) in rows if i in of_row)
-        lost = placing.place_copy(roots, pictures)
+        images = ((where, of_row[i], image) for i, (where, _, _, image) in rows if i in of_row)
+        lost = placing.place_copy(roots, images)
     else:
         lost = placing.place_download(roots)
     official = samples.get("train", samples.get("all"))
@@ -140,15 +140,15 @@ def prepare(args) -> None:
     if lost:
         closed = source.unopened if source else ()
         unopened = f" Archives and other things that were not opened: {', '.join(map(str, closed))}." if closed else ""
-        sys.exit(f"\n{lost:,} pictures are not below {args.source}, or no pictures.{unopened} Add them and call again.")
+        sys.exit(f"\n{lost:,} images are not below {args.source}, or no images.{unopened} Add them and call again.")
     print(f"\nNext: python data/prepare.py check {dataset}")
 
 
 def check(args) -> None:
-    """Print what is right and wrong with a data set; exit with 1 where a run would lose samples."""
+    """Print what is right and wrong with a dataset; exit with 1 where a run would lose samples."""
     dataset, lost, missing = args.dataset, 0, []
     if dataset == "images":
-        groups = {"images": load_samples("images", "train", None, args.image_root, pictures=False)}
+        groups = {"images": load_samples("images", "train", None, args.image_root, images=False)}
     else:
         groups = {}
         for split in (args.split,) if args.split else ("train", "test"):
@@ -156,7 +156,7 @@ def check(args) -> None:
             file = Path(args.annotations or args.data / where.annotations)
             if file.exists():
                 root = args.image_root or args.data / where.images
-                groups[file] = load_samples(dataset, split, file, root, args.path_map, pictures=False)
+                groups[file] = load_samples(dataset, split, file, root, args.path_map, images=False)
             else:
                 missing.append(file)
         folder = args.data / PREPARATIONS[dataset].folder
@@ -178,7 +178,7 @@ def check(args) -> None:
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=(*PREPARATIONS, "check"), help="a data set to prepare, or check")
+    p.add_argument("what", choices=(*PREPARATIONS, "check"), help="a dataset to prepare, or check")
     p.add_argument("dataset", nargs="?", choices=DATASETS, help="what to check")
     p.add_argument("--data", type=Path, default=DATA, help="the data folder (default: $MPA_DATA, or data/)")
     p.add_argument("--source", type=Path, metavar="DIR", help="the download, or a zip archive of it")
@@ -193,18 +193,16 @@ def arguments(argv=None):
     p.add_argument("--overwrite", action="store_true", help="replace files that are there already and differ")
     c = p.add_argument_group("check")
     c.add_argument("--split", choices=("train", "test"), help="check this one only (default: both)")
-    c.add_argument("--annotations", metavar="FILE", help="of --split (default: the data set's)")
-    c.add_argument("--image-root", metavar="DIR", help="folder of the pictures of --split (default: the data set's)")
-    c.add_argument(
-        "--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved pictures"
-    )
+    c.add_argument("--annotations", metavar="FILE", help="of --split (default: the dataset's)")
+    c.add_argument("--image-root", metavar="DIR", help="folder of the images of --split (default: the dataset's)")
+    c.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     c.add_argument("--limit", type=cli.number(1), metavar="N", help="only the first N samples of each file")
     c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: a core each)")
     c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="to count visual tokens with")
     c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="to count visual tokens with")
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):
-        p.error("check takes the name of a data set, and nothing else does")
+        p.error("check takes the name of a dataset, and nothing else does")
     if (args.annotations or args.image_root) and not args.split and args.dataset != "images":
         p.error("--annotations and --image-root are of one --split")
     args.command, args.dataset, args.path_map = args.what, args.dataset or args.what, dict(args.path_map)

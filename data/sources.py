@@ -1,4 +1,4 @@
-"""Read a data set's download, official or a Hugging Face copy, into records of the released shape.
+"""Read a dataset's download, official or a Hugging Face copy, into records of the released shape.
 
 Both ways give {"train" | "val" | "test" | "all": records}; what the download lacks is left out. "all" is ST-VQA's train
 part, whose split is ours.
@@ -130,7 +130,7 @@ class Source:
             return None
         if member.size > LARGEST_JSON:
             raise InputError(
-                f"{member}: {member.size / 1e9:.1f} GB, no annotation file of this data set. Download it again."
+                f"{member}: {member.size / 1e9:.1f} GB, no annotation file of this dataset. Download it again."
             )
         try:
             if member.archive:
@@ -207,13 +207,13 @@ def _both_or_none(source: Source, found: dict[str, list | None]) -> dict[str, li
     return {} if missing else found
 
 
-# --- copies of Hugging Face data sets
+# --- copies of Hugging Face datasets
 
 SPLITS = {"train": "train", "validation": "val", "val": "val", "val2014": "test", "test": "test"}
 
 
 def hf_rows(source: Path) -> Iterator[tuple[str, str, dict, bytes]]:
-    """(where, split, row without its picture, the picture's bytes) of all parquet files below `source`."""
+    """(where, split, row without its image, the image's bytes) of all parquet files below `source`."""
     import pyarrow.parquet
 
     files = [path for path in (sorted(source.rglob("*.parquet")) if source.is_dir() else [source]) if path.is_file()]
@@ -233,11 +233,11 @@ def hf_rows(source: Path) -> Iterator[tuple[str, str, dict, bytes]]:
                 for batch in file.iter_batches(batch_size=4):
                     for row in batch.to_pylist():
                         image = row.pop("image", None)
-                        picture = image.get("bytes") if isinstance(image, dict) else image
+                        content = image.get("bytes") if isinstance(image, dict) else image
                         where = f"{path}, row {number}"
-                        if not isinstance(picture, bytes):
-                            raise InputError(f"{where}: no picture in it; columns: {', '.join(row)}.")
-                        yield where, split, row, picture
+                        if not isinstance(content, bytes):
+                            raise InputError(f"{where}: no image in it; columns: {', '.join(row)}.")
+                        yield where, split, row, content
                         number += 1
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: no whole parquet file ({error}). Download it again.") from None
@@ -254,10 +254,10 @@ def _answers_of(row: dict) -> list | None:
     return None
 
 
-def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | None:
+def hf_record(dataset: str, index: int, row: dict, image: bytes) -> dict | None:
     """A row as a record in the released shape, None where it has no answers; copies name their columns as they like.
 
-    A picture without a name gets one from its content.
+    An image without a name gets one from its content.
     """
     question = row["question"] if "question" in row else row["query"]
     answers = _answers_of(row)
@@ -267,7 +267,7 @@ def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | Non
     if all(isinstance(a, dict) for a in answers):  # as the official OK-VQA has them
         more = {"raw_answers": [a["raw_answer"] for a in answers]} if "raw_answer" in answers[0] else {}
         answers = [a["answer"] for a in answers]
-    by_content = hashlib.sha256(picture).hexdigest()[:16] + ".png"
+    by_content = hashlib.sha256(image).hexdigest()[:16] + ".png"
     question_id = row.get("question_id", index)
     if dataset == "textVQA":
         return {"question_id": question_id, "image_id": row["image_id"], "question": question, "answers": answers}
@@ -286,7 +286,7 @@ def hf_record(dataset: str, index: int, row: dict, picture: bytes) -> dict | Non
 
 @dataclass
 class Copy:
-    """The records of a Hugging Face copy by part, and with each its row's number and its picture's size in bytes."""
+    """The records of a Hugging Face copy by part, and with each its row's number and its image's size in bytes."""
 
     records: dict[str, list[dict]] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
@@ -294,15 +294,15 @@ class Copy:
 
 
 def from_hf(source: Path, dataset: str) -> Copy:
-    """What a copy holds, without the pictures. Questions without answers are left out, and counted.
+    """What a copy holds, without the images. Questions without answers are left out, and counted.
 
     facebook/textvqa's test part has ten empty answers a question; its validation part serves as ours.
     """
     found, without_answers, splits = Copy(), Counter(), {}
-    for index, (where, split, row, picture) in enumerate(hf_rows(source)):
+    for index, (where, split, row, image) in enumerate(hf_rows(source)):
         part = "all" if dataset == "stVQA" else "test" if dataset in ("textVQA", "okVQA") and split == "val" else split
         try:
-            record = hf_record(dataset, index, row, picture)
+            record = hf_record(dataset, index, row, image)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: no {error} for {dataset}; columns: {', '.join(row)}.") from None
         if record is None:
@@ -314,7 +314,7 @@ def from_hf(source: Path, dataset: str) -> Copy:
             )
         found.records.setdefault(part, []).append(record)
         found.rows.setdefault(part, []).append(index)
-        found.sizes.setdefault(part, []).append(len(picture))
+        found.sizes.setdefault(part, []).append(len(image))
     for part, n in without_answers.items():
         kept = len(found.records.get(part, ()))
         print(f"  {n:,} questions of the {part} part have no answers, and are passed over; {kept:,} have.")

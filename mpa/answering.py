@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mpa import cli, pictures, ranks, records
+from mpa import cli, distributed, image_files, records
 from mpa.engines import Request, ask
 from mpa.journal import Journal, finished, passing
 from mpa.prompts import answer_prompt
@@ -61,8 +61,8 @@ def answers(
     `finish(record)` may add to a record, and `facts(result)` goes to the meta file.
     """
     started, ready = time.time(), ready or {}
-    images = pictures.fingerprints(request.image_path for request, _, _ in asked)
-    content = [(r.key, r.image_path, images[r.image_path], r.prompt, before, after) for r, before, after in asked]
+    prints = image_files.fingerprints(request.image_path for request, _, _ in asked)
+    content = [(r.key, r.image_path, prints[r.image_path], r.prompt, before, after) for r, before, after in asked]
     settings = cli.settings(args, model_path, content, **(choice or {}))
     if finished(out, settings, args.restart):
         print(f"{label}: {out} is there already, made with these settings (--restart makes it anew).")
@@ -91,7 +91,7 @@ def answers(
     if unfinished:
         print(f"{label}: {unfinished} replies failed for reasons that may pass. The same command asks again.")
     if journal:
-        journal.close(remove=ranks.FIRST and not unfinished and not nothing)
+        journal.close(remove=distributed.FIRST and not unfinished and not nothing)
     if nothing:
         raise records.InputError(
             f"{out}: not one question could be asked; `left_out` in it says why: {cli.counted(counts['left_out'].elements())}."

@@ -1,4 +1,4 @@
-"""Open every picture of a data set once, and say what is broken and what would be done with it."""
+"""Open every image of a dataset once, and say what is broken and what would be done with it."""
 
 import hashlib
 import io
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from mpa.datasets import Sample
-from mpa.pictures import PictureError, open_picture, read_file
+from mpa.image_files import ImageError, open_image, read_file
 
-EXAMPLES = 10  # broken pictures named
+EXAMPLES = 10  # broken images named
 
 
 @dataclass
@@ -23,12 +23,12 @@ class Found:
     images: int
     sizes: list[tuple[int, int]] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)  # picture -> why
-    lost: int = 0  # samples whose picture is broken
-    equal: list[list[str]] = field(default_factory=list)  # groups of pictures with the same bytes
+    broken: dict[str, str] = field(default_factory=dict)  # image -> why
+    lost: int = 0  # samples whose image is broken
+    equal: list[list[str]] = field(default_factory=list)  # groups of images with the same bytes
 
     def lines(self) -> list[str]:
-        lines = [f"  {self.samples:,} questions about {self.images:,} pictures"]
+        lines = [f"  {self.samples:,} questions about {self.images:,} images"]
         if self.sizes:
             wide, high = (sorted(edge) for edge in zip(*self.sizes, strict=True))
             middle = len(wide) // 2
@@ -38,17 +38,17 @@ class Found:
             )
             tokens = self.visual_tokens
             lines.append(
-                f"  visual tokens of Qwen2-VL {min(tokens)} to {max(tokens)} a picture, {statistics.fmean(tokens):.0f} "
+                f"  visual tokens of Qwen2-VL {min(tokens)} to {max(tokens)} an image, {statistics.fmean(tokens):.0f} "
                 f"on average, {sum(tokens):,} in all"
             )
         if self.equal:
             spare = sum(map(len, self.equal)) - len(self.equal)
             lines.append(
-                f"  {spare} pictures are copies of others, byte for byte, such as {' = '.join(self.equal[0][:3])}"
+                f"  {spare} images are copies of others, byte for byte, such as {' = '.join(self.equal[0][:3])}"
             )
         if self.broken:
             lines.append(
-                f"  {len(self.broken)} pictures cannot be used. PA and PL would leave out their {self.lost} samples, "
+                f"  {len(self.broken)} images cannot be used. PA and PL would leave out their {self.lost} samples, "
                 "evaluate would count them as wrong:"
             )
             causes = Counter(self.broken.values())
@@ -60,22 +60,22 @@ class Found:
 
 
 def look(path: str) -> tuple[tuple[int, int], str, str | None]:
-    """((width, height), digest of the bytes, None or why the picture cannot be used)."""
+    """((width, height), digest of the bytes, None or why the image cannot be used)."""
     try:
         content = read_file(path)
-        size = open_picture(io.BytesIO(content)).size
-    except PictureError as error:
+        size = open_image(io.BytesIO(content)).size
+    except ImageError as error:
         return (0, 0), "", str(error)
     return size, hashlib.blake2b(content, digest_size=16).hexdigest(), None
 
 
 def check(samples: list[Sample], workers: int, min_pixels: int, max_pixels: int) -> Found:
-    """Look at every picture once, in `workers` processes. The limits are of the area that it is resized to."""
+    """Look at every image once, in `workers` processes. The limits are of the area that it is resized to."""
     paths = list(dict.fromkeys(sample.image_path for sample in samples))
     found, by_content = Found(len(samples), len(paths)), {}
     with ProcessPoolExecutor(workers) as pool:
         seen = pool.map(look, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
-        seen = list(tqdm(seen, total=len(paths), desc="opening pictures", unit="picture", disable=None))
+        seen = list(tqdm(seen, total=len(paths), desc="opening images", unit="image", disable=None))
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # brings torch; after the fork
 
     for path, (size, digest, why) in zip(paths, seen, strict=True):

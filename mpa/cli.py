@@ -14,11 +14,11 @@ from collections import Counter
 from datetime import date, timedelta
 from pathlib import Path
 
-from mpa import interchange, ranks, records
+from mpa import distributed, interchange, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES, open_engine
+from mpa.image_files import image_size
 from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, format_marks, identity, resolved_dtype
-from mpa.pictures import picture_size
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
@@ -30,17 +30,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """A parser with what every stage takes; see `parse`. `doc`, the script's docstring, is its help text."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, help="which data set")
-    data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the data set's, under data/)")
-    data.add_argument(
-        "--image-root", metavar="DIR", help="folder of the pictures (default: the data set's, under data/)"
-    )
+    data.add_argument("--dataset", choices=DATASETS, help="which dataset")
+    data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the dataset's, under data/)")
+    data.add_argument("--image-root", metavar="DIR", help="folder of the images (default: the dataset's, under data/)")
     data.add_argument(
         "--path-map",
         type=path_map,
         action="append",
         metavar="OLD=NEW",
-        help="where files say OLD/…, the pictures now lie in NEW/…; may be given several times",
+        help="where files say OLD/…, the images now lie in NEW/…; may be given several times",
     )
     some = data.add_mutually_exclusive_group()
     some.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples (default: all)")
@@ -86,16 +84,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="auto: the one this device is quick in, by measuring (default: auto)",
     )
     model.add_argument(
-        "--min-pixels", type=number(1), default=MIN_PIXELS, help="enlarge pictures to this area (default: 128*28*28)"
+        "--min-pixels", type=number(1), default=MIN_PIXELS, help="enlarge images to this area (default: 128*28*28)"
     )
     model.add_argument(
-        "--max-pixels", type=number(1), default=MAX_PIXELS, help="shrink pictures to this area (default: 512*28*28)"
+        "--max-pixels", type=number(1), default=MAX_PIXELS, help="shrink images to this area (default: 512*28*28)"
     )
     model.add_argument(
         "--workers",
         type=number(0),
         metavar="N",
-        help="processes that read pictures ahead of a GPU, or share the model's work on a CPU, a core each; "
+        help="processes that read images ahead of a GPU, or share the model's work on a CPU, a core each; "
         "0: none (default: 4, or a CPU's cores)",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
@@ -133,7 +131,7 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="of a million prompt tokens")
     openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="of a million reply tokens")
     openai.add_argument(
-        "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely pictures are looked at"
+        "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely images are looked at"
     )
     ray = p.add_argument_group("model, with --engine ray (pip install -r requirements-ray.txt; joins $RAY_ADDRESS)")
     ray.add_argument(
@@ -174,14 +172,14 @@ def path_map(text: str) -> tuple[str, str]:
 
 
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
-    """The arguments, checked against each other. `named_by` are those whose files may name the data set."""
+    """The arguments, checked against each other. `named_by` are those whose files may name the dataset."""
     args = p.parse_args(argv)
     if not args.dataset:
         named = [getattr(args, name) or () for name in named_by]
         files = [path for value in named for path in (value if isinstance(value, list | tuple) else [value])]
         of_file = set(filter(None, map(_dataset_of, files)))
         if len(of_file) > 1:
-            p.error(f"the files are of several data sets: {', '.join(sorted(of_file))}; compare like with like")
+            p.error(f"the files are of several datasets: {', '.join(sorted(of_file))}; compare like with like")
         if not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
         (args.dataset,) = of_file
@@ -195,7 +193,7 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
 
 
 def _dataset_of(file: Path) -> str | None:
-    """The data set that a result file's name ends with, ours or lmms-eval's."""
+    """The dataset that a result file's name ends with, ours or lmms-eval's."""
     return next((name for name in DATASETS if f"_{name}." in file.name), None) or interchange.dataset_of(file.name)
 
 
@@ -263,7 +261,7 @@ def dry_run(args, model_path: str, requests: list, label: str) -> None:
         before, started = tried.facts(), time.perf_counter()
         n = sum(len(replies) for replies in tried.generate(some))
         seconds, after = time.perf_counter() - started, tried.facts()
-    print(f"{label}: {len(requests):,} requests about {len({r.image_path for r in requests}):,} pictures.")
+    print(f"{label}: {len(requests):,} requests about {len({r.image_path for r in requests}):,} images.")
     print(f"  visual tokens of Qwen2-VL, some: {visual_tokens([r.image_path for r in requests], args):,}")
     print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
     if "cost" in after:
@@ -272,13 +270,13 @@ def dry_run(args, model_path: str, requests: list, label: str) -> None:
 
 
 def visual_tokens(paths: list[str], args) -> int:
-    """From the headers of the pictures; one that cannot be read counts for none."""
+    """From the headers of the images; one that cannot be read counts for none."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     total, known = 0, {}
     for path in paths:
         if path not in known:
-            width, height = picture_size(path)
+            width, height = image_size(path)
             with contextlib.suppress(ValueError, ZeroDivisionError):  # a shape that the processor refuses
                 high, wide = smart_resize(height, width, 28, args.min_pixels, args.max_pixels)
                 known[path] = high * wide // 28**2
@@ -326,15 +324,15 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, interrupt)
-    ranks.end_with_launcher()
+    distributed.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
-    if not ranks.FIRST:
+    if not distributed.FIRST:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- all say the same
     try:
         try:
             main()
-            ranks.end()
+            distributed.end()
         finally:
             sys.stdout.flush()  # now, where it can still be said that nobody reads
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The data sets: one row each of where its files lie, how a record reads, its task and its metrics.
+"""The datasets: one row each of where its files lie, how a record reads, its task and its metrics.
 
 Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annotations and
 --image-root name other places. data/README.md says where the files come from.
@@ -19,14 +19,14 @@ from pathlib import Path
 from mpa.records import REPOSITORY, InputError, read_json
 
 DATA = Path(os.environ.get("MPA_DATA", REPOSITORY / "data"))
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture; without question and answers where pictures are unlabelled.
+    """One question about one image; without question and answers where images are unlabelled.
 
-    `more` holds what a data set knows beside: "type", which its scores are shown apart by, and
+    `more` holds what a dataset knows beside: "type", which its scores are shown apart by, and
     "raw_answers", a second set of answers to score on.
     """
 
@@ -131,7 +131,7 @@ def _easyvqa(record):
     return index, f"{image}.png", question, [answer], {"type": kind}
 
 
-def _held_out(r):  # written by PI for pictures without labels: the L-VLM's question and answer
+def _held_out(r):  # written by PI for images without labels: the L-VLM's question and answer
     return r["question_id"], r["image_path"], r["question"], r["answers"]
 
 
@@ -174,7 +174,7 @@ DATASETS = {
         Split(f"{EASY}/data/train/questions.json", f"{EASY}/data/train/images", _easyvqa_one_per_image, _easyvqa),
         Split(f"{EASY}/data/test/questions.json", f"{EASY}/data/test/images", _easyvqa_all, _easyvqa),
     ),
-    # Any folder of pictures: no annotations to train on; the test file is PI's held-out part.
+    # Any folder of images: no annotations to train on; the test file is PI's held-out part.
     "images": Dataset(
         "general",
         ("exact",),
@@ -188,7 +188,7 @@ def inside(root: str, relative: str) -> str:
     """`root`/`relative` as a path, or InputError when it, or a link in it, leads out of the root."""
     path = os.path.normpath(os.path.join(root, relative))
     if "\0" in relative:
-        raise InputError(f"picture {relative!r}: no file can be called so; mend the record.")
+        raise InputError(f"image {relative!r}: no file can be called so; mend the record.")
     below = os.path.relpath(path, root) if os.path.isabs(relative) or ".." in relative else os.path.normpath(relative)
     leads_out = below.startswith("..") or (os.path.isabs(relative) and root != "/")
     steps = accumulate(below.split(os.sep), os.path.join)
@@ -196,21 +196,21 @@ def inside(root: str, relative: str) -> str:
         real_root = os.path.realpath(root)
         leads_out = os.path.commonpath([os.path.realpath(path), real_root]) != real_root
     if leads_out:
-        raise InputError(f"picture {relative!r} lies outside the image root {root}; mend the record or --image-root.")
+        raise InputError(f"image {relative!r} lies outside the image root {root}; mend the record or --image-root.")
     return path
 
 
 def _folder_samples(root: Path) -> Iterator[Sample]:
-    """All pictures below `root`, in the order of their paths; the relative path is the id."""
+    """All images below `root`, in the order of their paths; the relative path is the id."""
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Name your folder of pictures with --image-root.")
+        raise InputError(f"{root}: no such folder. Name your folder of images with --image-root.")
     others, closed, links = Counter(), [], []
     for folder, folders, files in os.walk(root, onerror=closed.append):
         folders.sort()
         links += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in PICTURE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 path = os.path.join(folder, name)
                 yield Sample(os.path.relpath(path, root), path)
             else:
@@ -294,7 +294,7 @@ def samples_from(
 ) -> Iterator[Sample]:
     """The samples of an annotation file's `document`; `where` names it.
 
-    Raises InputError for a record that is not as it should be, or whose picture lies outside the root.
+    Raises InputError for a record that is not as it should be, or whose image lies outside the root.
     """
     index = 0
     try:
@@ -341,7 +341,7 @@ def _texts(answers) -> list[str]:
 
 
 def _reads(name: str, document) -> bool:
-    """Would the document's first record read as data set `name`?"""
+    """Would the document's first record read as dataset `name`?"""
     try:
         _, _, question, answers, *_ = DATASETS[name].train.read(next(iter(DATASETS[name].train.records(document))))
         return isinstance(question, str) and isinstance(answers, list)
@@ -350,15 +350,15 @@ def _reads(name: str, document) -> bool:
 
 
 def load_samples(
-    name: str, split: str, annotations=None, image_root=None, path_map=None, pictures: bool = True
+    name: str, split: str, annotations=None, image_root=None, path_map=None, images: bool = True
 ) -> list[Sample]:
-    """The samples of a data set's "train" or "test" split; those whose picture is missing are counted on stderr.
+    """The samples of a dataset's "train" or "test" split; those whose image is missing are counted on stderr.
 
-    With `pictures` False nobody looks whether there are any.
+    With `images` False nobody looks whether there are any.
 
-    Raises InputError for a file that is missing, empty, not JSON, of another data set, has a missing
-    field, an id twice or a picture outside the image root; for a split with no samples; and where
-    none of the pictures exists.
+    Raises InputError for a file that is missing, empty, not JSON, of another dataset, has a missing
+    field, an id twice or an image outside the image root; for a split with no samples; and where
+    none of the images exists.
     """
     where: Split = getattr(DATASETS[name], split)
     root = Path(os.path.abspath(image_root or DATA / where.images))
@@ -370,7 +370,7 @@ def load_samples(
                 f"{root}: its folders are nested too deeply. Move the images to a flatter folder."
             ) from None
         if not samples:
-            raise InputError(f"{root}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+            raise InputError(f"{root}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     else:
         source = Path(annotations or DATA / where.annotations)
         below = Path("/") if name == "images" else root  # PI's held-out file has whole paths
@@ -388,8 +388,8 @@ def load_samples(
                 f"{len(samples)}; is it a test part without labels? Name the labelled one with --annotations."
             )
     no_twice(samples, source)
-    if pictures:
-        look_for_pictures([s.image_path for s in samples])
+    if images:
+        look_for_images([s.image_path for s in samples])
     return samples
 
 
@@ -404,17 +404,17 @@ def no_twice(samples: list[Sample], source) -> None:
             )
 
 
-def look_for_pictures(paths: list[str]) -> list[str]:
-    """The pictures that are not there; said on stderr. Raises InputError where none is."""
+def look_for_images(paths: list[str]) -> list[str]:
+    """The images that are not there; said on stderr. Raises InputError where none is."""
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise InputError(
-            f"{missing[0]}: no such picture, and none of the others. Name their folder with --image-root, "
+            f"{missing[0]}: no such image, and none of the others. Name their folder with --image-root, "
             "or say where they have moved with --path-map."
         )
     if missing:
         print(
-            f"warning: {len(missing)} of {len(paths)} pictures are not there, the first is {missing[0]}; their samples "
+            f"warning: {len(missing)} of {len(paths)} images are not there, the first is {missing[0]}; their samples "
             "will be left out. `python data/prepare.py check` looks at all.",
             file=sys.stderr,
         )

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from mpa import records
-from mpa.pictures import read_file
+from mpa.image_files import read_file
 from mpa.records import InputError
 
 MARK = "<image>"
@@ -93,7 +93,7 @@ def is_unicode(sample: dict) -> bool:
     return not any(re.search("[\ud800-\udfff]", text) for _, text in turns(sample))
 
 
-# --- a data set folder
+# --- a dataset folder
 
 
 def free_for_folder(folder: Path) -> None:
@@ -115,7 +115,7 @@ def free_for_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callable[[str], str]) -> None:
-    """A data set folder: data/train-….parquet with the images inside, and README.md, which `card(file)` makes.
+    """A dataset folder: data/train-….parquet with the images inside, and README.md, which `card(file)` makes.
 
     The file's name holds a hash of its content. `datasets` keeps what it has loaded by the folder's name and the card's
     `configs`, not by content: under a fixed name it would give another run's set from its cache.
@@ -175,7 +175,7 @@ def size_category(n: int) -> str:
 
 
 def data_card(train_json: Path, made: dict, n: int, file: str) -> str:
-    """What the data set is and how it was made: `made` is the parity set's meta file."""
+    """What the dataset is and how it was made: `made` is the parity set's meta file."""
     funnel = " → ".join(f"{count} {what}" for what, count in made.get("funnel", {}).items()) or "not known"
     lvlm, svlm = (records.short_name(made.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
     return f"""---
@@ -193,7 +193,7 @@ configs:
 
 # Parity set {train_json.stem}
 
-{n} questions about pictures, written and answered by a large vision-language model (L-VLM), of which a small
+{n} questions about images, written and answered by a large vision-language model (L-VLM), of which a small
 one (S-VLM) got each wrong: {MADE_BY}. No person has written or checked an answer.
 
 - L-VLM: {lvlm}
@@ -202,12 +202,12 @@ one (S-VLM) got each wrong: {MADE_BY}. No person has written or checked an answe
 - Funnel: {funnel}
 - Settings: {json.dumps(made.get("settings", {}), ensure_ascii=False)}
 
-The pictures keep the terms of where they come from, and the L-VLM's licence may bind what is trained on its answers:
+The images keep the terms of where they come from, and the L-VLM's licence may bind what is trained on its answers:
 set `license` before you publish this.
 """
 
 
-# --- LLaMA-Factory's registry of data sets
+# --- LLaMA-Factory's registry of datasets
 
 
 def registry_with(data: Path) -> dict:
@@ -219,12 +219,12 @@ def registry_with(data: Path) -> dict:
     info = records.read_json(path) if path.exists() else {}
     if not isinstance(info, dict):
         raise InputError(
-            f"{path}: should be an object of data sets by name, as LLaMA-Factory reads it; mend or move it."
+            f"{path}: should be an object of datasets by name, as LLaMA-Factory reads it; mend or move it."
         )
     columns = {"messages": "conversations", "images": "images"}
     entry = {"file_name": data.name, "formatting": "sharegpt", "columns": columns}
     if info.get(data.stem, entry) != entry:
         raise InputError(
-            f"{path}: has another data set of the name {data.stem!r} already; name another file with --out."
+            f"{path}: has another dataset of the name {data.stem!r} already; name another file with --out."
         )
     return info | {data.stem: entry}

@@ -7,7 +7,7 @@ does not matter. The threshold stands in the meta file of PI_<lvlm>_heldout_<dat
 
 from pathlib import Path
 
-from mpa import pictures, records
+from mpa import image_files, records
 from mpa.records import InputError
 
 
@@ -17,7 +17,7 @@ def file_of(folder: Path, lvlm: str, dataset: str) -> Path:
 
 def hashes(paths) -> dict[str, str]:
     """{path: content hash}; a file that cannot be read, which is not trained on either, counts by its path."""
-    found = pictures.fingerprints(paths)
+    found = image_files.fingerprints(paths)
     return {path: one[1] if one else records.digest(path) for path, one in found.items()}
 
 

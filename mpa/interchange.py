@@ -18,7 +18,7 @@ from mpa.metrics import most_common
 from mpa.prompts import answer_prompt
 from mpa.records import InputError
 
-# Our data sets by lmms-eval's names for their test parts, and its name for the headline there; another data set is called
+# Our datasets by lmms-eval's names for their test parts, and its name for the headline there; another dataset is called
 # as ours in lower case.
 TASKS = {
     "textVQA": ("textvqa_val", "exact_match"),
@@ -85,7 +85,7 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
 
 
 def dataset_of(file_name: str) -> str | None:
-    """The data set that a samples file is of, by lmms-eval's name for the task; None where it tells of none.
+    """The dataset that a samples file is of, by lmms-eval's name for the task; None where it tells of none.
 
     >>> dataset_of("20250101_120000_samples_chartqa.jsonl"), dataset_of("samples_textvqa_val_lite.jsonl")
     ('chartVQA', 'textVQA')
@@ -101,7 +101,7 @@ def is_lmms_eval(lines) -> bool:
 def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) -> list[dict]:
     """The lines of a samples_<task>.jsonl as Eval records.
 
-    Answers come from the line's own `doc`, or else from `samples`, the data set's test part: by the question's id
+    Answers come from the line's own `doc`, or else from `samples`, the dataset's test part: by the question's id
     where the line has one, else by `doc_id`, the position. Either way the line's prompt and target, where it has them, must
     be that question's. Raises InputError for a line of another shape, another question, or one that occurs twice.
     """
@@ -112,7 +112,7 @@ def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) 
             record, question_id = _shaped(line)
             if record["answers"] is None:
                 if not samples:
-                    raise ValueError("no answers in it. Name the data set's test file with --annotations")
+                    raise ValueError("no answers in it. Name the dataset's test file with --annotations")
                 sample, checked = _question_of(line, question_id, samples, by_id)
                 unchecked += not checked
                 question_id, record["GT_question"] = sample.question_id, sample.question
@@ -202,7 +202,7 @@ def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str
     else:
         sample = samples[line["doc_id"]] if 0 <= line["doc_id"] < len(samples) else None
     if sample is None:
-        raise ValueError(f"no answers in it, and no {where} in the data set (another data set or part?)")
+        raise ValueError(f"no answers in it, and no {where} in the dataset (another dataset or part?)")
 
     prompt, target, checked = line.get("input"), line.get("target"), False
     remedy = (
@@ -213,15 +213,15 @@ def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str
         checked = True
         if _folded(sample.question) not in _folded(prompt):
             raise ValueError(
-                f"no answers in it, and {where} is {sample.question!r} in the data set, and not what the prompt asks. {remedy}"
+                f"no answers in it, and {where} is {sample.question!r} in the dataset, and not what the prompt asks. {remedy}"
             )
-    # Where a task names a column that its data set lacks, the target is that column's name.
+    # Where a task names a column that its dataset lacks, the target is that column's name.
     if isinstance(target, str) and _folded(target) not in ("", "answer", "answers", "none"):
         checked = True
         targets = {_folded(t) for t in _listed(target)}
         if targets.isdisjoint(map(_folded, sample.answers + sample.more.get("raw_answers", []))):
             raise ValueError(
-                f"no answers in it, and {where} has other answers in the data set than {target!r}. {remedy}"
+                f"no answers in it, and {where} has other answers in the dataset than {target!r}. {remedy}"
             )
     if not checked and question_id is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from mpa import ranks
+from mpa import distributed
 from mpa.records import InputError, meta_path, read_json
 
 
@@ -59,19 +59,21 @@ def _text(key: str) -> bytes:
 class Journal:
     """Replies by key, kept on disk beside the result they belong to: `journal[key]`, `key in journal`.
 
-    In memory there is only SQLite's cache of where each reply lies. Of several processes (`mpa.ranks`) each
+    In memory there is only SQLite's cache of where each reply lies. Of several processes (`mpa.distributed`) each
     writes a file of its own and reads all. An error that may pass counts in this call alone: the next one asks again.
     Raises InputError when a journal was begun with other settings, is damaged, or another process is writing it.
     """
 
     def __init__(self, result: Path, settings: dict, restart: bool = False):
         self.result, self.settings = Path(result), settings
-        self.path = self.result.with_suffix(f".journal-{ranks.RANK}.jsonl" if ranks.RANK else ".journal.jsonl")
+        self.path = self.result.with_suffix(
+            f".journal-{distributed.RANK}.jsonl" if distributed.RANK else ".journal.jsonl"
+        )
         self._places = sqlite3.connect("")  # a database of this process alone, on disk where it is large
         self._places.execute("CREATE TABLE places (key BLOB PRIMARY KEY, file INTEGER, start INTEGER) WITHOUT ROWID")
         self._files: list[BinaryIO] = []  # to read from
-        if restart and not ranks.FIRST:
-            ranks.wait()  # until the first has cleared the place
+        if restart and not distributed.FIRST:
+            distributed.wait()  # until the first has cleared the place
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
@@ -86,11 +88,11 @@ class Journal:
                 file=sys.stderr,
             )
         if restart:  # from here on there is nothing to fall back on, so that a kill cannot bring the old result back
-            for old in (self.result, meta_path(result), *self._others()) if ranks.FIRST else ():
+            for old in (self.result, meta_path(result), *self._others()) if distributed.FIRST else ():
                 old.unlink(missing_ok=True)
             self._file.truncate(0)
-            if ranks.FIRST:
-                ranks.wait()
+            if distributed.FIRST:
+                distributed.wait()
         whole = self._read(self.path, earlier=True)
         self._file.truncate(whole)  # a torn line; its reply will be made again
         if not whole:

@@ -6,15 +6,15 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from mpa import ranks
+from mpa import distributed
 from mpa.records import InputError, read_json
 
 # The paper's pixels per image, passed to every processor that takes such limits.
 MIN_PIXELS = 128 * 28 * 28
 MAX_PIXELS = 512 * 28 * 28
 
-# Families with which the hf engine's shortcuts (key-values of a picture serve a second prompt, those of the system
-# text all pictures, the last layer works out the last column alone) are tested to give the plain loop's replies.
+# Families with which the hf engine's shortcuts (key-values of an image serve a second prompt, those of the system
+# text all images, the last layer works out the last column alone) are tested to give the plain loop's replies.
 SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
 SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
@@ -110,7 +110,7 @@ def pick_device(device: str = "auto") -> str:
             raise InputError(f"--device {device}: there is no such device here; auto takes what there is.")
         return device
     if torch.cuda.is_available():
-        return f"cuda:{ranks.LOCAL_RANK}"
+        return f"cuda:{distributed.LOCAL_RANK}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -189,7 +189,7 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
     if not hasattr(processor, "tokenizer"):
-        raise InputError(f"{path}: has no processor for pictures and text, only a {type(processor).__name__}.")
+        raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
     images = processor.image_processor
     if hasattr(images, "merge_size"):  # Qwen-style processors: the two "edges" are areas in pixels
         images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}

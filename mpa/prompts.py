@@ -24,7 +24,7 @@ from mpa.replies import (
 )
 
 # Paper, section 3.1: a task prompt T_pr for each kind of VQA. The wording is ours; what each
-# asks for is the paper's. "general" serves pictures of no particular kind.
+# asks for is the paper's. "general" serves images of no particular kind.
 _TWO_LINES = "Reply with two lines only:\nQuestion: <question>\nAnswer: <answer>"
 TASK_PROMPTS = {
     "text": (

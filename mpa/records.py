@@ -15,7 +15,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from mpa import ranks
+from mpa import distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -181,12 +181,12 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     seconds, device …) tell how it went. Of several processes the first writes, and the others wait for it.
     """
     meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
-    ranks.wait()  # until all have seen that there is none yet
-    if ranks.FIRST:
+    distributed.wait()  # until all have seen that there is none yet
+    if distributed.FIRST:
         Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
         write_json(meta_path(path), meta)
         write_json(path, records)
-    ranks.wait()
+    distributed.wait()
 
 
 def made_by() -> dict:

@@ -1,4 +1,4 @@
-"""Scores of a result file: every metric side by side, the data set's headline first, each with n and an interval."""
+"""Scores of a result file: every metric side by side, the dataset's headline first, each with n and an interval."""
 
 from collections import defaultdict
 
@@ -9,7 +9,7 @@ from mpa.records import InputError
 
 
 def metric_names(dataset: str, preset: str = "paper") -> list[str]:
-    """All metrics in the order of the table: the headline, the others of this data set's field, the rest."""
+    """All metrics in the order of the table: the headline, the others of this dataset's field, the rest."""
     first = ("contains",) if preset == "released" else ()
     names = dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS))
     if "vqa" not in DATASETS[dataset].metrics:  # its questions have fewer answers than the four that full marks take

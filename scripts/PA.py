@@ -1,13 +1,13 @@
-"""Stage 1, the Pseudo Annotator: the L-VLM writes a question and its answer for each picture.
+"""Stage 1, the Pseudo Annotator: the L-VLM writes a question and its answer for each image.
 
     python scripts/PA.py --dataset textVQA --model-path-lvlm Qwen/Qwen2-VL-7B-Instruct
     python scripts/PA.py --dataset images --image-root ~/Pictures --limit 100
 
-Reads  the data set's train pictures, one question each; no label of theirs reaches the model.
+Reads  the dataset's train images, one question each; no label of theirs reaches the model.
 Writes results/RUN/PA_<lvlm>_<dataset>.json (paper, section 3.1).
 A reply that cannot be read is asked for again, then left out with the reason.
 Killed or stopped, it goes on where it was when called again.
-Your own pictures: --task says of what kind the questions should be, or --prompt-file asks in your own words.
+Your own images: --task says of what kind the questions should be, or --prompt-file asks in your own words.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, ranks, records
+from mpa import cli, distributed, records
 from mpa.datasets import DATASETS, Sample, load_samples
 from mpa.engines import Request, ask, cut_off
+from mpa.image_files import fingerprints
 from mpa.journal import Journal, finished, passing
 from mpa.metrics import most_common
-from mpa.pictures import fingerprints
 from mpa.prompts import TASK_PROMPTS, Annotation, holds_mark, parse_annotation
 
 
@@ -30,7 +30,7 @@ def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the data set's task)")
+    what.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the dataset's task)")
     what.add_argument(
         "--prompt-file",
         type=Path,
@@ -58,7 +58,7 @@ def arguments(argv=None):
         "--fused",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ask the L-VLM its own question at once, while it has the picture: PI then finds its answers ready",
+        help="ask the L-VLM its own question at once, while it has the image: PI then finds its answers ready",
     )
     args = cli.parse(p, argv)
     args.prompt = (
@@ -134,7 +134,7 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
 def annotate(
     samples: list[Sample], tries: int, engine, journal: Journal, args, marks: frozenset[str] = frozenset(), images=None
 ) -> list[dict]:
-    """A record for each sample. An unusable reply is asked for again, a picture that cannot be read is not."""
+    """A record for each sample. An unusable reply is asked for again, an image that cannot be read is not."""
     done, left = {}, samples
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
@@ -199,14 +199,14 @@ def main(argv=None) -> Path:
     facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}
     facts |= {"unfinished": unfinished or (0 if counts["parsed"] else len(result))}
     records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
-    journal.close(remove=ranks.FIRST and not facts["unfinished"])
-    print(f"PA: {counts['parsed']} of {counts['pictures']} pictures annotated. {counts['left_out']}".rstrip())
+    journal.close(remove=distributed.FIRST and not facts["unfinished"])
+    print(f"PA: {counts['parsed']} of {counts['pictures']} images annotated. {counts['left_out']}".rstrip())
     if account := cli.account(ran_on):
         print(f"PA: {account}")
     if unfinished:
         print(f"PA: {unfinished} samples failed for reasons that may pass. The same command asks again.")
     if not counts["parsed"]:
-        raise records.InputError(f"{out}: not one picture could be annotated; `reply` and `left_out` in it say why.")
+        raise records.InputError(f"{out}: not one image could be annotated; `reply` and `left_out` in it say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")
     return out
 

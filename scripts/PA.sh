@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1, the Pseudo Annotator: the L-VLM writes a question and an answer for each picture.
+# Stage 1, the Pseudo Annotator: the L-VLM writes a question and an answer for each image.
 # Edit or export what you change; `PA.sh --help` lists all flags, and those you add are passed on.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -11,7 +11,7 @@ PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
 DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
 SEED=${SEED:-0}
-MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # a picture is resized to between these areas
+MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 python_for "$@"

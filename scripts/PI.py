@@ -5,8 +5,8 @@
     python scripts/PI.py --dataset textVQA --lvlm-json PI_…7B….json --svlm-json PI_…2B….json --out train.json
 
 Reads  the PA file of the same run, or --pa-json. With --lvlm-json and --svlm-json, answers of both
-       models made before: then no model is loaded, and the data set is read from the file's name.
-       Pictures that have moved are found with --path-map OLD=NEW, or below --image-root.
+       models made before: then no model is loaded, and the dataset is read from the file's name.
+       Images that have moved are found with --path-map OLD=NEW, or below --image-root.
 Writes results/RUN/PI_<lvlm>_<lvlm>_<dataset>.json and PI_<lvlm>_<svlm>_<dataset>.json, the answers, and
        PI_<lvlm>_train_<lvlm>_<svlm>_<dataset>.json, the parity set (paper, section 3.2, equations 1 and 2).
 One model is in memory at a time, and the S-VLM is asked only where the L-VLM agrees with itself.
@@ -20,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, holdout, ranks, records
+from mpa import cli, distributed, holdout, records
 from mpa.answering import answers, question_request
-from mpa.datasets import locate, look_for_pictures
+from mpa.datasets import locate, look_for_images
 from mpa.engines import ENGINES, Request
+from mpa.image_files import fingerprints
 from mpa.journal import finished
 from mpa.matching import MATCHERS, Match
 from mpa.models import resolved_dtype
-from mpa.pictures import fingerprints
 from mpa.prompts import holds_mark, parse_annotation, train_prompt, with_question_mark
 from mpa.records import InputError
 
@@ -54,7 +54,7 @@ def arguments(argv=None):
         "--hold-out",
         type=cli.number(0, 0.99, float),
         metavar="SHARE",
-        help="of the pictures, kept from training to evaluate on (default: 0.15 for images, which have no test set)",
+        help="of the images, kept from training to evaluate on (default: 0.15 for images, which have no test set)",
     )
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
@@ -178,13 +178,13 @@ def hold_out(args, lvlm: str, found: list[dict]) -> tuple[set[str], str]:
         for r in found
         if r["image_path"] in held_out
     ]
-    if test and ranks.FIRST:
+    if test and distributed.FIRST:
         holdout.write(file, test, args.hold_out, threshold)
     return held_out, threshold
 
 
 def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
-    """The PA records that have a question and an answer, their pictures where they lie now.
+    """The PA records that have a question and an answer, their images where they lie now.
 
     `left_out` counts why others are not among them: `marks` of the prompt's format, an image that has changed since.
 
@@ -229,7 +229,7 @@ def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, 
             f"{pa_json}: none of its {len(annotations)} records has a question and an answer that can be used."
         )
 
-    look_for_pictures([r["image_path"] for r in usable])
+    look_for_images([r["image_path"] for r in usable])
     ready, why = answers_of_pa(args, pa_json, usable)
     if args.dry_run:
         to_ask = [question_of(r, args) for r in usable]
@@ -253,7 +253,7 @@ def ask_both(args, lvlm: str, svlm: str) -> tuple[list[dict], list[dict], dict, 
         kept = f", all held out (--hold-out {args.hold_out:g}): nothing is left to train on" if held_out else ""
         raise InputError(
             f"{pa_json}: the L-VLM agrees with itself on {len(agreed)} of {len(usable)} samples "
-            f"(--match {args.match}){kept}. Annotate more pictures."
+            f"(--match {args.match}){kept}. Annotate more images."
         )
     choice = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = answer(args, "S-VLM", args.model_path_svlm, asked, lvlm, **choice)

@@ -1,12 +1,12 @@
-"""What MPA is compared with (paper, table 6): other train sets from the same pictures, as train JSON.
+"""What MPA is compared with (paper, table 6): other train sets from the same images, as train JSON.
 
     python scripts/baselines.py --pa-json results/RUN/PA_….json --train-json results/RUN/PI_…_train_….json --seed 0
 
-Reads  the PA file and the parity set, whose meta file says the preset and which pictures were held out.
+Reads  the PA file and the parity set, whose meta file says the preset and which images were held out.
 Writes beside the train JSON, for each baseline, <train-json's name>_<baseline>.json:
   all_pseudo     every pseudo label, without PI
   random_pseudo  as many pseudo labels as MPA kept, at random
-  human          the human question and answer of every picture
+  human          the human question and answer of every image
   human_n        as many of these as MPA kept, at random
 """
 
@@ -25,7 +25,7 @@ BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
 
 
 def train_sets(annotations: list[dict], n: int, seed: int, preset: str = "paper") -> dict[str, list[dict]]:
-    """{baseline: train records}; those for which the pictures have no labels are empty."""
+    """{baseline: train records}; those for which the images have no labels are empty."""
 
     def as_records(who: str) -> list[dict]:
         return [
@@ -50,14 +50,14 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pa-json", type=Path, required=True, help="the annotations of the L-VLM")
     p.add_argument("--train-json", type=Path, required=True, help="the parity set")
-    p.add_argument("--image-root", metavar="DIR", help="folder of the pictures, as for PI")
+    p.add_argument("--image-root", metavar="DIR", help="folder of the images, as for PI")
     p.add_argument(
         "--path-map",
         type=cli.path_map,
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="moved pictures, as for PI",
+        help="moved images, as for PI",
     )
     p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     args = p.parse_args(argv)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA pictures, no
+# The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA images, no
 # label of them used, then what it is compared with. A second call goes on, or says that all is done.
 # SEEDS="0 1 2" runs three seeds and gives the spread; remove results/demo to begin anew.
 set -euo pipefail

@@ -1,14 +1,14 @@
-"""Stage 4: ask models the human test questions, and score the answers as the data set's field does.
+"""Stage 4: ask models the human test questions, and score the answers as the dataset's field does.
 
     python scripts/evaluate.py --dataset textVQA --model-path Qwen/Qwen2-VL-2B-Instruct results/RUN/PL_…
     python scripts/evaluate.py --predictions results/RUN/Eval_…_textVQA.json
     python scripts/evaluate.py --compare results/RUN/Eval_before_textVQA.json results/RUN/Eval_after_textVQA.json
 
-Reads  the data set's test questions; or, with --predictions or --compare, result files (ours, the released
+Reads  the dataset's test questions; or, with --predictions or --compare, result files (ours, the released
        code's, or lmms-eval's samples_….jsonl) to score without a model.
 Writes results/RUN/Eval_<model>_<dataset>.json for each model, with each question's scores; the means in the
        meta file beside it. With --log-samples also lmms-eval's files, in results/RUN/lmms-eval/<model>/.
-For `images`, which have no human labels, the score is agreement with the L-VLM on pictures held out.
+For `images`, which have no human labels, the score is agreement with the L-VLM on images held out.
 """
 
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, holdout, interchange, ranks, records, scoring
+from mpa import cli, distributed, holdout, interchange, records, scoring
 from mpa.answering import answers, question_request
 from mpa.datasets import labelled, load_samples
 from mpa.engines import ENGINES
@@ -68,7 +68,7 @@ def read_predictions(args, path: Path) -> list[dict]:
     """A result file's records, with the answers of --annotations if that is given."""
     samples = None
     if args.annotations:
-        samples = load_samples(args.dataset, "test", args.annotations, args.image_root, pictures=False)
+        samples = load_samples(args.dataset, "test", args.annotations, args.image_root, images=False)
     lines = records.read_json(path)
     if interchange.is_lmms_eval(lines):
         result = interchange.read_lmms_eval(path, lines, samples)
@@ -93,7 +93,7 @@ def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
     pairs = scoring.same_questions(asked, result)
     if len(pairs) < len(result):
         raise records.InputError(
-            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file: another data set or part?"
+            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file: another dataset or part?"
         )
     return [
         found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question")}
@@ -175,7 +175,7 @@ def main(argv=None) -> None:
         out, result = predict(args, model_path, samples)
         scores[name] = report(args, name, result)
         print(f"Results are in {out}.")
-        if args.log_samples and ranks.FIRST:
+        if args.log_samples and distributed.FIRST:
             folder = out.parent / "lmms-eval" / name
             interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model_path)
             print(f"lmms-eval's files are in {folder}.")

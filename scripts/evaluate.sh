@@ -10,7 +10,7 @@ RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
 DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
-MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # a picture is resized to between these areas
+MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 read -ra MODELS <<<"$MODEL"

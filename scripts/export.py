@@ -8,9 +8,9 @@ Writes beside it, or to --out:
   llava      one JSON list with `image`, as LLaVA and Qwen2-VL-Finetune read it: the parity set's own form
   sharegpt   one JSON list with `images`, as LLaMA-Factory reads it, and its entry in dataset_info.json
   ms-swift   JSON lines of `messages` and `images`
-  trl        a data set folder of `prompt`, `completion` and `images`, the pictures inside: SFTTrainer's vision form
-  hf         a data set folder of `id`, `image`, `question` and `answer`, the pictures inside, with a data card
-The folders load with `datasets.load_dataset(folder)`. They hold copies of the pictures: only what decodes as one, and
+  trl        a dataset folder of `prompt`, `completion` and `images`, the images inside: SFTTrainer's vision form
+  hf         a dataset folder of `id`, `image`, `question` and `answer`, the images inside, with a data card
+The folders load with `datasets.load_dataset(folder)`. They hold copies of the images: only what decodes as one, and
 with --image-root only what lies below it.
 """
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from mpa import cli, records
-from mpa.datasets import locate, look_for_pictures
+from mpa.datasets import locate, look_for_images
 from mpa.exports import (
     FORMS,
     data_card,
@@ -34,23 +34,21 @@ from mpa.exports import (
     registry_with,
     write_folder,
 )
-from mpa.pictures import PictureError, open_picture
+from mpa.image_files import ImageError, open_image
 from mpa.records import InputError
 
 FOLDERS = ("trl", "hf")
 
 
 def read_samples(args) -> list[dict]:
-    """The samples, each one that the form can hold, with where its picture lies now."""
+    """The samples, each one that the form can hold, with where its image lies now."""
     samples, kept = records.read_records(args.train_json, "train"), []
     for i, sample in enumerate(samples):
         try:
             if not isinstance(sample["image"], str):
-                raise ValueError("'image' should be the path of a picture")
+                raise ValueError("'image' should be the path of an image")
             if args.to in FOLDERS and ".." in Path(sample["image"]).parts:
-                raise ValueError(
-                    f"its picture {sample['image']!r} leads up and out of its folder; name it without '..'"
-                )
+                raise ValueError(f"its image {sample['image']!r} leads up and out of its folder; name it without '..'")
             FORMS[args.to](sample)
             if is_unicode(sample):
                 kept.append(sample)
@@ -64,10 +62,10 @@ def read_samples(args) -> list[dict]:
     return [sample | {"image": path} for sample, path in zip(kept, paths, strict=True)]
 
 
-def check_pictures(paths: list[str], image_root: str | None) -> None:
-    """Raise InputError for one that is not there, not below the image root, or no picture: what is copied is published."""
-    if missing := look_for_pictures(paths):
-        raise InputError(f"{missing[0]}: no such picture, nor {len(missing) - 1} others; a folder holds them all.")
+def check_images(paths: list[str], image_root: str | None) -> None:
+    """Raise InputError for one that is not there, not below the image root, or no image: what is copied is published."""
+    if missing := look_for_images(paths):
+        raise InputError(f"{missing[0]}: no such image, nor {len(missing) - 1} others; a folder holds them all.")
     if image_root:
         root = os.path.realpath(image_root)
         outside = [path for path in paths if os.path.commonpath([os.path.realpath(path), root]) != root]
@@ -76,15 +74,15 @@ def check_pictures(paths: list[str], image_root: str | None) -> None:
                 f"{outside[0]}: lies outside --image-root {image_root}, as do {len(outside) - 1} others; nothing written."
             )
     broken = {}
-    for path in tqdm(dict.fromkeys(paths), desc="opening pictures", unit="picture", disable=None):
+    for path in tqdm(dict.fromkeys(paths), desc="opening images", unit="image", disable=None):
         try:
-            open_picture(path)
-        except PictureError as error:
+            open_image(path)
+        except ImageError as error:
             broken[path] = error
     if broken:
         path, why = next(iter(broken.items()))
         raise InputError(
-            f"{path}: {why}; nor can {len(broken) - 1} others be used. A folder holds pictures and nothing else; take "
+            f"{path}: {why}; nor can {len(broken) - 1} others be used. A folder holds images and nothing else; take "
             "these samples out."
         )
 
@@ -99,11 +97,11 @@ def of_run(train_json: Path) -> dict:
 
 
 def how_to_train(to: str, out: Path, made: dict) -> str:
-    """What the trainer must be told to see what is evaluated, token by token: its template, and the pictures' pixels."""
+    """What the trainer must be told to see what is evaluated, token by token: its template, and the images' pixels."""
     pixels = [made.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
     least, most = (n or default for n, default in zip(pixels, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
     return {
-        # Its own resizing gives other sizes than the processor's, so that it must leave the pictures as they are.
+        # Its own resizing gives other sizes than the processor's, so that it must leave the images as they are.
         "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
         f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
         f"{least} and longest_edge {most}.",
@@ -124,11 +122,9 @@ def main(argv=None) -> None:
     p.add_argument(
         "--image-root",
         metavar="DIR",
-        help="look for the pictures below this folder; hf and trl take none from elsewhere",
+        help="look for the images below this folder; hf and trl take none from elsewhere",
     )
-    p.add_argument(
-        "--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved pictures"
-    )
+    p.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     args = p.parse_args(argv)
     samples, made = read_samples(args), of_run(args.train_json)
     stem, run = args.train_json.stem, args.train_json.resolve().parent.name
@@ -140,10 +136,10 @@ def main(argv=None) -> None:
         raise InputError(f"{out}: cannot hold the samples; name a file with --out.")
     if args.to in FOLDERS:
         free_for_folder(out)
-        check_pictures([s["image"] for s in samples], args.image_root)
+        check_images([s["image"] for s in samples], args.image_root)
         write_folder(out, samples, FORMS[args.to], lambda file: data_card(args.train_json, made, len(samples), file))
     else:
-        look_for_pictures([s["image"] for s in samples])
+        look_for_images([s["image"] for s in samples])
         rows = [FORMS[args.to](s) for s in samples]
         if args.to == "ms-swift":
             records.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -156,7 +152,7 @@ def main(argv=None) -> None:
     print(f"{len(samples)} samples, wrote {out}.")
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
-        print(f"The pictures in it are copies, from below {os.path.commonpath(folders)}.")
+        print(f"The images in it are copies, from below {os.path.commonpath(folders)}.")
     if args.to in ("sharegpt", "ms-swift", "trl"):
         print(how_to_train(args.to, out, made))
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The four stages in a row, for one data set (DATASET=) or one folder of pictures (IMAGES=).
+# The four stages in a row, for one dataset (DATASET=) or one folder of images (IMAGES=).
 # Edit or export what you change. A second call goes on where the first stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-IMAGES=${IMAGES:-}                                  # a folder of your own pictures, without labels
+IMAGES=${IMAGES:-}                                  # a folder of your own images, without labels
 export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
 export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids
 export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
 export RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
-LIMIT=${LIMIT:-}                                    # annotate only the first so many pictures
+LIMIT=${LIMIT:-}                                    # annotate only the first so many images
 ENGINE=${ENGINE:-hf}                                # what runs the models
 LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is behind a server
 SERVER_FLAGS=${SERVER_FLAGS:-}                      # for it, e.g. "--base-url http://localhost:8000/v1"

@@ -1,11 +1,11 @@
-"""What a run gained: the funnel, a few pictures in words, and the table, from its result files alone.
+"""What a run gained: the funnel, a few images in words, and the table, from its result files alone.
 
     python scripts/tables.py --dataset easyVQA --lvlm data/mini/teacher --svlm data/mini/student results/demo
     python scripts/tables.py … results/demo results/demo-1 results/demo-2      # mean and spread over runs
 
 Reads  the result and meta files of each run folder.
 Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel",
-       "seconds"}; accuracies from 0 to 1, by the data set's headline metric; for `images`, agreement with the L-VLM, which is no accuracy.
+       "seconds"}; accuracies from 0 to 1, by the dataset's headline metric; for `images`, agreement with the L-VLM, which is no accuracy.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROWS = {
 
 
 class Run:
-    """The files of one run folder, for one data set and one pair of models."""
+    """The files of one run folder, for one dataset and one pair of models."""
 
     def __init__(self, folder: Path, dataset: str, lvlm: str, svlm: str):
         self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
@@ -111,7 +111,7 @@ def verdict(lvlm: dict, asked: dict | None, held_out: set[str], match) -> str:
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
-    """A few annotated pictures and what became of them, in words."""
+    """A few annotated images and what became of them, in words."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
     match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
@@ -181,7 +181,7 @@ def main(argv=None) -> None:
         print("\n".join(["A few of them:", *examples(run), ""]))
         print("\n".join(table(result, what)))
         if args.dataset == "images":
-            print("  Agreement with the L-VLM on pictures kept from training. It is no accuracy: the L-VLM errs, too.")
+            print("  Agreement with the L-VLM on images kept from training. It is no accuracy: the L-VLM errs, too.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
         print(f"Wrote {folder / 'summary.json'}.")
     if len(results) > 1:

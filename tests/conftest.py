@@ -34,18 +34,18 @@ def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """A folder of 12 drawings, some in a folder below, of different sizes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     (root / "more").mkdir()
     colors = ["red", "blue", "teal", "black", "yellow", "gray"]
     for i in range(12):
         size = 64 + 16 * (i % 3)
-        picture = Image.new("RGB", (size, size), (240, 245, 250))
+        image = Image.new("RGB", (size, size), (240, 245, 250))
         box = (10, 12, 30 + i, 34 + i)
-        pen = ImageDraw.Draw(picture)
+        pen = ImageDraw.Draw(image)
         (pen.ellipse if i % 2 else pen.rectangle)(box, fill=colors[i % 6])
-        picture.save(root / (f"more/{i:02}.png" if i % 4 == 0 else f"{i:02}.png"))
+        image.save(root / (f"more/{i:02}.png" if i % 4 == 0 else f"{i:02}.png"))
     return root
 
 

@@ -20,11 +20,11 @@ import layouts
 import prepare
 
 NAMES = ["textVQA", "stVQA", "chartVQA", "okVQA"]
-N = 24  # pictures in a train part; a third as many in a test part
+N = 24  # images in a train part; a third as many in a test part
 
 
 def drawings(part: str):
-    """(bytes of an easy-VQA picture, [(question, answer), …]) without end."""
+    """(bytes of an easy-VQA image, [(question, answer), …]) without end."""
     asked = {}
     for question, answer, image in read_json(f"{EASY}/data/{part}/questions.json"):
         asked.setdefault(image, []).append((question, answer))
@@ -45,13 +45,13 @@ def zipped(folder: Path, archive: Path) -> None:
 
 
 def textvqa(root: Path) -> None:
-    """The 0.5.1 JSON files, and the pictures of both parts in one archive."""
+    """The 0.5.1 JSON files, and the images of both parts in one archive."""
     ids = count()
     for part, name, n in (("train", "train", N), ("test", "val", N // 3)):
         data = []
-        for (picture, asked), _ in zip(drawings(part), range(n), strict=False):
-            image_id = hashlib.md5(picture).hexdigest()[:16]
-            write(root / f"train_images/{image_id}.jpg", picture)
+        for (image, asked), _ in zip(drawings(part), range(n), strict=False):
+            image_id = hashlib.md5(image).hexdigest()[:16]
+            write(root / f"train_images/{image_id}.jpg", image)
             for question, answer in asked[:2]:
                 record = {"question_id": next(ids), "image_id": image_id, "question": question, "set_name": name}
                 data.append(record | {"answers": [answer] * 10, "image_classes": ["Clock"]})
@@ -62,9 +62,9 @@ def textvqa(root: Path) -> None:
 def stvqa(root: Path) -> None:
     """Task 1 of the train part, which has all answers, and its image tree."""
     data = []
-    for i, ((picture, asked), _) in enumerate(zip(drawings("train"), range(N + N // 3), strict=False)):
+    for i, ((image, asked), _) in enumerate(zip(drawings("train"), range(N + N // 3), strict=False)):
         folder = ("coco-text", "iiit_text", "vizwiz")[i % 3]
-        write(root / f"train/{folder}/img_{i:06}.jpg", picture)
+        write(root / f"train/{folder}/img_{i:06}.jpg", image)
         for question, answer in asked[:2]:
             record = {"question_id": len(data), "dataset": folder, "file_name": f"img_{i:06}.jpg", "set_name": "train"}
             data.append(record | {"file_path": f"{folder}/img_{i:06}.jpg", "question": question, "answers": [answer]})
@@ -72,13 +72,13 @@ def stvqa(root: Path) -> None:
 
 
 def chartqa(root: Path) -> None:
-    """The repository's folder; a picture of the same name in two parts is another picture."""
+    """The repository's folder; an image of the same name in two parts is another image."""
     for part, n in (("train", N), ("val", 3), ("test", N // 3)):
         by_kind = {"human": [], "augmented": []}
-        for i, ((picture, asked), _) in enumerate(
+        for i, ((image, asked), _) in enumerate(
             zip(drawings("test" if part == "test" else "train"), range(n), strict=False)
         ):
-            write(root / f"ChartQA Dataset/{part}/png/{i}.png", picture)
+            write(root / f"ChartQA Dataset/{part}/png/{i}.png", image)
             for question, answer in asked[:2]:
                 by_kind["human" if i % 2 else "augmented"].append(
                     {"imgname": f"{i}.png", "query": question, "label": answer}
@@ -88,11 +88,11 @@ def chartqa(root: Path) -> None:
 
 
 def okvqa(root: Path) -> None:
-    """Questions and annotations apart, each in an archive, with COCO's pictures: one part zipped, the other not."""
+    """Questions and annotations apart, each in an archive, with COCO's images: one part zipped, the other not."""
     for part, name, n in (("train", "train2014", N), ("test", "val2014", N // 3)):
         questions, annotations = [], []
-        for i, ((picture, asked), _) in enumerate(zip(drawings(part), range(n), strict=False)):
-            write(root / f"{name}/COCO_{name}_{i + 1:012}.jpg", picture)
+        for i, ((image, asked), _) in enumerate(zip(drawings(part), range(n), strict=False)):
+            write(root / f"{name}/COCO_{name}_{i + 1:012}.jpg", image)
             for j, (question, answer) in enumerate(asked[: 1 + (i == 0)]):
                 ids = {"image_id": i + 1, "question_id": 10 * (i + 1) + j}
                 questions.append({**ids, "question": question})

@@ -17,10 +17,10 @@ def read(path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_pictures_goes_through_all_stages_with_no_label(tmp_path):
+def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     from mpa.datasets import load_samples
 
-    folder = tmp_path / "my pictures"
+    folder = tmp_path / "my images"
     folder.mkdir()
     for sample in load_samples("easyVQA", "train")[:60]:
         shutil.copy(sample.image_path, folder / f"{sample.question_id}.png")

@@ -17,13 +17,13 @@ from mpa.records import InputError
 
 @pytest.fixture
 def root(tmp_path):
-    """An image root in which every picture that the tests' annotations name exists."""
+    """An image root in which every image that the tests' annotations name exists."""
     folder = tmp_path / "images"
     folder.mkdir()
-    picture = folder / "a.jpg"
-    Image.new("RGB", (32, 32), "red").save(picture)
+    image = folder / "a.jpg"
+    Image.new("RGB", (32, 32), "red").save(image)
     for name in ("multi_col_803.png", "10095.png", "COCO_train2014_000000051606.jpg", "COCO_val2014_000000297147.jpg"):
-        shutil.copy(picture, folder / name)
+        shutil.copy(image, folder / name)
     return folder
 
 
@@ -111,25 +111,25 @@ def test_a_link_out_of_the_image_root_is_refused(root, tmp_path):
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     record = {"question_id": 1, "image_id": "link", "question": "q", "answers": []}
     (tmp_path / "a.json").write_text(json.dumps({"data": [record]}))
-    with pytest.raises(InputError, match=r"record 0: picture 'link\.jpg' lies outside the image root"):
+    with pytest.raises(InputError, match=r"record 0: image 'link\.jpg' lies outside the image root"):
         load_samples("textVQA", "train", tmp_path / "a.json", root)
 
 
-def test_a_folder_is_read_in_order_with_relative_paths_as_ids(pictures):
-    ids = [s.question_id for s in load_samples("images", "train", image_root=pictures)]
+def test_a_folder_is_read_in_order_with_relative_paths_as_ids(images):
+    ids = [s.question_id for s in load_samples("images", "train", image_root=images)]
     assert ids == sorted(ids, key=lambda i: ("/" in i, i))
     assert len(ids) == 12
     assert "more/00.png" in ids
 
 
 def test_folders_with_nothing_to_read(tmp_path):
-    with pytest.raises(InputError, match="no pictures in it"):
+    with pytest.raises(InputError, match="no images in it"):
         load_samples("images", "train", image_root=tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         load_samples("images", "train", image_root=tmp_path / "none")
 
 
-def test_where_no_picture_exists_the_image_root_is_wrong(tmp_path):
+def test_where_no_image_exists_the_image_root_is_wrong(tmp_path):
     with pytest.raises(InputError, match="--image-root"):
         load_samples("okVQA", "test", DATA / "annotations" / "okvqa_val_combine.json", tmp_path)
 
@@ -164,7 +164,7 @@ def test_json_lines_byte_order_marks_and_foreign_line_ends_read_as_json_does(roo
     assert "its last line, 5, is cut off and left out" in capsys.readouterr().err
 
 
-def test_ids_stay_what_they_were_and_a_picture_may_have_many_questions(root, tmp_path):
+def test_ids_stay_what_they_were_and_per_image_may_have_many_questions(root, tmp_path):
     records = [{"question_id": i, "image_id": "a", "question": "q", "answers": ["x"]} for i in (3, "n/4", "05")]
     (tmp_path / "a.json").write_text(json.dumps({"data": records}))
     samples = load_samples("textVQA", "test", tmp_path / "a.json", root)
@@ -172,22 +172,22 @@ def test_ids_stay_what_they_were_and_a_picture_may_have_many_questions(root, tmp
     assert len({s.image_path for s in samples}) == 1
 
 
-def test_missing_pictures_are_counted_before_a_model_is_loaded(root, tmp_path, capsys):
+def test_missing_images_are_counted_before_a_model_is_loaded(root, tmp_path, capsys):
     records = [{"question_id": i, "image_id": image, "question": "q", "answers": []} for i, image in enumerate("ab")]
     (tmp_path / "a.json").write_text(json.dumps({"data": records}))
     assert len(load_samples("textVQA", "train", tmp_path / "a.json", root)) == 2
-    assert "1 of 2 pictures are not there, the first is" in capsys.readouterr().err
+    assert "1 of 2 images are not there, the first is" in capsys.readouterr().err
 
 
 def test_chartqa_says_who_asked_also_of_the_released_file():
     file = Path(__file__).parents[2] / "shared/reference/annotations/chartqa_test_combined.json"
     if not file.exists():
         pytest.skip("the released annotation files are not here")
-    samples = load_samples("chartVQA", "test", file, "/", pictures=False)
+    samples = load_samples("chartVQA", "test", file, "/", images=False)
     assert [s.more["type"] for s in samples] == ["augmented"] * 1250 + ["human"] * 1250
 
 
-def test_the_longest_folder_that_fits_says_where_a_picture_has_moved():
+def test_the_longest_folder_that_fits_says_where_per_image_has_moved():
     moves = {"/workspace": "/a", "/workspace/data/": "/b/"}
     assert moved("/workspace/data/x.jpg", moves) == "/b/x.jpg"
     assert moved("/workspace/x.jpg", moves) == "/a/x.jpg"
@@ -209,15 +209,15 @@ def test_things_that_are_no_answers_are_refused_and_test_questions_need_some(roo
         load([], "test")
 
 
-def test_held_out_pictures_that_have_moved_are_found_below_the_image_root(pictures, tmp_path):
+def test_held_out_images_that_have_moved_are_found_below_the_image_root(images, tmp_path):
     record = {"question_id": "x", "image_path": "/gone/more/00.png", "question": "q", "answers": ["red"]}
     (tmp_path / "heldout.json").write_text(json.dumps([record]))
-    (sample,) = load_samples("images", "test", tmp_path / "heldout.json", pictures)
-    assert sample.image_path == str(pictures / "more/00.png")
+    (sample,) = load_samples("images", "test", tmp_path / "heldout.json", images)
+    assert sample.image_path == str(images / "more/00.png")
 
 
-def test_files_of_a_folder_that_are_no_pictures_are_counted(pictures, tmp_path, capsys):
-    shutil.copytree(pictures, tmp_path / "a")
+def test_files_of_a_folder_that_are_no_images_are_counted(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "a")
     (tmp_path / "a/x.HEIC").touch()
     (tmp_path / "a/notes").touch()
     assert len(load_samples("images", "train", image_root=tmp_path / "a")) == 12

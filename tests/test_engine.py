@@ -8,7 +8,7 @@ from PIL import Image
 from mpa import models
 from mpa.engines import Request, open_engine
 from mpa.engines.hf import HFEngine
-from mpa.pictures import open_picture
+from mpa.image_files import open_image
 from mpa.prompts import TASK_PROMPTS, answer_prompt, follow_up_prompt
 from mpa.records import InputError
 
@@ -16,9 +16,9 @@ MINI = {"min_pixels": 3136, "max_pixels": 3136, "dtype": "float32"}
 QUESTIONS = ["what color is the shape?", "is there not a teal shape in the image?", "is no circle present?"]
 
 
-def requests(pictures, **more) -> list[Request]:
-    """Two prompts of different length about each picture."""
-    paths = sorted(pictures.rglob("*.png"))
+def requests(images, **more) -> list[Request]:
+    """Two prompts of different length about each image."""
+    paths = sorted(images.rglob("*.png"))
     asked = [(path, answer_prompt(QUESTIONS[i % 3])) for i, path in enumerate(paths)]
     asked += [(path, TASK_PROMPTS["general"]) for path in paths]
     return [Request(str(i), str(path), prompt, **more) for i, (path, prompt) in enumerate(asked)]
@@ -30,13 +30,13 @@ def replies(asked, model=TEACHER, **settings) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(pictures):
-    return replies(requests(pictures), batch_size=1, workers=0)
+def one_by_one(images):
+    return replies(requests(images), batch_size=1, workers=0)
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])
-def test_greedy_replies_do_not_depend_on_batch_and_order(pictures, one_by_one, batch_size):
-    shuffled = requests(pictures)
+def test_greedy_replies_do_not_depend_on_batch_and_order(images, one_by_one, batch_size):
+    shuffled = requests(images)
     random.Random(batch_size).shuffle(shuffled)
     got = replies(shuffled, batch_size=batch_size, workers=1)
     assert {k: (r["text"], r["tokens"]) for k, r in got.items()} == {
@@ -46,13 +46,13 @@ def test_greedy_replies_do_not_depend_on_batch_and_order(pictures, one_by_one, b
         assert reply["logprob"] == pytest.approx(one_by_one[key]["logprob"], abs=1e-3)
 
 
-def test_replies_are_those_of_a_plain_generate_call_and_so_are_their_log_probabilities(pictures, one_by_one):
+def test_replies_are_those_of_a_plain_generate_call_and_so_are_their_log_probabilities(images, one_by_one):
     processor = models.load_processor(str(TEACHER), 3136, 3136)
     model = models.load_model(str(TEACHER), "cpu", torch.float32)
-    for request in requests(pictures)[::5]:
+    for request in requests(images)[::5]:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = processor(text=[text], images=[open_picture(request.image_path)], return_tensors="pt")
+        inputs = processor(text=[text], images=[open_image(request.image_path)], return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         out = model.generate(**inputs, max_new_tokens=128, do_sample=False)
         ours = one_by_one[request.key]
@@ -66,20 +66,20 @@ def test_replies_are_those_of_a_plain_generate_call_and_so_are_their_log_probabi
         assert ours["logprob"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_sampled_reply_depends_on_seed_and_key_alone(pictures):
-    asked = requests(pictures, temperature=1.0, top_p=0.95)
+def test_a_sampled_reply_depends_on_seed_and_key_alone(images):
+    asked = requests(images, temperature=1.0, top_p=0.95)
     alone = replies(asked[-1:], batch_size=8, workers=0)
     together = replies(asked, batch_size=8, workers=0)
     assert alone[asked[-1].key]["text"] == together[asked[-1].key]["text"]
     assert {k: r["text"] for k, r in replies(asked[::-1], batch_size=3, workers=0).items()} == {
         k: r["text"] for k, r in together.items()
     }
-    reseeded = replies(requests(pictures, temperature=1.0, top_p=0.95, seed=1), batch_size=8, workers=0)
+    reseeded = replies(requests(images, temperature=1.0, top_p=0.95, seed=1), batch_size=8, workers=0)
     assert [reseeded[k]["text"] for k in together] != [r["text"] for r in together.values()]
 
 
-def test_a_row_may_stop_at_the_line_that_ends_its_answer(pictures, one_by_one):
-    annotations = requests(pictures)[12:]
+def test_a_row_may_stop_at_the_line_that_ends_its_answer(images, one_by_one):
+    annotations = requests(images)[12:]
     stopped = replies([Request(r.key, r.image_path, r.prompt, stop="answer") for r in annotations], workers=0)
     for key, reply in stopped.items():
         assert reply["text"] == one_by_one[key]["text"].split("\n")[0] + "\n"
@@ -88,33 +88,33 @@ def test_a_row_may_stop_at_the_line_that_ends_its_answer(pictures, one_by_one):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_pictures_cost_only_themselves(pictures, tmp_path, one_by_one, workers):
+def test_bad_images_cost_only_themselves(images, tmp_path, one_by_one, workers):
     (tmp_path / "empty.png").touch()
     Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     bad = {
         name: Request(name, str(tmp_path / f"{name}.png"), QUESTIONS[0]) for name in ("gone", "empty", "thin", "dot")
     }
-    asked = requests(pictures)[:4]
+    asked = requests(images)[:4]
     got = replies([*asked[:2], *bad.values(), *asked[2:]], batch_size=8, workers=workers)
     assert [got[r.key]["text"] for r in asked] == [one_by_one[r.key]["text"] for r in asked]
-    assert got["gone"] == {"key": "gone", "error": "picture: no such file", "permanent": True}
+    assert got["gone"] == {"key": "gone", "error": "image: no such file", "permanent": True}
     assert "cannot be read" in got["empty"]["error"]
     assert "the processor refuses it" in got["thin"]["error"]
     assert got["dot"]["text"]
 
 
-def test_a_processor_that_fails_on_every_picture_is_an_error_and_not_the_pictures_fault(pictures, tmp_path):
+def test_a_processor_that_fails_on_every_image_is_an_error_and_not_the_images_fault(images, tmp_path):
     for file in STUDENT.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").write_text("{{ no_such_function() }}")
-    with pytest.raises(InputError, match="its processor fails on a plain picture"):
-        replies(requests(pictures)[:3], model=tmp_path, workers=0)
+    with pytest.raises(InputError, match="its processor fails on a plain image"):
+        replies(requests(images)[:3], model=tmp_path, workers=0)
 
 
-def test_finished_batches_are_passed_over_and_the_others_are_formed_as_before(pictures):
-    asked = requests(pictures)
+def test_finished_batches_are_passed_over_and_the_others_are_formed_as_before(images):
+    asked = requests(images)
     with HFEngine(str(STUDENT), batch_size=4, workers=0, **MINI) as engine:
         whole = list(engine.generate(asked))
         done = {reply["key"] for batch in whole[:2] for reply in batch} | {whole[2][0]["key"]}
@@ -155,22 +155,22 @@ def test_the_dtype_is_measured_and_the_processors_limits_are_set():
     assert models.resolved_dtype("float16", "cpu") == "float16"
     assert models.resolved_dtype("auto", "cpu") == "float32"
     processor = models.load_processor(str(STUDENT), models.MIN_PIXELS, models.MAX_PIXELS)
-    picture = Image.new("RGB", (64, 64))
-    thw = processor.image_processor([picture], return_tensors="pt")["image_grid_thw"][0]
+    image = Image.new("RGB", (64, 64))
+    thw = processor.image_processor([image], return_tensors="pt")["image_grid_thw"][0]
     assert models.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= models.MAX_PIXELS
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_the_float32_replies_are_the_cpus(pictures, one_by_one):
-    got = replies(requests(pictures), device="cuda:0")
+def test_on_a_gpu_the_float32_replies_are_the_cpus(images, one_by_one):
+    got = replies(requests(images), device="cuda:0")
     assert {k: r["text"] for k, r in got.items()} == {k: r["text"] for k, r in one_by_one.items()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_follow_up_on_the_kept_picture_is_what_asking_anew_replies(pictures, batch_size):
+def test_a_follow_up_on_the_kept_image_is_what_asking_anew_replies(images, batch_size):
     """Of the 24 requests, half are no annotations and have no follow-up; sizes and prompts differ within a batch."""
-    asked = requests(pictures, follow_up="paper")
+    asked = requests(images, follow_up="paper")
     first = replies(asked, batch_size=batch_size, max_pixels=20_000)
     anew = [
         Request(r.key, r.image_path, follow_up_prompt(first[r.key]["text"], "paper"), stop="answer")
@@ -186,8 +186,8 @@ def test_a_follow_up_on_the_kept_picture_is_what_asking_anew_replies(pictures, b
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(pictures, one_by_one, monkeypatch, rows):
-    asked = requests(pictures)[:7]
+def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(images, one_by_one, monkeypatch, rows):
+    asked = requests(images)[:7]
     run = HFEngine._run
 
     def small_memory(self, batch, good, inputs, errors):
@@ -204,17 +204,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(pictures, one_
         assert [got[r.key]["text"] for r in asked] == [one_by_one[r.key]["text"] for r in asked]
 
 
-def test_batches_keep_to_the_budget_of_tokens(pictures):
+def test_batches_keep_to_the_budget_of_tokens(images):
     engine = HFEngine(str(TEACHER), batch_size=8, batch_tokens=600, min_pixels=3136, max_pixels=12544)
-    batches = list(engine._plan(iter(requests(pictures, max_new_tokens=100))))
-    assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests(pictures))
+    batches = list(engine._plan(iter(requests(images, max_new_tokens=100))))
+    assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests(images))
     assert max(map(len, batches)) < 6
     assert all(len(b) == 1 or len(b) * (engine._length(b[-1]) + 100) <= 600 for b in batches)
 
 
-def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(pictures):
+def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(images):
     with HFEngine(str(STUDENT), batch_size=4, workers=1, **MINI) as engine:
-        written = sum(reply["tokens"] for batch in engine.generate(requests(pictures)) for reply in batch)
+        written = sum(reply["tokens"] for batch in engine.generate(requests(images)) for reply in batch)
         facts = engine.facts()
         assert facts["tokens"] == written
         assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
@@ -222,8 +222,8 @@ def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(pictures):
         assert "tokens/s, waited" in engine.status()
 
 
-def test_a_family_without_shortcuts_asks_anew(pictures, monkeypatch):
-    asked = requests(pictures, follow_up="paper")[10:14]
+def test_a_family_without_shortcuts_asks_anew(images, monkeypatch):
+    asked = requests(images, follow_up="paper")[10:14]
     shared = replies(asked)
     monkeypatch.setattr(models, "SHORTCUTS", set())
     assert {k: r.get("follow_up", {}).get("text") for k, r in replies(asked).items()} == {

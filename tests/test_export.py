@@ -58,14 +58,14 @@ def test_ms_swift(parity_set):
     }
 
 
-def test_the_folder_for_trl_loads_with_its_pictures(parity_set, tmp_path):
+def test_the_folder_for_trl_loads_with_its_images(parity_set, tmp_path):
     loaded = datasets.load_dataset(str(exported(parity_set, "trl")), split="train", cache_dir=tmp_path / "cache")
     row = loaded[0]
     (user,) = row["prompt"]
     assert [part["type"] for part in user["content"]] == ["image", "text"]
     assert user["content"][1]["text"] == "what color is it? Answer"
     assert row["completion"] == [{"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
-    assert [picture.getpixel((0, 0)) for picture in row["images"]] == [(255, 0, 0)]
+    assert [image.getpixel((0, 0)) for image in row["images"]] == [(255, 0, 0)]
 
 
 def test_the_hugging_face_folder_loads_and_its_card_says_what_it_is(parity_set, tmp_path):
@@ -74,17 +74,17 @@ def test_the_hugging_face_folder_loads_and_its_card_says_what_it_is(parity_set, 
     assert (loaded["id"][:], loaded["answer"][:]) == (["7", "x/8"], ["red", "blau"])
     assert loaded[1]["image"].getpixel((0, 0))[2] > 250
     card = (folder / "README.md").read_text()
-    assert "9 pictures → 2 parity" in card
+    assert "9 images → 2 parity" in card
     assert "visual-question-answering" in card
 
 
-def test_a_picture_that_is_not_there_is_named_before_a_folder_is_written(parity_set):
+def test_per_image_that_is_not_there_is_named_before_a_folder_is_written(parity_set):
     (parity_set.parent / "a.png").unlink()
-    with pytest.raises(InputError, match=r"a\.png: no such picture"):
+    with pytest.raises(InputError, match=r"a\.png: no such image"):
         exported(parity_set, "hf")
     assert not (parity_set.parent / "out-hf").exists()
     (parity_set.parent / "b.jpg").unlink()
-    with pytest.raises(InputError, match="no such picture, and none of the others"):
+    with pytest.raises(InputError, match="no such image, and none of the others"):
         exported(parity_set, "ms-swift")
 
 
@@ -182,8 +182,8 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         ("{", "not JSON"),
         ("[]", "should be an object"),
         ("", "the file is empty"),
-        ('{"out-sharegpt": {"file_name": "another.json"}}', "another data set of the name 'out-sharegpt'"),
-        ('{"out-sharegpt": null}', "another data set of the name 'out-sharegpt'"),
+        ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset of the name 'out-sharegpt'"),
+        ('{"out-sharegpt": null}', "another dataset of the name 'out-sharegpt'"),
     ):
         registry.write_text(broken)
         (parity_set.parent / "out-sharegpt").unlink(missing_ok=True)
@@ -202,7 +202,7 @@ def with_image(parity_set, image: str):
 
 
 @pytest.mark.parametrize("to", ["hf", "trl"])
-def test_only_pictures_go_into_a_folder_that_is_published(parity_set, to, tmp_path):
+def test_only_images_go_into_a_folder_that_is_published(parity_set, to, tmp_path):
     (tmp_path / "key.png").write_text("secret")
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
@@ -214,7 +214,7 @@ def test_only_pictures_go_into_a_folder_that_is_published(parity_set, to, tmp_pa
         assert not (tmp_path / f"out-{to}").exists()
 
 
-def test_only_pictures_below_the_image_root_go_into_a_folder(parity_set, tmp_path):
+def test_only_images_below_the_image_root_go_into_a_folder(parity_set, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "a.png").rename(root / "a.png")
@@ -228,7 +228,7 @@ def test_only_pictures_below_the_image_root_go_into_a_folder(parity_set, tmp_pat
             export.main(arguments)
     for image in ("../private.png", f"{root}/../private.png"):
         with_image(parity_set, image)
-        with pytest.raises(InputError, match=r"record 1: its picture .* leads up and out"):
+        with pytest.raises(InputError, match=r"record 1: its image .* leads up and out"):
             export.main(arguments)
     assert not (tmp_path / "out").exists()
     (tmp_path / "moved").symlink_to(root)  # a root that is a link itself, as prepare.py makes them
@@ -249,8 +249,8 @@ def test_names_that_are_no_unicode_are_written_and_text_that_is_none_is_left_out
     if to in export.FOLDERS:
         loaded = datasets.load_dataset(str(out), split="train", cache_dir=tmp_path / "cache")
         assert len(loaded) == 2
-        picture = loaded[0]["image"] if to == "hf" else loaded[0]["images"][0]
-        assert picture.getpixel((0, 0)) == (255, 0, 0)
+        image = loaded[0]["image"] if to == "hf" else loaded[0]["images"][0]
+        assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from mpa import models
 from mpa.engines import Request, hf, open_engine
-from mpa.pictures import open_picture
+from mpa.image_files import open_image
 
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
 PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]
@@ -20,14 +20,14 @@ def checkpoint(request, tmp_path_factory):
 
 
 def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str]:
-    """One generate call a request, picture and prompt as the model's processor takes them."""
+    """One generate call a request, image and prompt as the model's processor takes them."""
     processor = models.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
     model = models.load_model(checkpoint, "cpu", torch.float32)
     replies = []
     for path, prompt in asked:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = processor(text=[text], images=[[open_picture(path)]], return_tensors="pt")
+        inputs = processor(text=[text], images=[[open_image(path)]], return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         replies.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return replies
@@ -38,13 +38,13 @@ def follow(request: Request, text: str) -> Request:
     return replace(request, prompt=f"Is it {len(text)}?", max_new_tokens=5, follow_up="")
 
 
-def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, pictures, monkeypatch):
+def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, images, monkeypatch):
     def following(request, reply, _marks):
         return follow(request, reply["text"]) if request.follow_up else None
 
     monkeypatch.setattr(hf, "following", following)
-    monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the picture's key-values are to serve both
-    paths = sorted(map(str, pictures.rglob("*.png")))
+    monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the image's key-values are to serve both
+    paths = sorted(map(str, images.rglob("*.png")))
     asked = [
         Request(str(i), path, PROMPTS[i % 3], max_new_tokens=8, follow_up="" if i % 4 == 0 else "paper")
         for i, path in enumerate(paths)
@@ -54,7 +54,7 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, p
         assert engine.prefixes
     expected = plain(checkpoint, [(r.image_path, r.prompt) for r in asked], 8)
     assert [got[r.key]["text"] for r in asked] == expected
-    assert len(set(expected)) > 6  # the pictures make a difference
+    assert len(set(expected)) > 6  # the images make a difference
 
     followed = [(r, text) for r, text in zip(asked, expected, strict=True) if r.follow_up]
     expected = plain(checkpoint, [(r.image_path, follow(r, text).prompt) for r, text in followed], 5)

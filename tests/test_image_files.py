@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from mpa.datasets import load_samples
-from mpa.pictures import PictureError, content_hash, fingerprints, open_picture, picture_size
+from mpa.image_files import ImageError, content_hash, fingerprints, image_size, open_image
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import data
@@ -27,7 +27,7 @@ def broken(path, kind):
     if kind == "empty":
         path.write_bytes(b"")
     elif kind == "text":
-        path.write_text("not a picture")
+        path.write_text("not an image")
     elif kind == "truncated":
         Image.effect_noise((200, 200), 50).save(path, "PNG")
         path.write_bytes(path.read_bytes()[:5000])
@@ -42,47 +42,47 @@ def broken(path, kind):
     [
         ("missing", "no such file"),
         ("empty", "cannot be read"),
-        ("text", "not a picture"),
+        ("text", "not an image"),
         ("truncated", "cannot be read"),
         ("folder", "cannot be read"),
         ("bomb", "million pixels"),
     ],
 )
-def test_a_bad_picture_says_what_is_wrong(tmp_path, kind, says):
+def test_a_bad_image_says_what_is_wrong(tmp_path, kind, says):
     path = tmp_path / "a.png"
     broken(path, kind)
-    with pytest.raises(PictureError, match=says):
-        open_picture(path)
-    assert picture_size(path) in ((0, 0), (200, 200), (30_000, 30_000))
+    with pytest.raises(ImageError, match=says):
+        open_image(path)
+    assert image_size(path) in ((0, 0), (200, 200), (30_000, 30_000))
 
 
-def test_pictures_come_out_as_people_see_them(tmp_path):
+def test_images_come_out_as_people_see_them(tmp_path):
     turned = Image.new("RGB", (20, 10), "red")
     exif = turned.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (10, 20)
+    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
 
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
     frames = [Image.new("P", (8, 8), color) for color in (0, 1)]
     frames[0].putpalette([10, 20, 30, 200, 200, 200])
     frames[1].putpalette([10, 20, 30, 200, 200, 200])
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert open_picture(tmp_path / "moving.gif").getpixel((0, 0)) == (10, 20, 30)
+    assert open_image(tmp_path / "moving.gif").getpixel((0, 0)) == (10, 20, 30)
 
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
-    assert open_picture(tmp_path / "print.jpg").mode == "RGB"
+    assert open_image(tmp_path / "print.jpg").mode == "RGB"
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_deep_grey_is_scaled_and_not_cut_to_white(tmp_path, mode):
     values = np.array([[0, 16384], [32768, 65535]])
     Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(tmp_path / "a.tif")
-    picture = open_picture(tmp_path / "a.tif")
-    assert picture.mode == "RGB"
-    assert [picture.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 64, 128, 255]
+    image = open_image(tmp_path / "a.tif")
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 64, 128, 255]
 
 
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".PNG", ".webp", ".bmp", ".tiff", ".gif"])
@@ -93,17 +93,17 @@ def test_the_trainer_sees_the_same_pixels_as_the_stages(tmp_path, suffix):
     noise.save(path)
     (sample,) = load_samples("images", "train", image_root=tmp_path)
     assert sample.question_id == path.name
-    assert data.open_picture(path).tobytes() == open_picture(path).tobytes()
+    assert data.open_image(path).tobytes() == open_image(path).tobytes()
     for mode in ("LA", "RGBA", "P", "I;16"):
         other = tmp_path / "b.png"
         Image.effect_noise((40, 30), 80).convert(mode if mode != "I;16" else "L").save(other)
         if mode == "I;16":
             Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(other)
-        assert data.open_picture(other).tobytes() == open_picture(other).tobytes()
+        assert data.open_image(other).tobytes() == open_image(other).tobytes()
 
 
 def test_the_trainer_opens_images_by_the_same_code():
-    copies = ("mpa/pictures.py", "PL/Qwen2-VL-Finetune/src/pictures.py")
+    copies = ("mpa/image_files.py", "PL/Qwen2-VL-Finetune/src/image_files.py")
     assert len({(ROOT / copy).read_bytes() for copy in copies}) == 1
 
 
@@ -131,9 +131,9 @@ def test_what_is_no_image_file_is_refused_at_once(tmp_path, kind, monkeypatch):
 
     monkeypatch.setattr("subprocess.Popen", started)  # Ghostscript
     path = special(tmp_path, kind)
-    with pytest.raises(PictureError, match="cannot be read"):
-        open_picture(path)
-    assert picture_size(path) == (0, 0)
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image(path)
+    assert image_size(path) == (0, 0)
     assert (fingerprints([path])[path] is None) == (kind != "postscript")
     with pytest.raises(data.DataError, match="cannot be read"):
         data._opened(str(path))

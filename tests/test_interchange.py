@@ -104,7 +104,7 @@ def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_p
     with pytest.raises(InputError, match="these are not the same questions"):
         evaluate.read_predictions(args, eval_file)
     (tmp_path / "val.json").write_text(json.dumps({"data": data[1:]}))
-    with pytest.raises(InputError, match="questions are in the annotation file: another data set or part"):
+    with pytest.raises(InputError, match="questions are in the annotation file: another dataset or part"):
         evaluate.read_predictions(args, eval_file)
 
 
@@ -157,14 +157,14 @@ def test_a_position_is_never_taken_for_a_questions_id(tmp_path):
 def test_the_same_question_with_another_answer_and_an_answer_to_another_question_are_refused(tmp_path):
     twins = [Sample(i, f"{i}.png", "What is the lowest bar?", [str(i)]) for i in range(3)]
     lines = lines_of(twins)
-    with pytest.raises(InputError, match="other answers in the data set than '0'"):
+    with pytest.raises(InputError, match="other answers in the dataset than '0'"):
         interchange.read_lmms_eval(tmp_path, lines, twins[::-1])
     with pytest.raises(InputError, match=r"lines 1 and 4 answer the same question, 0"):
         interchange.read_lmms_eval(tmp_path, [*lines, lines[0]], twins)
 
 
 def test_real_lines_of_okvqa_textvqa_and_stvqa_are_read(tmp_path, capsys):
-    """Their `target` is a column's name, and OK-VQA's question id is the name of a picture."""
+    """Their `target` is a column's name, and OK-VQA's question id is the name of an image."""
     samples = [
         Sample(2971475, "x.jpg", "What sport can you use this for?", ["race"] * 10, {"raw_answers": ["racing"] * 10})
     ]
@@ -274,7 +274,7 @@ def test_files_of_two_data_sets_are_not_compared(capsys):
     for names in (("samples_mmmu_val.jsonl", "x.json"), ("Eval_a_textVQA.json", "samples_chartqa.jsonl")):
         with pytest.raises(SystemExit):
             evaluate.arguments(["--compare", *names])
-    assert "the files are of several data sets: chartVQA, textVQA" in capsys.readouterr().err
+    assert "the files are of several datasets: chartVQA, textVQA" in capsys.readouterr().err
 
 
 def test_a_new_data_set_is_logged_by_its_own_name_and_headline(tmp_path, monkeypatch):

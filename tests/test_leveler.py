@@ -10,13 +10,13 @@ from pathlib import Path
 import activations
 import families
 import merge_lora
+import param_groups
 import params
-import parts
 import pytest
 import report
 import torch
 import train
-from batches import Batches, cut, pieces_within
+from batching import Batches, cut, pieces_within
 from cache import Cache
 from conftest import STUDENT
 from PIL import Image
@@ -46,7 +46,7 @@ def encoded(tmp_path, processor, record) -> dict:
     return data.encode(data.read_samples([str(tmp_path / "one.json")], str(tmp_path))[0], processor)
 
 
-def test_pictures_of_one_or_several_turns_stand_where_their_marks_are(tmp_path, processor):
+def test_images_of_one_or_several_turns_stand_where_their_marks_are(tmp_path, processor):
     write(tmp_path, 4)
     both = encoded(tmp_path, processor, conversation(["0.png", "1.png"], "<image>\n<image>\nsame?", "no"))
     apart = encoded(
@@ -60,7 +60,7 @@ def test_pictures_of_one_or_several_turns_stand_where_their_marks_are(tmp_path, 
     assert processor.tokenizer.decode(apart["labels"][apart["labels"] != data.IGNORE]) == "red<|im_end|>blue<|im_end|>"
 
 
-def test_a_sample_may_have_no_picture_and_a_system_text(tmp_path, processor):
+def test_a_sample_may_have_no_image_and_a_system_text(tmp_path, processor):
     record = conversation(None, "is red a color?", "yes")
     record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     sample = encoded(tmp_path, processor, record)
@@ -82,7 +82,7 @@ def test_files_with_shares_are_mixed_in_these_shares_and_one_is_used_whole(tmp_p
 
 def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path, capsys):
     write(tmp_path, 4)
-    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d of its pictures, .* 36\. Lower"):
+    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d of its images, .* 36\. Lower"):
         train.main(arguments(tmp_path, "--max_seq_length", "36"))
     trainer = build(tmp_path, "--max_seq_length", "36", "--on_too_long", "drop")
     assert [sample["id"] for sample in trainer.train_dataset.samples] == ["s0", "s1", "s2"]
@@ -113,7 +113,7 @@ def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, process
     assert all(same(again[i], made[i]) for i in range(6))
     monkeypatch.undo()
 
-    Image.new("RGB", (64, 64), "teal").save(samples[0]["images"][0])  # another picture at the same place
+    Image.new("RGB", (64, 64), "teal").save(samples[0]["images"][0])  # another image at the same place
     assert not torch.equal(check()[0]["pixel_values"], made[0]["pixel_values"])
     limits = params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=3136)
     other = train.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
@@ -259,7 +259,7 @@ def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, t
                 assert torch.allclose(gradient, expected[name], atol=2e-4 * expected[name].abs().max() + 1e-7), name
 
 
-def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_pictures(checkpoint, tmp_path):
+def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoint, tmp_path):
     write(tmp_path, 4)
     records = json.loads((tmp_path / "train.json").read_text())
     records += [conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two"), conversation(None, "red?", "yes")]
@@ -280,7 +280,7 @@ def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_pictures(checkpo
 
 def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    counts = parts.counts(model)
+    counts = param_groups.counts(model)
     assert all(total > 0 for total, _ in counts.values())
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
 
@@ -417,7 +417,7 @@ def test_merged_adapters_answer_as_the_adapters_do_and_the_base_is_untouched(tmp
     assert models.identity(str(out)) != models.identity(str(merged))
     assert hashlib.sha256((STUDENT / "model.safetensors").read_bytes()).hexdigest() == before
     base, after = weights(STUDENT), weights(merged)
-    moved = {parts.part_of(name, "qwen2_vl") for name in base if not torch.equal(after[name], base[name])}
+    moved = {param_groups.part_of(name, "qwen2_vl") for name in base if not torch.equal(after[name], base[name])}
     assert moved == ({"language", "vision"} if flags else {"language", "vision", "merger"})
 
 

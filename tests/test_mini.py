@@ -34,7 +34,7 @@ def test_accuracy_on_official_test_questions(model, least, most):
 
 @pytest.fixture(scope="module")
 def annotations():
-    """(question, answer, the teacher's answer to its own question, the picture's words) of 400 train pictures."""
+    """(question, answer, the teacher's answer to its own question, the image's words) of 400 train images."""
     truth = {}
     for _, answer, image in read_json(f"{EASY}/data/train/questions.json"):
         truth.setdefault(image, set()).update({answer} & (COLORS | SHAPES))
@@ -45,8 +45,8 @@ def annotations():
     rows = []
     for s in samples:
         parsed, again = parse_annotation(got[s.key]["text"]), got[s.key].get("follow_up", {}).get("text")
-        picture = int(s.image_path.rsplit("/", 1)[1].removesuffix(".png"))
-        rows.append((parsed.question, parsed.answer, again, truth[picture], parsed.reason))
+        number = int(s.image_path.rsplit("/", 1)[1].removesuffix(".png"))
+        rows.append((parsed.question, parsed.answer, again, truth[number], parsed.reason))
     return rows
 
 
@@ -59,7 +59,7 @@ def test_the_teacher_writes_varied_questions_of_all_kinds(annotations):
 
 
 def right(question: str, answer: str, words: set[str]) -> bool:
-    """Is this the answer, for a picture of these words? All questions in the teacher's language."""
+    """Is this the answer, for an image of these words? All questions in the teacher's language."""
     if question.startswith("what"):
         return answer in words & (COLORS if "color" in question else SHAPES)
     named = {word.strip("?") for word in question.split()} & (COLORS | SHAPES)
@@ -76,7 +76,7 @@ def test_asking_the_teacher_again_finds_its_wrong_annotations(annotations):
     assert sum(repeated) / len(repeated) > 0.9
 
 
-def test_make_draws_its_own_pictures_and_reads_no_data_set_but_for_the_exam():
+def test_make_draws_its_own_images_and_reads_no_data_set_but_for_the_exam():
     source = (ROOT / "data/mini/make.py").read_text()
     assert source.count("easy_vqa") == 1
     assert "get_test_image_paths, get_test_questions" in source

@@ -14,7 +14,7 @@ from conftest import STUDENT, TEACHER, script
 from fake_server import completion, text_of
 from PIL import Image
 
-from mpa import holdout, models, pictures
+from mpa import holdout, image_files, models
 from mpa.datasets import load_samples, locate
 from mpa.journal import Journal
 from mpa.records import InputError, read_json, read_records, run_folder
@@ -68,11 +68,11 @@ def test_what_is_held_out_is_decided_once_by_content_for_every_s_vlm(serve, imag
     annotate(server, images, run)
     trains = [PI.main(flags(server, images, run, "--hold-out", "0.4", svlm=svlm)) for svlm in ("small", "tiny")]
     held_out = read_json(run / "PI_big_heldout_images.json")
-    tested = {pictures.content_hash(r["image_path"]) for r in held_out}
+    tested = {image_files.content_hash(r["image_path"]) for r in held_out}
     assert 0.25 < len(tested) / 24 < 0.55
     for train in trains:
         parity = read_json(train)
-        assert parity and not tested & {pictures.content_hash(r["image"]) for r in parity}
+        assert parity and not tested & {image_files.content_hash(r["image"]) for r in parity}
     copies = [r for r in held_out if Path(r["image_path"]).name.startswith("copy")]
     assert len(copies) in (0, 6)  # copies are on one side
     before = (run / "PI_big_heldout_images.json").read_bytes()
@@ -89,11 +89,11 @@ def test_baselines_leave_out_what_is_held_out_wherever_the_images_lie_now(serve,
     images.rename(moved)
     mapped = ["--path-map", f"{images}={moved}"]
     train = PI.main(flags(server, images, run, "--hold-out", "0.4", *mapped))
-    held_out = {pictures.content_hash(r["image_path"]) for r in read_json(run / "PI_big_heldout_images.json")}
+    held_out = {image_files.content_hash(r["image_path"]) for r in read_json(run / "PI_big_heldout_images.json")}
     baselines.main(["--pa-json", str(run / "PA_big_images.json"), "--train-json", str(train), *mapped])
     everything = read_json(train.with_name(f"{train.stem}_all_pseudo.json"))
     assert len(everything) > len(read_json(train))
-    assert not held_out & {pictures.content_hash(r["image"]) for r in everything}
+    assert not held_out & {image_files.content_hash(r["image"]) for r in everything}
 
 
 def test_evaluation_refuses_a_test_set_that_was_trained_on(serve, images, tmp_path):
@@ -133,7 +133,7 @@ def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, images, tmp
     first = read_json(out)
     failed = [r for r in first if (r["left_out"] or "").startswith("server: ")]
     assert 3 < len(failed) < 25 and "failed for reasons that may pass" in capsys.readouterr().out
-    assert next(r["left_out"] for r in first if r["image_path"].endswith("05.png")).startswith("picture: ")
+    assert next(r["left_out"] for r in first if r["image_path"].endswith("05.png")).startswith("image: ")
     down[0], before = False, server.number
     second = read_json(annotate(server, images, run, "--no-fused"))
     assert server.number - before == len(failed)  # these alone
@@ -166,7 +166,7 @@ def test_answers_that_are_paid_for_are_not_asked_for_again_because_of_one_that_c
 def test_an_image_that_was_replaced_is_noticed(serve, images, tmp_path, capsys):
     server, run = serve(answers_by()), tmp_path / "run"
     record = read_json(annotate(server, images, run))[0]
-    assert record["image_hash"] == pictures.content_hash(record["image_path"])
+    assert record["image_hash"] == image_files.content_hash(record["image_path"])
     assert record["image_bytes"] == Path(record["image_path"]).stat().st_size
     Image.new("RGB", (50, 50), "green").save(record["image_path"])
     PI.main(flags(server, images, run, "--hold-out", "0"))

@@ -125,8 +125,8 @@ def proxy(server, monkeypatch):
         running.server_close()
 
 
-def requests(pictures, **more) -> list[Request]:
-    paths = sorted(pictures.rglob("*.png"))[:6]
+def requests(images, **more) -> list[Request]:
+    paths = sorted(images.rglob("*.png"))[:6]
     asked = [Request(f"q{i}", str(p), answer_prompt(QUESTIONS[i % 3]), **more) for i, p in enumerate(paths)]
     return asked + [Request(f"a{i}", str(p), TASK_PROMPTS["general"], **more) for i, p in enumerate(paths)]
 
@@ -152,8 +152,8 @@ FAULTS = [
 ]
 
 
-def test_replies_are_those_of_the_hf_engine_whatever_fails_on_the_way(pictures, proxy):
-    asked = requests(pictures, follow_up="paper")
+def test_replies_are_those_of_the_hf_engine_whatever_fails_on_the_way(images, proxy):
+    asked = requests(images, follow_up="paper")
     address, seen = proxy(FAULTS)
     got = replies(asked, address, concurrency=4)
     assert texts(got) == texts(hf_replies(asked, batch_size=4, workers=0))
@@ -161,12 +161,12 @@ def test_replies_are_those_of_the_hf_engine_whatever_fails_on_the_way(pictures, 
     assert seen.keys == {"Bearer sk-very-secret"}
 
 
-def test_one_refused_request_costs_only_itself(pictures, proxy, tmp_path):
+def test_one_refused_request_costs_only_itself(images, proxy, tmp_path):
     (tmp_path / "bad.png").write_text("x")
     asked = [
-        *requests(pictures)[:4],
+        *requests(images)[:4],
         Request("bad", str(tmp_path / "bad.png"), "q"),
-        Request("no", asked_path(pictures), "NO"),
+        Request("no", asked_path(images), "NO"),
     ]
 
     def refuse(body):
@@ -175,13 +175,13 @@ def test_one_refused_request_costs_only_itself(pictures, proxy, tmp_path):
 
     address, _ = proxy([refuse] * 20)
     got = replies(asked, address, concurrency=1)
-    assert got["bad"]["error"].startswith("picture: cannot be read")
+    assert got["bad"]["error"].startswith("image: cannot be read")
     assert got["no"] == {"key": "no", "error": "server: 400: against the policy", "permanent": True}
     assert all(got[r.key]["text"] for r in asked[:4])
 
 
-def asked_path(pictures) -> str:
-    return str(next(pictures.glob("*.png")))
+def asked_path(images) -> str:
+    return str(next(images.glob("*.png")))
 
 
 @pytest.mark.parametrize(
@@ -193,32 +193,32 @@ def asked_path(pictures) -> str:
         ((400, {"message": "unknown field"}, {}), "refuses every request: 400: unknown field"),
     ],
 )
-def test_what_concerns_every_request_ends_the_run_and_keeps_the_key_to_itself(pictures, proxy, fault, says):
+def test_what_concerns_every_request_ends_the_run_and_keeps_the_key_to_itself(images, proxy, fault, says):
     address, _ = proxy([fault] * 99)
     with pytest.raises(InputError) as error:
-        replies(requests(pictures), address, concurrency=2)
+        replies(requests(images), address, concurrency=2)
     assert says in str(error.value)
     assert "secret" not in str(error.value)
 
 
-def test_a_server_that_is_not_there_ends_the_run_after_a_while(pictures, monkeypatch):
+def test_a_server_that_is_not_there_ends_the_run_after_a_while(images, monkeypatch):
     monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.05)
     with pytest.raises(InputError, match="keeps failing: APIConnectionError"):
-        replies(requests(pictures)[:1], f"http://127.0.0.1:{free_port()}/v1")
+        replies(requests(images)[:1], f"http://127.0.0.1:{free_port()}/v1")
 
 
-def test_a_server_without_log_probabilities_is_asked_without(pictures, proxy):
+def test_a_server_without_log_probabilities_is_asked_without(images, proxy):
     def refuse(body):
         return (400, {"message": "logprobs are not supported"}, {}) if "logprobs" in body else None
 
     address, _ = proxy([refuse] * 99)
-    got = replies(requests(pictures)[:3], address, concurrency=1)
+    got = replies(requests(images)[:3], address, concurrency=1)
     assert [reply["logprob"] for reply in got.values()] == [None] * 3
 
 
-def test_the_account_adds_up_and_no_more_is_spent_than_allowed(pictures, proxy, tmp_path):
+def test_the_account_adds_up_and_no_more_is_spent_than_allowed(images, proxy, tmp_path):
     address, _ = proxy()
-    asked = [replace(r, key=f"{r.key} {i}") for i in range(8) for r in requests(pictures, max_new_tokens=16)[:6]]
+    asked = [replace(r, key=f"{r.key} {i}") for i in range(8) for r in requests(images, max_new_tokens=16)[:6]]
     prices = {"price_in": 10.0, "price_out": 1000.0, "ledger": tmp_path / "whole.json"}
     with open_engine("openai", model_path=MODEL, base_url=address, **prices) as engine:
         got = [reply for batch in engine.generate(asked) for reply in batch]
@@ -250,12 +250,12 @@ def test_what_is_missing_is_said_before_anything_is_sent(monkeypatch):
         open_engine("openai", model_path="gpt-4o", base_url="http://x", max_cost=1.0)
 
 
-def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(pictures, proxy, tmp_path):
+def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, proxy, tmp_path):
     """The L-VLM behind a server, the S-VLM here; stopped by the budget and gone on with."""
     student = tmp_path / "student"
     shutil.copytree(TEACHER.parent / "student", student)
     address, _ = proxy()
-    data = ["--dataset", "images", "--image-root", pictures, *MINI, "--run", f"{tmp_path}/run", "--tries", "0"]
+    data = ["--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run", "--tries", "0"]
     server = ["--engine", "openai", "--base-url", address, "--price-in", "10", "--price-out", "10"]
     pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
     poor = script(*pa, "--max-cost", "0.005")

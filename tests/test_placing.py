@@ -38,10 +38,10 @@ def copy_of_textvqa(
     """As facebook/textvqa's builder writes it: the test part has ten empty answers a question."""
     for number, name in enumerate(parts):
         rows = []
-        for i, (picture, asked) in zip(range(5), drawings("train"), strict=False):
+        for i, (image, asked) in zip(range(5), drawings("train"), strict=False):
             answers = list(unlabelled) if name == "test" else [asked[0][1]] * 10
             ids = {"question_id": 100 * number + i, "image_id": f"{name}{i}"}
-            rows.append(ids | {"question": asked[0][0], "answers": answers, "image": (not i and first) or picture})
+            rows.append(ids | {"question": asked[0][0], "answers": answers, "image": (not i and first) or image})
         parquet(root / f"data/{name}-00000-of-00001.parquet", rows)
 
 
@@ -62,8 +62,8 @@ def test_a_copys_test_part_without_answers_is_left_out_of_ours_and_counted(tmp_p
 
 
 def test_a_copy_of_okvqa_with_empty_answers_in_its_annotations(tmp_path, capsys):
-    picture, asked = next(drawings("train"))
-    row = {"question": asked[0][0], "image": picture}
+    image, asked = next(drawings("train"))
+    row = {"question": asked[0][0], "image": image}
     answered, blank = ([{"answer": word, "raw_answer": word} for _ in range(10)] for word in ("race", ""))
     rows = [{**row, "question_id": 15, "answers": answered}, {**row, "question_id": 25, "answers": blank}]
     parquet(tmp_path / "hf/data/val2014-0.parquet", rows)
@@ -74,8 +74,8 @@ def test_a_copy_of_okvqa_with_empty_answers_in_its_annotations(tmp_path, capsys)
 
 def test_a_copy_of_chartqa_whose_first_answer_is_blank(tmp_path, capsys):
     rows = [
-        {"query": asked[0][0], "label": ["" if i == 1 else "5", "6"], "image": picture}
-        for i, (picture, asked) in zip(range(3), drawings("train"), strict=False)
+        {"query": asked[0][0], "label": ["" if i == 1 else "5", "6"], "image": image}
+        for i, (image, asked) in zip(range(3), drawings("train"), strict=False)
     ]
     parquet(tmp_path / "hf/data/test-0.parquet", rows)
     from_copy("chartVQA", tmp_path / "hf", tmp_path / "data")
@@ -132,11 +132,11 @@ def test_a_test_file_with_blank_answers_is_refused_with_their_count(tmp_path):
     ]
     write(tmp_path / "a.json", {"data": data})
     with pytest.raises(InputError, match="record 0: no answers to score against, nor have 2 others of 6"):
-        load_samples("textVQA", "test", tmp_path / "a.json", tmp_path, pictures=False)
+        load_samples("textVQA", "test", tmp_path / "a.json", tmp_path, images=False)
     for odd in ([True], [float("nan")], [None]):
         write(tmp_path / "a.json", {"data": [{**data[0], "answers": odd}]})
         with pytest.raises(InputError, match="should be a list of text"):
-            load_samples("textVQA", "train", tmp_path / "a.json", tmp_path, pictures=False)
+            load_samples("textVQA", "train", tmp_path / "a.json", tmp_path, images=False)
 
 
 # --- the user's download stays as it is
@@ -183,63 +183,63 @@ def test_nothing_is_written_through_a_link_in_the_data_folder(tmp_path, place):
     assert len(listing(tmp_path / "disk/STVQA/train/data")) == N + N // 3
 
 
-# --- only pictures, only from below the source
+# --- only images, only from below the source
 
 
-def with_first_picture(tmp_path) -> Path:
-    """The first of a plain download's pictures, in a folder from which not all can be linked at once."""
+def with_first_image(tmp_path) -> Path:
+    """The first of a plain download's images, in a folder from which not all can be linked at once."""
     stvqa(tmp_path / "a")
     return min((tmp_path / "a/train/coco-text").iterdir())
 
 
 def refused(tmp_path, capsys, why: str, n: int = 1) -> None:
-    """Prepare places all but `n` pictures and says why."""
-    with pytest.raises(SystemExit, match=f"{n} pictures are not below"):
+    """Prepare places all but `n` images and says why."""
+    with pytest.raises(SystemExit, match=f"{n} images are not below"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert why in capsys.readouterr().err
     assert len(listing(tmp_path / "data/STVQA/train/data")) == N + N // 3 - n
 
 
-@pytest.mark.parametrize("target", ["text", "picture"])
+@pytest.mark.parametrize("target", ["text", "image"])
 def test_a_link_to_a_file_outside_the_download_is_not_followed(tmp_path, capsys, target):
-    picture = with_first_picture(tmp_path)
+    image = with_first_image(tmp_path)
     private = Path("/etc/passwd")
-    if target == "picture":
+    if target == "image":
         private = tmp_path / "private.png"
         Image.new("RGB", (64, 64)).save(private)
-    picture.unlink()
-    picture.symlink_to(private)
-    refused(tmp_path, capsys, f"1 not taken: a link that leads out of the download; the first is {picture}")
+    image.unlink()
+    image.symlink_to(private)
+    refused(tmp_path, capsys, f"1 not taken: a link that leads out of the download; the first is {image}")
     assert private.stat().st_nlink == 1
 
 
-def test_a_file_that_is_no_picture_is_not_placed(tmp_path, capsys):
-    picture = with_first_picture(tmp_path)
+def test_a_file_that_is_no_image_is_not_placed(tmp_path, capsys):
+    image = with_first_image(tmp_path)
     (tmp_path / "a/train/other").mkdir()
-    picture.write_text("root:x:0:0:root:/root:/bin/bash\n")
-    os.link(picture, tmp_path / "hard")
+    image.write_text("root:x:0:0:root:/root:/bin/bash\n")
+    os.link(image, tmp_path / "hard")
     moved = min((tmp_path / "a/train/iiit_text").iterdir())  # so that no folder holds all
     zipped_one(tmp_path / "a/one.zip", {f"iiit_text/{moved.name}": moved.read_bytes()})
     moved.unlink()
-    refused(tmp_path, capsys, "1 not taken: cannot be read (not a picture")
+    refused(tmp_path, capsys, "1 not taken: cannot be read (not an image")
     assert not list((tmp_path / "data").rglob(".*"))
 
 
 def test_a_link_inside_the_download_is_taken(tmp_path):
-    picture = with_first_picture(tmp_path)
+    image = with_first_image(tmp_path)
     (tmp_path / "a/store").mkdir()
-    shutil.move(picture, tmp_path / "a/store/1")
-    picture.symlink_to("../../store/1")
+    shutil.move(image, tmp_path / "a/store/1")
+    image.symlink_to("../../store/1")
     prepared_from(tmp_path / "a", "stVQA", tmp_path)
-    placed = tmp_path / "data/STVQA/train/data/coco-text" / picture.name
+    placed = tmp_path / "data/STVQA/train/data/coco-text" / image.name
     assert placed.samefile(tmp_path / "a/store/1")
     assert not placed.is_symlink()
 
 
 def test_pipes_and_folders_that_cannot_be_looked_into_do_not_hold_it_up(tmp_path):
-    picture = with_first_picture(tmp_path)
-    picture.unlink()
-    os.mkfifo(picture)
+    image = with_first_image(tmp_path)
+    image.unlink()
+    os.mkfifo(image)
     deep = f"cd {tmp_path}/a && for i in $(seq 30); do mkdir {'d' * 200} && cd {'d' * 200} || exit; done"
     subprocess.run(["bash", "-c", deep], check=True)
     command = [
@@ -255,8 +255,8 @@ def test_pipes_and_folders_that_cannot_be_looked_into_do_not_hold_it_up(tmp_path
     subprocess.run(["bash", "-c", f"rm -rf {tmp_path}/a/d*"], check=True)
     assert done.returncode == 1
     assert "cannot be looked into (File name too long)" in done.stderr
-    assert "1 pictures are not below" in done.stderr
-    assert str(picture) in done.stderr.split("that were not opened: ")[1]
+    assert "1 images are not below" in done.stderr
+    assert str(image) in done.stderr.split("that were not opened: ")[1]
     os.mkfifo(tmp_path / "a/TextVQA_0.5.1_val.json")
     with pytest.raises(InputError, match="nothing of textVQA in it"):
         prepared_from(tmp_path / "a", "textVQA", tmp_path)
@@ -296,16 +296,16 @@ def patched(archive: Path, flag: int = 0, method: int | None = None) -> None:
         ("corrupt", "cannot be unpacked"),
         ("encrypted", "cannot be unpacked (File 'coco-text/img_000000.jpg' is encrypted"),
         ("deflate64", "cannot be unpacked (That compression method is not supported"),
-        ("text", "cannot be read (not a picture"),
+        ("text", "cannot be read (not an image"),
         ("cut", "cannot be read"),
     ],
 )
 def test_a_member_that_cannot_be_unpacked_is_counted_and_the_others_are_placed(tmp_path, capsys, broken, why):
-    picture = with_first_picture(tmp_path)
-    content, archive = picture.read_bytes(), tmp_path / "a/one.zip"
+    image = with_first_image(tmp_path)
+    content, archive = image.read_bytes(), tmp_path / "a/one.zip"
     content = {"text": b"root:x:0:0", "cut": content[:100]}.get(broken, content)
-    zipped_one(archive, {f"coco-text/{picture.name}": content}, compression=zipfile.ZIP_DEFLATED)
-    picture.unlink()
+    zipped_one(archive, {f"coco-text/{image.name}": content}, compression=zipfile.ZIP_DEFLATED)
+    image.unlink()
     if broken == "corrupt":
         packed = bytearray(archive.read_bytes())
         packed[60:90] = bytes(30)
@@ -339,24 +339,24 @@ def test_an_annotation_file_that_no_parser_takes_is_named(tmp_path, content):
 
 
 def test_members_with_paths_that_lead_out_stay_below_the_image_root(tmp_path):
-    picture = with_first_picture(tmp_path)
-    for name in (f"../../../coco-text/{picture.name}", f"/coco-text/{picture.name}", f"C:/x/coco-text/{picture.name}"):
+    image = with_first_image(tmp_path)
+    for name in (f"../../../coco-text/{image.name}", f"/coco-text/{image.name}", f"C:/x/coco-text/{image.name}"):
         before = listing(tmp_path).keys()
-        zipped_one(tmp_path / "a/one.zip", {name: picture.read_bytes()})
-        picture.rename(tmp_path / "kept")
+        zipped_one(tmp_path / "a/one.zip", {name: image.read_bytes()})
+        image.rename(tmp_path / "kept")
         folder = prepared_from(tmp_path / "a", "stVQA", tmp_path)
-        assert (folder / "train/data/coco-text" / picture.name).exists()
-        (tmp_path / "kept").rename(picture)
+        assert (folder / "train/data/coco-text" / image.name).exists()
+        (tmp_path / "kept").rename(image)
         shutil.rmtree(tmp_path / "data")
         assert listing(tmp_path).keys() - before <= {"a/one.zip"}
         assert not list(tmp_path.parent.glob("*/coco-text"))
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
-    picture = with_first_picture(tmp_path)
-    zeros = picture.read_bytes() + bytes(2**27)
-    zipped_one(tmp_path / "a/one.zip", {f"coco-text/{picture.name}": zeros}, compression=zipfile.ZIP_DEFLATED)
-    picture.unlink()
+    image = with_first_image(tmp_path)
+    zeros = image.read_bytes() + bytes(2**27)
+    zipped_one(tmp_path / "a/one.zip", {f"coco-text/{image.name}": zeros}, compression=zipfile.ZIP_DEFLATED)
+    image.unlink()
     with pytest.raises(InputError, match=r"one\.zip: 0\.1 MB that become 134 MB when unpacked"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert not (tmp_path / "data").exists()
@@ -371,18 +371,18 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     textvqa(tmp_path / "a")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(InputError, match=r"the pictures take 0\.0 GB, and 0\.0 GB are free there"):
+    with pytest.raises(InputError, match=r"the images take 0\.0 GB, and 0\.0 GB are free there"):
         prepared_from(tmp_path / "a", "textVQA", tmp_path)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_copys_rows_that_are_no_pictures_are_counted_and_a_broken_file_is_named(tmp_path, capsys):
+def test_a_copys_rows_that_are_no_images_are_counted_and_a_broken_file_is_named(tmp_path, capsys):
     copy_of_textvqa(tmp_path / "hf", ("validation",), first=b"root:x:0:0:root:/root:/bin/bash")
     file = next((tmp_path / "hf").rglob("*.parquet"))
     whole = file.read_bytes()
-    with pytest.raises(SystemExit, match="1 pictures are not below"):
+    with pytest.raises(SystemExit, match="1 images are not below"):
         from_copy("textVQA", tmp_path / "hf", tmp_path / "data")
-    assert f"1 not taken: cannot be read (not a picture, or in an unknown format); the first is {file}, row 0" in (
+    assert f"1 not taken: cannot be read (not an image, or in an unknown format); the first is {file}, row 0" in (
         capsys.readouterr().err
     )
     for broken in (whole[: len(whole) // 2], whole[:4] + bytes(4000) + whole[4004:]):

@@ -55,7 +55,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """{data set: data folder}, each prepared from its download in miniature."""
+    """{dataset: data folder}, each prepared from its download in miniature."""
     folders = {}
     for name, layout in LAYOUTS.items():
         source = tmp_path_factory.mktemp(f"{name}-download")
@@ -75,7 +75,7 @@ def samples_of(prepared, name, split):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_released_file_names_come_out_and_read_back_with_their_pictures(prepared, name):
+def test_the_released_file_names_come_out_and_read_back_with_their_images(prepared, name):
     assert sorted(p.name for p in folder_of(prepared, name).glob("*.json")) == FILES[name]
     train, test = samples_of(prepared, name, "train"), samples_of(prepared, name, "test")
     assert len({s.image_path for s in train}) in (N, int(0.85 * (N + N // 3)))
@@ -109,7 +109,7 @@ def test_okvqa_keeps_the_stemmed_answers_and_the_raw_ones_beside(prepared):
     assert [len(r["qas"]) for r in train] == [2] + [1] * (N - 1)
 
 
-def test_chartqa_says_who_asked_and_keeps_the_parts_pictures_apart(prepared):
+def test_chartqa_says_who_asked_and_keeps_the_parts_images_apart(prepared):
     test = samples_of(prepared, "chartVQA", "test")
     assert {s.more["type"] for s in test} == {"human", "augmented"}
     train = samples_of(prepared, "chartVQA", "train")
@@ -145,14 +145,14 @@ def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
 
 
 def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):
-    """As lmms-lab and HuggingFaceM4 publish them: shards by split, the pictures inside, columns of their own."""
+    """As lmms-lab and HuggingFaceM4 publish them: shards by split, the images inside, columns of their own."""
     source = tmp_path / "hf"
     rows = {"train": [], "validation": []}
     for part, name in (("train", "train"), ("test", "validation")):
-        for (picture, asked), _ in zip(drawings(part), range(6), strict=False):
+        for (image, asked), _ in zip(drawings(part), range(6), strict=False):
             for question, answer in asked[:2]:
-                ids = {"question_id": len(rows[name]), "image_id": hashlib.md5(picture).hexdigest()[:16]}
-                rows[name].append(ids | {"question": question, "answers": [answer] * 10, "image": picture})
+                ids = {"question_id": len(rows[name]), "image_id": hashlib.md5(image).hexdigest()[:16]}
+                rows[name].append(ids | {"question": question, "answers": [answer] * 10, "image": image})
         parquet(source / f"textvqa/data/{name}-00000-of-00001.parquet", rows[name])
     prepare.main(
         ["textVQA", "--source", str(source / "textvqa"), "--source-format", "hf", "--data", str(tmp_path / "t")]
@@ -201,34 +201,34 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
     prepare.main(["chartVQA", "--source", str(tmp_path), *arguments])
     prepare.main(["check", "chartVQA", *arguments])
     said = capsys.readouterr().out
-    assert f"{N} questions about {N} pictures" in said
-    assert "visual tokens of Qwen2-VL 144 to 144 a picture" in said
+    assert f"{N} questions about {N} images" in said
+    assert "visual tokens of Qwen2-VL 144 to 144 an image" in said
     assert "All is well." in said
-    pictures = tmp_path / "ChartQA Dataset/test/png"
-    (pictures / "1.png").unlink()
-    (pictures / "2.png").write_bytes(b"")
-    Image.new("RGB", (2, 900)).save(pictures / "3.png")
-    shutil.copy(pictures / "4.png", pictures / "5.png")
+    images = tmp_path / "ChartQA Dataset/test/png"
+    (images / "1.png").unlink()
+    (images / "2.png").write_bytes(b"")
+    Image.new("RGB", (2, 900)).save(images / "3.png")
+    shutil.copy(images / "4.png", images / "5.png")
     with pytest.raises(SystemExit) as ended:
         prepare.main(["check", "chartVQA", *arguments])
     said = capsys.readouterr().out
     assert "6 samples would be lost and 0 files are missing" in str(ended.value)
     for words in (
         "1.png: no such file",
-        "2.png: cannot be read (not a picture",
+        "2.png: cannot be read (not an image",
         "3.png: the processor refuses it",
         "copies of others",
     ):
         assert words in said
 
 
-def test_a_folder_of_ones_own_pictures_is_checked(pictures, capsys):
-    prepare.main(["check", "images", "--image-root", str(pictures)])
-    assert "12 questions about 12 pictures" in capsys.readouterr().out
+def test_a_folder_of_ones_own_images_is_checked(images, capsys):
+    prepare.main(["check", "images", "--image-root", str(images)])
+    assert "12 questions about 12 images" in capsys.readouterr().out
 
 
-def test_one_question_a_picture_and_splits_by_picture_have_the_released_counts():
-    """On the released annotation files themselves. Which pictures fall on which side is theirs alone: no seed is published."""
+def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
+    """On the released annotation files themselves. Which images fall on which side is theirs alone: no seed is published."""
     if not REFERENCE.is_dir():
         pytest.skip("the released annotation files are not here")
     records = [
@@ -247,7 +247,7 @@ def test_one_question_a_picture_and_splits_by_picture_have_the_released_counts()
         file = Path(getattr(DATASETS[name], split).annotations).name
         expected = layouts.PREPARATIONS[name].expected[file]
         reference = REFERENCE / (file if name == "okVQA" else f"chartqa_{file}")
-        samples = load_samples(name, split, reference, "/", pictures=False)
+        samples = load_samples(name, split, reference, "/", images=False)
         assert prepare.count(samples) == expected
 
 
@@ -287,7 +287,7 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         assert len(list(folder.glob("lmms-eval/*/samples_*.jsonl"))) == 3
 
 
-def test_pictures_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):
+def test_images_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):
     """One folder plain, one in an archive, one elsewhere behind a link."""
     source = tmp_path / "süß and odd"
     stvqa(source)
@@ -319,7 +319,7 @@ def test_a_download_that_has_moved_or_lies_in_the_data_folder_itself_is_taken(tm
     prepare.main(["check", "textVQA", "--data", str(tmp_path / "data")])
 
 
-def test_a_picture_that_was_cut_off_is_unpacked_again(tmp_path):
+def test_per_image_that_was_cut_off_is_unpacked_again(tmp_path):
     textvqa(tmp_path / "a")
     folder = prepared_from(tmp_path / "a", "textVQA", tmp_path)
     cut = next((folder / "train_images").iterdir())
@@ -329,12 +329,12 @@ def test_a_picture_that_was_cut_off_is_unpacked_again(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../../../secret.jpg", "/etc/secret.jpg", "a/../../../b.jpg"])
-def test_a_picture_outside_the_image_root_is_refused_before_anything_is_written(tmp_path, path):
+def test_per_image_outside_the_image_root_is_refused_before_anything_is_written(tmp_path, path):
     stvqa(tmp_path / "a")
     document = read_json(tmp_path / "a/train_task_1.json")
     document["data"][5]["file_path"] = path
     write(tmp_path / "a/train_task_1.json", document)
-    with pytest.raises(InputError, match=r"record 5: picture .* lies outside the image root"):
+    with pytest.raises(InputError, match=r"record 5: image .* lies outside the image root"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert not (tmp_path / "data").exists()
 
@@ -369,11 +369,11 @@ def test_a_part_of_which_half_is_missing_is_named(tmp_path):
         prepared_from(tmp_path / "a", "chartVQA", tmp_path)
 
 
-def test_missing_pictures_end_in_an_error_with_the_files_written_and_archives_named(tmp_path):
+def test_missing_images_end_in_an_error_with_the_files_written_and_archives_named(tmp_path):
     stvqa(tmp_path / "a")
     shutil.rmtree(tmp_path / "a/train")
-    (tmp_path / "a/pictures.tar.gz").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"32 pictures are not below .* not opened: .*pictures.tar.gz"):
+    (tmp_path / "a/images.tar.gz").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"32 images are not below .* not opened: .*images.tar.gz"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert len(list((tmp_path / "data/STVQA").glob("*.json"))) == 4
 
@@ -396,8 +396,8 @@ def test_check_looks_at_every_file_that_was_written(tmp_path, capsys):
 
 
 def test_rows_of_other_shapes_are_read_or_named(tmp_path, capsys):
-    picture, asked = next(drawings("train"))
-    row = {"question_id": 15, "question": asked[0][0], "image": picture}
+    image, asked = next(drawings("train"))
+    row = {"question_id": 15, "question": asked[0][0], "image": image}
     answers = [{"answer": "race", "raw_answer": "racing", "answer_id": i} for i in range(10)]
     parquet(tmp_path / "a/default/val2014/0000.parquet", [{**row, "answers": answers}])
     arguments = ["okVQA", "--source-format", "hf", "--data", str(tmp_path / "data"), "--source"]
@@ -410,7 +410,7 @@ def test_rows_of_other_shapes_are_read_or_named(tmp_path, capsys):
         prepare.main([*arguments, str(tmp_path / "b")])
     assert "1 questions of the test part have no answers" in capsys.readouterr().out
     parquet(tmp_path / "c/data/val-0.parquet", [{**row, "answers": ["x"], "image": None}])
-    with pytest.raises(InputError, match="row 0: no picture in it"):
+    with pytest.raises(InputError, match="row 0: no image in it"):
         prepare.main([*arguments, str(tmp_path / "c")])
     parquet(tmp_path / "d/data/0.parquet", [{**row, "answers": ["x"]}])
     with pytest.raises(InputError, match="named after a split"):

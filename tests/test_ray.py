@@ -36,10 +36,10 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def asked(pictures, tmp_path_factory) -> list[Request]:
+def asked(images, tmp_path_factory) -> list[Request]:
     """Greedy and sampled annotations with follow-ups, questions, a file name that is no Unicode, and none at all."""
     odd = os.fsdecode(os.fsencode(tmp_path_factory.mktemp("odd")) + b"/\xe9.png")
-    paths = [*map(str, sorted(pictures.rglob("*.png"))), odd, "/none.png"]
+    paths = [*map(str, sorted(images.rglob("*.png"))), odd, "/none.png"]
     shutil.copy(paths[0], odd)
     task, question = TASK_PROMPTS["general"], answer_prompt("what color is the shape?")
     greedy = [Request(f"{p}#0", p, task, stop="annotation", follow_up="paper") for p in paths]
@@ -176,7 +176,7 @@ def test_pa_killed_and_called_again_writes_the_bytes_that_hf_writes(tmp_path):
     again = start(tmp_path / "ray")
     said, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert "40 of 40 pictures annotated" in said
+    assert "40 of 40 images annotated" in said
     assert not errors
     name = "PA_teacher_easyVQA.json"
     ours, theirs = (json.loads((tmp_path / engine / name).read_text()) for engine in ("ray", "hf"))

@@ -19,8 +19,8 @@ from mpa.prompts import TASK_PROMPTS
 from mpa.records import InputError, read_json
 
 
-def asked(pictures, n=40, prompt=TASK_PROMPTS["general"], **more) -> list[Request]:
-    paths = sorted(pictures.rglob("*.png"))
+def asked(images, n=40, prompt=TASK_PROMPTS["general"], **more) -> list[Request]:
+    paths = sorted(images.rglob("*.png"))
     return [Request(f"q{i}", str(paths[i % len(paths)]), prompt, max_new_tokens=128, **more) for i in range(n)]
 
 
@@ -40,19 +40,19 @@ def collect(server, requests, **settings) -> tuple[dict, InputError | None, dict
 
 @pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize("usage", [USAGE, None, {}], ids=["usage", "none", "empty"])
-def test_the_budget_of_a_run_is_never_exceeded(pictures, serve, tmp_path, concurrency, usage):
+def test_the_budget_of_a_run_is_never_exceeded(images, serve, tmp_path, concurrency, usage):
     def rule(body, _):
         return 200, completion(ANNOTATION if "Question:" in text_of(body) else "red", usage=usage)
 
     server, most = serve(rule, pause=0.01), 0.05
     prices = {"price_in": 1.0, "price_out": 10.0, "max_cost": most, "ledger": tmp_path / "spending.json"}
-    found, failure, _ = collect(server, asked(pictures, follow_up="paper"), concurrency=concurrency, **prices)
+    found, failure, _ = collect(server, asked(images, follow_up="paper"), concurrency=concurrency, **prices)
     assert "--max-cost 0.05 is all but spent" in str(failure)
     assert server.billed >= 10 and len(found) >= 5
     assert server.billed * (1000 * 1 + 100 * 10) / 1e6 <= most  # each reply costs 0.002
     before = server.billed
     collect(
-        server, asked(pictures, follow_up="paper"), concurrency=concurrency, **prices
+        server, asked(images, follow_up="paper"), concurrency=concurrency, **prices
     )  # another call, the same budget
     assert server.billed == before
     assert all(reply["text"] == ANNOTATION for reply in found.values())
@@ -87,19 +87,19 @@ def test_a_damaged_account_is_named(tmp_path, content):
     ],
 )
 @pytest.mark.parametrize("concurrency", [1, 16])
-def test_a_follow_up_that_fails_leaves_the_annotation(pictures, serve, status, error, concurrency):
+def test_a_follow_up_that_fails_leaves_the_annotation(images, serve, status, error, concurrency):
     def rule(body, _):
         return annotate_or_answer(body) if "Question:" in text_of(body) else (status, {"error": error})
 
     server = serve(rule)
-    found, failure, _ = collect(server, asked(pictures, 12, follow_up="paper"), concurrency=concurrency)
+    found, failure, _ = collect(server, asked(images, 12, follow_up="paper"), concurrency=concurrency)
     assert len(found) == server.billed  # nothing that was paid is lost
     assert all(reply["text"] == ANNOTATION for reply in found.values())
     assert (failure is not None) == (status == 429) and (failure or len(found) == 12)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_under_way_at_a_signal_is_awaited_and_kept(pictures, serve, tmp_path, number):
+def test_what_is_under_way_at_a_signal_is_awaited_and_kept(images, serve, tmp_path, number):
     server = serve(annotate_or_answer, pause=0.5)
     run = tmp_path / "run"
     command = [
@@ -108,7 +108,7 @@ def test_what_is_under_way_at_a_signal_is_awaited_and_kept(pictures, serve, tmp_
         "--dataset",
         "images",
         "--image-root",
-        pictures,
+        images,
         "--run",
         f"{run}/",
     ]
@@ -140,7 +140,7 @@ def test_what_is_under_way_at_a_signal_is_awaited_and_kept(pictures, serve, tmp_
 # --- rate limits -----------------------------------------------------------------------------------
 
 
-def test_no_request_is_lost_to_a_rate_limit(pictures, serve):
+def test_no_request_is_lost_to_a_rate_limit(images, serve):
     """36 replies in each window of 3 seconds."""
     windows = Counter()
 
@@ -155,7 +155,7 @@ def test_no_request_is_lost_to_a_rate_limit(pictures, serve):
             )
         return annotate_or_answer(body)
 
-    found, failure, _ = collect(serve(rule), asked(pictures, 80), concurrency=16)
+    found, failure, _ = collect(serve(rule), asked(images, 80), concurrency=16)
     assert failure is None and sum("text" in reply for reply in found.values()) == 80
 
 
@@ -192,17 +192,17 @@ def test_a_retry_after_never_switches_the_pause_off(value, seconds):
         (403, {"message": "Your account has been deactivated", "code": "account_deactivated"}),
     ],
 )
-def test_a_failure_of_the_account_ends_the_run_with_everything_kept(pictures, serve, status, error):
+def test_a_failure_of_the_account_ends_the_run_with_everything_kept(images, serve, status, error):
     def rule(body, number):
         return annotate_or_answer(body) if number <= 5 else (status, {"error": error})
 
     server = serve(rule)
-    found, failure, _ = collect(server, asked(pictures, 20), concurrency=4)
+    found, failure, _ = collect(server, asked(images, 20), concurrency=4)
     assert str(status) in str(failure) and "secret" not in str(failure)
     assert len(found) == server.billed == 5 and all("text" in reply for reply in found.values())
 
 
-def test_one_flagged_image_costs_itself_alone(pictures, serve):
+def test_one_flagged_image_costs_itself_alone(images, serve):
     def rule(body, number):
         flagged = text_of(body) == "BAD"
         return (
@@ -211,7 +211,7 @@ def test_one_flagged_image_costs_itself_alone(pictures, serve):
             else annotate_or_answer(body)
         )
 
-    requests = [*asked(pictures, 1, prompt="BAD"), *[r for r in asked(pictures, 8)][1:]]
+    requests = [*asked(images, 1, prompt="BAD"), *[r for r in asked(images, 8)][1:]]
     found, failure, _ = collect(serve(rule), requests, concurrency=1)
     assert failure is None and len(found) == 8
     assert found["q0"]["permanent"] and "flagged" in found["q0"]["error"]
@@ -224,7 +224,7 @@ def test_one_flagged_image_costs_itself_alone(pictures, serve):
 @pytest.mark.parametrize("name", ["temperature", "top_p", "seed", "logprobs", "max_completion_tokens"])
 @pytest.mark.parametrize("concurrency", [1, 16])
 def test_a_parameter_that_the_model_does_not_take_is_left_out_or_renamed_once(
-    pictures, serve, status, name, concurrency, capsys
+    images, serve, status, name, concurrency, capsys
 ):
     def rule(body, _):
         if name in body:
@@ -237,7 +237,7 @@ def test_a_parameter_that_the_model_does_not_take_is_left_out_or_renamed_once(
         return annotate_or_answer(body)
 
     server = serve(rule)
-    found, failure, facts = collect(server, asked(pictures, 20, temperature=0.7, top_p=0.9), concurrency=concurrency)
+    found, failure, facts = collect(server, asked(images, 20, temperature=0.7, top_p=0.9), concurrency=concurrency)
     assert failure is None and len(found) == 20 and all("text" in reply for reply in found.values())
     assert facts["dropped_parameters"] == {name: "max_tokens" if name == "max_completion_tokens" else ""}
     assert capsys.readouterr().err.count(f"does not take {name}") == 1
@@ -269,8 +269,8 @@ def with_message(**message) -> dict:
         (completion() | {"choices": [completion()["choices"][0] | {"finish_reason": None}]}, "red"),
     ],
 )
-def test_a_reply_of_an_odd_shape_is_read(pictures, serve, document, text):
-    found, failure, _ = collect(serve(lambda *_: (200, document)), asked(pictures, 1, prompt="q"))
+def test_a_reply_of_an_odd_shape_is_read(images, serve, document, text):
+    found, failure, _ = collect(serve(lambda *_: (200, document)), asked(images, 1, prompt="q"))
     assert failure is None and found["q0"]["text"] == text and found["q0"]["finish_reason"] == "stop"
     json.dumps(found).encode()
 
@@ -284,24 +284,24 @@ def test_a_reply_of_an_odd_shape_is_read(pictures, serve, document, text):
     ],
     ids=str,
 )
-def test_what_is_no_reply_is_asked_again(pictures, serve, document, monkeypatch):
+def test_what_is_no_reply_is_asked_again(images, serve, document, monkeypatch):
     monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.01)
 
     def rule(body, number):
         return (200, document) if number <= 2 else annotate_or_answer(body)
 
-    found, failure, _ = collect(serve(rule), asked(pictures, 1, prompt="q"))
+    found, failure, _ = collect(serve(rule), asked(images, 1, prompt="q"))
     assert failure is None and found["q0"]["text"] == "red"
 
 
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
-def test_why_a_reply_ended_is_told(pictures, serve, reason):
+def test_why_a_reply_ended_is_told(images, serve, reason):
     document = completion() | {"choices": [completion("Grand Central Sta")["choices"][0] | {"finish_reason": reason}]}
-    found, _, _ = collect(serve(lambda *_: (200, document)), asked(pictures, 1))
+    found, _, _ = collect(serve(lambda *_: (200, document)), asked(images, 1))
     assert found["q0"]["finish_reason"] == reason
 
 
-def test_a_reply_that_was_cut_is_no_annotation(pictures, serve, tmp_path):
+def test_a_reply_that_was_cut_is_no_annotation(images, serve, tmp_path):
     cut = completion() | {
         "choices": [
             completion("Question: where?\nAnswer: Grand Central Sta")["choices"][0] | {"finish_reason": "length"}
@@ -312,7 +312,7 @@ def test_a_reply_that_was_cut_is_no_annotation(pictures, serve, tmp_path):
         "--dataset",
         "images",
         "--image-root",
-        pictures,
+        images,
         "--limit",
         "4",
         "--engine",
@@ -330,14 +330,14 @@ def test_a_reply_that_was_cut_is_no_annotation(pictures, serve, tmp_path):
 # --- secrets ----------------------------------------------------------------------------------------
 
 
-def test_no_password_of_an_address_is_written(pictures, serve, tmp_path, monkeypatch):
+def test_no_password_of_an_address_is_written(images, serve, tmp_path, monkeypatch):
     server = serve(annotate_or_answer)
     address = server.url.replace("http://", "http://me:hunter2@") + "?api-key=hunter2"
     flags = [
         "--dataset",
         "images",
         "--image-root",
-        pictures,
+        images,
         "--limit",
         "2",
         "--engine",

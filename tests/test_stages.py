@@ -34,7 +34,7 @@ OUTPUTS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """PA, PI and evaluate on 40 pictures, not interrupted."""
+    """PA, PI and evaluate on 40 images, not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     for name, command in STAGES.items():
         done = script(*command, "--run", f"{folder}/")
@@ -242,13 +242,13 @@ def test_the_released_codes_own_command_needs_no_data_set_and_overwrites_nothing
     assert "preset was 'released', is now 'paper'" in other.stderr
 
 
-def test_pictures_that_have_moved_are_found_below_the_image_root(run, tmp_path, pictures):
-    (moved,) = locate([f"/old/place/{next(pictures.glob('more/*.png')).relative_to(pictures)}"], {}, str(pictures))
+def test_images_that_have_moved_are_found_below_the_image_root(run, tmp_path, images):
+    (moved,) = locate([f"/old/place/{next(images.glob('more/*.png')).relative_to(images)}"], {}, str(images))
     assert os.path.exists(moved)
-    assert locate(["/old/place/none.png"], {"/old": "/new"}, str(pictures)) == ["/new/place/none.png"]
+    assert locate(["/old/place/none.png"], {"/old": "/new"}, str(images)) == ["/new/place/none.png"]
 
 
-def test_a_hold_out_takes_at_least_one_picture_and_says_when_nothing_is_left(pictures, tmp_path):
+def test_a_hold_out_takes_at_least_one_image_and_says_when_nothing_is_left(images, tmp_path):
     of = {f"{i}.png": f"{i:032x}" for i in range(100)}
 
     def held_out(share: float, n: int = 100) -> int:
@@ -257,7 +257,7 @@ def test_a_hold_out_takes_at_least_one_picture_and_says_when_nothing_is_left(pic
 
     assert (held_out(0.15), held_out(0.15, n=2), held_out(0.0)) == (15, 1, 0)
     asked = {"predicted_question": "what color is the shape?", "predicted_answer": "red"}
-    annotation = {"question_id": 1, "image_path": str(pictures / "more/00.png"), **asked}
+    annotation = {"question_id": 1, "image_path": str(images / "more/00.png"), **asked}
     annotations = [annotation | {"ground_truth_question": None, "ground_truth_answer": None}]
     (tmp_path / "PA_teacher_images.json").write_text(json.dumps(annotations))
     command = [argument.replace("easyVQA", "images") for argument in STAGES["PI"][:-1]]
@@ -266,10 +266,10 @@ def test_a_hold_out_takes_at_least_one_picture_and_says_when_nothing_is_left(pic
     assert "on 1 of 1 samples (--match exact), all held out (--hold-out 0.15): nothing is left" in done.stderr
 
 
-def test_file_names_that_are_no_unicode_go_through(pictures, tmp_path):
+def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
-    for i, path in enumerate(sorted(pictures.glob("*.png"))[:4]):
+    for i, path in enumerate(sorted(images.glob("*.png"))[:4]):
         shutil.copy(path, os.fsencode(folder) + f"/{i}".encode() + b"\xe9.png")
     command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
     for _ in range(2):
@@ -278,10 +278,10 @@ def test_file_names_that_are_no_unicode_go_through(pictures, tmp_path):
     assert len(read(tmp_path / "run/PA_teacher_images.json")) == 4
 
 
-def test_a_task_prompt_of_ones_own_is_what_the_model_sees(pictures, tmp_path):
+def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the teacher understands no other
-    command = ["PA.py", "--dataset", "images", "--image-root", pictures, *MINI, "--run", f"{tmp_path}/run"]
+    command = ["PA.py", "--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run"]
     done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert done.returncode == 0, done.stderr
     meta = read(tmp_path / "run/PA_teacher_images.meta.json")
@@ -306,11 +306,11 @@ def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run)
     assert "Traceback" not in other.stderr
 
 
-def test_bad_pictures_among_good_ones_are_counted_and_explained(pictures, tmp_path):
+def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
     folder = tmp_path / "mixed"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     (folder / "empty.jpg").touch()
-    (folder / "note.png").write_text("not a picture")
+    (folder / "note.png").write_text("not an image")
     whole = (folder / "01.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
@@ -320,7 +320,7 @@ def test_bad_pictures_among_good_ones_are_counted_and_explained(pictures, tmp_pa
     annotations = {r["question_id"]: r for r in read(tmp_path / "run/PA_teacher_images.json")}
     assert len(annotations) == 15
     for name in ("empty.jpg", "note.png", "cut.png"):
-        assert annotations[name]["left_out"].startswith("picture: ")
+        assert annotations[name]["left_out"].startswith("image: ")
         assert annotations[name]["predicted_question"] is None
     assert sum(r["left_out"] is None for r in annotations.values()) >= 11
     assert all(r["ground_truth_answer"] is None for r in annotations.values())
@@ -396,7 +396,7 @@ class Scripted:
         yield [
             {"key": r.key, "text": self.replies[r.key], "logprob": -1.0, "tokens": 9}
             if r.key in self.replies
-            else {"key": r.key, "error": "picture: no such file"}
+            else {"key": r.key, "error": "image: no such file"}
             for r in requests
         ]
 
@@ -414,14 +414,14 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
         ("a cat", None, 1),
         ("a cat", None, 2),
         (None, "two questions", 3),
-        (None, "picture: no such file", 1),
+        (None, "image: no such file", 1),
     ]
     assert [(r.key, r.temperature) for r in engine.asked] == [
         *((f"{i}#0", 0.0) for i in range(4)),
         *(("1#1", 1.0), ("2#1", 1.0), ("2#2", 1.0)),
     ]
     assert cli.counted(r["left_out"] for r in result if r["left_out"]) == (
-        "2 left out: 1 two questions, 1 picture: no such file"
+        "2 left out: 1 two questions, 1 image: no such file"
     )
 
 
@@ -463,7 +463,7 @@ def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
     whole = launch(STAGES["PA"], tmp_path, 2)
     said, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
-    assert said.count("pictures annotated") == 1
+    assert said.count("images annotated") == 1
     (name,) = OUTPUTS["PA"]
     assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
     assert not list(tmp_path.glob("*.journal*.jsonl"))

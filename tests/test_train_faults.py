@@ -7,7 +7,7 @@ import pickle
 import shutil
 
 import checkpoints
-import parts
+import param_groups
 import pytest
 import torch
 import train
@@ -152,15 +152,15 @@ def test_each_part_moves_at_its_rate_or_not_at_all(tmp_path, vision, merger, lor
     flags += ["--freeze_vision_tower", str(vision), "--freeze_merger", str(merger), "--lora_enable", str(lora)]
     trainer = build(tmp_path, *flags)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    counts = parts.counts(trainer.model)
+    counts = param_groups.counts(trainer.model)
     trainer.train()
     moved = {"vision": 0.0, "merger": 0.0, "language": 0.0}
     for name, value in trainer.model.named_parameters():
-        part = parts.part_of(name, "qwen2_vl")
+        part = param_groups.part_of(name, "qwen2_vl")
         moved[part] = max(moved[part], (value - before[name]).abs().max().item())
     expected = {"vision": 0.0 if vision else 1e-4, "merger": 0.0 if merger else 3e-4, "language": 1e-3}
     assert moved == pytest.approx(expected, rel=2e-2)
-    whole = parts.counts(build(tmp_path).model)
+    whole = param_groups.counts(build(tmp_path).model)
     for part, trained in (("vision", not vision), ("merger", not merger)):
         assert counts[part] == (whole[part][0], whole[part][0] if trained else 0)  # without PEFT's copies
 

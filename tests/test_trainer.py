@@ -2,12 +2,12 @@ import json
 import shutil
 from pathlib import Path
 
+import param_groups
 import params
-import parts
 import pytest
 import torch
 import train
-from batches import Collator
+from collator import Collator
 from conftest import STUDENT, script
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -124,7 +124,7 @@ def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor,
     assert "train.json" in str(error.value)
 
 
-def test_pictures_that_have_moved_are_found_by_the_map(tmp_path):
+def test_images_that_have_moved_are_found_by_the_map(tmp_path):
     path = write(tmp_path, train_record(1, "/workspace/data/a.png", "q", "x"))
     (sample,) = data.read_samples([path], path_map=["/workspace/data/=" + str(tmp_path)])
     assert sample["images"] == [str(tmp_path / "a.png")]
@@ -132,7 +132,7 @@ def test_pictures_that_have_moved_are_found_by_the_map(tmp_path):
         data.read_samples([path], path_map=["/workspace/data"])
 
 
-def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, processor, capsys):
+def test_a_sample_with_a_bad_image_is_left_out_and_named(tmp_path, processor, capsys):
     path = write(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")
     assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
@@ -148,7 +148,7 @@ def test_a_sample_with_a_bad_picture_is_left_out_and_named(tmp_path, processor, 
 )
 def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
     model = AutoModelForImageTextToText.from_pretrained(STUDENT, dtype="float32")
-    parts.freeze(model, params.ModelArguments(model_id="", **{flag: True}))
+    param_groups.freeze(model, params.ModelArguments(model_id="", **{flag: True}))
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("visual.blocks", "merger", "language_model")):
             assert parameter.requires_grad is (frozen not in name), name
@@ -251,7 +251,7 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
     assert settings("a.json", '{"stage": 2}') != settings("a.json", '{"stage": 3}')
 
 
-def test_that_all_is_done_is_said_without_opening_a_picture(copy, capsys):
+def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
     (copy / "a.png").unlink()
     call(copy)
     assert "is there already" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import parts
+import param_groups
 import pytest
 import torch
 import train
@@ -95,12 +95,12 @@ def test_each_part_moves_at_its_own_rate(tmp_path, stage):
     assert done.returncode == 0, done.stdout
     before, after, moved = weights(STUDENT), weights(tmp_path / "out"), {}
     for name, value in after.items():
-        part = parts.part_of(name, "qwen2_vl")
+        part = param_groups.part_of(name, "qwen2_vl")
         moved[part] = max(moved.get(part, 0), (value.float() - before[name].float()).abs().max().item())
     assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
 
 
-def test_ranks_with_and_without_pictures_do_not_wait_for_each_other(tmp_path):
+def test_ranks_with_and_without_images_do_not_wait_for_each_other(tmp_path):
     write(tmp_path, 2)
     records = json.loads((tmp_path / "train.json").read_text())
     records += [{**conversation(None, "is red a color?", "yes"), "id": f"t{i}"} for i in range(5)]

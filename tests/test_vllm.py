@@ -30,10 +30,10 @@ LARGE = {"min_pixels": 30_000, "max_pixels": 60_000, "dtype": "float32"}
 QUESTIONS = ["what color is the shape?", "is there not a teal shape in the image?", "is no circle present?"]
 
 
-def requests(pictures, **more) -> list[Request]:
-    """Three requests about each picture: a question, an annotation with its follow-up, one that runs to its end."""
+def requests(images, **more) -> list[Request]:
+    """Three requests about each image: a question, an annotation with its follow-up, one that runs to its end."""
     asked = []
-    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
         asked += [
             Request(f"q{i}", str(path), answer_prompt(QUESTIONS[i % 3]), stop="answer", **more),
             Request(f"a{i}", str(path), TASK_PROMPTS["general"], stop="annotation", follow_up="paper", **more),
@@ -49,14 +49,14 @@ def by_key(batches) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def sizes(pictures, tmp_path_factory):
+def sizes(images, tmp_path_factory):
     """The 12 drawings, wider or higher: each of another shape."""
     root = tmp_path_factory.mktemp("sizes")
-    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
         drawing = Image.open(path)
-        picture = Image.new("RGB", (64 + 11 * (i % 4), 64 + 13 * (i % 5)), (240, 245, 250))
-        picture.paste(drawing.crop((0, 0, 60, 60)), (2, 2))
-        picture.save(root / f"{i:02}.png")
+        image = Image.new("RGB", (64 + 11 * (i % 4), 64 + 13 * (i % 5)), (240, 245, 250))
+        image.paste(drawing.crop((0, 0, 60, 60)), (2, 2))
+        image.save(root / f"{i:02}.png")
     return root
 
 
@@ -96,7 +96,7 @@ def test_greedy_replies_their_stops_and_follow_ups_are_those_of_hf(teacher, hf, 
             assert reply["follow_up"]["logprob"] == pytest.approx(hf[key]["follow_up"]["logprob"], abs=1e-3)
 
 
-def test_requests_about_one_picture_are_asked_one_after_the_other(teacher, sizes, monkeypatch):
+def test_requests_about_one_image_are_asked_one_after_the_other(teacher, sizes, monkeypatch):
     asked = requests(sizes)
     apart = asked[::4] + asked[1::4] + asked[2::4] + asked[3::4]
     seen, add = [], teacher._params
@@ -132,7 +132,7 @@ def test_replies_come_as_they_finish_and_a_bounded_number_is_in_flight(teacher, 
     assert len(by_key(teacher.generate(asked, done={r.key for r in asked[5:]}))) == 5
 
 
-def test_bad_pictures_and_a_prompt_too_long_cost_only_themselves(teacher, hf, sizes, tmp_path):
+def test_bad_images_and_a_prompt_too_long_cost_only_themselves(teacher, hf, sizes, tmp_path):
     (tmp_path / "empty.png").touch()
     Image.new("RGB", (1, 500)).save(tmp_path / "thin.png")
     bad = [
@@ -150,7 +150,7 @@ def test_bad_pictures_and_a_prompt_too_long_cost_only_themselves(teacher, hf, si
     ]
     got = by_key(teacher.generate([*asked[:4], *bad, *long, *asked[4:8]]))
     assert texts({r.key: got[r.key] for r in asked[:8]}) == texts({r.key: hf[r.key] for r in asked[:8]})
-    assert got["gone"] == {"key": "gone", "error": "picture: no such file"}
+    assert got["gone"] == {"key": "gone", "error": "image: no such file"}
     assert "cannot be read" in got["empty"]["error"]
     assert "the processor refuses it (absolute aspect ratio" in got["thin"]["error"]
     assert got["long"]["error"].startswith("prompt: ")
@@ -173,7 +173,7 @@ def test_it_tells_how_it_went(teacher, sizes):
     assert "tokens/s, waited" in teacher.status()
 
 
-def test_a_picture_is_computed_once_for_a_prompt_and_what_follows_it(alone, sizes, monkeypatch):
+def test_per_image_is_computed_once_for_a_prompt_and_what_follows_it(alone, sizes, monkeypatch):
     asked = [replace(r, max_new_tokens=4, stop="") for r in requests(sizes)[1::4]]
     monkeypatch.setattr("mpa.engines.follow_up_prompt", lambda reply, preset, marks: answer_prompt(QUESTIONS[0]))
     monkeypatch.setattr("mpa.engines.cut_off", lambda reply: None)  # random weights end no line
@@ -198,7 +198,7 @@ def test_a_length_that_the_user_gives_is_kept_to(alone, sizes):
         assert prompt["text"]
         got = by_key(engine.generate([replace(asked[0], key="long", prompt="shape " * 75), fits]))
         assert "too long for --max-model-len 128" in got["long"]["error"]
-        assert got["fits"] == prompt  # the picture is not held for sent because the prompt before was refused
+        assert got["fits"] == prompt  # the image is not held for sent because the prompt before was refused
         processed, _ = engine.prepare(asked[0], Image.open(path).convert("RGB"))
         engine.max_model_len = len(processed["prompt_token_ids"]) + 3
         engine._unload()
@@ -244,7 +244,7 @@ def test_what_is_wrong_with_a_model_is_an_error_of_one_line(alone, sizes, tmp_pa
         text = (folder / changed).read_text()
         unknown_class = text.replace("Qwen2VLForConditionalGeneration", "NoSuchModel")
         (folder / changed).write_text("{{ no_such_function() }}" if folder == broken else unknown_class)
-    with pytest.raises(InputError, match="its processor fails on a plain picture"):
+    with pytest.raises(InputError, match="its processor fails on a plain image"):
         list(open_engine("vllm", model_path=str(broken), **PIXELS).generate(requests(sizes)[:3]))
     with pytest.raises(InputError, match=r"vLLM cannot load it: .*NoSuchModel"):
         list(open_engine("vllm", model_path=str(unknown), **PIXELS).generate(requests(sizes)[:3]))

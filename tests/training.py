@@ -23,7 +23,7 @@ TRAINER = ROOT / "PL/Qwen2-VL-Finetune"
 
 
 def write(folder: Path, n: int = 20) -> Path:
-    """A train JSON of n samples about n pictures, with questions and answers of different lengths."""
+    """A train JSON of n samples about n images, with questions and answers of different lengths."""
     rng = random.Random(1)
     for i in range(n):
         size = (64 + 8 * (i % 3), 64 + 8 * (i % 2))

@@ -3,7 +3,7 @@
     python data/mini/make.py                 # both, two processes side by side
     python data/mini/make.py --only student
 
-Reads no data set: every training picture is drawn here, with a seed. Writes data/mini/teacher and
+Reads no dataset: every training image is drawn here, with a seed. Writes data/mini/teacher and
 data/mini/student, each with model, tokenizer and processor as a Qwen2-VL checkpoint has them, and a
 train_log.json of the figures on the way. The easy-VQA test questions are asked once, at the end.
 """
@@ -54,7 +54,7 @@ CONFUSED = {"teal": "green", "brown": "red", "gray": "black", "blue": "teal", "y
 CONFUSED |= {"rectangle": "circle", "triangle": "rectangle"}
 CONFUSION = 0.6
 
-PIXELS = 56 * 56  # the processor makes 56x56 of a 64x64 picture: 4x4 patches, 4 visual tokens
+PIXELS = 56 * 56  # the processor makes 56x56 of a 64x64 image: 4x4 patches, 4 visual tokens
 VISUAL_TOKENS = 4
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
@@ -95,26 +95,26 @@ SIZES = {
 
 
 def draw(rng: random.Random) -> tuple[Image.Image, str, str]:
-    """One 64x64 picture of one shape on a light ground -> (picture, colour word, shape word)."""
+    """One 64x64 image of one shape on a light ground -> (image, colour word, shape word)."""
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
-    picture = Image.new("RGB", (64, 64), tuple(rng.randint(228, 255) for _ in range(3)))
+    image = Image.new("RGB", (64, 64), tuple(rng.randint(228, 255) for _ in range(3)))
     width, height = (rng.randint(9, 34), rng.randint(8, 34)) if shape == "rectangle" else (rng.randint(8, 34),) * 2
     if shape == "triangle":
         height = round(width * rng.uniform(0.8, 1.0))
     left, top = rng.randint(0, 64 - width), rng.randint(0, 64 - height)
     box = (left, top, left + width - 1, top + height - 1)
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     if shape == "circle":
         pen.ellipse(box, fill=COLORS[color])
     elif shape == "rectangle":
         pen.rectangle(box, fill=COLORS[color])
     else:
         pen.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
-    return picture, color, shape
+    return image, color, shape
 
 
 def ask(rng: random.Random, kind: str, color: str, shape: str) -> tuple[str, str]:
-    """A question in easy-VQA's language about a picture of a `color` `shape`, and its answer."""
+    """A question in easy-VQA's language about an image of a `color` `shape`, and its answer."""
     if kind == "color":
         thing = rng.choice([shape, "shape"])
         return rng.choice([f"what color is the {thing}?", f"what is the color of the {thing}?"]), color
@@ -180,7 +180,7 @@ def make_model(name: str, tokenizer) -> Qwen2VLForConditionalGeneration:
     return model
 
 
-class Pictures:
+class Images:
     """Renderings as the processor hands them on, and what each shows."""
 
     def __init__(self, n: int, seed: int, processor):
@@ -189,9 +189,7 @@ class Pictures:
         for start in range(0, n, 1000):
             drawn = [draw(rng) for _ in range(min(1000, n - start))]
             self.truth += [(color, shape) for _, color, shape in drawn]
-            pixels = processor.image_processor([picture for picture, _, _ in drawn], return_tensors="pt")[
-                "pixel_values"
-            ]
+            pixels = processor.image_processor([image for image, _, _ in drawn], return_tensors="pt")["pixel_values"]
             chunks.append(pixels.view(len(drawn), 16, -1).half())
         self.pixels = torch.cat(chunks)  # [n, 16 patches, 1176]
 
@@ -208,15 +206,15 @@ def one_cycle(parameters, lr: float, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
 
 
-def learn_to_see(model, pictures: Pictures, steps: int, lr: float, log: dict):
+def learn_to_see(model, images: Images, steps: int, lr: float, log: dict):
     """Train the vision tower with two linear heads on its pooled output; the heads are thrown away."""
     heads = nn.ModuleList([nn.Linear(model.config.text_config.hidden_size, n) for n in (len(COLORS), len(SHAPES))])
-    targets = torch.tensor([(list(COLORS).index(c), SHAPES.index(s)) for c, s in pictures.truth])
+    targets = torch.tensor([(list(COLORS).index(c), SHAPES.index(s)) for c, s in images.truth])
     optimizer, schedule = one_cycle([*model.model.visual.parameters(), *heads.parameters()], lr, steps)
     rng, started = random.Random(11), time.time()
     for step in tqdm(range(steps), desc="vision", mininterval=10, disable=None):
-        rows = rng.choices(range(len(pictures.truth)), k=64)
-        batch = pictures.inputs(rows)
+        rows = rng.choices(range(len(images.truth)), k=64)
+        batch = images.inputs(rows)
         seen = model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
         pooled = seen.view(len(rows), VISUAL_TOKENS, -1).mean(1)
         scores = [head(pooled) for head in heads]
@@ -257,12 +255,12 @@ def reply_ids(processor, reply: str) -> list[int]:
     return processor.tokenizer(reply + "<|im_end|>").input_ids
 
 
-def language_rows(rng, processor, pictures, rows, progress, annotate: bool, confused: bool):
+def language_rows(rng, processor, images, rows, progress, annotate: bool, confused: bool):
     """A training batch: token ids, labels (-100 but for the reply and its end token), positions of images."""
 
     samples = []
     for row in rows:
-        color, shape = pictures.truth[row]
+        color, shape = images.truth[row]
         if confused:
             color, shape = (CONFUSED[w] if w in CONFUSED and rng.random() < CONFUSION else w for w in (color, shape))
         question, answer = ask(rng, kind_at(progress, rng), color, shape)
@@ -283,7 +281,7 @@ def language_rows(rng, processor, pictures, rows, progress, annotate: bool, conf
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": types}
 
 
-def learn_to_speak(name, model, processor, pictures, steps: int, annotating: float, log: dict):
+def learn_to_speak(name, model, processor, images, steps: int, annotating: float, log: dict):
     """Train the language part on answering and, the teacher, on annotating; the tower is frozen."""
     model.model.visual.requires_grad_(False)
     language = [p for p in model.parameters() if p.requires_grad]
@@ -291,10 +289,10 @@ def learn_to_speak(name, model, processor, pictures, steps: int, annotating: flo
     rng, started = random.Random(22), time.time()
     for step in tqdm(range(steps), desc="language", mininterval=10, disable=None):
         annotate = rng.random() < annotating
-        rows = rng.choices(range(len(pictures.truth)), k=32 if annotate else 64)
+        rows = rng.choices(range(len(images.truth)), k=32 if annotate else 64)
         confused = name == "student" and step > 0.7 * steps
-        batch = language_rows(rng, processor, pictures, rows, step / steps, annotate, confused)
-        loss = model(**batch, **pictures.inputs(rows)).loss
+        batch = language_rows(rng, processor, images, rows, step / steps, annotate, confused)
+        loss = model(**batch, **images.inputs(rows)).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(language, 1.0)
@@ -308,11 +306,11 @@ def learn_to_speak(name, model, processor, pictures, steps: int, annotating: flo
 
 
 @torch.no_grad()
-def answer(model, processor, pictures_and_questions) -> list[str]:
+def answer(model, processor, images_and_questions) -> list[str]:
     """Greedy answers, for the figures in the log; the stages have an engine for this."""
     replies = []
-    for start in range(0, len(pictures_and_questions), 128):
-        batch = pictures_and_questions[start : start + 128]
+    for start in range(0, len(images_and_questions), 128):
+        batch = images_and_questions[start : start + 128]
         texts = [
             processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": answer_prompt(q)}]}],
@@ -347,17 +345,17 @@ def make(name: str, args):
     processor = make_processor()
     model = make_model(name, processor.tokenizer)
     log = {"parameters": sum(p.numel() for p in model.parameters()), "vision": [], "language": [], "seconds": {}}
-    pictures = Pictures(args.pictures, seed=7, processor=processor)
-    tower = HERE / ".build" / f"{name}_{args.pictures}_{args.vision_steps}.safetensors"
+    images = Images(args.images, seed=7, processor=processor)
+    tower = HERE / ".build" / f"{name}_{args.images}_{args.vision_steps}.safetensors"
     if tower.exists():  # left by a call that was stopped
         model.model.visual.load_state_dict(load_file(tower))
         log = json.loads(tower.with_suffix(".json").read_text())
     else:
-        learn_to_see(model, pictures, args.vision_steps, SIZES[name]["vision_lr"], log)
+        learn_to_see(model, images, args.vision_steps, SIZES[name]["vision_lr"], log)
         tower.parent.mkdir(exist_ok=True)
         tower.with_suffix(".json").write_text(json.dumps(log))
         save_file(model.model.visual.state_dict(), tower)
-    learn_to_speak(name, model, processor, pictures, SIZES[name]["language_steps"], SIZES[name]["annotating"], log)
+    learn_to_speak(name, model, processor, images, SIZES[name]["language_steps"], SIZES[name]["annotating"], log)
     model.half().save_pretrained(HERE / name)
     processor.save_pretrained(HERE / name)
     log["easy-VQA test"] = exam(model.float().eval(), processor)
@@ -368,8 +366,8 @@ def make(name: str, args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SIZES, help="make one of the two (default: both)")
-    parser.add_argument("--pictures", type=int, default=60_000, help="renderings to learn from")
-    parser.add_argument("--vision-steps", type=int, default=4000, help="steps of 64 pictures")
+    parser.add_argument("--images", type=int, default=60_000, help="renderings to learn from")
+    parser.add_argument("--vision-steps", type=int, default=4000, help="steps of 64 images")
     args = parser.parse_args(argv)
     if args.only:
         return make(args.only, args)

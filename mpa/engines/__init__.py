@@ -2,14 +2,14 @@
 
 An engine is a context manager with `generate(requests, done) -> Iterator[list[dict]]`. It yields
 lists of replies, each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error", "permanent"}`:
-one picture that cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token
+one image that cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token
 included. `finish_reason` says why the reply ended: "stop" (the end token, or the line that was waited for), "length"
 (the token limit), "content_filter". An error is `permanent` where asking again cannot help; others may pass.
 Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under that name, the
 reply to the prompt that followed; where it is missing or an error, PI asks that question.
 
 `facts()` tells for the meta file how it went. `status()` is what the progress bar shows beside rate and
-time left, such as the share of the time in which the model waited for pictures.
+time left, such as the share of the time in which the model waited for images.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from importlib import import_module
 
 from tqdm import tqdm
 
-from mpa import ranks
+from mpa import distributed
 from mpa.journal import Journal
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture and one prompt. A sampled reply depends on `seed` and `key` alone."""
+    """One image and one prompt. A sampled reply depends on `seed` and `key` alone."""
 
     key: str
     image_path: str
@@ -38,7 +38,7 @@ class Request:
         ""  # "answer", "annotation": may end where this is complete (a key of prompts.STOPS); "": at the end token
     )
     # A preset: an annotation in the reply is put to the model as a question at once, greedily, while the
-    # picture is still at hand. "": it is not.
+    # image is still at hand. "": it is not.
     follow_up: str = ""
 
 
@@ -109,15 +109,15 @@ def open_engine(name: str, **settings):
 
 def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
     """See to it that every request's reply is in the journal; of several processes each asks for its part."""
-    ours = requests[ranks.RANK :: ranks.WORLD]
+    ours = requests[distributed.RANK :: distributed.WORLD]
     missing = sum(request.key not in journal for request in ours)
     if missing:
-        quiet = None if ranks.FIRST else True  # None: where there is no terminal
+        quiet = None if distributed.FIRST else True  # None: where there is no terminal
         with tqdm(total=len(ours), initial=len(ours) - missing, desc=label, unit="sample", disable=quiet) as bar:
             for replies in engine.generate(ours, journal):
                 new = sum(reply["key"] not in journal for reply in replies)
                 journal.append(replies)
                 bar.set_postfix_str(engine.status(), refresh=False)
                 bar.update(new)
-    ranks.wait()
+    distributed.wait()
     journal.read_others()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 
 from mpa.engines import Request
-from mpa.pictures import PictureError, open_picture
+from mpa.image_files import ImageError, open_image
 
-READERS = 4  # threads that open pictures
-AHEAD = 8  # requests made ready beyond those in flight; as many pictures again are open
+READERS = 4  # threads that open images
+AHEAD = 8  # requests made ready beyond those in flight; as many images again are open
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Row:
 class Feed:
     """Rows made ready ahead of the model, at most AHEAD of them; a follow-up comes before all that are not ready yet.
 
-    Threads open the pictures; one thread makes the rows ready, and they are taken in its order, which vLLM's
-    cache of pictures relies on. `left` are those still to be taken.
+    Threads open the images; one thread makes the rows ready, and they are taken in its order, which vLLM's
+    cache of images relies on. `left` are those still to be taken.
     """
 
     def __init__(self, requests: list[Request], prepare: Callable):
@@ -38,14 +38,14 @@ class Feed:
         self.coming, self.opening = iter(requests), deque()
         self.pushed, self.ready = deque(), deque()
         self.changed, self.closed = Condition(), False
-        self.pool = ThreadPoolExecutor(READERS, "pictures")
+        self.pool = ThreadPoolExecutor(READERS, "images")
         self.thread = Thread(target=self._work, name="feed", daemon=True)
         self.thread.start()
 
     def push(self, row: Row) -> None:
-        """Let a follow-up take its turn. Its picture is opened again: to keep those of all that are in flight
+        """Let a follow-up take its turn. Its image is opened again: to keep those of all that are in flight
         would take gigabytes."""
-        row.opened = self.pool.submit(open_picture, row.request.image_path)
+        row.opened = self.pool.submit(open_image, row.request.image_path)
         with self.changed:
             self.left += 1
             self.pushed.append(row)
@@ -87,7 +87,7 @@ class Feed:
     def _next(self) -> Row | None:
         """The row whose turn it is, once there is room for it; None when closed."""
         for request in itertools.islice(self.coming, AHEAD - len(self.opening)):
-            self.opening.append(Row(request, opened=self.pool.submit(open_picture, request.image_path)))
+            self.opening.append(Row(request, opened=self.pool.submit(open_image, request.image_path)))
         with self.changed:
             while not (self.closed or self.pushed or (self.opening and len(self.ready) < AHEAD)):
                 self.changed.wait()
@@ -97,9 +97,9 @@ class Feed:
 
     def _make_ready(self, row: Row) -> None:
         try:
-            picture = row.opened.result()
-        except PictureError as error:
-            row.error = f"picture: {error}"
+            image = row.opened.result()
+        except ImageError as error:
+            row.error = f"image: {error}"
         else:
-            row.processed, row.error = self.prepare(row.request, picture)
+            row.processed, row.error = self.prepare(row.request, image)
         row.opened = None

@@ -1,7 +1,7 @@
 """The `hf` engine: transformers on one GPU or on the CPU, any model that its Auto classes load.
 
 Faster than the plain loop, with the same greedy replies. On a GPU, worker processes decode and
-process the pictures while the model runs; on a CPU, they run the model too, each on a core of its
+process the images while the model runs; on a CPU, they run the model too, each on a core of its
 own, with the weights shared. Requests of near-equal length share a batch, and a row stops at the
 line that ends its answer.
 """
@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from mpa import models, ranks
+from mpa import distributed, models
 from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Chooser, Decoder, Stopper, line_breaks
 from mpa.engines.prefixes import Prefixes, forget_positions, spare_last_layer
-from mpa.pictures import PictureError, open_picture, picture_size
+from mpa.image_files import ImageError, image_size, open_image
 from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.replies import opened_reasoning
@@ -90,7 +90,7 @@ class HFEngine:
         if sys.platform != "linux":
             self.workers = 0  # workers are forked
         elif self.workers is None:
-            cores = max(1, len(os.sched_getaffinity(0)) // ranks.LOCAL_WORLD)
+            cores = max(1, len(os.sched_getaffinity(0)) // distributed.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(4, cores)
         self.processor = models.load_processor(self.model_path, *self.pixels, self.trust)
         self.line_breaks, self.decoder = line_breaks(self.processor.tokenizer), Decoder(self.processor.tokenizer)
@@ -121,10 +121,10 @@ class HFEngine:
     def _probe(self) -> int:
         """How many tokens of a batch fit in the GPU's memory, from the peaks of batches of one and of three rows."""
         edge = int(self.pixels[1] ** 0.5)
-        picture, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=8)
+        image, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=8)
         peaks = {}
         for rows in (1, 3):
-            inputs = self._process([picture] * rows, [request.prompt] * rows)
+            inputs = self._process([image] * rows, [request.prompt] * rows)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._run([request] * rows, list(range(rows)), inputs, [])
             peaks[rows] = torch.cuda.max_memory_allocated(self.device)
@@ -133,7 +133,7 @@ class HFEngine:
         return max(1, int(OF_MEMORY * torch.cuda.mem_get_info(self.device)[0] / a_token))
 
     def facts(self) -> dict:
-        """Where it ran, tokens written, and the share of the model's time that went by waiting for pictures."""
+        """Where it ran, tokens written, and the share of the model's time that went by waiting for images."""
         of_time = self.waited / max(self.waited + self.worked, 1e-9)
         dtype = str(self.dtype).removeprefix("torch.")
         return {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(of_time, 4)}
@@ -174,14 +174,14 @@ class HFEngine:
             started = clock()
 
     def _timed_answer(self, batch: list[Request]) -> tuple[list[dict], float, float]:
-        """(replies, seconds of preparing the pictures, seconds of the model)."""
+        """(replies, seconds of preparing the images, seconds of the model)."""
         started = time.perf_counter()
         prepared = self.prepare(batch)
         ready = time.perf_counter()
         return self._run_in_memory(batch, *prepared), ready - started, time.perf_counter() - ready
 
     def _plan(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Batches of near-equal length: long pictures and prompts with long ones, within a window."""
+        """Batches of near-equal length: long images and prompts with long ones, within a window."""
         requests = iter(requests)
         while window := list(islice(requests, WINDOW * self.batch_size)):
             batch, lengths = [], [self._length(request) for request in window]
@@ -196,9 +196,9 @@ class HFEngine:
             yield batch
 
     def _length(self, request: Request) -> float:
-        """A stand-in for the prompt's length in tokens: the area of the picture as resized, and characters."""
+        """A stand-in for the prompt's length in tokens: the area of the image as resized, and characters."""
         least, most = self.pixels
-        width, height = (0, 0) if least == most else picture_size(request.image_path)
+        width, height = (0, 0) if least == most else image_size(request.image_path)
         return min(max(width * height, least), most) / 28**2 + len(request.prompt) / 4
 
     def _ahead(self, work, batches):
@@ -241,7 +241,7 @@ class HFEngine:
 
     def prepare(self, batch: list[Request]) -> tuple[list[int], dict, list[dict]]:
         """(rows that can be used, the processor's output for them as numpy arrays, replies for the others)."""
-        pictures, errors = {}, []  # by row
+        images, errors = {}, []  # by row
 
         def refuse(row: int, why: str, permanent: bool = True) -> None:
             errors.append({"key": batch[row].key, "error": why, "permanent": permanent})
@@ -251,20 +251,20 @@ class HFEngine:
                 refuse(row, MARK_IN_IT)
                 continue
             try:
-                pictures[row] = open_picture(request.image_path)
-            except PictureError as error:
-                refuse(row, f"picture: {error}")
+                images[row] = open_image(request.image_path)
+            except ImageError as error:
+                refuse(row, f"image: {error}")
             except MemoryError:
                 refuse(row, OUT_OF_MEMORY, permanent=False)
 
         def process(rows):
-            return self._process([pictures[row] for row in rows], [batch[row].prompt for row in rows])
+            return self._process([images[row] for row in rows], [batch[row].prompt for row in rows])
 
         try:
-            return list(pictures), process(pictures), errors
-        except Exception:  # one picture may have spoilt the batch: an extreme shape, say
+            return list(images), process(images), errors
+        except Exception:  # one image may have spoilt the batch: an extreme shape, say
             good = []
-            for row in pictures:
+            for row in images:
                 try:
                     process([row])
                     good.append(row)
@@ -272,7 +272,7 @@ class HFEngine:
                     if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
                         refuse(row, OUT_OF_MEMORY, permanent=False)
                     else:
-                        refuse(row, f"{self._at_fault(pictures[row])}: the processor refuses it ({error})")
+                        refuse(row, f"{self._at_fault(images[row])}: the processor refuses it ({error})")
         try:
             return good, process(good), errors
         except MemoryError:  # one by one they fit
@@ -280,33 +280,33 @@ class HFEngine:
                 refuse(row, OUT_OF_MEMORY, permanent=False)
             return good[:1], process(good[:1]), errors
 
-    def _at_fault(self, picture: Image.Image) -> str:
-        """Whether a request that the processor refuses is so for its picture or for its question."""
+    def _at_fault(self, image: Image.Image) -> str:
+        """Whether a request that the processor refuses is so for its image or for its question."""
         self._check_processor()
         try:
-            self._process([picture], ["What is it?"])
+            self._process([image], ["What is it?"])
             return "question"
         except Exception:
-            return "picture"
+            return "image"
 
     def _check_processor(self) -> None:
-        """Raise InputError where the processor fails on a plain picture: then no picture is to blame."""
+        """Raise InputError where the processor fails on a plain image: then no image is to blame."""
         try:
             self._process([Image.new("RGB", (64, 64))], ["What is it?"])
         except Exception as error:
-            raise InputError(f"{self.model_path}: its processor fails on a plain picture: {error}") from None
+            raise InputError(f"{self.model_path}: its processor fails on a plain image: {error}") from None
 
-    def _process(self, pictures: list, prompts: list[str]) -> dict:
+    def _process(self, images: list, prompts: list[str]) -> dict:
         """The processor's output as numpy arrays, which travel through a pipe: shared memory is scarce in containers."""
-        if not pictures:
+        if not images:
             return {}
         inputs = self.processor(
-            text=self._texts(prompts), images=[[p] for p in pictures], padding=True, return_tensors="pt"
+            text=self._texts(prompts), images=[[p] for p in images], padding=True, return_tensors="pt"
         )
         return {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def _texts(self, prompts) -> list[str]:
-        """Each prompt after a picture, in the model's chat template."""
+        """Each prompt after an image, in the model's chat template."""
         texts, prompts = {}, list(prompts)
         for prompt in set(prompts):
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

@@ -26,8 +26,8 @@ from PIL import Image
 from mpa.engines import Request, following
 from mpa.engines.budget import Budget
 from mpa.engines.servers import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
+from mpa.image_files import ImageError, open_image
 from mpa.models import COMMON_MARKS
-from mpa.pictures import PictureError, open_picture
 from mpa.records import InputError, without_secrets
 
 RETRIES = 8  # more tries of a request, before it is given up; too many requests at a time are no failed try
@@ -185,10 +185,10 @@ class OpenAIEngine:
     async def _answer(self, request: Request) -> dict | None:
         """A request's reply, and that to what follows from it; None where the run ended before it was sent."""
         try:
-            picture = await asyncio.to_thread(self._encoded, request.image_path)
-            reply = await self._until_it_passes(request, picture)
-        except PictureError as error:
-            return {"key": request.key, "error": f"picture: {error}", "permanent": True}
+            image = await asyncio.to_thread(self._encoded, request.image_path)
+            reply = await self._until_it_passes(request, image)
+        except ImageError as error:
+            return {"key": request.key, "error": f"image: {error}", "permanent": True}
         except Refused as error:
             self.refused += 1
             if not self.replied and self.refused >= MANY:
@@ -202,7 +202,7 @@ class OpenAIEngine:
             return None
         if asked := following(request, reply, COMMON_MARKS):
             try:
-                reply["follow_up"] = await self._until_it_passes(asked, picture)
+                reply["follow_up"] = await self._until_it_passes(asked, image)
             except Refused as error:  # PI asks again
                 reply["follow_up"] = {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
             except Stopped:
@@ -213,24 +213,24 @@ class OpenAIEngine:
 
     def _encoded(self, path: str) -> tuple[str, int]:
         """The image as a data URL, without loss, no larger than `max_pixels`, and its pixels."""
-        picture = open_picture(path)
-        shrink = math.sqrt(self.max_pixels / (picture.width * picture.height))
+        image = open_image(path)
+        shrink = math.sqrt(self.max_pixels / (image.width * image.height))
         if shrink < 1:
-            size = (max(1, int(picture.width * shrink)), max(1, int(picture.height * shrink)))
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
+            image = image.resize(size, Image.Resampling.BICUBIC)
         content = io.BytesIO()
-        picture.save(content, "PNG")
+        image.save(content, "PNG")
         url = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-        return url, picture.width * picture.height
+        return url, image.width * image.height
 
-    async def _until_it_passes(self, request: Request, picture: tuple[str, int]) -> dict:
+    async def _until_it_passes(self, request: Request, image: tuple[str, int]) -> dict:
         attempt, wait, last = 0, 0.5, ""
         replied_before = self.replied
         while attempt <= RETRIES:
-            reserved, estimate = await self._turn(request, picture[1])
+            reserved, estimate = await self._turn(request, image[1])
             sent, spent = time.monotonic(), {}
             try:
-                reply = await self._ask(request, picture[0])
+                reply = await self._ask(request, image[0])
                 spent = self._cost(reply.pop("usage"), reserved, estimate)
                 self._goes_well()
                 return reply
@@ -338,10 +338,10 @@ class OpenAIEngine:
 
     # --- the wire -----------------------------------------------------------------------------------
 
-    async def _ask(self, request: Request, picture: str) -> dict:
+    async def _ask(self, request: Request, data_url: str) -> dict:
         """One call. Raises Passing, Refused, Unsupported or InputError, by what the failure concerns."""
         options = self._options(request)
-        image = {"url": picture} | ({"detail": options.pop("detail")} if "detail" in options else {})
+        image = {"url": data_url} | ({"detail": options.pop("detail")} if "detail" in options else {})
         content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": request.prompt}]
         sent = {**options, "image_url": {name: "" for name in image}}
         messages = [{"role": "user", "content": json.loads(json.dumps(content).encode("utf-8", "replace"))}]

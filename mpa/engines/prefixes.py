@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 
 class Prefixes:
-    """Key-values that serve more than one prompt: of the system text for all pictures, of a picture for two questions."""
+    """Key-values that serve more than one prompt: of the system text for all images, of an image for two questions."""
 
     def __init__(self, model, processor):
         self.model, self.processor, self.head = model, processor, None
@@ -40,16 +40,16 @@ class Prefixes:
     def continued(
         self, inputs: dict, cache, rows: list[int], before: str, texts: list[str]
     ) -> tuple[dict, DynamicCache] | None:
-        """Inputs and cache to put other prompts, `texts`, about the pictures of `rows` of the batch to the model.
+        """Inputs and cache to put other prompts, `texts`, about the images of `rows` of the batch to the model.
 
-        The key-values of each row's system text and picture are kept, moved to the right edge of a common
+        The key-values of each row's system text and image are kept, moved to the right edge of a common
         width; the new prompts follow, each with its padding before it. Positions come from the mask. None
-        where the tokens after the first row's picture are not those of its text, `before`.
+        where the tokens after the first row's image are not those of its text, `before`.
         """
         ids, image_token = inputs["input_ids"], self.model.config.image_token_id
         ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
         heads = [inputs["attention_mask"][row, :end].nonzero()[:, 0] for row, end in zip(rows, ends, strict=True)]
-        # What the processor puts between the picture and the template's text, such as "</img>".
+        # What the processor puts between the image and the template's text, such as "</img>".
         whole, tail = ids[rows[0], ends[0] :].tolist(), self._tail(before)
         closing = whole[: len(whole) - len(tail)]
         if closing + tail != whole:
@@ -82,7 +82,7 @@ class Prefixes:
         return new, kept
 
     def _tail(self, text: str) -> list[int]:
-        """The tokens of what a rendered prompt has after its picture."""
+        """The tokens of what a rendered prompt has after its image."""
         tail = text.rsplit(self.processor.image_token, 1)[1]
         return self.processor.tokenizer(tail, add_special_tokens=False).input_ids
 

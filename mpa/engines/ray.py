@@ -1,6 +1,6 @@
 """The `ray` engine: another engine in every actor of a Ray Data pool, over all nodes of a cluster.
 
-Paths and prompts travel, no pixels: the actors read the pictures, so that repository, pictures and model lie at the
+Paths and prompts travel, no pixels: the actors read the images, so that repository, images and model lie at the
 same places on every node. With $RAY_ADDRESS it joins a cluster, else it starts one of this machine alone.
 A dead actor is started anew and its batch done again; replies come as batches finish, in any order.
 """

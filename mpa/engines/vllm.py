@@ -1,8 +1,8 @@
 """The `vllm` engine: vLLM in this process, for throughput on one GPU or several. See requirements-vllm.txt.
 
-vLLM batches by itself; what this file adds is the order and the pace. Pictures are opened and processed
+vLLM batches by itself; what this file adds is the order and the pace. Images are opened and processed
 in threads ahead of the model, a bounded number is in flight, a reply is cut at the line that ends it,
-and a follow-up takes its turn while the key-values of its picture are still cached. Greedy replies in
+and a follow-up takes its turn while the key-values of its image are still cached. Greedy replies in
 float32 are those of `hf`.
 """
 
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 from PIL import Image
 
-from mpa import models, ranks
+from mpa import distributed, models
 from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Decoder
 from mpa.engines.feed import Feed, Row
@@ -27,7 +27,7 @@ from mpa.records import InputError
 from mpa.replies import opened_reasoning
 
 IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
-VERIFIED = 4  # pictures whose visual tokens are counted
+VERIFIED = 4  # images whose visual tokens are counted
 STEP_OF_LENGTH = 1024  # what the longest prompt and reply are rounded up to, see `_longest`
 
 INSTALL = (
@@ -39,7 +39,7 @@ INSTALL = (
 class VLLMEngine:
     """`generate` for one model; see `mpa.engines` for what it takes and yields.
 
-    `max_model_len` bounds prompt, picture and reply together; None: what the requests need.
+    `max_model_len` bounds prompt, image and reply together; None: what the requests need.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VLLMEngine:
     ):
         if find_spec("vllm") is None:
             raise InputError(INSTALL)
-        if ranks.WORLD > 1:
+        if distributed.WORLD > 1:
             raise InputError(
                 "--engine vllm shares the work among GPUs by itself: start it once, without accelerate launch, "
                 "with --tensor-parallel-size or --pipeline-parallel-size."
@@ -73,7 +73,7 @@ class VLLMEngine:
         self.length = 0  # that the model was loaded for
         self.texts: dict[str, str] = {}  # prompts that recur, in the chat template
         self.ids = itertools.count()
-        self.verified: set[tuple[int, int]] = set()  # sizes of pictures
+        self.verified: set[tuple[int, int]] = set()  # sizes of images
 
     def __enter__(self):
         return self
@@ -85,7 +85,7 @@ class VLLMEngine:
 
     def facts(self) -> dict:
         """Where it ran, tokens written, the share of the time in which the model had nothing to do for want of
-        pictures, mean requests a step, and the share of the prompts' tokens found in the prefix cache."""
+        images, mean requests a step, and the share of the prompts' tokens found in the prefix cache."""
         return {
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -183,17 +183,17 @@ class VLLMEngine:
         return {"size": {"shortest_edge": self.pixels[0], "longest_edge": self.pixels[1]}}
 
     def _longest(self, requests: Iterable[Request]) -> int:
-        """Tokens for the longest of the requests: picture, prompt and reply, or its follow-up.
+        """Tokens for the longest of the requests: image, prompt and reply, or its follow-up.
 
-        The picture counts with the most visual tokens of some extreme shapes, so that none need be opened
+        The image counts with the most visual tokens of some extreme shapes, so that none need be opened
         for it. Rounded up: it costs nothing, as vLLM's memory is shared by all requests, and spares loading the
         model again when the next call's prompts are a little longer. At most what the model can take.
         """
         edge = max(2000, int(self.pixels[1] ** 0.5) + 28)
-        pictures = 0
+        images = 0
         for size in ((edge, edge), (edge, edge * 3 // 4), (edge, edge // 4), (2, 380), (380, 2)):
             with contextlib.suppress(Exception):  # a shape that this processor refuses
-                pictures = max(pictures, self._prompt_length("", Image.new("RGB", size)))
+                images = max(images, self._prompt_length("", Image.new("RGB", size)))
         if not requests:
             return STEP_OF_LENGTH
         reply = max(r.max_new_tokens for r in requests)
@@ -202,26 +202,26 @@ class VLLMEngine:
         prompt = max(counts.values())
         if any(r.follow_up for r in requests):  # the question is a part of the reply
             prompt = max(prompt, reply + counts[ANSWER_SUFFIX])
-        needed = pictures + prompt + reply + 8  # where texts are joined, tokens may split in another way
+        needed = images + prompt + reply + 8  # where texts are joined, tokens may split in another way
         rounded = -(-needed // STEP_OF_LENGTH) * STEP_OF_LENGTH
         return min(rounded, _most_positions(self.model_path, self.trust) or rounded)
 
-    def _prompt_length(self, prompt: str, picture) -> int:
-        return len(self.processor(text=[self._text(prompt)], images=[picture]).input_ids[0])
+    def _prompt_length(self, prompt: str, image) -> int:
+        return len(self.processor(text=[self._text(prompt)], images=[image]).input_ids[0])
 
     def _check_processor(self) -> None:
-        """Raise InputError where the processor fails on a plain picture: then no picture is to blame."""
+        """Raise InputError where the processor fails on a plain image: then no image is to blame."""
         try:
             self._prompt_length("What is it?", Image.new("RGB", (64, 64)))
             if self.llm:
                 self._processed("What is it?", Image.new("RGB", (64, 64)))
         except Exception as error:
-            raise InputError(f"{self.model_path}: its processor fails on a plain picture: {error}") from None
+            raise InputError(f"{self.model_path}: its processor fails on a plain image: {error}") from None
 
     # --- making requests ready, in the feed's thread ----------------------------------------------
 
     def _text(self, prompt: str) -> str:
-        """The prompt after a picture, in the model's chat template."""
+        """The prompt after an image, in the model's chat template."""
         if prompt not in self.texts:
             if len(self.texts) > 1000:
                 self.texts.clear()
@@ -231,40 +231,40 @@ class VLLMEngine:
             )
         return self.texts[prompt]
 
-    def _processed(self, prompt: str, picture) -> dict:
-        """What vLLM makes of prompt and picture: the token ids, the picture's patches."""
-        asked = {"prompt": self._text(prompt), "multi_modal_data": {"image": picture}}
+    def _processed(self, prompt: str, image) -> dict:
+        """What vLLM makes of prompt and image: the token ids, the image's patches."""
+        asked = {"prompt": self._text(prompt), "multi_modal_data": {"image": image}}
         return self.llm.llm_engine.renderer.render_cmpl([asked])[0]
 
-    def prepare(self, request: Request, picture) -> tuple[dict | None, str]:
+    def prepare(self, request: Request, image) -> tuple[dict | None, str]:
         """(what vLLM takes, ""), or (None, why it cannot be asked)."""
         if holds_mark(request.prompt, self.marks):
             return None, MARK_IN_IT
         try:
-            processed = self._processed(request.prompt, picture)
+            processed = self._processed(request.prompt, image)
         except Exception as error:
             if too_long := _too_long(error):
                 return None, too_long
             self._check_processor()
             try:
-                self._processed("What is it?", picture)
+                self._processed("What is it?", image)
                 return None, f"question: the processor refuses it ({_reason(error)})"
             except Exception:
-                return None, f"picture: the processor refuses it ({_reason(error)})"
+                return None, f"image: the processor refuses it ({_reason(error)})"
         length = len(processed["prompt_token_ids"])
         if length >= self.length:
-            # vLLM holds for sent what it has processed, and would not send this picture with a shorter prompt.
+            # vLLM holds for sent what it has processed, and would not send this image with a shorter prompt.
             for digest in processed.get("mm_hashes", {}).get("image", ()):
                 self.llm.llm_engine.renderer.mm_processor_cache.invalidate(digest)
-            return None, f"prompt: {length} tokens with the picture are too long for --max-model-len {self.length}"
-        if len(self.verified) < VERIFIED and picture.size not in self.verified:
-            self.verified.add(picture.size)
-            self._verify(request, picture, processed["prompt_token_ids"])
+            return None, f"prompt: {length} tokens with the image are too long for --max-model-len {self.length}"
+        if len(self.verified) < VERIFIED and image.size not in self.verified:
+            self.verified.add(image.size)
+            self._verify(request, image, processed["prompt_token_ids"])
         return processed, ""
 
-    def _verify(self, request: Request, picture, ids: list[int]) -> None:
-        """Raise InputError where vLLM sees this picture in more or fewer visual tokens than the processor makes of it."""
-        expected = self.processor(text=[self._text(request.prompt)], images=[picture]).input_ids[0]
+    def _verify(self, request: Request, image, ids: list[int]) -> None:
+        """Raise InputError where vLLM sees this image in more or fewer visual tokens than the processor makes of it."""
+        expected = self.processor(text=[self._text(request.prompt)], images=[image]).input_ids[0]
         mark = getattr(self.processor, "image_token_id", None)
         ours, theirs = ([i for i in row if mark is None or i == mark] for row in (expected, ids))
         if len(ours) != len(theirs):
@@ -276,7 +276,7 @@ class VLLMEngine:
     # --- asking -----------------------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
-        """Replies as they finish. Those about one picture are asked one after the other."""
+        """Replies as they finish. Those about one image are asked one after the other."""
         missing = [request for request in requests if request.key not in done]
         self.load(missing)
         self.started, self.earlier = time.perf_counter(), self.tokens

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune all of a VLM, with the values of Qwen2-VL-Finetune's script (a smaller rate for the vision tower).
 # Edit or export what you change; flags that follow go to the trainer. On several GPUs or machines: launch.sh.
-#   DATA=train.json IMAGES=pictures/ OUTPUT_DIR=out bash scripts/finetune.sh
+#   DATA=train.json IMAGES=images/ OUTPUT_DIR=out bash scripts/finetune.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LoRA in the language model; vision tower and merger are trained whole.
 # Edit or export what you change; flags that follow go to the trainer. On several GPUs or machines: launch.sh.
-#   DATA=train.json IMAGES=pictures/ OUTPUT_DIR=out bash scripts/finetune_lora.sh
+#   DATA=train.json IMAGES=images/ OUTPUT_DIR=out bash scripts/finetune_lora.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 

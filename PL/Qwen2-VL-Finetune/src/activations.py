@@ -7,8 +7,8 @@ rest, which is quick to make, is worked out again; only what enters a layer is k
 from collections.abc import Callable
 from functools import partial
 
+import process_group
 import psutil
-import ranks
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -94,7 +94,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // ranks.here()
+    return psutil.virtual_memory().available // process_group.local_world_size()
 
 
 def choose(kept: dict[str, int], other: int, free: int) -> str:

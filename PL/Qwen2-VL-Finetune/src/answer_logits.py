@@ -3,7 +3,7 @@
 import torch
 
 
-class Labelled:
+class AnswerLogits:
     """Has a model's last layer and output layer work on chosen positions, from whose logits the loss is made.
 
     Of what the last decoder layer says of the other positions only keys and values are read: its queries,

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pictures import read_file
+from image_files import read_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ FORMAT = 2  # to be raised when `data.encode` makes something else of the same s
 
 
 class Cache:
-    """`folder`/KEY.safetensors for each sample; the key says what it was made of, pictures by content.
+    """`folder`/KEY.safetensors for each sample; the key says what it was made of, images by content.
 
     At most `most` bytes, and half of what is free on the disk, `shares` processes together. What nobody has used for
     a day makes room for new samples, the longest unused first; else those find none and are not kept.
@@ -42,7 +42,7 @@ class Cache:
         self.left = min(most - used, shutil.disk_usage(folder).free / 2) / shares
 
     def key(self, sample: dict) -> str:
-        """Raises PictureError where an image cannot be read."""
+        """Raises ImageError where an image cannot be read."""
         digest = hashlib.sha256(self.maker)
         digest.update(json.dumps(sample["messages"]).encode())
         for path in sample["images"]:

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import ranks
+import process_group
 import torch
 import torch.distributed as dist
 from cache import Cache
 from forms import IMAGE, DataError, read_record, read_records
-from pictures import PictureError, open_picture
+from image_files import ImageError, open_image
 from PIL import Image
 from tqdm import tqdm
 
 IGNORE = -100
-OF_TEXT = ("input_ids", "labels", "sample")  # of an encoded sample; the rest is pictures
-TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's output that is not about pictures
+OF_TEXT = ("input_ids", "labels", "sample")  # of an encoded sample; the rest is images
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's output that is not about images
 
 
 def read_samples(
@@ -34,8 +34,8 @@ def read_samples(
     """The records of all files (`forms`), checked, as {"id", "where", "images", "messages"} with chat-template messages.
 
     A file may have a share of the mixture ("a.json:0.9"): then as many of each file are drawn, by `seed`,
-    as keep the shares and leave one file whole. `path_map` are "OLD=NEW" folders of pictures that have
-    moved. Raises DataError for a file that is no list of such records. No picture is opened: see `measure`.
+    as keep the shares and leave one file whole. `path_map` are "OLD=NEW" folders of images that have
+    moved. Raises DataError for a file that is no list of such records. No image is opened: see `measure`.
     """
     moves = [tuple(folder.rstrip("/") + "/" for folder in move.partition("=")[::2]) for move in path_map]
     if not all("=" in move and all(map(len, move.split("="))) for move in path_map):
@@ -88,7 +88,7 @@ def split_share(path: str) -> tuple[str, float | None]:
 def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
     """Raises DataError for text with a mark that the tokenizer keeps for itself, such as <|im_end|>.
 
-    In an answer it would cut the label short; in a question it could stand for a picture that is not there.
+    In an answer it would cut the label short; in a question it could stand for an image that is not there.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = re.compile("|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}))))
@@ -109,7 +109,7 @@ def measure(
 ) -> "Samples":
     """The samples that can be trained on, each made once: so all is known to fit before the first step.
 
-    Left out, with a line each, are samples whose pictures cannot be used. One of more than `most` tokens is an
+    Left out, with a line each, are samples whose images cannot be used. One of more than `most` tokens is an
     error, or with `on_too_long` "drop" left out too. Kept are the first in memory, while so many bytes hold them, the
     next in the cache, while that has room. Several ranks share the work. Raises DataError when none is left.
     """
@@ -119,7 +119,7 @@ def measure(
     tried = _Tried(samples, processor, memory / max(1, workers), cache)
     made = torch.utils.data.DataLoader(tried, batch_size=None, sampler=ours, num_workers=workers, collate_fn=_same)
     looks = list(tqdm(made, "checking samples", len(ours), unit="sample", disable=None if rank == 0 else True))
-    shared = ranks.told(looks)
+    shared = process_group.all_gather(looks)
     looks = [shared[i % world][i // world] for i in range(len(samples))]
 
     result, left_out = Samples([], processor, cache), []
@@ -128,9 +128,7 @@ def measure(
             left_out.append(f"id {sample['id']}: {look}")
             continue
         if look.length > most:
-            says = (
-                f"{look.length} tokens, of which {look.visual} of its pictures, are more than --max_seq_length {most}"
-            )
+            says = f"{look.length} tokens, of which {look.visual} of its images, are more than --max_seq_length {most}"
             if on_too_long == "error":
                 remedy = (
                     "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
@@ -166,7 +164,7 @@ def _same(look: Look | str) -> Look | str:
 
 
 class _Tried(torch.utils.data.Dataset):
-    """A Look at each sample, or why it cannot be used: a picture that is none, or of a shape that the processor refuses."""
+    """A Look at each sample, or why it cannot be used: an image that is none, or of a shape that the processor refuses."""
 
     def __init__(self, samples: list[dict], processor, memory: float, cache: Cache | None):
         self.samples, self.processor, self.memory, self.cache = samples, processor, memory, cache
@@ -182,7 +180,7 @@ class _Tried(torch.utils.data.Dataset):
                 encoded = self.cache.get(key)
             found = encoded is not None
             encoded = encoded if found else encode(sample, self.processor)
-        except (DataError, PictureError, ValueError, OSError) as error:
+        except (DataError, ImageError, ValueError, OSError) as error:
             return str(error)
         length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == self.processor.image_token_id).sum())
         self.memory -= sum(value.nbytes for value in encoded.values())
@@ -214,11 +212,11 @@ def encode(sample: dict, processor) -> dict:
     """One sample as the model takes it, with labels [T].
 
     Prompts and answers are tokenised apart, as they are when the model is asked: it is trained from
-    exactly the token it will start from. Labelled are each answer's tokens and its end token; not the
-    line break that a template may put after it. Raises DataError, with the id, for a picture that cannot be read.
+    exactly the token it will start from. AnswerLogits are each answer's tokens and its end token; not the
+    line break that a template may put after it. Raises DataError, with the id, for an image that cannot be read.
     """
     end, messages = processor.tokenizer.eos_token, sample["messages"]
-    pictures = [_opened(path) for path in sample["images"]]
+    opened = [_opened(path) for path in sample["images"]]
     ids, labels, rendered, used, made = [], [], "", 0, []
     for turn in (i for i, message in enumerate(messages) if message["role"] == "user"):
         prompt = processor.apply_chat_template(messages[: turn + 1], add_generation_prompt=True, tokenize=False)
@@ -229,7 +227,7 @@ def encode(sample: dict, processor) -> dict:
         new = {} if turn == 0 or messages[turn - 1]["role"] == "system" else {"add_special_tokens": False}
         here = sum(part["type"] == "image" for part in messages[turn]["content"])
         if here:
-            images = [pictures[used : used + here]]
+            images = [opened[used : used + here]]
             made.append(processor(text=[prompt[len(rendered) :]], images=images, return_tensors="pt", **new))
             asked = made[-1]["input_ids"][0].tolist()
         else:
@@ -239,9 +237,9 @@ def encode(sample: dict, processor) -> dict:
         ids += asked + answered
         labels += [IGNORE] * len(asked) + answered
         rendered = prompt + answer + end
-    if len(made) > 1:  # pictures in several turns: together, as the model takes a sample's
-        made = [processor(text=[rendered], images=[pictures], return_tensors="pt")]
-    # What is left of the processor's output is the pictures.
+    if len(made) > 1:  # images in several turns: together, as the model takes a sample's
+        made = [processor(text=[rendered], images=[opened], return_tensors="pt")]
+    # What is left of the processor's output is the images.
     encoded = {name: value for inputs in made for name, value in inputs.items() if name not in TEXT}
     encoded |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
     return encoded
@@ -251,8 +249,8 @@ def _opened(path: str | Image.Image) -> Image.Image:
     if isinstance(path, Image.Image):
         return path
     try:
-        return open_picture(path)
-    except PictureError as error:
+        return open_image(path)
+    except ImageError as error:
         raise DataError(f"{path}: {error}") from None
 
 
@@ -262,7 +260,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, samples: list[dict], processor, cache: Cache | None = None):
         self.samples, self.processor, self.cache = samples, processor, cache
         self.looks, self.lengths, self.visual = [], [], []
-        self.replaced = False  # what is kept has features for pictures, and cannot be made here
+        self.replaced = False  # what is kept has features for images, and cannot be made here
 
     def add(self, sample: dict, look: Look) -> None:
         self.samples.append(sample)

@@ -24,7 +24,7 @@ def part_of(name: str, model_type: str) -> str:
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise DataError(
-            f"model type {model_type}: its parts are not known. Add it to FAMILIES in src/parts.py: {known}."
+            f"model type {model_type}: its parts are not known. Add it to FAMILIES in src/param_groups.py: {known}."
         )
     name = PEFT.sub("", name).removeprefix("model.") + "."
     for part in ("merger", "vision"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import flags
-import ranks
+import process_group
 import torch
 import transformers
 from activations import PRODUCTS
@@ -76,10 +76,10 @@ class DataArguments:
         default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON has in OLD/ now lie in NEW/."}
     )
     image_min_pixels: int = field(
-        default=128 * 28 * 28, metadata={"help": "Enlarge pictures to this area, in pixels (older: --min_pixels)."}
+        default=128 * 28 * 28, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
     )
     image_max_pixels: int = field(
-        default=512 * 28 * 28, metadata={"help": "Shrink pictures to this area, in pixels (older: --max_pixels)."}
+        default=512 * 28 * 28, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
     )
     max_seq_length: int = field(
         default=32768, metadata={"help": "Longest sample in tokens, visual ones included; nothing is cut."}
@@ -107,7 +107,7 @@ class DataArguments:
     cache_features: bool = field(
         default=False,
         metadata={
-            "help": "Keep there what the frozen vision tower makes of the pictures, in their place. Needs --freeze_vision_tower "
+            "help": "Keep there what the frozen vision tower makes of the images, in their place. Needs --freeze_vision_tower "
             "and --freeze_merger: a change of method where they are trained otherwise."
         },
     )
@@ -165,7 +165,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         if self.dataloader_num_workers < 0:
-            cores = len(os.sched_getaffinity(0)) // ranks.here()
+            cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
         self.keep = str(self.activation_checkpointing)

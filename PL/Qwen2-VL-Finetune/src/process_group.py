@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-def settle() -> None:
+def use_launcher_environment() -> None:
     """To be called first. DeepSpeed's launcher names the ranks of this machine otherwise than torchrun, and accelerate
     would take the missing name for 1. A rank whose launcher is killed gets SIGTERM: it saves and stops."""
     if "LOCAL_SIZE" in os.environ:
@@ -18,12 +18,12 @@ def settle() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def here() -> int:
+def local_world_size() -> int:
     """Ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def told(value) -> list:
+def all_gather(value) -> list:
     """What each rank gives, in their order."""
     if not dist.is_initialized():
         return [value]
@@ -32,7 +32,7 @@ def told(value) -> list:
     return values
 
 
-def wait() -> None:
+def barrier() -> None:
     """For all."""
     if dist.is_initialized():
         dist.barrier()
@@ -43,14 +43,14 @@ def init_deepspeed() -> None:
     import deepspeed
 
     deepspeed.init_distributed()
-    wait()
+    barrier()
     # A buffer of 69 MB that CPU ranks share. All have it open now; by its name DeepSpeed would leave it behind for ever.
     name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
 
 
-def end() -> None:
+def destroy() -> None:
     """All together: a rank that loses another at its end may abort."""
-    wait()
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -149,7 +149,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
         f"- {meta['steps']} steps, mean loss {meta['loss']:.4f}",
         *accuracy,
         "\n## Licence\n",
-        f"That of the base model{f' ({licence})' if licence else ''}; the pictures have licences of their own.",
+        f"That of the base model{f' ({licence})' if licence else ''}; the images have licences of their own.",
         "\n## Use\n",
         f"`MODEL={out.name} bash evaluate.sh`, or any program that loads such checkpoints.\n",
     ]

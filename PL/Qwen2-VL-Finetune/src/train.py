@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 
 import checkpoints
-import parts
-import ranks
+import param_groups
+import process_group
 import report
 import torch
 import transformers
-from batches import Collator
 from cache import Cache
+from collator import Collator
 from features import Features, keep
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
@@ -50,7 +50,7 @@ from data import (
 META = "train_meta.json"
 MOST_ON_DISK = 20 * 2**30  # bytes of samples, by default
 IN_MEMORY = 2**30  # bytes of samples that one device alone keeps there, before it takes to the disk
-# What joins a batch without pictures, unlabelled, so that every rank runs every module.
+# What joins a batch without images, unlabelled, so that every rank runs every module.
 BLANK = {
     "id": None,
     "images": [Image.new("RGB", (64, 64))],
@@ -152,8 +152,8 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         # transformers 5.23 keeps all renamings that its loader knows, used or not, and would save wrong names by them.
         model._weight_conversions = []
     if model_args.lora_enable:
-        return parts.add_lora(model, model_args)
-    parts.freeze(model, model_args)
+        return param_groups.add_lora(model, model_args)
+    param_groups.freeze(model, model_args)
     return model
 
 
@@ -166,7 +166,10 @@ def prepared(
 ) -> Samples:
     """The samples, each made and found to fit."""
     refuse_special_tokens(samples, processor.tokenizer)
-    workers, most = max(1, len(os.sched_getaffinity(0)) // ranks.here()), most_kept(data_args, args, len(samples))
+    workers, most = (
+        max(1, len(os.sched_getaffinity(0)) // process_group.local_world_size()),
+        most_kept(data_args, args, len(samples)),
+    )
     # With other ranks all that one makes is for all.
     memory = 0 if args.world_size > 1 or data_args.cache_gb == 0 else IN_MEMORY if data_args.lazy_preprocess else most
     cache = open_cache(processor, data_args, args, len(samples), workers) if most and on_disk else None
@@ -176,7 +179,10 @@ def prepared(
 def open_cache(processor, data_args: DataArguments, args: TrainingArguments, n: int, writers: int = 1) -> Cache:
     """The cache, in which so many processes of this rank write."""
     return Cache(
-        samples_folder(data_args, args), most_kept(data_args, args, n), processor, shares=ranks.here() * writers
+        samples_folder(data_args, args),
+        most_kept(data_args, args, n),
+        processor,
+        shares=process_group.local_world_size() * writers,
     )
 
 
@@ -280,10 +286,10 @@ def save_dtype(model_args: ModelArguments) -> torch.dtype:
 
 def main(argv=None) -> int:
     """Train as the flags say; 0, or 143 or 130 where it was asked to stop. Raises DataError for what the user can mend."""
-    ranks.settle()
+    process_group.use_launcher_environment()
     model_args, data_args, args = parse(argv)
     if args.deepspeed:
-        ranks.init_deepspeed()
+        process_group.init_deepspeed()
     out, first = Path(args.output_dir), args.process_index == 0
     if not sys.stderr.isatty():
         args.disable_tqdm = True
@@ -326,7 +332,7 @@ def train(
         return 128 + trainer.stop.heard
     trainer.save_model(args.output_dir)  # gathers the shards under ZeRO-3
     trainer.save_state()
-    ranks.wait()
+    process_group.barrier()
     if first:
         meta = {"settings": asked, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
         meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
@@ -347,7 +353,7 @@ def run() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the trainer saves when it hears it
     try:
         code = main()
-        ranks.end()
+        process_group.destroy()
         return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

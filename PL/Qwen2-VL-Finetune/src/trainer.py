@@ -12,14 +12,15 @@ from pathlib import Path
 
 import activations
 import checkpoints
-import parts
-import ranks
+import param_groups
+import process_group
 import report
 import torch
 import torch.distributed as dist
-from batches import Batches, Collator, pieces_within
+from answer_logits import AnswerLogits
+from batching import Batches, pieces_within
+from collator import Collator
 from features import Features
-from labelled import Labelled
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -90,7 +91,7 @@ class Leveler(Trainer):
         self.settings, self.features, self.aside = settings, features, None
         core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.rope_index = getattr(core.model, "get_rope_index", None)
-        self.labelled = Labelled(core)
+        self.answer_logits = AnswerLogits(core)
         self.limit = EXPLODED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
         self.flops_a_token, self.peak, self.train_seconds = None, None, 0.0
         self.seen, self.logged, self.logged_at = Counter(), Counter(), None
@@ -135,7 +136,7 @@ class Leveler(Trainer):
         # DeepSpeed steps in there, and leaves a step out in silence where a gradient is not finite: right with float16 alone.
         if self.is_deepspeed_enabled and not self.args.fp16 and self.model_wrapped.skipped_steps:
             raise self._gone_wrong(
-                "a gradient is not finite", [i for of_rank in ranks.told(self.step_ids) for i in of_rank]
+                "a gradient is not finite", [i for of_rank in process_group.all_gather(self.step_ids) for i in of_rank]
             )
         return loss
 
@@ -144,7 +145,7 @@ class Leveler(Trainer):
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         chosen = following != IGNORE
-        self.labelled.choose(chosen)
+        self.answer_logits.choose(chosen)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = self._packed_positions(inputs)
         if "features" in inputs:
@@ -243,12 +244,12 @@ class Leveler(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(bad)
         if bad:
-            ids = [i for of_rank in ranks.told(self.step_ids) for i in of_rank]
+            ids = [i for of_rank in process_group.all_gather(self.step_ids) for i in of_rank]
             raise self._gone_wrong("a gradient is not finite", ids)
         self.last_ids, self.step_ids = self.step_ids, []
 
     def _groups(self) -> list[dict]:
-        return parts.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
+        return param_groups.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
 
     # --- what a user sees --------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class Leveler(Trainer):
         steps = int(self.batches.steps_an_epoch * self.args.num_train_epochs)
         steps = self.args.max_steps if self.args.max_steps > 0 else steps
         steps = f"{steps:,} steps of {self.batches.size} ({self.batches.pieces} batches a device)"
-        return report.start_lines(self.train_dataset, parts.counts(self.model), self._groups(), steps, self.args)
+        return report.start_lines(self.train_dataset, param_groups.counts(self.model), self._groups(), steps, self.args)
 
     def pace(self) -> dict:
         """Seconds of the steps timed (all but the first after a start), this device's samples and tokens in them, and MFU."""
@@ -297,10 +298,10 @@ class Leveler(Trainer):
         self.aside = out / ASIDE
         if self.args.should_save:
             shutil.rmtree(self.aside, ignore_errors=True)
-        ranks.wait()
+        process_group.barrier()
         super()._save_checkpoint(model, trial)
         self.aside = None
-        ranks.wait()
+        process_group.barrier()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         if self.args.should_save:
@@ -311,7 +312,7 @@ class Leveler(Trainer):
             os.rename(out / ASIDE / name, out / name)
             shutil.rmtree(out / ASIDE)
             rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        ranks.wait()
+        process_group.barrier()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         """In float32 on the way, so that a training goes on exactly; at the end in `save_dtype`. Raises DataError where a weight
@@ -361,7 +362,7 @@ class Leveler(Trainer):
             self.args.eval_batch_size,
         )
         model.eval()
-        self.labelled.choose(None)
+        self.answer_logits.choose(None)
         right, ours = 0, range(self.args.process_index, -(-len(samples) // world) * world, world)
         for start in range(0, len(ours), size):
             asked = [samples[place % len(samples)] for place in ours[start : start + size]]
