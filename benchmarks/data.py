@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 from mpa import checking, scoring
-from mpa.datasets import Sample
+from mpa.datasets.protocol import Sample
 from mpa.metrics import anls
 from mpa.models import MAX_PIXELS, MIN_PIXELS
 

@@ -32,7 +32,8 @@ import torch
 from qwen_vl_utils import process_vision_info
 
 from mpa import models, records
-from mpa.datasets import DATASETS, load_samples
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import load_samples
 from mpa.matching import Match
 from mpa.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
 

@@ -129,8 +129,10 @@ def main() -> None:
                     number = to_send.pop()
                     process.send_signal(number)
                     said, _ = process.communicate()
-                    found["wrong_codes"] += process.returncode != CODES[number]
-                    if process.returncode != CODES[number]:
+                    if process.returncode == 0:  # the run had ended by then
+                        to_send.append(number)
+                    elif process.returncode != CODES[number]:
+                        found["wrong_codes"] += 1
                         print(f"exit code {process.returncode} after {number.name}:\n{said[-2000:]}", flush=True)
                 found["tracebacks"] += "Traceback" in said
                 if "Traceback" in said:

@@ -51,7 +51,7 @@ from report import matmul_peak
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mpa.datasets import load_samples
+from mpa.datasets.loading import load_samples
 from mpa.prompts import answer_prompt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from layouts import root_of
 from sources import UNREADABLE, Member, Source, check_ratio
 from tqdm import tqdm
 
-from mpa.datasets import Sample
+from mpa.datasets import DATASETS
+from mpa.datasets.protocol import Sample
 from mpa.image_files import ImageError, open_file, open_image
 from mpa.records import InputError
 
@@ -64,7 +65,7 @@ def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], da
     """The roots of an official download. ChartQA's parts have images of the same names, so that the folder counts."""
 
     def origin(part: str, index: int, name: str) -> Member | None:
-        return source.find(f"{part}/png/{name}" if dataset == "chartVQA" else name)
+        return source.find(DATASETS[dataset].preparation.image_in_download.format(part=part, name=name))
 
     return roots_of(dataset, parts, data, origin)
 

@@ -21,12 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import placing
 import sources
-from layouts import PREPARATIONS, as_train_json, is_train_json, part_of, samples_of, split_of
+from layouts import as_train_json, is_train_json, part_of, samples_of, split_of
 from sources import Source
 
 from mpa import checking, cli, records
-from mpa.datasets import DATA, DATASETS, Sample, labelled, load_samples, locate, no_twice
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import DATA, labelled, load_samples, no_twice
+from mpa.datasets.paths import locate
+from mpa.datasets.protocol import Sample
 from mpa.records import InputError
+
+PREPARATIONS = {name: dataset.preparation for name, dataset in DATASETS.items() if dataset.preparation}
 
 
 def check_files(files: dict[Path, object], overwrite: bool) -> set[Path]:
@@ -78,7 +83,7 @@ def labelled_only(part: str, samples: list[Sample]) -> list[int]:
 
 def prepare(args) -> None:
     dataset, steps, data = args.dataset, PREPARATIONS[args.dataset], args.data
-    if dataset != "easyVQA" and not args.source:
+    if steps.download and not args.source:
         raise InputError(f"--source is needed: the folder with {steps.download}.")
     source = copy = None
     if args.source_format == "hf":
@@ -100,7 +105,7 @@ def prepare(args) -> None:
         unopened = f" Not opened: {', '.join(map(str, source.unopened))}." if source and source.unopened else ""
         raise InputError(f"{args.source}: nothing of {dataset} in it. Expected {steps.download}.{unopened}")
     for part in ("train", "test"):
-        if part not in parts and "all" not in parts and dataset != "easyVQA":
+        if part not in parts and "all" not in parts and steps.download:
             print(f"  no {part} part in the source: its files are not written.")
 
     files, counts = steps.files(parts, args.seed), {}
@@ -115,7 +120,7 @@ def prepare(args) -> None:
     roots = []
     if copy:
         roots = placing.of_copy(copy.sizes, dataset, samples, data)
-    elif source and dataset != "easyVQA":
+    elif source and steps.download:
         roots = placing.of_download(source, dataset, samples, data)
     placing.check_target(data / steps.folder, data)
     placing.check(roots, data)
@@ -147,8 +152,8 @@ def prepare(args) -> None:
 def check(args) -> None:
     """Print what is right and wrong with a dataset; exit with 1 where a run would lose samples."""
     dataset, lost, missing = args.dataset, 0, []
-    if dataset == "images":
-        groups = {"images": load_samples("images", "train", None, args.image_root, images=False)}
+    if not DATASETS[dataset].labelled:
+        groups = {"images": load_samples(dataset, "train", None, args.image_root, images=False)}
     else:
         groups = {}
         for split in (args.split,) if args.split else ("train", "test"):
@@ -203,7 +208,7 @@ def arguments(argv=None):
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):
         p.error("check takes the name of a dataset, and nothing else does")
-    if (args.annotations or args.image_root) and not args.split and args.dataset != "images":
+    if (args.annotations or args.image_root) and not args.split and args.dataset and DATASETS[args.dataset].labelled:
         p.error("--annotations and --image-root are of one --split")
     args.command, args.dataset, args.path_map = args.what, args.dataset or args.what, dict(args.path_map)
     return args

@@ -1,7 +1,6 @@
 """Read a dataset's download, official or a Hugging Face copy, into records of the released shape.
 
-Both ways give {"train" | "val" | "test" | "all": records}; what the download lacks is left out. "all" is ST-VQA's train
-part, whose split is ours.
+Both ways give the parts that `mpa.datasets.protocol.Preparation` describes; what the download lacks is left out.
 """
 
 import hashlib
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from mpa.datasets import DATASETS
+from mpa.datasets.protocol import CopiedRow
 from mpa.records import InputError
 
 # What zipfile raises for a member that is corrupt, encrypted, or packed in a way that it does not know (Deflate64).
@@ -150,61 +151,14 @@ class Source:
             raise InputError(f"{member}: expected a list of records; is it the official file?")
         return document
 
-
-# --- official downloads
-
-
-def textvqa(source: Source) -> dict[str, list[dict]]:
-    found = {"train": source.json("TextVQA_0.5.1_train.json", "data")}
-    return found | {"test": source.json("TextVQA_0.5.1_val.json", "data")}
-
-
-def stvqa(source: Source) -> dict[str, list[dict]]:
-    found = source.json("train_task_1.json", "data")
-    return {"all": found and [{"file_path": f"{r.get('dataset')}/{r.get('file_name')}", **r} for r in found]}
-
-
-def chartqa(source: Source) -> dict[str, list[dict]]:
-    """The augmented questions of a part and then the human ones, as in the released files."""
-    found = {}
-    for part in ("train", "val", "test"):
-        names = {kind: f"{part}/{part}_{kind}.json" for kind in ("augmented", "human")}
-        by_kind = _both_or_none(source, {name: source.json(name) for name in names.values()})
-        records = [{**r, "type": kind} for kind, name in names.items() for r in by_kind.get(name, ())]
-        found[part] = [{**r, "question_id": i} for i, r in enumerate(records)]
-    return found
-
-
-def okvqa(source: Source) -> dict[str, list[dict]]:
-    found = {}
-    for part, name in (("train", "train2014"), ("test", "val2014")):
-        asked, answered = f"OpenEnded_mscoco_{name}_questions.json", f"mscoco_{name}_annotations.json"
-        both = {asked: source.json(asked, "questions"), answered: source.json(answered, "annotations")}
-        if both := _both_or_none(source, both):
-            answers = {a.get("question_id"): a.get("answers") for a in both[answered]}
-            found[part] = [_okvqa_record(source, q, answers.get(q.get("question_id"))) for q in both[asked]]
-    return found
-
-
-def _okvqa_record(source: Source, question: dict, answers) -> dict:
-    """`answers` are stemmed in the official file, too, and so in the released ones; `raw_answers` are not."""
-    try:
-        record = {name: question[name] for name in ("image_id", "question", "question_id")}
-        return record | {"answers": [a["answer"] for a in answers], "raw_answers": [a["raw_answer"] for a in answers]}
-    except (KeyError, TypeError) as error:
-        which = question.get("question_id")
-        raise InputError(
-            f"{source.root}: OK-VQA question {which}: no annotation with answers and raw answers for it ({error})."
-        ) from None
-
-
-def _both_or_none(source: Source, found: dict[str, list | None]) -> dict[str, list]:
-    missing = [name for name, content in found.items() if content is None]
-    if 0 < len(missing) < len(found):
-        raise InputError(
-            f"{source.root}: {missing[0]} is not in it, but {next(n for n in found if n not in missing)} is."
-        )
-    return {} if missing else found
+    def all_or_none(self, found: dict[str, list | None]) -> dict[str, list]:
+        """{file: records} where each of the files is there, {} where none is. Raises InputError where some are."""
+        missing = [name for name, content in found.items() if content is None]
+        if 0 < len(missing) < len(found):
+            raise InputError(
+                f"{self.root}: {missing[0]} is not in it, but {next(n for n in found if n not in missing)} is."
+            )
+        return {} if missing else found
 
 
 # --- copies of Hugging Face datasets
@@ -254,34 +208,17 @@ def _answers_of(row: dict) -> list | None:
     return None
 
 
-def hf_record(dataset: str, index: int, row: dict, image: bytes) -> dict | None:
-    """A row as a record in the released shape, None where it has no answers; copies name their columns as they like.
-
-    An image without a name gets one from its content.
-    """
+def copied_row(index: int, row: dict, image: bytes) -> CopiedRow | None:
+    """A row, read as far as copies agree; None where it has no answers. Copies name their columns as they like."""
     question = row["question"] if "question" in row else row["query"]
     answers = _answers_of(row)
     if answers is None:
         return None
-    more = {}
+    raw_answers = None
     if all(isinstance(a, dict) for a in answers):  # as the official OK-VQA has them
-        more = {"raw_answers": [a["raw_answer"] for a in answers]} if "raw_answer" in answers[0] else {}
+        raw_answers = [a["raw_answer"] for a in answers] if "raw_answer" in answers[0] else None
         answers = [a["answer"] for a in answers]
-    by_content = hashlib.sha256(image).hexdigest()[:16] + ".png"
-    question_id = row.get("question_id", index)
-    if dataset == "textVQA":
-        return {"question_id": question_id, "image_id": row["image_id"], "question": question, "answers": answers}
-    if dataset == "stVQA":
-        name = row.get("file_path") or row.get("path") or by_content
-        return {"question_id": question_id, "file_path": name, "question": question, "answers": answers}
-    if dataset == "chartVQA":
-        name = row.get("imgname") or by_content
-        kind = row.get("type", {0: "human", 1: "augmented"}.get(row.get("human_or_machine"), ""))
-        kind = kind.removesuffix("_test")
-        return {"question_id": index, "imgname": name, "query": question, "label": answers[0], "type": kind}
-    question_id = int(row["question_id"])  # COCO's question ids are image ids with one more digit
-    image_id = row.get("image_id", question_id // 10)
-    return {"image_id": image_id, "question": question, "question_id": question_id, "answers": answers, **more}
+    return CopiedRow(index, row, question, answers, raw_answers, hashlib.sha256(image).hexdigest()[:16] + ".png")
 
 
 @dataclass
@@ -294,15 +231,14 @@ class Copy:
 
 
 def from_hf(source: Path, dataset: str) -> Copy:
-    """What a copy holds, without the images. Questions without answers are left out, and counted.
-
-    facebook/textvqa's test part has ten empty answers a question; its validation part serves as ours.
-    """
+    """What a copy holds, without the images. Questions without answers are left out, and counted."""
+    preparation = DATASETS[dataset].preparation
     found, without_answers, splits = Copy(), Counter(), {}
     for index, (where, split, row, image) in enumerate(hf_rows(source)):
-        part = "all" if dataset == "stVQA" else "test" if dataset in ("textVQA", "okVQA") and split == "val" else split
+        part = preparation.copy_parts.get(split, split)
         try:
-            record = hf_record(dataset, index, row, image)
+            copied = copied_row(index, row, image)
+            record = copied and preparation.from_copy(copied)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: no {error} for {dataset}; columns: {', '.join(row)}.") from None
         if record is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from mpa.datasets import Sample
+from mpa.datasets.protocol import Sample
 from mpa.image_files import ImageError, open_image, read_file
 
 EXAMPLES = 10  # broken images named

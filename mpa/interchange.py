@@ -13,27 +13,18 @@ import sys
 from pathlib import Path
 
 from mpa import records, scoring
-from mpa.datasets import Sample, is_texts, labelled
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import is_texts, labelled
+from mpa.datasets.protocol import Sample
 from mpa.metrics import most_common
 from mpa.prompts import answer_prompt
 from mpa.records import InputError
-
-# Our datasets by lmms-eval's names for their test parts, and its name for the headline there; another dataset is called
-# as ours in lower case.
-TASKS = {
-    "textVQA": ("textvqa_val", "exact_match"),
-    "stVQA": ("stvqa", "anls"),
-    "chartVQA": ("chartqa", "relaxed_overall"),
-    "okVQA": ("ok_vqa_val2014", "exact_match"),
-    "easyVQA": ("easyvqa", "exact_match"),
-    "images": ("images", "exact_match"),
-}
 
 
 def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str, model_path: str) -> Path:
     """Write samples_<task>.jsonl and results.json to `folder`; other tasks in a results.json there stay."""
     names = scoring.metric_names(dataset, preset)
-    task, headline = TASKS.get(dataset, (dataset.lower(), names[0]))
+    task, headline = DATASETS[dataset].lmms_eval or (dataset.lower(), names[0])
     rows = {name: scoring.values(result, name) for name in names}
     keys = {name: headline if name == names[0] else name for name in names}
     lines = []
@@ -91,7 +82,8 @@ def dataset_of(file_name: str) -> str | None:
     ('chartVQA', 'textVQA')
     """
     found = re.search(r"(?:^|_)samples_(.+?)(?:_lite)?\.jsonl?$", file_name)
-    return next((name for name, (task, _) in TASKS.items() if found and found[1] == task), None)
+    tasks = {dataset.lmms_eval[0]: name for name, dataset in DATASETS.items() if dataset.lmms_eval}
+    return tasks.get(found[1]) if found else None
 
 
 def is_lmms_eval(lines) -> bool:

@@ -18,7 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, records
-from mpa.datasets import DATASETS, Sample, load_samples
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import load_samples
+from mpa.datasets.protocol import Sample
 from mpa.engines import Request, ask, cut_off
 from mpa.image_files import fingerprints
 from mpa.journal import Journal, finished, passing

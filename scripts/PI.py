@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, records
 from mpa.answering import answers, question_request
-from mpa.datasets import locate, look_for_images
+from mpa.datasets import DATASETS
+from mpa.datasets.paths import locate, look_for_images
 from mpa.engines import ENGINES, Request
 from mpa.image_files import fingerprints
 from mpa.journal import finished
@@ -63,7 +64,7 @@ def arguments(argv=None):
         p.error("--annotations and --pa-json both name the PA file; give one")
     args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or ("contains" if args.preset == "released" else "exact")
-    args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if args.dataset == "images" else 0.0
+    args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
     return args
 
 

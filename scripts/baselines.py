@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, holdout, records
-from mpa.datasets import locate
+from mpa.datasets.paths import locate
 from mpa.prompts import train_prompt
 
 BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, interchange, records, scoring
 from mpa.answering import answers, question_request
-from mpa.datasets import labelled, load_samples
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import labelled, load_samples
 from mpa.engines import ENGINES
 from mpa.metrics import most_common
 
@@ -104,7 +105,7 @@ def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
 def report(args, what: str, result: list[dict]) -> dict:
     """Print the scores of a result; they are returned, too."""
     scores = scoring.score(result, args.dataset, args.preset)
-    agreement = ": agreement with the L-VLM, not accuracy" if args.dataset == "images" else ""
+    agreement = ": agreement with the L-VLM, not accuracy" if not DATASETS[args.dataset].labelled else ""
     print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores)]))
     left_out = cli.counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
@@ -151,10 +152,10 @@ def main(argv=None) -> None:
             print(f"Wrote {args.out}.")
         return
     annotations = args.annotations
-    if args.dataset == "images" and not annotations:
+    if not DATASETS[args.dataset].labelled and not annotations:
         lvlm = records.short_name(args.model_path_lvlm)
         annotations = records.find_input(
-            records.run_folder(args.run), "PI_{lvlm}_heldout_images.json", lvlm, "--annotations", "PI.sh"
+            records.run_folder(args.run), f"PI_{{lvlm}}_heldout_{args.dataset}.json", lvlm, "--annotations", "PI.sh"
         )
     for model_path in args.model_path:
         cli.check_model(args, model_path)
@@ -163,7 +164,7 @@ def main(argv=None) -> None:
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
     samples = cli.chosen(samples, args)
-    if args.dataset == "images":
+    if not DATASETS[args.dataset].labelled:
         holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
         asked = [question_request(args, s.key, s.image_path, s.question) for s in samples]

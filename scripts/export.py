@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from mpa import cli, records
-from mpa.datasets import locate, look_for_images
+from mpa.datasets.paths import locate, look_for_images
 from mpa.exports import (
     FORMS,
     data_card,

@@ -171,7 +171,7 @@ def main(argv=None) -> None:
     p.add_argument("--lvlm", default=cli.LVLM, help="the L-VLM of the runs (default: %(default)s)")
     p.add_argument("--svlm", default=cli.SVLM, help="the S-VLM of the runs (default: %(default)s)")
     args = p.parse_args(argv)
-    results, what = [], "agreement" if args.dataset == "images" else "accuracy"
+    results, what = [], "accuracy" if DATASETS[args.dataset].labelled else "agreement"
     for folder in args.runs:
         run = Run(folder, args.dataset, records.short_name(args.lvlm), records.short_name(args.svlm))
         result = summary(run)
@@ -180,7 +180,7 @@ def main(argv=None) -> None:
         print(f"\n{folder}: " + " → ".join(f"{n} {what}" for what, n in result["funnel"].items()))
         print("\n".join(["A few of them:", *examples(run), ""]))
         print("\n".join(table(result, what)))
-        if args.dataset == "images":
+        if not DATASETS[args.dataset].labelled:
             print("  Agreement with the L-VLM on images kept from training. It is no accuracy: the L-VLM errs, too.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
         print(f"Wrote {folder / 'summary.json'}.")

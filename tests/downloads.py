@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet
 from conftest import ROOT
 
-from mpa.datasets import EASY
+from mpa.datasets import DATASETS
+from mpa.datasets.easyvqa import EASY
 from mpa.records import read_json
 
 sys.path.insert(0, str(ROOT / "data"))
-import layouts
 import prepare
 
 NAMES = ["textVQA", "stVQA", "chartVQA", "okVQA"]
@@ -124,4 +124,4 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def prepared_from(source: Path, name: str, tmp_path: Path) -> Path:
     prepare.main([name, "--source", str(source), "--data", str(tmp_path / "data")])
-    return tmp_path / "data" / layouts.PREPARATIONS[name].folder
+    return tmp_path / "data" / DATASETS[name].preparation.folder

@@ -18,7 +18,7 @@ def read(path):
 
 @pytest.mark.slow
 def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
-    from mpa.datasets import load_samples
+    from mpa.datasets.loading import load_samples
 
     folder = tmp_path / "my images"
     folder.mkdir()

@@ -8,7 +8,9 @@ from conftest import DATA
 from PIL import Image
 
 from mpa.cli import chosen
-from mpa.datasets import DATASETS, load_samples, moved
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import load_samples
+from mpa.datasets.paths import moved
 from mpa.matching import MATCHERS
 from mpa.metrics import METRICS
 from mpa.prompts import TASK_PROMPTS

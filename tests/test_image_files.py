@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mpa.datasets import load_samples
+from mpa.datasets.loading import load_samples
 from mpa.image_files import ImageError, content_hash, fingerprints, image_size, open_image
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))

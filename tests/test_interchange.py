@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import evaluate
 import pytest
 from conftest import DATA, ROOT, script
 
 from mpa import interchange, scoring
-from mpa.datasets import Sample
+from mpa.datasets.protocol import Sample
 from mpa.records import InputError, read_json, read_records
 
 OFFICIAL = DATA / "official"
@@ -278,7 +279,8 @@ def test_files_of_two_data_sets_are_not_compared(capsys):
 
 
 def test_a_new_data_set_is_logged_by_its_own_name_and_headline(tmp_path, monkeypatch):
-    monkeypatch.setitem(scoring.DATASETS, "docVQA", scoring.DATASETS["stVQA"])
+    new = replace(scoring.DATASETS["stVQA"], name="docVQA", lmms_eval=None)
+    monkeypatch.setitem(scoring.DATASETS, "docVQA", new)
     interchange.write_lmms_eval(tmp_path, RESULT, "docVQA", "paper", "m")
     assert (tmp_path / "samples_docvqa.jsonl").exists()
     assert "anls,none" in read_json(tmp_path / "results.json")["results"]["docvqa"]

@@ -6,7 +6,8 @@ import random
 import pytest
 from conftest import ROOT, STUDENT, TEACHER
 
-from mpa.datasets import EASY, load_samples
+from mpa.datasets.easyvqa import EASY
+from mpa.datasets.loading import load_samples
 from mpa.engines import Request, open_engine
 from mpa.metrics import exact
 from mpa.prompts import TASK_PROMPTS, answer_prompt, parse_annotation

@@ -15,7 +15,8 @@ from fake_server import completion, text_of
 from PIL import Image
 
 from mpa import holdout, image_files, models
-from mpa.datasets import load_samples, locate
+from mpa.datasets.loading import load_samples
+from mpa.datasets.paths import locate
 from mpa.journal import Journal
 from mpa.records import InputError, read_json, read_records, run_folder
 

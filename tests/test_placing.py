@@ -26,7 +26,7 @@ from downloads import (
 )
 from PIL import Image
 
-from mpa.datasets import load_samples
+from mpa.datasets.loading import load_samples
 from mpa.records import InputError, read_json
 
 # --- questions without answers

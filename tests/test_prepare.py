@@ -13,7 +13,6 @@ from downloads import (
     N,
     chartqa,
     drawings,
-    layouts,
     listing,
     parquet,
     prepare,
@@ -25,7 +24,8 @@ from downloads import (
 )
 from PIL import Image
 
-from mpa.datasets import DATASETS, load_samples
+from mpa.datasets import DATASETS, okvqa
+from mpa.datasets.loading import load_samples
 from mpa.records import InputError, read_json, read_records
 
 REFERENCE = ROOT.parent / "shared/reference/annotations"
@@ -66,7 +66,7 @@ def prepared(tmp_path_factory):
 
 
 def folder_of(prepared, name) -> Path:
-    return prepared[name] / layouts.PREPARATIONS[name].folder
+    return prepared[name] / DATASETS[name].preparation.folder
 
 
 def samples_of(prepared, name, split):
@@ -236,7 +236,7 @@ def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
         for r in read_json(REFERENCE / "okvqa_train_unique_combine.json")
         for qa in r["qas"]
     ]
-    files = layouts.files_okvqa({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
+    files = okvqa.files({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
     train, val = (files[f"okvqa_QwenFormat_{part}.json"] for part in ("train", "eval"))
     assert {len({r["image_id"] for r in part}) for part in (train, val)} == {7648, 1350}
     assert files["okvqa_train_unique_combine.json"] == read_json(REFERENCE / "okvqa_train_unique_combine.json")
@@ -245,7 +245,7 @@ def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
     assert {r["id"] for part in theirs for r in part} == {r["question_id"] for r in records}
     for name, split in (("okVQA", "train"), ("okVQA", "test"), ("chartVQA", "train"), ("chartVQA", "test")):
         file = Path(getattr(DATASETS[name], split).annotations).name
-        expected = layouts.PREPARATIONS[name].expected[file]
+        expected = DATASETS[name].preparation.expected[file]
         reference = REFERENCE / (file if name == "okVQA" else f"chartqa_{file}")
         samples = load_samples(name, split, reference, "/", images=False)
         assert prepare.count(samples) == expected

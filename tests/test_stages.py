@@ -15,7 +15,8 @@ import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
 
 from mpa import cli, holdout
-from mpa.datasets import Sample, locate
+from mpa.datasets.paths import locate
+from mpa.datasets.protocol import Sample
 from mpa.journal import Journal
 from mpa.prompts import TASK_PROMPTS
 

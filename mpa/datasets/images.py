@@ -1,0 +1,23 @@
+"""Any folder of images, without questions and answers: all images below it are the train split.
+
+    {"question_id": "a/b.png", "image_path": "/images/a/b.png", "question": …, "answers": ["…"]}
+
+The test split is what PI holds out: the L-VLM's questions and answers. Scores are agreement with it, not accuracy.
+"""
+
+from mpa.datasets.protocol import Dataset, Split, list_of_records
+
+
+def read(record: dict) -> tuple:
+    return record["question_id"], record["image_path"], record["question"], record["answers"]
+
+
+DATASET = Dataset(
+    name="images",
+    task="general",
+    metrics=("exact",),
+    train=Split("", "images", list_of_records, read),
+    test=Split("", "/", list_of_records, read),
+    lmms_eval=("images", "exact_match"),
+    labelled=False,
+)
