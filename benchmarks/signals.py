@@ -104,6 +104,9 @@ def main() -> None:
     p.add_argument("--signals", type=int, default=30, help="of each kind (default: 30)")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and its children too
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.billed, server.lock = Counter(), threading.Lock()
     threading.Thread(target=server.serve_forever, daemon=True).start()

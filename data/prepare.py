@@ -29,6 +29,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import DATA, labelled, load_samples, no_twice
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
+from mpa.presets import PRESETS
 from mpa.records import InputError
 
 PREPARATIONS = {name: dataset.preparation for name, dataset in DATASETS.items() if dataset.preparation}
@@ -191,7 +192,7 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
     p.add_argument(
         "--preset",
-        choices=cli.PRESETS,
+        choices=PRESETS,
         default="paper",
         help="prompt in the train JSON (default: paper; released: bare)",
     )

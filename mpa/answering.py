@@ -1,99 +1,93 @@
-"""One model answers questions about images, and a result file comes of it: what PI and evaluate share."""
+"""One model answers questions about images: what PI and evaluate share."""
 
-import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from mpa import cli, distributed, image_files, records
+from mpa import records
 from mpa.engines import Request, ask
-from mpa.journal import Journal, finished, passing
+from mpa.image_files import fingerprints
+from mpa.journal import passing
+from mpa.presets import PRESETS
 from mpa.prompts import answer_prompt
 from mpa.replies import first_line, strip_reasoning
+from mpa.stage import Model, Stage, counted
 
 ONLY_REASONING = "only reasoning, no answer"
 
 
+@dataclass(frozen=True)
+class Question:
+    """A request, and the fields of its record before and after `predictions`."""
+
+    request: Request
+    before: dict
+    after: dict = field(default_factory=dict)
+
+
 def question_request(args, key: str, image_path: str, question: str) -> Request:
-    """A question as the preset puts it. Under `paper` the reply may end with its first line."""
+    """A question as the preset puts it."""
     return Request(
         key=key,
         image_path=image_path,
         prompt=answer_prompt(question, args.preset),
         max_new_tokens=args.max_new_tokens,
-        stop="" if args.preset == "released" else "answer",
+        stop="" if PRESETS[args.preset].whole_reply else "answer",
     )
 
 
 def prediction(reply: dict, preset: str) -> str | None:
-    """What counts as the answer: all of the reply under `released`, else its first line after any reasoning; None for an error."""
+    """What counts as the answer: the whole reply, or its first line after any reasoning; None for an error."""
     text = reply.get("text")
-    return text if text is None or preset == "released" else first_line(text)
+    return text if text is None or PRESETS[preset].whole_reply else first_line(text)
 
 
-def answered(before: dict, reply: dict, after: dict, preset: str) -> dict:
-    """The record of a reply. One that was cut off or filtered says so in `finish_reason`."""
-    record = {**before, "predictions": prediction(reply, preset), **after}
-    left_out = reply.get("error")
-    if preset != "released" and "text" in reply and reply["text"].strip() and strip_reasoning(reply["text"]) is None:
-        left_out = ONLY_REASONING
-    record |= {"left_out": left_out, "logprob": reply.get("logprob")}
-    cut = reply.get("finish_reason", "stop") != "stop"
-    return record | {"finish_reason": reply["finish_reason"]} if cut else record
+class Answers(Stage):
+    """The answers of a model to questions, in a result file of `kind` (a key of records.FIELDS)."""
 
+    def __init__(self, model: Model, out, label: str, kind: str, questions: list[Question], **choices):
+        self.kind, self.questions, self.preset = kind, questions, model.args.preset
+        prints = fingerprints(q.request.image_path for q in questions)
+        content = []
+        for q in questions:
+            path = q.request.image_path
+            content.append((q.request.key, path, prints[path], q.request.prompt, q.before, q.after))
+        super().__init__(model, out, label, content, **choices)
 
-def answers(
-    args,
-    model_path: str,
-    out: Path,
-    kind: str,
-    asked: list[tuple[Request, dict, dict]],
-    label: str,
-    ready: dict[str, dict] | None = None,
-    choice: dict | None = None,
-    finish: Callable[[dict], dict] = lambda record: record,
-    facts: Callable[[list[dict]], dict] = lambda result: {},
-) -> list[dict]:
-    """The records of the result file `out`: read when it is finished, else made, resumably.
+    def record(self, question: Question, reply: dict) -> dict:
+        """The record of a reply. One that was cut off or filtered says so in `finish_reason`."""
+        record = {**question.before, "predictions": prediction(reply, self.preset), **question.after}
+        left_out, text = reply.get("error"), reply.get("text", "")
+        if not PRESETS[self.preset].whole_reply and text.strip() and strip_reasoning(text) is None:
+            left_out = ONLY_REASONING
+        record |= {"left_out": left_out, "logprob": reply.get("logprob")}
+        cut = reply.get("finish_reason", "stop") != "stop"
+        return record | {"finish_reason": reply["finish_reason"]} if cut else record
 
-    `asked` are requests, each with the fields of its record before and after `predictions`. `ready`
-    are replies by key that need not be asked for. `choice` are more settings that decide the outcome,
-    `finish(record)` may add to a record, and `facts(result)` goes to the meta file.
-    """
-    started, ready = time.time(), ready or {}
-    prints = image_files.fingerprints(request.image_path for request, _, _ in asked)
-    content = [(r.key, r.image_path, prints[r.image_path], r.prompt, before, after) for r, before, after in asked]
-    settings = cli.settings(args, model_path, content, **(choice or {}))
-    if finished(out, settings, args.restart):
-        print(f"{label}: {out} is there already, made with these settings (--restart makes it anew).")
-        return records.read_records(out, kind)
-    journal, ran_on, replies = None, {}, dict(ready)
-    left = [request for request, _, _ in asked if request.key not in ready]
-    if left:
-        with cli.engine(args, model_path) as engine:
-            journal = Journal(out, settings, args.restart)
-            ask(engine, left, journal, label)
-            ran_on = engine.facts()
-        replies |= {request.key: journal[request.key] for request in left}
-    if len(left) < len(asked):
-        print(f"{label}: {len(asked) - len(left)} of its {len(asked)} answers were made along with the annotations.")
-    result = [finish(answered(before, replies[r.key], after, args.preset)) for r, before, after in asked]
-    unfinished = sum(passing(replies[request.key]) for request, _, _ in asked)
-    nothing = all("error" in replies[request.key] for request, _, _ in asked)
-    more = {"model_path": model_path, **ran_on, "seconds": round(time.time() - started, 1), **facts(result)}
-    counts = {"left_out": Counter(r["left_out"] for r in result if r["left_out"])}
-    counts["finish_reason"] = Counter(r["finish_reason"] for r in result if r.get("finish_reason"))
-    records.write_result(out, result, settings, **more, counts=counts, unfinished=unfinished or nothing * len(asked))
-    if account := cli.account(ran_on):
-        print(f"{label}: {account}")
-    if cut := cli.short_replies(result):
-        print(f"{label}: {cut}.")
-    if unfinished:
-        print(f"{label}: {unfinished} replies failed for reasons that may pass. The same command asks again.")
-    if journal:
-        journal.close(remove=distributed.FIRST and not unfinished and not nothing)
-    if nothing:
-        raise records.InputError(
-            f"{out}: not one question could be asked; `left_out` in it says why: {cli.counted(counts['left_out'].elements())}."
-        )
-    return result
+    def summary(self, result: list[dict]) -> dict:
+        """More for the meta file."""
+        return {}
+
+    def records(self, ready: dict[str, dict] | None = None) -> list[dict]:
+        """The records, read when the result is finished, else made. `ready` has replies by key that need no request."""
+        if self.finished():
+            return records.read_records(self.out, self.kind)
+        ready = ready or {}
+        requests = [q.request for q in self.questions]
+        replies, left = dict(ready), [request for request in requests if request.key not in ready]
+        if left:
+            with self.running() as engine:
+                ask(engine, left, self.journal, self.label)
+            replies |= {request.key: self.journal[request.key] for request in left}
+        if len(left) < len(requests):
+            done = len(requests) - len(left)
+            print(f"{self.label}: {done} of its {len(requests)} answers were made along with the annotations.")
+        result = [self.record(q, replies[q.request.key]) for q in self.questions]
+        failed = sum(passing(replies[request.key]) for request in requests)
+        usable = sum("error" not in replies[request.key] for request in requests)
+        counts = {"left_out": Counter(r["left_out"] for r in result if r["left_out"])}
+        counts["finish_reason"] = Counter(r["finish_reason"] for r in result if r.get("finish_reason"))
+        self.write(result, failed, usable, **self.summary(result), counts=counts)
+        if not usable:
+            why = counted(counts["left_out"].elements())
+            raise records.InputError(f"{self.out}: no question could be asked; `left_out` in it says why: {why}.")
+        return result

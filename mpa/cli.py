@@ -1,29 +1,24 @@
-"""What the stages' command lines share: arguments, the settings that decide an outcome, errors."""
+"""The stages' command line: what every stage takes, how arguments are checked, how errors and signals end a script."""
 
 import argparse
-import contextlib
 import errno
-import json
 import os
 import random
 import select
 import signal
 import sys
-import time
-from collections import Counter
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 
 from mpa import distributed, interchange, records
 from mpa.datasets import DATASETS
-from mpa.engines import ENGINES, open_engine
-from mpa.image_files import image_size
-from mpa.models import MAX_PIXELS, MIN_PIXELS, check_model_path, format_marks, identity, resolved_dtype
+from mpa.engines import ENGINES
+from mpa.models import MAX_PIXELS, MIN_PIXELS
+from mpa.presets import PRESETS
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
 SVLM = "Qwen/Qwen2-VL-2B-Instruct"
-PRESETS = ("paper", "released")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -197,117 +192,12 @@ def _dataset_of(file: Path) -> str | None:
     return next((name for name in DATASETS if f"_{name}." in file.name), None) or interchange.dataset_of(file.name)
 
 
-def chosen(items: list, args) -> list:
+def selected(items: list, args) -> list:
     """The first --limit of the items, or --sample of them drawn with --seed, in their order."""
     if args.sample and args.sample < len(items):
         drawn = random.Random(args.seed).sample(range(len(items)), args.sample)
         return [items[i] for i in sorted(drawn)]
     return items[: args.limit]
-
-
-def check_model(args, model_path: str) -> None:
-    """Raise InputError for a model's folder that is not as it should be, before anything heavy is imported."""
-    if ENGINES[replier(args, model_path)].local:
-        check_model_path(model_path)
-
-
-def engine_of(args, model_path: str) -> str:
-    """The name of the engine for a model: the L-VLM may have one of its own."""
-    is_lvlm = model_path == getattr(args, "model_path_lvlm", None)
-    return getattr(args, "engine_lvlm", None) or args.engine if is_lvlm else args.engine
-
-
-def replier(args, model_path: str) -> str:
-    """The name of the engine whose replies these are: with Ray, that of its actors."""
-    name = engine_of(args, model_path)
-    return args.ray_engine if name == "ray" else name
-
-
-def engine(args, model_path: str):
-    """The engine that the arguments ask for, to run `model_path`."""
-    check_model(args, model_path)
-    name = engine_of(args, model_path)
-    return open_engine(name, model_path=model_path, **{s: getattr(args, s) for s in ENGINES[name].settings})
-
-
-def model_identity(args, model_path: str) -> str:
-    """`identity` of a model here; the name of one behind a server."""
-    return identity(model_path) if ENGINES[replier(args, model_path)].local else model_path
-
-
-def marks_of(args, *model_paths: str) -> frozenset[str]:
-    """What the prompt formats of these models take for their own: no question or answer may hold it."""
-    of_each = (
-        format_marks(path if ENGINES[replier(args, path)].local else None, args.trust_remote_code)
-        for path in model_paths
-    )
-    return frozenset().union(*of_each)
-
-
-def account(facts: dict) -> str:
-    """What a server has been asked for and what it cost, as a line; "" where nothing is counted."""
-    if "tokens_in" not in facts:
-        return ""
-    cost = f", cost {facts['cost']:.4f}" if facts["cost"] else ""
-    return f"{facts['requests']:,} replies, {facts['tokens_in']:,} tokens in and {facts['tokens_out']:,} out{cost}."
-
-
-def dry_run(args, model_path: str, requests: list, label: str) -> None:
-    """Print how much there is to ask, and how long it would take by the pace of some of it; nothing is kept."""
-    with engine(args, model_path) as tried:
-        list(tried.generate(requests[:1]))  # loads the model
-        at_once = args.batch_size * max(1, getattr(tried, "workers", 1) or 1)
-        some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
-        before, started = tried.facts(), time.perf_counter()
-        n = sum(len(replies) for replies in tried.generate(some))
-        seconds, after = time.perf_counter() - started, tried.facts()
-    print(f"{label}: {len(requests):,} requests about {len({r.image_path for r in requests}):,} images.")
-    print(f"  visual tokens of Qwen2-VL, some: {visual_tokens([r.image_path for r in requests], args):,}")
-    print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
-    if "cost" in after:
-        spent = after["cost"] - before["cost"]
-        print(f"  cost, by that of {n}: {spent / n * len(requests):.2f} (this trial: {after['cost']:.4f})")
-
-
-def visual_tokens(paths: list[str], args) -> int:
-    """From the headers of the images; one that cannot be read counts for none."""
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    total, known = 0, {}
-    for path in paths:
-        if path not in known:
-            width, height = image_size(path)
-            with contextlib.suppress(ValueError, ZeroDivisionError):  # a shape that the processor refuses
-                high, wide = smart_resize(height, width, 28, args.min_pixels, args.max_pixels)
-                known[path] = high * wide // 28**2
-        total += known.get(path, 0)
-    return total
-
-
-def settings(args, model_path: str, content: list, **more) -> dict:
-    """What decides a stage's outcome. Batch size, workers, the engine of greedy replies do not: they are free to change.
-
-    `content`: all that goes into the records beside the replies, as JSON can hold it.
-    """
-    named = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
-    common = {name: getattr(args, name) for name in named}
-    if ENGINES[replier(args, model_path)].local:  # "auto" is another dtype on another machine
-        common["dtype"] = resolved_dtype(args.dtype, args.device)
-    return {**common, "model": model_identity(args, model_path), **more, "content": records.digest(json.dumps(content))}
-
-
-def short_replies(found: list[dict]) -> str:
-    """ "2 answers cut off at the token limit, 1 stopped by the content filter": of records with a `finish_reason`."""
-    why = {"length": "cut off at the token limit (--max-new-tokens)", "content_filter": "stopped by the content filter"}
-    reasons = Counter(r["finish_reason"] for r in found if r.get("finish_reason"))
-    return ", ".join(f"{n} answers {why.get(reason, f'ended by {reason!r}')}" for reason, n in reasons.most_common())
-
-
-def counted(reasons) -> str:
-    """ "3 left out: 2 no answer, 1 two questions", or "" for no reasons."""
-    reasons = Counter(reasons)
-    causes = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-    return f"{reasons.total()} left out: {causes}" if reasons else ""
 
 
 def run(main, remedy: str = "Choose another --run or --out.") -> None:

@@ -76,13 +76,6 @@ def threshold_of(train_json: Path) -> str:
     return threshold
 
 
-def refuse_held_out(train: list[dict], of: dict[str, str], threshold: str, what) -> None:
-    """Raises InputError where a train record's image is held out; `of` are the images' hashes."""
-    mixed = [r["image"] for r in train if is_held_out(of[r["image"]], threshold)]
-    if mixed:
-        raise InputError(f"{what}: {len(mixed)} images of it are held out to evaluate on, such as {mixed[0]}.")
-
-
 def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
     """Raises InputError where a parity set in `folder` has a question or an image of the test set, `test` (`Sample`s)."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}

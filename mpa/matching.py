@@ -4,11 +4,12 @@ import re
 
 from mpa import metrics
 from mpa.normalise import normalise
+from mpa.presets import PRESETS
 from mpa.replies import ANSWER_WORDS, LABEL, bare, strip_reasoning
 
 
 def _form(preset: str):
-    return metrics.squeeze if preset == "released" else normalise
+    return metrics.squeeze if PRESETS[preset].literal else normalise
 
 
 def exact(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
@@ -23,7 +24,7 @@ def contains(prediction: str | None, answer: str | None, preset: str = "paper") 
     `released`, the released code to the letter, finds an empty answer in everything.
     """
     form = _form(preset)
-    return (preset == "released" or bool(form(answer))) and form(answer) in form(prediction)
+    return (PRESETS[preset].literal or bool(form(answer))) and form(answer) in form(prediction)
 
 
 def _scored(metric, threshold: float, copies: int = 1, form=normalise):
@@ -115,7 +116,7 @@ class Match:
 
     def only_unwrapped(self, prediction: str | None, answer: str | None) -> bool:
         """Do they agree, but not as they were written? PI reports how often."""
-        if self.preset == "released" or prediction is None or answer is None:
+        if PRESETS[self.preset].literal or prediction is None or answer is None:
             return False
         if self.matcher(prediction, answer, self.preset):
             return False

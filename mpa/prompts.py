@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from json import JSONDecoder
 
+from mpa.presets import PRESETS
 from mpa.refusals import is_refusal
 from mpa.replies import (
     ANSWER_WORDS,
@@ -56,12 +57,12 @@ def answer_prompt(question: str, preset: str = "paper") -> str:
 
     `paper` puts a space between question and suffix; `released` does not, as the released code.
     """
-    return f"{question}{'' if preset == 'released' else ' '}{ANSWER_SUFFIX}"
+    return f"{question}{PRESETS[preset].separator}{ANSWER_SUFFIX}"
 
 
 def train_prompt(question: str, preset: str = "paper") -> str:
     """What PL trains on: the prompt that the S-VLM is evaluated with, or under `released` the bare question."""
-    return question if preset == "released" else answer_prompt(question)
+    return answer_prompt(question, preset) if PRESETS[preset].train_suffix else question
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def parse_annotation(
     >>> parse_annotation("Question: What is it?\\nAnswer: a cat")
     Annotation(question='What is it?', answer='a cat', reason=None)
     """
-    if preset == "released":
+    if not PRESETS[preset].checked:
         answer = _RELEASED_ANSWER.search(reply)
         return Annotation(_released_question(reply), answer and answer.group(1).strip())
 

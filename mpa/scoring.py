@@ -5,12 +5,13 @@ from collections import defaultdict
 from mpa.datasets import DATASETS
 from mpa.metrics import METRICS, bootstrap_interval
 from mpa.normalise import normalise
+from mpa.presets import PRESETS
 from mpa.records import InputError
 
 
 def metric_names(dataset: str, preset: str = "paper") -> list[str]:
     """All metrics in the order of the table: the headline, the others of this dataset's field, the rest."""
-    first = ("contains",) if preset == "released" else ()
+    first = filter(None, (PRESETS[preset].headline,))
     names = dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS))
     if "vqa" not in DATASETS[dataset].metrics:  # its questions have fewer answers than the four that full marks take
         del names["vqa"], names["textvqa"]

@@ -12,20 +12,21 @@ Your own images: --task says of what kind the questions should be, or --prompt-f
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, distributed, records
+from mpa import cli, records
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.datasets.protocol import Sample
 from mpa.engines import Request, ask, cut_off
 from mpa.image_files import fingerprints
-from mpa.journal import Journal, finished, passing
+from mpa.journal import Journal, passing
 from mpa.metrics import most_common
+from mpa.presets import PRESETS
 from mpa.prompts import TASK_PROMPTS, Annotation, holds_mark, parse_annotation
+from mpa.stage import Model, Stage, counted
 
 
 def arguments(argv=None):
@@ -92,7 +93,7 @@ def request(sample: Sample, attempt: int, args) -> Request:
         temperature=args.temperature if attempt == 0 else args.temperature or 1.0,
         top_p=args.top_p,
         seed=args.seed,
-        stop="" if args.preset == "released" else "annotation",
+        stop="" if PRESETS[args.preset].whole_reply else "annotation",
         follow_up=args.preset if args.fused else "",
     )
 
@@ -102,7 +103,7 @@ def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
     if "text" not in reply:
         return Annotation(None, None, reply["error"])
     parsed = parse_annotation(reply["text"], args.preset, args.keep_refusals, marks)
-    if args.preset != "released" and (cut := cut_off(reply)):
+    if PRESETS[args.preset].checked and (cut := cut_off(reply)):
         return Annotation(parsed.question, parsed.answer, cut)
     if (
         parsed.question
@@ -134,19 +135,19 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
 
 
 def annotate(
-    samples: list[Sample], tries: int, engine, journal: Journal, args, marks: frozenset[str] = frozenset(), images=None
+    samples: list[Sample], tries: int, engine, stage: Stage, marks: frozenset[str], images: dict
 ) -> list[dict]:
     """A record for each sample. An unusable reply is asked for again, an image that cannot be read is not."""
-    done, left = {}, samples
+    done, left, args = {}, samples, stage.model.args
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
-        ask(engine, [request(sample, attempt, args) for sample in left], journal, label)
+        ask(engine, [request(sample, attempt, args) for sample in left], stage.journal, label)
         for sample in left:
-            reply = journal[f"{sample.key}#{attempt}"]
+            reply = stage.journal[f"{sample.key}#{attempt}"]
             if attempt and "error" in reply:  # keep the reply that there is; the next call asks again
                 continue
             parsed = annotation(reply, args, marks)
-            done[sample.key] = record(sample, attempt, reply, parsed, (images or {}).get(sample.image_path))
+            done[sample.key] = record(sample, attempt, reply, parsed, images.get(sample.image_path))
         left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
 
@@ -154,59 +155,48 @@ def annotate(
 def failed(samples: list[Sample], tries: int, journal: Journal) -> int:
     """How many samples have a reply that failed for a reason that may pass."""
     keys = ([f"{s.key}#{attempt}" for attempt in range(tries + 1)] for s in samples)
-    return sum(any(key in journal and passing(journal[key]) for key in of_it) for of_it in keys)
+    return sum(any(key in journal and passing(journal[key]) for key in of_sample) for of_sample in keys)
 
 
 def main(argv=None) -> Path:
     args = arguments(argv)
-    started = time.time()
-    tries = 0 if args.preset == "released" else args.tries
-    lvlm = records.short_name(args.model_path_lvlm)
-    cli.check_model(args, args.model_path_lvlm)
+    preset, model = PRESETS[args.preset], Model(args, args.model_path_lvlm)
+    tries = args.tries if preset.tries is None else preset.tries
+    model.check()
     samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
-    samples = cli.chosen(samples, args)
+    samples = cli.selected(samples, args)
     images = fingerprints(s.image_path for s in samples)
-    settings = cli.settings(
-        args,
-        args.model_path_lvlm,
+    out = args.out or records.run_folder(args.run) / f"PA_{records.short_name(model.path)}_{args.dataset}.json"
+    stage = Stage(
+        model,
+        out,
+        "PA",
         [args.prompt, *((s.key, s.image_path, images[s.image_path], s.question, s.answers) for s in samples)],
         temperature=args.temperature,
         top_p=args.top_p,
         tries=tries,
         fused=args.fused,
         keep_refusals=args.keep_refusals,
-        # Every engine draws in its own way; greedily all say the same.
-        engine=cli.replier(args, args.model_path_lvlm) if args.temperature or tries else "any",
+        # Each engine samples in its own way; greedy replies are the same from all.
+        engine=model.replies_from if args.temperature or tries else "any",
     )
-    out = args.out or records.run_folder(args.run) / f"PA_{lvlm}_{args.dataset}.json"
-    if finished(out, settings, args.restart):
-        print(f"PA: {out} is there already, made with these settings (--restart makes it anew).")
+    if stage.finished():
+        return out
+    if args.dry_run:
+        model.dry_run([request(sample, 0, args) for sample in samples], "PA")
         return out
 
-    if args.dry_run:
-        cli.dry_run(args, args.model_path_lvlm, [request(sample, 0, args) for sample in samples], "PA")
-        return out
-    marks = cli.marks_of(args, args.model_path_lvlm)
+    marks = model.marks
     if args.prompt_file and holds_mark(args.prompt, marks):
         raise records.InputError(
             f"{args.prompt_file}: holds a mark of the model's prompt format, such as <image>; take it out."
         )
-    with cli.engine(args, args.model_path_lvlm) as engine:
-        journal = Journal(out, settings, args.restart)
-        result = annotate(samples, tries, engine, journal, args, marks, images)
-        ran_on = engine.facts()
+    with stage.running() as engine:
+        result = annotate(samples, tries, engine, stage, marks, images)
     reasons = [r["left_out"] for r in result if r["left_out"]]
-    counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": cli.counted(reasons)}
-    unfinished = failed(samples, tries, journal)
-    facts = {"model_path": args.model_path_lvlm, "prompt": args.prompt, **ran_on, "counts": counts}
-    facts |= {"unfinished": unfinished or (0 if counts["parsed"] else len(result))}
-    records.write_result(out, result, settings, **facts, seconds=round(time.time() - started, 1))
-    journal.close(remove=distributed.FIRST and not facts["unfinished"])
+    counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": counted(reasons)}
     print(f"PA: {counts['parsed']} of {counts['pictures']} images annotated. {counts['left_out']}".rstrip())
-    if account := cli.account(ran_on):
-        print(f"PA: {account}")
-    if unfinished:
-        print(f"PA: {unfinished} samples failed for reasons that may pass. The same command asks again.")
+    stage.write(result, failed(samples, tries, stage.journal), counts["parsed"], prompt=args.prompt, counts=counts)
     if not counts["parsed"]:
         raise records.InputError(f"{out}: not one image could be annotated; `reply` and `left_out` in it say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")

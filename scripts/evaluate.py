@@ -17,11 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, interchange, records, scoring
-from mpa.answering import answers, question_request
+from mpa.answering import Answers, Question, question_request
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import labelled, load_samples
+from mpa.datasets.protocol import Sample
 from mpa.engines import ENGINES
 from mpa.metrics import most_common
+from mpa.stage import Model, counted, short_replies
 
 
 def arguments(argv=None):
@@ -45,24 +47,28 @@ def arguments(argv=None):
     return args
 
 
-def predict(args, model_path: str, samples) -> tuple[Path, list[dict]]:
-    """One model's answers to the test questions, in its Eval file with the scores in the meta file."""
-    name = records.short_name(model_path)
-    out = args.out or records.run_folder(args.run) / f"Eval_{name}_{args.dataset}.json"
-    asked = []
-    for s in samples:
-        request = question_request(args, s.key, s.image_path, s.question)
-        fields = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
-        asked.append((request, fields | {"GT_answer": most_common(s.answers)}, {"answers": s.answers, **s.more}))
+class Evaluation(Answers):
+    """A model's answers to the test questions, each with its scores; their means go to the meta file."""
 
-    def finish(record: dict) -> dict:
-        names = scoring.metric_names(args.dataset, args.preset)
+    def record(self, question: Question, reply: dict) -> dict:
+        record = super().record(question, reply)
+        names = scoring.metric_names(self.model.args.dataset, self.preset)
         return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
 
-    def facts(result: list[dict]) -> dict:
-        return {"scores": scoring.score(result, args.dataset, args.preset)}
+    def summary(self, result: list[dict]) -> dict:
+        return {"scores": scoring.score(result, self.model.args.dataset, self.preset)}
 
-    return out, answers(args, model_path, out, "Eval", asked, f"evaluate {name}", finish=finish, facts=facts)
+
+def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
+    name = records.short_name(model.path)
+    out = args.out or records.run_folder(args.run) / f"Eval_{name}_{args.dataset}.json"
+    questions = []
+    for s in samples:
+        before = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
+        before["GT_answer"] = most_common(s.answers)
+        request = question_request(args, s.key, s.image_path, s.question)
+        questions.append(Question(request, before, {"answers": s.answers, **s.more}))
+    return Evaluation(model, out, f"evaluate {name}", "Eval", questions)
 
 
 def read_predictions(args, path: Path) -> list[dict]:
@@ -85,7 +91,7 @@ def read_predictions(args, path: Path) -> list[dict]:
             f"{path}, record {without[0]}: no answer to score against, nor have {len(without) - 1} others of "
             f"{len(result)}; name them with --annotations."
         )
-    return cli.chosen(result, args)
+    return cli.selected(result, args)
 
 
 def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
@@ -107,10 +113,10 @@ def report(args, what: str, result: list[dict]) -> dict:
     scores = scoring.score(result, args.dataset, args.preset)
     agreement = ": agreement with the L-VLM, not accuracy" if not DATASETS[args.dataset].labelled else ""
     print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores)]))
-    left_out = cli.counted(r["left_out"] for r in result if r.get("left_out"))
+    left_out = counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
-    if cut := cli.short_replies(result):
+    if cut := short_replies(result):
         print(f"  {cut}")
     single = sum(not r.get("answers") for r in result)
     if single:
@@ -157,28 +163,30 @@ def main(argv=None) -> None:
         annotations = records.find_input(
             records.run_folder(args.run), f"PI_{{lvlm}}_heldout_{args.dataset}.json", lvlm, "--annotations", "PI.sh"
         )
-    for model_path in args.model_path:
-        cli.check_model(args, model_path)
-    names = [records.short_name(path) for path in args.model_path]
+    models = [Model(args, path) for path in args.model_path]
+    for model in models:
+        model.check()
+    names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
         raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
-    samples = cli.chosen(samples, args)
+    samples = cli.selected(samples, args)
     if not DATASETS[args.dataset].labelled:
         holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
         asked = [question_request(args, s.key, s.image_path, s.question) for s in samples]
-        for model_path in args.model_path:
-            cli.dry_run(args, model_path, asked, f"evaluate {records.short_name(model_path)}")
+        for name, model in zip(names, models, strict=True):
+            model.dry_run(asked, f"evaluate {name}")
         return
     scores = {}
-    for name, model_path in zip(names, args.model_path, strict=True):
-        out, result = predict(args, model_path, samples)
+    for name, model in zip(names, models, strict=True):
+        stage = evaluation(args, model, samples)
+        result = stage.records()
         scores[name] = report(args, name, result)
-        print(f"Results are in {out}.")
+        print(f"Results are in {stage.out}.")
         if args.log_samples and distributed.FIRST:
-            folder = out.parent / "lmms-eval" / name
-            interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model_path)
+            folder = stage.out.parent / "lmms-eval" / name
+            interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model.path)
             print(f"lmms-eval's files are in {folder}.")
     if len(scores) > 1:
         print("\n".join(["", *scoring.side_by_side(scores)]))

@@ -7,7 +7,7 @@ import pytest
 from conftest import DATA
 from PIL import Image
 
-from mpa.cli import chosen
+from mpa.cli import selected
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.datasets.paths import moved
@@ -141,12 +141,12 @@ def test_a_limit_takes_the_first_and_a_sample_draws_with_the_seed():
         return SimpleNamespace(**{"limit": None, "sample": None, "seed": 0, **given})
 
     items = list(range(100))
-    assert chosen(items, args()) == items
-    assert chosen(items, args(limit=3)) == [0, 1, 2]
-    drawn = chosen(items, args(sample=10))
-    assert drawn == sorted(set(drawn)) == chosen(items, args(sample=10)) != chosen(items, args(sample=10, seed=1))
+    assert selected(items, args()) == items
+    assert selected(items, args(limit=3)) == [0, 1, 2]
+    drawn = selected(items, args(sample=10))
+    assert drawn == sorted(set(drawn)) == selected(items, args(sample=10)) != selected(items, args(sample=10, seed=1))
     assert len(drawn) == 10
-    assert chosen(items, args(sample=1000)) == items
+    assert selected(items, args(sample=1000)) == items
 
 
 def test_json_lines_byte_order_marks_and_foreign_line_ends_read_as_json_does(root, tmp_path, capsys):

@@ -16,7 +16,8 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def start(name, *args, **environment) -> subprocess.Popen:
-    """In a session of its own, as from a terminal."""
+    """In a session of its own, as from a terminal; a shell's background job, this one too, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         ["bash", str(ROOT / name), *map(str, args)],
         env={**os.environ, **{k: str(v) for k, v in environment.items()}},

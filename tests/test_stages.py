@@ -14,11 +14,12 @@ import PI
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, script
 
-from mpa import cli, holdout
+from mpa import holdout
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.journal import Journal
 from mpa.prompts import TASK_PROMPTS
+from mpa.stage import Model, Stage, counted
 
 EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
 STAGES = {
@@ -409,8 +410,9 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     engine = Scripted(
         {"0#0": good, "1#0": "no idea", "1#1": good, "2#0": "?", "2#1": "Answer: 3", "2#2": "Question: a? b?"}
     )
-    journal = Journal(tmp_path / "PA.json", {})
-    result = PA.annotate(samples, 2, engine, journal, args)
+    stage = Stage(Model(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
+    stage.journal = Journal(stage.out, {})
+    result = PA.annotate(samples, 2, engine, stage, frozenset(), {})
     assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [
         ("a cat", None, 1),
         ("a cat", None, 2),
@@ -421,7 +423,7 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
         *((f"{i}#0", 0.0) for i in range(4)),
         *(("1#1", 1.0), ("2#1", 1.0), ("2#2", 1.0)),
     ]
-    assert cli.counted(r["left_out"] for r in result if r["left_out"]) == (
+    assert counted(r["left_out"] for r in result if r["left_out"]) == (
         "2 left out: 1 two questions, 1 image: no such file"
     )
 

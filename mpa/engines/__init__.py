@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mpa import distributed
 from mpa.journal import Journal
+from mpa.presets import PRESETS
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
 
@@ -56,12 +57,12 @@ MARK_IN_IT = "question: a mark of the prompt format"
 def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
     """The request that a reply gives rise to (see `Request.follow_up`); None where it does not. `marks` are the model's."""
     text = reply.get("text")
-    if not request.follow_up or text is None or (request.follow_up != "released" and cut_off(reply)):
+    if not request.follow_up or text is None or (PRESETS[request.follow_up].checked and cut_off(reply)):
         return None
     prompt = follow_up_prompt(text, request.follow_up, marks)
     if not prompt or holds_mark(prompt, marks):
         return None
-    stop = "" if request.follow_up == "released" else "answer"
+    stop = "" if PRESETS[request.follow_up].whole_reply else "answer"
     return replace(request, prompt=prompt, temperature=0.0, stop=stop, follow_up="")
 
 
