@@ -10,6 +10,7 @@ from pathlib import Path
 import activations
 import families
 import merge_lora
+import model_loading
 import param_groups
 import params
 import pytest
@@ -35,7 +36,7 @@ from mpa.engines.hf import HFEngine
 
 @pytest.fixture(scope="module")
 def processor():
-    return train.load_processor(
+    return model_loading.load_processor(
         params.ModelArguments(model_id=str(STUDENT)),
         params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=12544),
     )
@@ -116,7 +117,7 @@ def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, process
     Image.new("RGB", (64, 64), "teal").save(samples[0]["images"][0])  # another image at the same place
     assert not torch.equal(check()[0]["pixel_values"], made[0]["pixel_values"])
     limits = params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=3136)
-    other = train.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
+    other = model_loading.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
     assert check(other).visual != again.visual
     for path in folder.iterdir():
         path.write_bytes(b"torn")

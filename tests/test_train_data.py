@@ -8,7 +8,7 @@ import params
 import pytest
 import transformers
 from conftest import STUDENT
-from forms import DataError
+from record_formats import DataError
 from training import MINI
 
 import data

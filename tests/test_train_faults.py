@@ -9,6 +9,7 @@ import shutil
 import checkpoints
 import param_groups
 import pytest
+import sample_preparation
 import torch
 import train
 from cache import Cache
@@ -201,7 +202,7 @@ def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeyp
     write(tmp_path, 8)
     kept, whole = [], Cache.put
     monkeypatch.setattr(Cache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr(sample_preparation, "IN_MEMORY", 0)
     train.main(arguments(tmp_path, *QUICK))
     assert kept == []
     train.main(arguments(tmp_path, *QUICK[:2], "--num_train_epochs", "2", "--save_strategy", "no", out="two"))
@@ -210,7 +211,7 @@ def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeyp
 
 def test_a_training_that_fails_leaves_no_samples_behind(tmp_path, monkeypatch):
     write(tmp_path, 8)
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr(sample_preparation, "IN_MEMORY", 0)
     flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 1e3 --save_strategy no".split()
     with pytest.raises(data.DataError, match="not finite"):
         train.main(arguments(tmp_path, *flags))

@@ -1,6 +1,6 @@
 """From train JSON to samples as a model takes them. Only the answers and their end tokens are labelled.
 
-A record in the LLaVA form, as the Parity Identifier writes it (`forms.py` reads others); `image` may be a list, or missing:
+A record in the LLaVA form, as the Parity Identifier writes it (`record_formats.py` reads others); `image` may be a list, or missing:
     {"id": 4, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat airline is it?"},
                                                   {"from": "gpt", "value": "Virgin"}]}
 """
@@ -18,9 +18,9 @@ import process_group
 import torch
 import torch.distributed as dist
 from cache import Cache
-from forms import IMAGE, DataError, read_record, read_records
 from image_files import ImageError, open_image
 from PIL import Image
+from record_formats import IMAGE, DataError, read_record, read_records
 from tqdm import tqdm
 
 IGNORE = -100
@@ -31,7 +31,7 @@ TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # a processor's out
 def read_samples(
     data_path: Sequence[str], image_folder: str = "", path_map: Sequence[str] = (), seed: int = 0
 ) -> list[dict]:
-    """The records of all files (`forms`), checked, as {"id", "where", "images", "messages"} with chat-template messages.
+    """The records of all files (`record_formats`), checked, as {"id", "where", "images", "messages"} with chat-template messages.
 
     A file may have a share of the mixture ("a.json:0.9"): then as many of each file are drawn, by `seed`,
     as keep the shares and leave one file whole. `path_map` are "OLD=NEW" folders of images that have

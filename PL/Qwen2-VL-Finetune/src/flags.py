@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from activations import PRODUCTS
-from forms import DataError
+from record_formats import DataError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 HONOURED = set(

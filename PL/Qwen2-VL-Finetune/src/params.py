@@ -15,7 +15,7 @@ import process_group
 import torch
 import transformers
 from activations import PRODUCTS
-from forms import DataError
+from record_formats import DataError
 from transformers.hf_argparser import string_to_bool
 
 # Spelling of that project's older versions -> today's. A flag may be given in one of them.

@@ -10,8 +10,6 @@ not been: same batches, optimizer, schedule and random numbers.
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import resource
 import shutil
@@ -21,35 +19,26 @@ import time
 from pathlib import Path
 
 import checkpoints
-import param_groups
 import process_group
 import report
 import torch
 import transformers
-from cache import Cache
 from collator import Collator
 from features import Features, keep
+from model_loading import load_model, load_processor, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
-from trainer import SETTINGS, Leveler, compute_dtype
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_flash_attn_2_available
+from resume_settings import checkpoint_in, refuse_other_settings, settings
+from sample_preparation import open_cache, prepared, read, samples_folder
+from trainer import Leveler, compute_dtype
 
 from data import (
     IGNORE,
     DataError,
-    Samples,
     encode,
-    measure,
-    read_samples,
-    refuse_special_tokens,
-    split_share,
 )
 
 META = "train_meta.json"
-MOST_ON_DISK = 20 * 2**30  # bytes of samples, by default
-IN_MEMORY = 2**30  # bytes of samples that one device alone keeps there, before it takes to the disk
 # What joins a batch without images, unlabelled, so that every rank runs every module.
 BLANK = {
     "id": None,
@@ -59,181 +48,6 @@ BLANK = {
         {"role": "assistant", "content": [{"type": "text", "text": "."}]},
     ],
 }
-
-# Arguments, or how their names start, that cannot change what is learnt: what is reported, saved and evaluated on
-# the way, and how batches are fetched.
-WITHOUT_EFFECT = ("output_dir", "log_", "logging_", "disable_tqdm", "report_to", "run_name", "project", "trackio_")
-WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "local_rank")
-WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
-WITHOUT_EFFECT += (
-    "lazy_preprocess",
-    "cache_gb",
-    "samples_dir",
-    "eval_",
-    "per_device_eval",
-    "batch_eval",
-    "prediction_loss",
-    "include_",
-    "bf16_full",
-    "fp16_full",
-)
-WITHOUT_EFFECT += ("activation_checkpointing", "gradient_checkpointing", "batch_tokens")
-WITHOUT_EFFECT += ("do_train", "do_eval", "do_predict")
-WITHOUT_EFFECT += ("dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch")
-WITHOUT_EFFECT += ("dataloader_multiprocessing", "ddp_timeout", "debug", "skip_memory_metrics", "torch_empty_cache")
-
-
-def settings(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
-    """What decides the outcome of a training, as JSON gives it back. Files count by content, a hub id by name."""
-    decides = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
-    if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
-        del decides["deepspeed"]
-        decides["deepspeed_sha256"] = sha256(Path(args.deepspeed))
-    ours = {**vars(model_args), **vars(data_args)}
-    decides |= {name: value for name, value in ours.items() if not name.startswith(WITHOUT_EFFECT)}
-    decides["save_dtype"], decides["world_size"] = model_args.save_dtype, args.world_size
-    decides["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
-    if args.load_best:  # then it matters when is looked, and at what
-        names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
-        decides |= {name: value for name, value in args.to_dict().items() if name in names}
-        decides["eval_data_sha256"] = sha256(Path(data_args.eval_data_path))
-    if Path(model_args.model_id).is_dir():
-        decides["model_sha256"] = fingerprint(Path(model_args.model_id))
-    return json.loads(json.dumps(decides, default=str))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over names, sizes and content of the files in a model's folder, not of those in folders below.
-
-    Of a file above 1 MiB the content is its first and last MiB, and 64 pieces of 4 KiB evenly spaced.
-    """
-    digest, mib = hashlib.sha256(), 2**20
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        pieces = [(0, mib)]
-        if size > mib:
-            pieces += [(size * i // 64, 4096) for i in range(64)] + [(size - mib, mib)]
-        with path.open("rb") as file:
-            for start, length in pieces:
-                file.seek(start)
-                digest.update(file.read(length))
-    return digest.hexdigest()
-
-
-def load(kind, model_args: ModelArguments, **options):
-    """The model's processor or weights, as `kind` loads them. Raises DataError when it has none."""
-    source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
-def load_processor(model_args: ModelArguments, data_args: DataArguments):
-    """Processor with the pixel limits."""
-    processor = load(AutoProcessor, model_args)
-    images = processor.image_processor
-    if hasattr(images, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
-        images.size = {"shortest_edge": data_args.image_min_pixels, "longest_edge": data_args.image_max_pixels}
-    return processor
-
-
-def load_model(model_args: ModelArguments, args: TrainingArguments):
-    """Model in float32 (what it computes in is cast from that), frozen where asked, or with LoRA."""
-    flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
-    attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
-    model = load(AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention)
-    if is_deepspeed_zero3_enabled():
-        # transformers 5.23 keeps all renamings that its loader knows, used or not, and would save wrong names by them.
-        model._weight_conversions = []
-    if model_args.lora_enable:
-        return param_groups.add_lora(model, model_args)
-    param_groups.freeze(model, model_args)
-    return model
-
-
-def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) -> list[dict]:
-    return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
-
-
-def prepared(
-    samples: list[dict], processor, data_args: DataArguments, args: TrainingArguments, on_disk: bool = True
-) -> Samples:
-    """The samples, each made and found to fit."""
-    refuse_special_tokens(samples, processor.tokenizer)
-    workers, most = (
-        max(1, len(os.sched_getaffinity(0)) // process_group.local_world_size()),
-        most_kept(data_args, args, len(samples)),
-    )
-    # With other ranks all that one makes is for all.
-    memory = 0 if args.world_size > 1 or data_args.cache_gb == 0 else IN_MEMORY if data_args.lazy_preprocess else most
-    cache = open_cache(processor, data_args, args, len(samples), workers) if most and on_disk else None
-    return measure(samples, processor, data_args.max_seq_length, data_args.on_too_long, memory, cache, workers)
-
-
-def open_cache(processor, data_args: DataArguments, args: TrainingArguments, n: int, writers: int = 1) -> Cache:
-    """The cache, in which so many processes of this rank write."""
-    return Cache(
-        samples_folder(data_args, args),
-        most_kept(data_args, args, n),
-        processor,
-        shares=process_group.local_world_size() * writers,
-    )
-
-
-def most_kept(data_args: DataArguments, args: TrainingArguments, n: int) -> float:
-    """Bytes of samples on disk, of `n`. By default none where each is used once: to make one again takes less than to keep it."""
-    if not data_args.lazy_preprocess:
-        return float("inf")
-    if data_args.cache_gb is not None:
-        return data_args.cache_gb * 2**30
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    used = args.max_steps * a_step / n if args.max_steps > 0 else args.num_train_epochs
-    if used <= 1 and not data_args.samples_dir and not data_args.cache_features:
-        return 0
-    folder = samples_folder(data_args, args)
-    while not folder.exists():
-        folder = folder.parent
-    return min(MOST_ON_DISK, shutil.disk_usage(folder).free / 10)
-
-
-def samples_folder(data_args: DataArguments, args: TrainingArguments) -> Path:
-    return Path(data_args.samples_dir or Path(args.output_dir, ".samples"))
-
-
-def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the last whole one. Raises DataError where none is whole, or it is of a training with
-    other settings."""
-    found = args.resume_from_checkpoint
-    if found in ("no", "False", "false", None):
-        return None
-    if found == "auto":
-        whole, refused = checkpoints.last_whole(out)
-        if refused and not whole:
-            raise DataError(
-                f"{'; '.join(refused)}. There is none to go on from; --resume_from_checkpoint no starts again."
-            )
-        if refused and args.process_index == 0:
-            print(f"PL: passed over {'; '.join(refused)}.", flush=True)
-        if whole is None:
-            return None
-        found = str(whole)
-    elif why := checkpoints.fault(Path(found)):
-        raise DataError(f"{found}: {why}; --resume_from_checkpoint no starts again.")
-    refuse_other_settings(checkpoints.read_json(Path(found, SETTINGS)), asked, found)
-    return found
-
-
-def refuse_other_settings(made: dict, asked: dict, where) -> None:
-    differ = [name for name in made | asked if made.get(name) != asked.get(name)]
-    if differ:
-        says = "; ".join(f"{name} was {made.get(name)!r}, is now {asked.get(name)!r}" for name in differ)
-        raise DataError(f"{where}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
 
 
 def peak_bytes(args: TrainingArguments) -> int:
@@ -273,15 +87,6 @@ def build(
         settings=asked,
         save_dtype=save_dtype(model_args),
     )
-
-
-def save_dtype(model_args: ModelArguments) -> torch.dtype:
-    """What the weights are written in at the end: as --save_dtype says, by default as the base's are."""
-    if model_args.save_dtype != "auto":
-        return getattr(torch, model_args.save_dtype)
-    config = load(AutoConfig, model_args)
-    of_base = config.dtype or getattr(config.get_text_config(), "dtype", None)
-    return of_base if isinstance(of_base, torch.dtype) else torch.float32
 
 
 def main(argv=None) -> int:

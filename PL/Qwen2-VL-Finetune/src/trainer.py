@@ -1,17 +1,11 @@
 """transformers' Trainer, with what fine-tuning a VLM on answers needs: see `Leveler`."""
 
 import math
-import os
-import re
-import shutil
-import signal
 import time
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import activations
-import checkpoints
 import param_groups
 import process_group
 import report
@@ -19,18 +13,17 @@ import torch
 import torch.distributed as dist
 from answer_logits import AnswerLogits
 from batching import Batches, pieces_within
+from checkpointing import CheckpointingTrainer, StopWhenAsked
 from collator import Collator
+from evaluation import EvaluatingTrainer
 from features import Features
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORE, DataError, Samples
+from data import IGNORE, Samples
 
 EXPLODED = 5  # times the loss of guessing among all tokens, at which training stops
-SETTINGS = "train_settings.json"  # in each checkpoint: what it was trained with
-ASIDE = ".saving"
 
 
 class Loader(torch.utils.data.DataLoader):
@@ -40,7 +33,7 @@ class Loader(torch.utils.data.DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class Leveler(Trainer):
+class Leveler(CheckpointingTrainer, EvaluatingTrainer):
     """Trainer, but:
 
     logits, and what only they need, are computed only where there is a label; each part of the model has its learning rate; a step's
@@ -160,15 +153,6 @@ class Leveler(Trainer):
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
         return loss * world / num_items_in_batch
 
-    def _gone_wrong(self, what: str, ids: list) -> DataError:
-        kept, _ = checkpoints.last_whole(Path(self.args.output_dir))
-        kept = f"The last checkpoint, {kept.name}, is good" if kept else "There is no checkpoint yet"
-        named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-        return DataError(
-            f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Look at them, or lower "
-            f"--learning_rate. {kept}; nothing was written since."
-        )
-
     def _packed_positions(self, inputs: dict) -> torch.Tensor:
         """[4, 1, T] for models that give a token three positions: within its sample, then the model's three."""
         within = inputs["position_ids"][0]
@@ -287,105 +271,6 @@ class Leveler(Trainer):
     def interrupted(self) -> bool:
         return self.stop.asked and self.state.global_step < self.state.max_steps
 
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self.aside or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write all aside, then rename: a checkpoint that is there is complete."""
-        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        self.aside = out / ASIDE
-        if self.args.should_save:
-            shutil.rmtree(self.aside, ignore_errors=True)
-        process_group.barrier()
-        super()._save_checkpoint(model, trial)
-        self.aside = None
-        process_group.barrier()
-        if best := self.state.best_global_step:
-            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
-        if self.args.should_save:
-            self.state.save_to_json(str(out / ASIDE / name / "trainer_state.json"))
-            report.write_json(out / ASIDE / name / SETTINGS, self.settings)
-            checkpoints.write_manifest(out / ASIDE / name)
-            shutil.rmtree(out / name, ignore_errors=True)
-            os.rename(out / ASIDE / name, out / name)
-            shutil.rmtree(out / ASIDE)
-            rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        process_group.barrier()
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        """In float32 on the way, so that a training goes on exactly; at the end in `save_dtype`. Raises DataError where a weight
-        is not finite, and writes nothing."""
-        output_dir = output_dir or self.args.output_dir
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        if state_dict is None:
-            state_dict = self.model.state_dict()
-        else:  # DeepSpeed's has each tied tensor twice
-            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        final = not self.aside
-        if final and self.save_dtype is not None:
-            state_dict = {n: v.to(self.save_dtype) if v.is_floating_point() else v for n, v in state_dict.items()}
-        bad = [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
-        if bad:
-            dtype = f" in {self.save_dtype}" if final else ""
-            what = f"{len(bad)} of {len(state_dict)} weights are not finite{dtype}, such as {bad[0]}, after training"
-            raise self._gone_wrong(what, self.last_ids)
-        with report.with_cache(core.config):
-            super()._save(output_dir, state_dict)
-        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
-        if self.args.should_save:
-            report.without_traces(Path(output_dir), self.save_dtype if final else None)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
-        if hasattr(self.model, "peft_config"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True)
-        self.model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
-        """Share of samples whose first answer, generated greedily, equals the reference, case, punctuation and spaces aside."""
-        samples, world = self.eval_dataset, self.args.world_size
-        model, processor, size = (
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.args.eval_batch_size,
-        )
-        model.eval()
-        self.answer_logits.choose(None)
-        right, ours = 0, range(self.args.process_index, -(-len(samples) // world) * world, world)
-        for start in range(0, len(ours), size):
-            asked = [samples[place % len(samples)] for place in ours[start : start + size]]
-            batch = {name: value.to(self.args.device) for name, value in self.data_collator.prompts(asked).items()}
-            references = [sample["labels"][sample["labels"] != IGNORE] for sample in asked]
-            longest = max(map(len, references)) + 8
-            out = model.generate(**batch, max_new_tokens=longest, do_sample=False, synced_gpus=world > 1)
-            written = out[:, batch["input_ids"].shape[1] :]
-            for place, text, reference in zip(ours[start : start + size], written, references, strict=True):
-                pair = (_plain(processor.decode(ids, skip_special_tokens=True)) for ids in (text, reference))
-                right += place < len(samples) and len(set(pair)) == 1
-        total = torch.tensor(float(right), device=self.args.device)
-        if world > 1:
-            dist.all_reduce(total)
-        metrics = {
-            f"{metric_key_prefix}_accuracy": total.item() / len(samples),
-            f"{metric_key_prefix}_samples": len(samples),
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.logged_at = None  # this was no training
-        return metrics
-
 
 def _unused(*_, **__):
     """Trainer counts the step's labelled tokens only where it is given a loss; `compute_loss` is used instead."""
@@ -402,35 +287,3 @@ def _accumulate(args: TrainingArguments, pieces: int) -> None:
 
 def compute_dtype(args) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text.casefold())
-
-
-class StopWhenAsked(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. On all ranks at the same step.
-
-    A second Ctrl-C, of a person who does not want to wait, ends at once.
-    """
-
-    def __init__(self):
-        self.asked, self.heard = False, signal.SIGTERM
-
-    def on_train_begin(self, args, state, control, **_):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
-
-    def _hear(self, number, _):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked, self.heard = True, number
-
-    def on_step_end(self, args, state, control, **_):
-        asked = torch.tensor(float(self.asked), device=args.device)
-        if args.world_size > 1:
-            dist.all_reduce(asked)
-        if asked and state.global_step < state.max_steps:
-            self.asked = control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps and not args.load_best:
-            control.should_save = False  # what is about to be written as the final model
