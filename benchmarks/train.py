@@ -47,7 +47,7 @@ import shapes
 import torch
 import train_peers
 from answer_logits import AnswerLogits
-from report import matmul_peak
+from throughput import matmul_peak
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

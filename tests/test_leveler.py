@@ -10,11 +10,11 @@ from pathlib import Path
 import activations
 import families
 import merge_lora
+import model_card
 import model_loading
 import param_groups
 import params
 import pytest
-import report
 import torch
 import train
 from batching import Batches, cut, pieces_within
@@ -433,12 +433,12 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     )
     settings["data_path"] = [str(tmp_path / "PI_train.json")]
     meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
-    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     card = (tmp_path / "README.md").read_text()
     assert "9 pictures → 4 parity" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
     assert "without human labels" in card
     (tmp_path / "PI_train.meta.json").unlink()  # any other data: nothing is known of its labels
-    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     assert "Parity Alignment" not in (tmp_path / "README.md").read_text()

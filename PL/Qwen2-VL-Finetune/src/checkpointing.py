@@ -1,5 +1,7 @@
 """How the trainer saves and loads checkpoints."""
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -7,7 +9,6 @@ from pathlib import Path
 
 import checkpoints
 import process_group
-import report
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
@@ -37,7 +38,7 @@ class CheckpointingTrainer(Trainer):
             self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         if self.args.should_save:
             self.state.save_to_json(str(out / ASIDE / name / "trainer_state.json"))
-            report.write_json(out / ASIDE / name / SETTINGS, self.settings)
+            checkpoints.write_json(out / ASIDE / name / SETTINGS, self.settings)
             checkpoints.write_manifest(out / ASIDE / name)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(out / ASIDE / name, out / name)
@@ -63,11 +64,11 @@ class CheckpointingTrainer(Trainer):
             dtype = f" in {self.save_dtype}" if final else ""
             what = f"{len(bad)} of {len(state_dict)} weights are not finite{dtype}, such as {bad[0]}, after training"
             raise self._gone_wrong(what, self.last_ids)
-        with report.with_cache(core.config):
+        with with_cache(core.config):
             super()._save(output_dir, state_dict)
         Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
         if self.args.should_save:
-            report.without_traces(Path(output_dir), self.save_dtype if final else None)
+            without_traces(Path(output_dir), self.save_dtype if final else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
@@ -89,6 +90,35 @@ class CheckpointingTrainer(Trainer):
             f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Look at them, or lower "
             f"--learning_rate. {kept}; nothing was written since."
         )
+
+
+@contextlib.contextmanager
+def with_cache(config):
+    """The configuration as it is to be written: with the cache that training switches off."""
+    parts = [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
+    off = [part for part in parts if getattr(part, "use_cache", None) is False]
+    for part in off:
+        part.use_cache = True
+    try:
+        yield
+    finally:
+        for part in off:
+            part.use_cache = False
+
+
+TRACES = ("local_files_only", "_name_or_path")
+
+
+def without_traces(folder: Path, dtype: torch.dtype | None) -> None:
+    """Take out of the saved JSON files what says where and how they were made, and say in what dtype the weights are."""
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text())
+        kept = json.loads(path.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k not in TRACES})
+        for part in (kept, *(value for value in kept.values() if isinstance(value, dict))):
+            if dtype is not None and "dtype" in part and path.name == "config.json":
+                part["dtype"] = str(dtype).removeprefix("torch.")
+        if kept != content:
+            checkpoints.write_json(path, kept)
 
 
 class StopWhenAsked(TrainerCallback):

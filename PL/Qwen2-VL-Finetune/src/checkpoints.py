@@ -8,11 +8,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
-
-import report
 
 from data import DataError
 
@@ -26,7 +25,7 @@ def write_manifest(folder: Path) -> None:
     manifest = {}
     for path in files:
         manifest[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, **_hash(path)}
-    report.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _hash(path: Path) -> dict:
@@ -72,6 +71,13 @@ def last_whole(out: Path) -> tuple[Path | None, list[str]]:
             return path, refused
         refused.append(f"{path}: {why}")
     return None, refused
+
+
+def write_json(path: Path, content) -> None:
+    """Whole or not at all: beside `path`, then renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    os.replace(aside, path)
 
 
 def read_json(path: Path) -> dict:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import checkpoints
+import model_card
 import process_group
 import report
 import torch
@@ -145,8 +146,8 @@ def train(
         if trainer.eval_dataset:
             scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
             meta["accuracy"] = max(scores) if args.load_best else scores[-1]
-        report.write_card(out, meta, model_args.model_id, model_args.lora_enable)
-        report.write_json(out / META, meta)
+        model_card.write_card(out, meta, model_args.model_id, model_args.lora_enable)
+        checkpoints.write_json(out / META, meta)
         size, dtype = report.size_of(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
         print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
         print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")

@@ -9,6 +9,7 @@ import activations
 import param_groups
 import process_group
 import report
+import throughput
 import torch
 import torch.distributed as dist
 from answer_logits import AnswerLogits
@@ -115,8 +116,8 @@ class Leveler(CheckpointingTrainer, EvaluatingTrainer):
             self.logged_at = time.perf_counter()
         if self.flops_a_token is None:
             self._keep_what_fits()
-            self.peak = report.matmul_peak(self.args.device, compute_dtype(self.args))
-            with report.Operations(self.model) as counted:
+            self.peak = throughput.matmul_peak(self.args.device, compute_dtype(self.args))
+            with throughput.Operations(self.model) as counted:
                 loss = self._step(model, inputs, num_items_in_batch)
             self.flops_a_token, self.logged_at = counted.total / tokens, None  # a first step is slow
             return loss
