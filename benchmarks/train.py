@@ -47,7 +47,7 @@ import shapes
 import torch
 import train_peers
 from answer_logits import AnswerLogits
-from throughput import matmul_peak
+from throughput import peak_matmul_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -190,7 +190,7 @@ def step_of(model, batch: dict, answer_logits: AnswerLogits | None):
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
     if answer_logits:
-        answer_logits.choose(following != train_peers.IGNORE)
+        answer_logits.select(following != train_peers.IGNORE)
         following = following[following != train_peers.IGNORE]
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE), logits
@@ -226,7 +226,7 @@ def count(work: Work) -> dict:
         def counted(counter, attention: str, way: str) -> dict:
             model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention).train()
             answer_logits, core = AnswerLogits(model) if way != "plain" else None, model.model
-            activations.use(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
+            activations.apply_policy(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
             whole = counter(model, batch, answer_logits)
             layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[1:]
             layer = whole - counter(model, batch, answer_logits)
@@ -262,7 +262,7 @@ def compare(shape: str, args) -> dict:
             ways["plain"] = lambda: peer(work, "plain", sys.executable)
         results, peak = {name: [] for name in ways}, 0.0
         for _ in range(args.rounds):
-            peak = max(peak, matmul_peak(DEVICE, DTYPE))
+            peak = max(peak, peak_matmul_flops(DEVICE, DTYPE))
             for name, way in ways.items():
                 results[name].append(way())
                 print(f"{shape}, {name}: {results[name][-1]['samples_per_second']:.2f} samples/s", file=sys.stderr)

@@ -12,7 +12,7 @@ import pytest
 import sample_preparation
 import torch
 import train
-from cache import Cache
+from cache import SampleCache
 from conftest import STUDENT
 from safetensors.torch import load_file, save_file
 from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, cap
     train.main(arguments(folder, *flags))
     said = capsys.readouterr().out
     assert f"passed over {folder}/out/checkpoint-{steps[-1]}: " in said
-    assert f"goes on from {folder}/out/checkpoint-{steps[-2]}" in said
+    assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
     assert len(losses(folder / "out")) == 10
 
 
@@ -200,9 +200,9 @@ def test_the_final_weights_are_in_the_bases_dtype_and_checkpoints_in_float32(tmp
 
 def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeypatch):
     write(tmp_path, 8)
-    kept, whole = [], Cache.put
-    monkeypatch.setattr(Cache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
-    monkeypatch.setattr(sample_preparation, "IN_MEMORY", 0)
+    kept, whole = [], SampleCache.put
+    monkeypatch.setattr(SampleCache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
+    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
     train.main(arguments(tmp_path, *QUICK))
     assert kept == []
     train.main(arguments(tmp_path, *QUICK[:2], "--num_train_epochs", "2", "--save_strategy", "no", out="two"))
@@ -211,7 +211,7 @@ def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeyp
 
 def test_a_training_that_fails_leaves_no_samples_behind(tmp_path, monkeypatch):
     write(tmp_path, 8)
-    monkeypatch.setattr(sample_preparation, "IN_MEMORY", 0)
+    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
     flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 1e3 --save_strategy no".split()
     with pytest.raises(data.DataError, match="not finite"):
         train.main(arguments(tmp_path, *flags))
@@ -223,7 +223,7 @@ def test_kept_pixels_are_bytes_and_come_back_to_the_bit(tmp_path):
     processor = AutoProcessor.from_pretrained(STUDENT)
     (sample,) = data.read_samples([str(tmp_path / "train.json")], str(tmp_path))
     encoded = data.encode(sample, processor)
-    cache = Cache(tmp_path / "cache", 2**30, processor)
+    cache = SampleCache(tmp_path / "cache", 2**30, processor)
     assert cache.put("key", encoded)
     back = cache.get("key")
     assert back.keys() == encoded.keys() and all(torch.equal(back[name], encoded[name]) for name in encoded)

@@ -32,8 +32,8 @@ def write(folder, *samples) -> str:
     return str(folder / "train.json")
 
 
-def checked(samples: list[dict], processor, most: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
-    return data.measure(samples, processor, most, on_too_long, **kept)
+def checked(samples: list[dict], processor, max_length: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
+    return data.encode_all(samples, processor, max_length, on_too_long, **kept)
 
 
 def labelled(encoded, processor) -> str:

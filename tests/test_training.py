@@ -44,7 +44,7 @@ def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
     assert stopped.returncode == 143, stopped.stdout
     assert "stopped at step" in stopped.stdout
     resumed = launch(whole, *ONE, out="stopped")
-    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert "resumes from" in resumed.stdout, resumed.stdout
     assert losses(whole / "stopped") == losses(whole / "out")
     assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
 
@@ -58,7 +58,7 @@ def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(
     assert killed.returncode != 0
     assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = launch(whole, *flags, ranks=2, out=stage)
-    assert "goes on from" in resumed.stdout and resumed.returncode == 0, resumed.stdout
+    assert "resumes from" in resumed.stdout and resumed.returncode == 0, resumed.stdout
     assert losses(whole / stage) == pytest.approx(losses(whole / "out"), abs=2e-4)
     uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
     assert uninterrupted.returncode == 0, uninterrupted.stdout
@@ -166,5 +166,5 @@ def test_adapters_too_go_on_from_a_checkpoint(tmp_path):
     killed = launch(tmp_path, *flags, out="killed", kill_after=4)
     assert killed.returncode == -signal.SIGKILL
     resumed = launch(tmp_path, *flags, out="killed")
-    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert "resumes from" in resumed.stdout, resumed.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "out")

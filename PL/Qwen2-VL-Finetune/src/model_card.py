@@ -1,9 +1,13 @@
-"""The model card."""
+"""The model card (README.md) of a trained model's folder."""
 
 import json
 from pathlib import Path
 
-# Said of a model only where the Parity Identifier made its data.
+SETTINGS_SHOWN = (
+    *("learning_rate", "vision_lr", "merger_lr", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "image_min_pixels", "image_max_pixels", "seed"),
+)
+# Stated only if the Parity Identifier made the data.
 MPA = (
     " by Model Parity Alignment ([arXiv 2509.16633](https://arxiv.org/abs/2509.16633)): on questions and answers that a "
     "larger model wrote and answers consistently, and that this one got wrong, without human labels"
@@ -11,24 +15,28 @@ MPA = (
 
 
 def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
-    """README.md of the model's folder: what it is, from what data, how to use it."""
-    funnel, licence = _funnel(meta["settings"]["data_path"]), _licence(base)
-    name = _name(base)
-    front = ["---", f"base_model: {name}", f"license: {licence or 'other'}"]
-    front += ["pipeline_tag: image-text-to-text", f"library_name: {'peft' if adapter else 'transformers'}", "---"]
+    """Write the card: base model, data, training settings, licence and use.
+
+    `meta` is the content of train_meta.json, `base` the base model's folder or hub id, `adapter` whether `out` holds
+    LoRA adapters.
+    """
+    funnel, licence, base_name = _funnel(meta["settings"]["data_path"]), _licence(base), _base_name(base)
     accuracy = [f"- accuracy on held-out samples: {meta['accuracy']:.1%}"] if "accuracy" in meta else []
-    settings = ("learning_rate", "vision_lr", "merger_lr", "num_train_epochs", "per_device_train_batch_size")
-    settings += ("gradient_accumulation_steps", "image_min_pixels", "image_max_pixels", "seed")
     lines = [
-        *front,
+        "---",
+        f"base_model: {base_name}",
+        f"license: {licence or 'other'}",
+        "pipeline_tag: image-text-to-text",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "---",
         f"\n# {out.name}\n",
-        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{name}`{MPA if funnel else ''}.\n",
+        f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{base_name}`{MPA if funnel else ''}.\n",
         "## Data\n",
         *(f"- `{Path(path).name}`" for path in meta["settings"]["data_path"]),
         f"- {meta['samples']} samples, {meta['tokens']} tokens an epoch",
         *funnel,
         "\n## Training\n",
-        *(f"- {name}: {meta['settings'][name]}" for name in settings),
+        *(f"- {name}: {meta['settings'][name]}" for name in SETTINGS_SHOWN),
         f"- {meta['steps']} steps, mean loss {meta['loss']:.4f}",
         *accuracy,
         "\n## Licence\n",
@@ -40,7 +48,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
 
 
 def _funnel(data_paths: list[str]) -> list[str]:
-    """The parity counts from the meta file that the Parity Identifier writes beside its train JSON, if there is one."""
+    """The parity counts, from the meta file that the Parity Identifier writes beside its train JSON."""
     lines = []
     for path in data_paths:
         meta = Path(path).with_suffix(".meta.json")
@@ -50,13 +58,13 @@ def _funnel(data_paths: list[str]) -> list[str]:
     return lines
 
 
-def _name(base: str) -> str:
-    """A hub id as it is; of a folder, the base that its own card names, or its name: paths of this machine are nobody's business."""
+def _base_name(base: str) -> str:
+    """A hub id as it is; of a folder only its name, since the card must not publish local paths."""
     return base if not Path(base).is_dir() else Path(base).resolve().name
 
 
 def _licence(base: str) -> str:
-    """What the base model's own card says, where its folder has one."""
+    """The licence that the card in the base model's folder states; "" if there is none."""
     card = Path(base) / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return next((line.split(":", 1)[1].strip() for line in text.splitlines()[:40] if line.startswith("license:")), "")

@@ -1,4 +1,4 @@
-"""The model and its processor."""
+"""Loading of the model and its processor."""
 
 import param_groups
 import torch
@@ -9,31 +9,30 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 
-def load(kind, model_args: ModelArguments, **options):
-    """The model's processor or weights, as `kind` loads them. Raises DataError when it has none."""
-    source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
 def load_processor(model_args: ModelArguments, data_args: DataArguments):
-    """Processor with the pixel limits."""
-    processor = load(AutoProcessor, model_args)
-    images = processor.image_processor
-    if hasattr(images, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
-        images.size = {"shortest_edge": data_args.image_min_pixels, "longest_edge": data_args.image_max_pixels}
+    """The model's processor with the pixel limits of `data_args`. Raises DataError if it cannot be loaded."""
+    processor = _from_pretrained(AutoProcessor, model_args)
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
+        image_processor.size = {
+            "shortest_edge": data_args.image_min_pixels,
+            "longest_edge": data_args.image_max_pixels,
+        }
     return processor
 
 
 def load_model(model_args: ModelArguments, args: TrainingArguments):
-    """Model in float32 (what it computes in is cast from that), frozen where asked, or with LoRA."""
+    """The model in float32 (autocast makes it compute in bfloat16 or float16), with frozen parts or LoRA adapters.
+
+    Raises DataError if it cannot be loaded.
+    """
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
-    model = load(AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention)
+    model = _from_pretrained(
+        AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention
+    )
     if is_deepspeed_zero3_enabled():
-        # transformers 5.23 keeps all renamings that its loader knows, used or not, and would save wrong names by them.
+        # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
     if model_args.lora_enable:
         return param_groups.add_lora(model, model_args)
@@ -41,10 +40,23 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     return model
 
 
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """Dtype that the model computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
 def save_dtype(model_args: ModelArguments) -> torch.dtype:
-    """What the weights are written in at the end: as --save_dtype says, by default as the base's are."""
+    """Dtype of the final weights: --save_dtype, by default the base model's."""
     if model_args.save_dtype != "auto":
         return getattr(torch, model_args.save_dtype)
-    config = load(AutoConfig, model_args)
-    of_base = config.dtype or getattr(config.get_text_config(), "dtype", None)
-    return of_base if isinstance(of_base, torch.dtype) else torch.float32
+    config = _from_pretrained(AutoConfig, model_args)
+    dtype = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _from_pretrained(auto_class, model_args: ModelArguments, **options):
+    source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None

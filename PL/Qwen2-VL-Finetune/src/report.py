@@ -1,36 +1,53 @@
-"""What the trainer tells: the line at the start, the device's pace, the model card."""
+"""What a training reports about itself: the lines before the first step, and sizes in bytes."""
 
+import resource
+import sys
 from pathlib import Path
 
+import torch
 
-def size_of(folder: Path) -> int:
-    """Bytes of the weights in a model's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+from data import IGNORE
+
+PROMPT_TOKENS_SHOWN = 40  # of the first sample
 
 
-def start_lines(samples, counts: dict, groups: list[dict], steps: str, args) -> list[str]:
-    """Samples, `steps` in words, tokens, parameters by part with their learning rates, and the memory of weights and optimizer."""
-    tokens, visual = sum(samples.lengths), sum(samples.visual)
-    trained = sum(of for _, of in counts.values())
-    total = sum(whole for whole, _ in counts.values())
-    half = 2 if args.bf16 or args.fp16 else 4
-    # Weights as computed with, gradients, and for what is trained a float32 copy and Adam's two averages.
-    state = total * half + trained * (half + 8 + (4 if half == 2 else 0))
+def start_lines(samples, counts: dict[str, tuple[int, int]], groups: list[dict], steps: str, args) -> list[str]:
+    """Samples, steps, tokens and memory on the first line; then each part's parameters and learning rate.
+
+    `counts` are `param_groups.counts`, `groups` the optimizer's parameter groups, `steps` a phrase such as "10 steps of 4".
+    """
+    tokens, visual = sum(samples.lengths), sum(samples.visual_lengths)
+    total, trained = (sum(column) for column in zip(*counts.values(), strict=True))
+    weight = 2 if args.bf16 or args.fp16 else 4
+    # Bytes: weights and gradients as computed with; if trained, Adam's two averages and a float32 copy of the weight.
+    state = total * weight + trained * (weight + 8 + (4 if weight == 2 else 0))
     rates = {group["part"]: group["lr"] for group in groups}
     lines = [
         f"PL: {len(samples):,} samples, {tokens:,} tokens ({visual:,} visual), {steps} on {args.world_size} "
         f"device{'s' * (args.world_size > 1)} ({args.device.type}); {total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained; "
-        f"{state / 2**30:.1f} GiB for weights, gradients and optimizer before any sharding."
+        f"{state / 2**30:.1f} GiB for weights, gradients and optimizer state before any sharding."
     ]
-    for part, (whole, of) in counts.items():
+    for part, (total, trained) in counts.items():
         rate = f"learning rate {rates[part]:g}" if part in rates else "frozen"
-        lines.append(f"  {part}: {whole / 1e6:,.2f} M parameters, {of / 1e6:,.2f} M trained, {rate}")
+        lines.append(f"  {part}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained, {rate}")
     return lines
 
 
-def labelled_line(encoded: dict, tokenizer, ignore: int) -> str:
-    """The first sample as it is learnt, decoded: the prompt's end, and in >> << what is labelled."""
-    ids, at = encoded["input_ids"], encoded["labels"] != ignore
-    start = int(at.int().argmax())
-    before, answer = tokenizer.decode(ids[max(0, start - 40) : start]), tokenizer.decode(ids[at])
-    return f"  first sample, labelled between >> and <<: …{before!r}>>{answer!r}<<"
+def first_sample_line(encoded: dict, tokenizer) -> str:
+    """An encoded sample as text: the end of the prompt, then the labelled tokens between >> and <<."""
+    ids, labelled = encoded["input_ids"], encoded["labels"] != IGNORE
+    start = int(labelled.int().argmax())
+    prompt = tokenizer.decode(ids[max(0, start - PROMPT_TOKENS_SHOWN) : start])
+    return f"  first sample, labelled between >> and <<: …{prompt!r}>>{tokenizer.decode(ids[labelled])!r}<<"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files in a model's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

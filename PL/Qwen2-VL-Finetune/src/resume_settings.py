@@ -1,4 +1,7 @@
-"""The settings that decide whether a training can be resumed."""
+"""The settings that decide what a training learns, and whether it may resume from a checkpoint.
+
+A checkpoint records them. A run with other values is refused, and the message names the difference.
+"""
 
 import hashlib
 import json
@@ -10,46 +13,51 @@ from params import DataArguments, ModelArguments, TrainingArguments
 
 from data import DataError, split_share
 
-# Arguments, or how their names start, that cannot change what is learnt: what is reported, saved and evaluated on
-# the way, and how batches are fetched.
-WITHOUT_EFFECT = ("output_dir", "log_", "logging_", "disable_tqdm", "report_to", "run_name", "project", "trackio_")
-WITHOUT_EFFECT += ("save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "local_rank")
-WITHOUT_EFFECT += ("resume_from_checkpoint", "restore_callback_states", "ignore_data_skip")
-WITHOUT_EFFECT += (
-    "lazy_preprocess",
-    "cache_gb",
-    "samples_dir",
-    "eval_",
-    "per_device_eval",
-    "batch_eval",
-    "prediction_loss",
-    "include_",
-    "bf16_full",
-    "fp16_full",
+# Arguments that change what is learnt. An argument that is not listed (logging, saving, data loading, activation
+# checkpointing, or one that a later transformers release adds) may change between a run and its resumption.
+DECISIVE = set(
+    # schedule and optimizer
+    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate vision_lr merger_lr "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm "
+    # loss, precision, seeds and order of the samples
+    "average_tokens_across_devices label_smoothing_factor neftune_noise_alpha bf16 fp16 tf32 use_cpu use_liger_kernel "
+    "liger_kernel_config full_determinism seed data_seed train_sampling_strategy dataloader_in_order remove_unused_columns "
+    # distributed training
+    "deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend "
+    # choice of the final weights
+    "load_best load_best_model_at_end metric_for_best_model greater_is_better "
+    # model
+    "model_id freeze_vision_tower freeze_llm freeze_merger lora_enable vision_lora lora_rank lora_alpha lora_dropout "
+    "lora_namespan_exclude num_lora_modules disable_flash_attn2 trust_remote_code "
+    # data
+    "data_path image_folder path_map image_min_pixels image_max_pixels max_seq_length on_too_long cache_features packing "
+    # `flags` allows only the default of these; they are recorded because earlier checkpoints have them
+    "optim_target_modules torch_compile torch_compile_backend torch_compile_mode use_cache auto_find_batch_size "
+    "accelerator_config parallelism_config dataloader_drop_last label_names length_column_name fsdp fsdp_config".split()
 )
-WITHOUT_EFFECT += ("activation_checkpointing", "gradient_checkpointing", "batch_tokens")
-WITHOUT_EFFECT += ("do_train", "do_eval", "do_predict")
-WITHOUT_EFFECT += ("dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch")
-WITHOUT_EFFECT += ("dataloader_multiprocessing", "ddp_timeout", "debug", "skip_memory_metrics", "torch_empty_cache")
+DECISIVE_WITH_LOAD_BEST = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
 
 
 def settings(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
-    """What decides the outcome of a training, as JSON gives it back. Files count by content, a hub id by name."""
-    decides = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
+    """The decisive settings, as JSON reads them back.
+
+    Files count by content (sha256), so that they may move; a hub id counts by its name.
+    """
+    training = args.to_dict()
+    values = {name: value for name, value in training.items() if name in DECISIVE}
     if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
-        del decides["deepspeed"]
-        decides["deepspeed_sha256"] = sha256(Path(args.deepspeed))
-    ours = {**vars(model_args), **vars(data_args)}
-    decides |= {name: value for name, value in ours.items() if not name.startswith(WITHOUT_EFFECT)}
-    decides["save_dtype"], decides["world_size"] = model_args.save_dtype, args.world_size
-    decides["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
-    if args.load_best:  # then it matters when is looked, and at what
-        names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
-        decides |= {name: value for name, value in args.to_dict().items() if name in names}
-        decides["eval_data_sha256"] = sha256(Path(data_args.eval_data_path))
+        del values["deepspeed"]
+        values["deepspeed_sha256"] = sha256(Path(args.deepspeed))
+    values |= {name: value for name, value in (vars(model_args) | vars(data_args)).items() if name in DECISIVE}
+    values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
+    values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
+    if args.load_best:  # then the final weights depend on when, and on what, the model is evaluated
+        values |= {name: value for name, value in training.items() if name in DECISIVE_WITH_LOAD_BEST}
+        values["eval_data_sha256"] = sha256(Path(data_args.eval_data_path))
     if Path(model_args.model_id).is_dir():
-        decides["model_sha256"] = fingerprint(Path(model_args.model_id))
-    return json.loads(json.dumps(decides, default=str))
+        values["model_sha256"] = fingerprint(Path(model_args.model_id))
+    return json.loads(json.dumps(values, default=str))
 
 
 def sha256(path: Path) -> str:
@@ -57,49 +65,52 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over names, sizes and content of the files in a model's folder, not of those in folders below.
+    """sha256 over name, size and content of each file directly in a model's folder.
 
-    Of a file above 1 MiB the content is its first and last MiB, and 64 pieces of 4 KiB evenly spaced.
+    Of a file above 1 MiB it reads the first and the last MiB, and 64 evenly spaced blocks of 4 KiB.
     """
     digest, mib = hashlib.sha256(), 2**20
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        pieces = [(0, mib)]
+        blocks = [(0, mib)]
         if size > mib:
-            pieces += [(size * i // 64, 4096) for i in range(64)] + [(size - mib, mib)]
+            blocks += [(size * i // 64, 4096) for i in range(64)] + [(size - mib, mib)]
         with path.open("rb") as file:
-            for start, length in pieces:
+            for start, length in blocks:
                 file.seek(start)
                 digest.update(file.read(length))
     return digest.hexdigest()
 
 
-def checkpoint_in(out: Path, asked: dict, args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the last whole one. Raises DataError where none is whole, or it is of a training with
-    other settings."""
-    found = args.resume_from_checkpoint
-    if found in ("no", "False", "false", None):
+def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint asks for; with "auto", the last complete one in `out`, if any.
+
+    Raises DataError if checkpoints exist but none is complete, or if the checkpoint's settings are not `current`.
+    """
+    path = args.resume_from_checkpoint
+    if path in ("no", "False", "false", None):
         return None
-    if found == "auto":
+    if path == "auto":
         whole, refused = checkpoints.last_whole(out)
         if refused and not whole:
             raise DataError(
-                f"{'; '.join(refused)}. There is none to go on from; --resume_from_checkpoint no starts again."
+                f"{'; '.join(refused)}. No checkpoint is left to resume from; --resume_from_checkpoint no starts again."
             )
         if refused and args.process_index == 0:
             print(f"PL: passed over {'; '.join(refused)}.", flush=True)
         if whole is None:
             return None
-        found = str(whole)
-    elif why := checkpoints.fault(Path(found)):
-        raise DataError(f"{found}: {why}; --resume_from_checkpoint no starts again.")
-    refuse_other_settings(checkpoints.read_json(Path(found, SETTINGS)), asked, found)
-    return found
+        path = str(whole)
+    elif why := checkpoints.fault(Path(path)):
+        raise DataError(f"{path}: {why}; --resume_from_checkpoint no starts again.")
+    refuse_other_settings(checkpoints.read_json(Path(path, SETTINGS)), current, path)
+    return path
 
 
-def refuse_other_settings(made: dict, asked: dict, where) -> None:
-    differ = [name for name in made | asked if made.get(name) != asked.get(name)]
+def refuse_other_settings(recorded: dict, current: dict, where) -> None:
+    """Raises DataError, with each difference, if the training at `where` had other settings."""
+    differ = [name for name in recorded | current if recorded.get(name) != current.get(name)]
     if differ:
-        says = "; ".join(f"{name} was {made.get(name)!r}, is now {asked.get(name)!r}" for name in differ)
+        says = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
         raise DataError(f"{where}: was trained with other settings: {says}. Choose another --output_dir or remove it.")

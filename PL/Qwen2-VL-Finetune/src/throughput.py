@@ -1,14 +1,14 @@
-"""Floating-point operations of a step, and of this device."""
+"""Floating-point operations of a training step, and the peak rate of this device."""
 
 import time
 
 import torch
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product here: the best of five."""
+def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured operations per second of a large matrix product: the best of five runs after a warm-up."""
     size = 8192 if device.type == "cuda" else 2048
-    matrix, best = torch.ones(size, size, device=device, dtype=dtype), 0.0  # no random numbers: they are training's
+    matrix, best = torch.ones(size, size, device=device, dtype=dtype), 0.0  # random numbers would change the training's
     for _ in range(6):
         started = time.perf_counter()
         matrix @ matrix
@@ -18,11 +18,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-class Operations:
-    """Floating-point operations of a step's matrix products with weights, counted as its forward pass runs.
+class FlopCounter:
+    """Counts a step's operations in matrix products with weights, while its forward pass runs.
 
-    Two for each weight and position, as many again for the gradient of the input, and of the weight where it is
-    trained. Attention itself is left out, and what activation checkpointing does twice counts once.
+    Per weight and position: two for the forward pass, two for the gradient of the input, and two for the gradient of
+    the weight if that is trained. Attention scores do not count, nor does recomputation by activation checkpointing.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -35,9 +35,9 @@ class Operations:
         return self
 
     def _count(self, module, inputs, out) -> None:
-        if module not in self.seen:
+        if module not in self.seen:  # a module runs again where activations are recomputed
             self.seen.add(module)
-            # Of a linear layer the input, since what is done at few positions may be spread over all afterwards.
+            # A linear layer's input, since its output may be scattered to more positions than were computed.
             values, channels = (inputs[0], -1) if isinstance(module, torch.nn.Linear) else (out, 1)
             positions = values.numel() // values.shape[channels]
             self.total += 2 * module.weight.numel() * positions * (2 + module.weight.requires_grad)
