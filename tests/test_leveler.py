@@ -308,7 +308,7 @@ def test_what_is_worked_out_again_or_in_smaller_batches_changes_no_loss(tmp_path
         train.main(arguments(tmp_path, *flags, "--activation_checkpointing", way, out=way))
         assert losses(tmp_path / way) == losses(tmp_path / "out")
     train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="micro_batches"))
-    assert "2 steps of 6 (2 micro-batches a device)" in capsys.readouterr().out
+    assert "2 steps of 6 (micro-batches per device: 2)" in capsys.readouterr().out
     assert losses(tmp_path / "micro_batches") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
 
 

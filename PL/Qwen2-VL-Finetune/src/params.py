@@ -186,13 +186,16 @@ class TrainingArguments(transformers.TrainingArguments):
         self.activation_checkpointing = self.gradient_checkpointing = False  # Leveler applies it instead of Trainer
 
 
+KINDS = (ModelArguments, DataArguments, TrainingArguments)
+
+
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The flags, in any of their spellings.
 
     Raises DataError for unknown flags, values out of range, and combinations that have no effect or cannot work.
     """
     words = _current_spelling(sys.argv[1:] if argv is None else argv)
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
     parser.error = _refuse
     flags.refuse_unknown(words, [flag for action in parser._actions for flag in action.option_strings])
     try:

@@ -268,7 +268,7 @@ class Leveler(CheckpointingTrainer):
         """`report.start_lines` of this training."""
         steps = int(self.sampler.steps_per_epoch * self.args.num_train_epochs)
         steps = self.args.max_steps if self.args.max_steps > 0 else steps
-        steps = f"{steps:,} steps of {self.sampler.step_size} ({self.sampler.micro_batches} micro-batches a device)"
+        steps = f"{steps:,} steps of {self.sampler.step_size} (micro-batches per device: {self.sampler.micro_batches})"
         counts = param_groups.counts(self.model)
         return report.start_lines(self.train_dataset, counts, self._parameter_groups(), steps, self.args)
 
