@@ -1,4 +1,4 @@
-"""The trainer: what it reads, what a step learns, packed or not, in every family, and LoRA."""
+"""The trainer: samples, batches, loss and gradients of every family, packed or not, flags, LoRA."""
 
 import hashlib
 import json
@@ -286,7 +286,7 @@ def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_path):
+def test_logits_are_computed_only_for_labelled_tokens(tmp_path):
     write(tmp_path, 4)
     trainer = build(tmp_path)
     seen, (*others, last) = [], trainer.model.get_decoder().layers
@@ -299,7 +299,7 @@ def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_pa
     assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
 
 
-def test_what_is_worked_out_again_or_in_smaller_batches_changes_no_loss(tmp_path, capsys):
+def test_recomputation_and_smaller_micro_batches_change_no_loss(tmp_path, capsys):
     write(tmp_path, 12)
     flags = "--per_device_train_batch_size 6 --learning_rate 1e-3 --save_strategy no".split()
     train.main(arguments(tmp_path, *flags))
@@ -313,7 +313,7 @@ def test_what_is_worked_out_again_or_in_smaller_batches_changes_no_loss(tmp_path
 
 
 def test_activation_bytes_are_those_that_the_step_allocates(checkpoint, tmp_path):
-    """The count against what torch's allocator has more after a forward pass than before."""
+    """Compared with what PyTorch's allocator holds after a forward pass."""
     write(tmp_path, 12)
     trainer = build(tmp_path, model=checkpoint)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])

@@ -1,4 +1,4 @@
-"""Train files in the forms that people have, and what is refused by name."""
+"""Train files in the common formats, what is refused, and the checks of the flags."""
 
 import json
 from dataclasses import fields

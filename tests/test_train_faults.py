@@ -1,4 +1,4 @@
-"""The trainer and what goes wrong: numbers that are none, damaged checkpoints, two trainings in one folder, saved forms."""
+"""Faults in a training: non-finite numbers, damaged checkpoints, two trainings in one folder; and what is saved."""
 
 import fcntl
 import json
@@ -23,11 +23,11 @@ import data
 QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
 
 
-# --- numbers that are none ------------------------------------------------------------------------------
+# --- non-finite numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [[], ["--max_grad_norm", "0"], ["--lora_enable", "True"]], ids=str)
-def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_samples(tmp_path, more):
+def test_a_non_finite_gradient_stops_before_the_step_and_names_the_samples(tmp_path, more):
     write(tmp_path, 12)
     with pytest.raises(data.DataError) as error:
         flags = "--per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e3 --save_strategy no".split()
@@ -41,7 +41,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_sample
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_so_it_does_on_two_ranks(tmp_path, stage):
+def test_a_non_finite_gradient_stops_two_ranks(tmp_path, stage):
     write(tmp_path, 16)
     flags = "--per_device_train_batch_size 2 --max_steps 4 --learning_rate 1e3 --save_steps 1".split()
     done = launch(tmp_path, *flags, *zero(stage), ranks=2)
@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A training of ten steps with checkpoints of the first three, as if it had been killed then."""
+    """A training of ten steps with three checkpoints, as if it had been killed before the end."""
     write(tmp_path, 18)
     flags = [*ONE, "--save_total_limit", "3"]
     train.main(arguments(tmp_path, *flags))
@@ -98,7 +98,7 @@ def damage(folder, how: str) -> None:
         *("truncated weights", "a changed pickle", "a new pickle", "a cut manifest"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, capsys):
+def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys):
     folder, flags = stopped
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("out/checkpoint-*"))
     assert len(steps) == 3
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, cap
     assert len(losses(folder / "out")) == 10
 
 
-def test_checkpoints_of_the_model_alone_are_not_resumed_from_in_silence(tmp_path):
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     write(tmp_path, 18)
     train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
     (tmp_path / "out/train_meta.json").unlink()

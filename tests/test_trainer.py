@@ -1,3 +1,5 @@
+"""The trainer: labels, bad train files, freezing, settings that a resume must share, and the scripts."""
+
 import json
 import shutil
 from pathlib import Path
@@ -253,6 +255,17 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
 
     assert settings("a.json", '{"stage": 2}') == settings("b.json", '{"stage": 2}')
     assert settings("a.json", '{"stage": 2}') != settings("a.json", '{"stage": 3}')
+
+
+def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
+    """So that an argument that a transformers release adds does not refuse every earlier checkpoint."""
+    names = {name for kind in params.KINDS for name in kind.__dataclass_fields__}
+    assert resume_settings.DECISIVE | resume_settings.DECISIVE_WITH_LOAD_BEST <= names
+    write(tmp_path)
+    model, arguments = params.ModelArguments(model_id="hub/name"), params.TrainingArguments(output_dir="", use_cpu=True)
+    images = params.DataArguments(data_path=[str(tmp_path / "train.json")])
+    computed = {"save_dtype", "world_size", "data_sha256"}
+    assert resume_settings.settings(model, images, arguments).keys() == resume_settings.DECISIVE | computed
 
 
 def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
