@@ -112,7 +112,7 @@ class CheckpointingTrainer(Trainer):
 
     def _divergence(self, what: str, ids: list) -> DataError:
         """The error that ends a diverged training: step, sample ids (16 at most) and the last good checkpoint."""
-        last, _ = checkpoints.last_whole(Path(self.args.output_dir))
+        last, _ = checkpoints.last_complete(Path(self.args.output_dir))
         good = f"The last checkpoint, {last.name}, is good" if last else "There is no checkpoint yet"
         named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         return DataError(

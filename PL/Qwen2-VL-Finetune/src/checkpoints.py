@@ -61,7 +61,7 @@ def fault(folder: Path) -> str:
     return ""
 
 
-def last_whole(out: Path) -> tuple[Path | None, list[str]]:
+def last_complete(out: Path) -> tuple[Path | None, list[str]]:
     """The last complete checkpoint in `out`, or None; and for each later one a line that says what is wrong with it."""
     found = [path for path in out.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
     refused = []

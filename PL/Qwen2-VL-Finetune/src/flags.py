@@ -86,24 +86,23 @@ UNSUPPORTED = {
 _COUNT, _SHARE, _POSITIVE, _NOT_NEGATIVE = (1, None, True), (0, 1, True), (0, None, False), (0, None, True)
 RANGES = {
     **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNT
-    ),
-    **dict.fromkeys(("save_total_limit", "max_seq_length", "image_min_pixels", "image_max_pixels"), _COUNT),
-    **dict.fromkeys(("lora_rank", "lora_alpha"), _COUNT),
-    **dict.fromkeys(
-        ("learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps"), _POSITIVE
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit max_seq_length "
+        "image_min_pixels image_max_pixels lora_rank lora_alpha".split(),
+        _COUNT,
     ),
     **dict.fromkeys(
-        ("vision_lr", "merger_lr", "weight_decay", "max_grad_norm", "warmup_steps", "batch_tokens"), _NOT_NEGATIVE
+        "learning_rate num_train_epochs adam_epsilon logging_steps save_steps eval_steps".split(),
+        _POSITIVE,
     ),
-    **dict.fromkeys(("cache_gb", "seed", "data_seed", "neftune_noise_alpha", "eval_delay"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout"), _SHARE),
+    **dict.fromkeys(
+        "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens cache_gb seed data_seed "
+        "neftune_noise_alpha eval_delay".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys("adam_beta1 adam_beta2 label_smoothing_factor lora_dropout".split(), _SHARE),
     "dataloader_num_workers": (-1, None, True),
 }
-REPORTERS = (
-    *("tensorboard", "wandb", "mlflow", "comet_ml", "clearml"),
-    *("trackio", "swanlab", "neptune", "dvclive", "codecarbon"),
-)
+REPORTERS = "tensorboard wandb mlflow comet_ml clearml trackio swanlab neptune dvclive codecarbon".split()
 
 
 def refuse_unknown(words: list[str], known: list[str]) -> None:

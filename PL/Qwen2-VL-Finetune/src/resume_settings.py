@@ -92,16 +92,16 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
     if path in ("no", "False", "false", None):
         return None
     if path == "auto":
-        whole, refused = checkpoints.last_whole(out)
-        if refused and not whole:
+        complete, refused = checkpoints.last_complete(out)
+        if refused and not complete:
             raise DataError(
                 f"{'; '.join(refused)}. No checkpoint is left to resume from; --resume_from_checkpoint no starts again."
             )
         if refused and args.process_index == 0:
             print(f"PL: passed over {'; '.join(refused)}.", flush=True)
-        if whole is None:
+        if complete is None:
             return None
-        path = str(whole)
+        path = str(complete)
     elif why := checkpoints.fault(Path(path)):
         raise DataError(f"{path}: {why}; --resume_from_checkpoint no starts again.")
     refuse_other_settings(checkpoints.read_json(Path(path, SETTINGS)), current, path)

@@ -91,7 +91,7 @@ class Leveler(CheckpointingTrainer):
         self.answer_logits = AnswerLogits(core)
         self.max_loss = DIVERGED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
         self.flops_per_token, self.peak_flops, self.train_seconds = None, None, 0.0
-        # Samples and tokens of this rank in all timed steps, and of those at the last log; when that was.
+        # This rank's samples and tokens in the timed steps: so far, and at the last log; and the time of that log.
         self.timed, self.logged, self.logged_at = Counter(), Counter(), None
 
     def get_train_dataloader(self) -> EpochLoader:
@@ -128,7 +128,7 @@ class Leveler(CheckpointingTrainer):
 
     def _checked_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # DeepSpeed runs the optimizer in here. It silently skips a step with a non-finite gradient: right for float16 only.
+        # DeepSpeed's step is part of it. DeepSpeed silently skips a step with a non-finite gradient: right for float16 only.
         if self.is_deepspeed_enabled and not self.args.fp16 and self.model_wrapped.skipped_steps:
             raise self._gradient_divergence()
         return loss
