@@ -1,27 +1,31 @@
-"""The trainer (PL) against TRL's SFTTrainer and transformers' plain Trainer: samples per second, memory, equal losses?
+"""Benchmark: the trainer (PL) against TRL's SFTTrainer and transformers' plain Trainer. Speed, memory, equal losses?
 
     uv venv ../trl-env && uv pip install --python ../trl-env/bin/python trl==1.16.0 transformers==5.23.0 \\
         torch==2.14.1 torchvision pillow datasets accelerate
-    python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes, a CPU: some 15 minutes
+    python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes; on a CPU some 15 minutes
     python benchmarks/train.py --shape mini --rounds 5                         # without TRL: ours and plain
-    python benchmarks/train.py --shape mini --ablate     # ours alone, images of several sizes, one thing changed at a time
+    python benchmarks/train.py --shape mini --ablate     # ours only, images of several sizes, one change at a time
 
-Same model, records, order, batch, steps, learning rate (constant), AdamW and labels; float32 on a CPU, float32 weights
-computing in bfloat16 on a GPU. Each training is a process of its own, so that its peak memory is its own. Samples per
-second are those of the steps after the first, with fetching. Ours makes samples before step 0 and keeps them, where the
-others make them in the step: "ours, unkept" makes them in the step too, and `process_seconds` has imports, loading,
-making the samples, and for ours alone the saving. `beyond_state_bytes` is the peak less 16 bytes a parameter (weights,
-gradients, AdamW's two averages): activations, logits, and on a CPU the libraries, some 0.8 GB.
+Same in all: model, records, order, batch size, steps, constant learning rate, AdamW, labels. Weights are float32; a CPU
+computes in float32, a GPU in bfloat16. Each training is a process of its own, so that its peak memory is its own.
 
-Leave the machine alone meanwhile. Torch's threads wait for each other, so that one other process on one of two cores
-makes a mini training ten times as slow. `others_cores`, "others" in the table, is how many cores' time other processes
-took, at worst; near 0 or the round counts for nothing.
+`samples_per_second` is that of all steps but the first, data loading included. Ours encodes and caches the samples
+before step 0, the others encode them in the step; "ours, unkept" does so too. `process_seconds` includes imports,
+loading, encoding, and for ours alone saving. `beyond_state_bytes` is the peak minus 16 bytes per parameter (weights,
+gradients, AdamW's two averages): activations, logits, and on a CPU the libraries, some 0.8 GB. `mfu` is the rate of
+ours' operations as a share of the best rate of a large matrix product in this run.
 
-"mini" is the embedded S-VLM with easy-VQA images, where what is around the model counts; "wide" is as wide as
-Qwen2-VL-2B, vocabulary too, but 4 layers and 4 vision blocks deep, with random weights and 256 visual tokens an image.
-That flatters whoever saves logits and the last layer: `counted` has a step's operations and the bytes that its forward
-pass keeps, at this depth and at the full one (28 and 32), from one layer and one block, and their shares of plain's. `mfu` is ours' operations a
-second as a share of a large matrix product's pace here, the best in this run. Prints a table, then one JSON object.
+Leave the machine idle otherwise: PyTorch's threads wait for each other, so one other process on one of two cores makes
+a mini training ten times as slow. `others_cores` ("others" in the table) is the number of cores that other processes
+used, at worst. Discard a round where it is not near 0.
+
+Shapes: "mini" is the embedded S-VLM with easy-VQA images; its time is mostly overhead. "wide" has the width and
+vocabulary of Qwen2-VL-2B, but only 4 layers and 4 vision blocks, random weights, and 256 visual tokens per image. This
+favours a trainer that skips logits and parts of the last layer. `counted` therefore has a step's operations, and the bytes that
+its forward pass saves, for this depth and for the full one (28 layers, 32 blocks), extrapolated from one layer and one
+block, and their shares of plain's.
+
+Prints a table, then one JSON object.
 """
 
 import argparse
@@ -47,7 +51,7 @@ import shapes
 import torch
 import train_peers
 from answer_logits import AnswerLogits
-from report import matmul_peak
+from throughput import peak_matmul_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -64,7 +68,7 @@ GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32
 UNKEPT = ["--cache_gb", "0"]
 FROZEN = ["--freeze_vision_tower", "True", "--freeze_merger", "True"]
-ABLATIONS = [  # (name, flags that are added to ours)
+ABLATIONS = [  # (name, additional flags of ours)
     ("as it is", []),
     ("samples made in the step", UNKEPT),
     ("the same, by 2 workers", [*UNKEPT, "--dataloader_num_workers", "2"]),
@@ -80,18 +84,18 @@ ABLATIONS = [  # (name, flags that are added to ours)
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: a model's folder, the train JSON, and the settings that all ways share."""
+    """A training: the model's folder, the train JSON, and the settings that all trainers share."""
 
     model: str
     data: str
     pixels: int
     batch: int
     lr: float
-    most: int = 0  # pixels, where images keep their sizes between the two
+    max_pixels: int = 0  # if set, images keep sizes from `pixels` to this; otherwise all have `pixels`
 
 
 def alone(function, *args):
-    """`function(*args)` in a process of its own: on Linux a child's peak memory starts from its parent's."""
+    """`function(*args)` in a process of its own: on Linux a child's peak memory starts at its parent's."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -137,15 +141,15 @@ def wide(folder: Path) -> Work:
 
 
 def busy() -> tuple[float, float]:
-    """Seconds that this machine's cores have worked, and those of them that this process's ended children have."""
+    """CPU seconds of the whole machine, and of this process's ended children."""
     cores, mine = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
     return cores.user + cores.nice + cores.system, mine.ru_utime + mine.ru_stime
 
 
 def run(command: list) -> tuple[str, dict]:
-    """What a command prints, its seconds, and how many cores others kept busy meanwhile.
+    """A command's output, its seconds, and the number of cores that other processes used meanwhile.
 
-    Raises RuntimeError, with the end of what it said, where it fails.
+    Raises RuntimeError, with the end of the output, if the command fails.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started, (all_before, mine_before) = time.perf_counter(), busy()
@@ -162,7 +166,7 @@ def ours(work: Work, *flags: str) -> dict:
         command = [sys.executable, TRAINER, "--model_id", work.model, "--data_path", work.data]
         command += ["--output_dir", out, "--per_device_train_batch_size", work.batch, "--learning_rate", work.lr]
         command += ["--seed", 0]
-        command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.most or work.pixels]
+        command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.max_pixels or work.pixels]
         command += ["--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", "--report_to", "none"]
         command += ["--logging_steps", 1, "--save_strategy", "no", "--bf16" if GPU else "--use_cpu", "True", *flags]
         _, took = run(command)
@@ -186,23 +190,23 @@ def peer(work: Work, way: str, python: str) -> dict:
 
 
 def step_of(model, batch: dict, answer_logits: AnswerLogits | None):
-    """A step's loss and logits, forward."""
+    """Loss and logits of a forward pass."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=train_peers.IGNORE)
     if answer_logits:
-        answer_logits.choose(following != train_peers.IGNORE)
+        answer_logits.select(following != train_peers.IGNORE)
         following = following[following != train_peers.IGNORE]
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, following.flatten(), ignore_index=train_peers.IGNORE), logits
 
 
 def operations(*step) -> float:
-    """Of matrix products and attention, forward and backward."""
+    """Floating-point operations of matrix products and attention, forward and backward."""
     return shapes.flops(lambda: step_of(*step)[0].backward())
 
 
 def kept_bytes(*step) -> int:
-    """What a forward pass leaves allocated for the backward one, logits too."""
+    """Bytes that a forward pass leaves allocated for the backward pass, logits included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         left = step_of(*step)
     del left
@@ -210,11 +214,11 @@ def kept_bytes(*step) -> int:
 
 
 def count(work: Work) -> dict:
-    """A step's operations, and the bytes that it keeps, at the depth that is trained here and at the full one.
+    """A step's operations and saved bytes, at the depth that is trained here and at the full depth.
 
-    Operations with eager attention, since the counter does not see torch's fused one on a CPU; masked scores count as
-    work. Bytes with the fused one, in float32. Counted with two layers and two blocks, with one less of each in turn:
-    all layers but the last cost the same, all blocks too.
+    Operations are counted with eager attention, masked scores included, since the counter does not see fused attention
+    on a CPU. Bytes are counted with fused attention, in float32. Both are measured with two layers and two blocks and
+    with one fewer of each, then extrapolated: all layers but the last cost the same, and so do all blocks.
     """
     processor = AutoProcessor.from_pretrained(work.model)
     processor.image_processor.size = {"shortest_edge": work.pixels, "longest_edge": work.pixels}
@@ -226,7 +230,7 @@ def count(work: Work) -> dict:
         def counted(counter, attention: str, way: str) -> dict:
             model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention).train()
             answer_logits, core = AnswerLogits(model) if way != "plain" else None, model.model
-            activations.use(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
+            activations.apply_policy(model, activations.PRODUCTS if way == "ours, products" else activations.ALL)
             whole = counter(model, batch, answer_logits)
             layers, core.language_model.layers = core.language_model.layers, core.language_model.layers[1:]
             layer = whole - counter(model, batch, answer_logits)
@@ -262,7 +266,7 @@ def compare(shape: str, args) -> dict:
             ways["plain"] = lambda: peer(work, "plain", sys.executable)
         results, peak = {name: [] for name in ways}, 0.0
         for _ in range(args.rounds):
-            peak = max(peak, matmul_peak(DEVICE, DTYPE))
+            peak = max(peak, peak_matmul_flops(DEVICE, DTYPE))
             for name, way in ways.items():
                 results[name].append(way())
                 print(f"{shape}, {name}: {results[name][-1]['samples_per_second']:.2f} samples/s", file=sys.stderr)
@@ -271,7 +275,7 @@ def compare(shape: str, args) -> dict:
 
 
 def summary(results: dict[str, list[dict]], batch: int, peak: float, counted: dict | None) -> dict:
-    """Medians of the rounds, ratios to the first way, and the largest difference of a step's loss to plain's (or its)."""
+    """Medians over the rounds, ratios to the first way, and the largest difference of a step's loss from plain's (or the first way's)."""
     parameters = next((r["parameters"] for rounds in results.values() for r in rounds if "parameters" in r), None)
     names, figures = list(results), {"matmul_gflops": peak / 1e9, "parameters": parameters, "ways": {}}
     for name, rounds in results.items():
@@ -312,10 +316,10 @@ def table(shape: str, figures: dict) -> str:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=("mini", "wide", "both"), default="both")
-    p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
-    p.add_argument("--trl-python", default="", help="interpreter that has TRL; without it TRL is left out")
+    p.add_argument("--rounds", type=int, default=3, help="rounds over all trainers; the median is reported")
+    p.add_argument("--trl-python", default="", help="Python interpreter with TRL; without it TRL is left out")
     p.add_argument(
-        "--ablate", action="store_true", help="ours alone, images of several sizes, one flag changed at a time"
+        "--ablate", action="store_true", help="ours only, images of several sizes, one flag changed at a time"
     )
     args = p.parse_args(argv)
     device = torch.cuda.get_device_name(0) if GPU else f"CPU, {os.cpu_count()} cores"

@@ -1,16 +1,16 @@
-"""One training by another trainer, to set ours against in train.py: TRL's SFTTrainer, or transformers' own Trainer.
+"""One training with another trainer, which train.py compares with ours: TRL's SFTTrainer, or transformers' own Trainer.
 
     python benchmarks/train_peers.py --way plain --model FOLDER --data train.json --pixels 3136 --batch 16
     path/to/trl/bin/python benchmarks/train_peers.py --way trl --model FOLDER --data train.json --pixels 3136 --batch 16
 
-Imports nothing of this repository, so that it runs where TRL is installed. Both ways get the records' rendered text in
-two pieces: the prompt up to where the model is to speak, and the answer with its end token. The pieces are tokenised
-apart and the second is labelled, which are our trainer's labels to the token. (Records given to TRL as messages would
-have the line break labelled too that the template puts after the end token.) Both divide by the step's labelled tokens.
+Imports nothing of this repository, so that it runs where TRL is installed. Both trainers get each record as rendered
+text in two pieces: the prompt, up to where the model starts to generate, and the answer with its end token. The pieces
+are tokenised separately and the second is labelled, which gives exactly our trainer's labels. (If TRL got messages, it
+would also label the line break that the template puts after the end token.) Both divide by the step's labelled tokens.
 
-"trl" has its fused output layer: no logits are kept, and on a GPU only labelled positions are worked out, as in ours;
-on a CPU TRL 1.16 works out all positions, a tile at a time, and again for the gradient. Its default of gradient
-checkpointing is off here. "plain" is given labels and works out all logits. Prints one JSON object as its last line.
+"trl" uses TRL's fused output layer: no logits are stored, and on a GPU only labelled positions are computed, as in
+ours; on a CPU, TRL 1.16 computes all positions, a tile at a time, and again for the gradient. TRL's default of gradient
+checkpointing is switched off. "plain" gets labels and computes all logits. Prints one JSON object as its last line.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def read(data: str, processor) -> list[dict]:
 
 
 class Collator:
-    """Rows -> a batch padded on the right [B, T]. Images are opened and all is tokenised here, at each step."""
+    """Rows -> a batch padded on the right [B, T]. Opens the images and tokenises the text, in each step."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -67,7 +67,7 @@ class Collator:
 
 
 class Clock(TrainerCallback):
-    """When each step's loss was known, which waits for the device, and what it was."""
+    """Each step's loss, and when it was logged. Logging waits for the device."""
 
     def __init__(self):
         self.at, self.losses = [], []
@@ -88,10 +88,10 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--way", choices=("plain", "trl"), required=True)
     p.add_argument("--model", required=True, help="folder of the model to start from")
-    p.add_argument("--data", required=True, help="train JSON with whole image paths, taken in its order")
-    p.add_argument("--output", default="train_peers_out", help="nothing is saved there")
-    p.add_argument("--pixels", type=int, required=True, help="area that every image is brought to")
-    p.add_argument("--batch", type=int, required=True, help="samples a step")
+    p.add_argument("--data", required=True, help="train JSON with complete image paths, trained on in its order")
+    p.add_argument("--output", default="train_peers_out", help="output folder of the trainer; nothing is saved")
+    p.add_argument("--pixels", type=int, required=True, help="area that every image is resized to, in pixels")
+    p.add_argument("--batch", type=int, required=True, help="samples per step")
     p.add_argument("--lr", type=float, default=1e-5)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)

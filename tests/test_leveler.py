@@ -1,4 +1,4 @@
-"""The trainer: what it reads, what a step learns, packed or not, in every family, and LoRA."""
+"""The trainer: samples, batches, loss and gradients of every family, packed or not, flags, LoRA."""
 
 import hashlib
 import json
@@ -10,14 +10,15 @@ from pathlib import Path
 import activations
 import families
 import merge_lora
+import model_card
+import model_loading
 import param_groups
 import params
 import pytest
-import report
 import torch
 import train
-from batching import Batches, cut, pieces_within
-from cache import Cache
+from batching import StepBatchSampler, balanced_ends, micro_batches_within
+from cache import SampleCache
 from conftest import STUDENT
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
@@ -35,7 +36,7 @@ from mpa.engines.hf import HFEngine
 
 @pytest.fixture(scope="module")
 def processor():
-    return train.load_processor(
+    return model_loading.load_processor(
         params.ModelArguments(model_id=str(STUDENT)),
         params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=12544),
     )
@@ -82,7 +83,7 @@ def test_files_with_shares_are_mixed_in_these_shares_and_one_is_used_whole(tmp_p
 
 def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path, capsys):
     write(tmp_path, 4)
-    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d of its images, .* 36\. Lower"):
+    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d are visual, .* 36\. Lower"):
         train.main(arguments(tmp_path, "--max_seq_length", "36"))
     trainer = build(tmp_path, "--max_seq_length", "36", "--on_too_long", "drop")
     assert [sample["id"] for sample in trainer.train_dataset.samples] == ["s0", "s1", "s2"]
@@ -90,7 +91,7 @@ def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path,
 
 
 def checked(samples: list[dict], processor, **kept) -> data.Samples:
-    return data.measure(samples, processor, 1000, "error", **kept)
+    return data.encode_all(samples, processor, 1000, "error", **kept)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -103,7 +104,7 @@ def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, process
     samples, folder = data.read_samples([str(write(tmp_path, 6))], str(tmp_path)), tmp_path / "cache"
 
     def check(processor=processor) -> data.Samples:
-        return checked(samples, processor, cache=Cache(folder, 2**20, processor))
+        return checked(samples, processor, cache=SampleCache(folder, 2**20, processor))
 
     made = [{**data.encode(sample, processor), "sample": sample["id"]} for sample in samples]
     check()
@@ -116,8 +117,8 @@ def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, process
     Image.new("RGB", (64, 64), "teal").save(samples[0]["images"][0])  # another image at the same place
     assert not torch.equal(check()[0]["pixel_values"], made[0]["pixel_values"])
     limits = params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=3136)
-    other = train.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
-    assert check(other).visual != again.visual
+    other = model_loading.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
+    assert check(other).visual_lengths != again.visual_lengths
     for path in folder.iterdir():
         path.write_bytes(b"torn")
     assert all(same(check()[i], made[i]) for i in range(1, 6))
@@ -125,26 +126,26 @@ def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, process
 
 def test_the_cache_stays_within_its_bound_and_what_nobody_used_for_a_day_goes_first(tmp_path, processor):
     samples, folder = data.read_samples([str(write(tmp_path, 9))], str(tmp_path)), tmp_path / "cache"
-    earlier = Cache(folder, 2**30, processor)
+    earlier = SampleCache(folder, 2**30, processor)
     checked(samples[:4], processor, cache=earlier)
     bound = sum(path.stat().st_size for path in folder.iterdir())
     for age, sample in enumerate(samples[:3]):  # the fourth is of today
         os.utime(folder / f"{earlier.key(sample)}.safetensors", (1e9 - age, 1e9 - age))
-    cache = Cache(folder, bound, processor)
+    cache = SampleCache(folder, bound, processor)
     kept = checked(samples[2:], processor, cache=cache)  # two that are there, five more
     assert sum(path.stat().st_size for path in folder.iterdir()) <= bound
     assert [bool(cache.get(earlier.key(sample))) for sample in samples[:4]] == [False, False, True, True]
-    assert any(look.key is None for look in kept.looks) and any(look.key for look in kept.looks[2:])
+    assert any(info.cache_key is None for info in kept.infos) and any(info.cache_key for info in kept.infos[2:])
     plain = checked(samples[2:], processor)
     assert all(same(kept[i], plain[i]) for i in range(7))
 
 
 def test_a_disk_that_takes_no_more_costs_the_cache_and_not_the_run(tmp_path, processor):
     samples = data.read_samples([str(write(tmp_path, 3))], str(tmp_path))
-    cache = Cache(tmp_path / "cache", 2**30, processor)
+    cache = SampleCache(tmp_path / "cache", 2**30, processor)
     (tmp_path / "cache").rmdir()
     kept = checked(samples, processor, cache=cache)
-    assert (cache.left, [look.key for look in kept.looks]) == (0, [None] * 3)
+    assert (cache.bytes_left, [info.cache_key for info in kept.infos]) == (0, [None] * 3)
     assert same(kept[2], {**data.encode(samples[2], processor), "sample": "s2"})
 
 
@@ -154,63 +155,63 @@ def test_what_is_kept_in_memory_holds_no_files_open(tmp_path, processor):
     before = len(os.listdir("/proc/self/fd"))
     kept = checked(samples, processor, memory=2**30, workers=1)
     assert len(os.listdir("/proc/self/fd")) < before + 50
-    assert all(look.encoded for look in kept.looks) and same(kept[98], kept[0])
+    assert all(info.encoded for info in kept.infos) and same(kept[98], kept[0])
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "pieces"), [(50, 8, 2), (33, 8, 1), (9, 8, 2), (17, 8, 2), (3, 1, 1), (50, 8, 3)]
+    ("n", "size", "micro_batches"), [(50, 8, 2), (33, 8, 1), (9, 8, 2), (17, 8, 2), (3, 1, 1), (50, 8, 3)]
 )
-def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, size, pieces):
+def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(n, size, micro_batches):
     lengths = [random.Random(i).randrange(20, 90) for i in range(n)]
 
-    def steps(world: int, pieces: int) -> list[set]:
+    def steps(world: int, micro_batches: int) -> list[set]:
         ranks = []
         for rank in range(world):
-            batches = Batches(lengths, size, pieces, rank, world, 3, True)
+            batches = StepBatchSampler(lengths, size, micro_batches, rank, world, 3, True)
             batches.set_epoch(2)
             ranks.append(list(batches))
             assert len(ranks[-1]) == len(batches)
             assert world > 1 or all(ranks[-1])  # one device alone gets no empty batch
         assert len(set(map(len, ranks))) == 1  # or one would wait for ever
         rows = [[i for rank in ranks for i in rank[k]] for k in range(len(ranks[0]))]
-        return [{i for row in rows[k : k + pieces] for i in row} for k in range(0, len(rows), pieces)]
+        return [{i for row in rows[k : k + micro_batches] for i in row} for k in range(0, len(rows), micro_batches)]
 
-    alone = steps(1, pieces)
+    alone = steps(1, micro_batches)
     assert sorted(i for step in alone for i in step) == list(range(n))
-    assert steps(2, pieces) == steps(3, pieces) == steps(1, min(size, pieces + 1)) == alone
+    assert steps(2, micro_batches) == steps(3, micro_batches) == steps(1, min(size, micro_batches + 1)) == alone
 
 
-def test_a_step_is_cut_where_its_largest_piece_is_smallest():
+def test_a_step_is_split_so_that_its_largest_micro_batch_is_smallest():
     rng = random.Random(5)
     for _ in range(50):
         lengths = sorted(rng.randrange(1, 60) for _ in range(rng.randrange(1, 8)))
         for count in (1, 2, 3):
-            ends = cut(lengths, count)
+            ends = balanced_ends(lengths, count)
             assert len(ends) == count and ends[-1] == len(lengths) and ends == sorted(ends)
             every = combinations_with_replacement(range(len(lengths) + 1), count - 1)
-            assert largest(lengths, ends) == min(largest(lengths, [*cuts, len(lengths)]) for cuts in every)
+            assert largest(lengths, ends) == min(largest(lengths, [*splits, len(lengths)]) for splits in every)
 
 
 def largest(lengths: list[int], ends: list[int]) -> int:
-    """Tokens of the largest piece, padding included."""
+    """Tokens of the largest micro-batch, padding included."""
     return max((lengths[end - 1] * (end - start) for start, end in pairwise([0, *ends]) if end > start), default=0)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_batch_has_more_tokens_than_the_budget_and_one_batch_less_would(world):
     lengths = [random.Random(i).choice((40, 60, 500)) for i in range(100)]
-    batches = [Batches(lengths, 16, 1, rank, world, 3, True) for rank in range(world)]
-    pieces = pieces_within(batches[0], 1000, epochs=2)
+    samplers = [StepBatchSampler(lengths, 16, 1, rank, world, 3, True) for rank in range(world)]
+    fewest = micro_batches_within(samplers[0], 1000, epochs=2)
 
-    def most(pieces: int) -> int:
+    def most(micro_batches: int) -> int:
         found = []
-        for part, epoch in product(batches, range(2)):
-            part.pieces = pieces
-            part.set_epoch(epoch)
-            found += [max(lengths[i] for i in batch) * len(batch) for batch in part if batch]
+        for sampler, epoch in product(samplers, range(2)):
+            sampler.micro_batches = micro_batches
+            sampler.set_epoch(epoch)
+            found += [max(lengths[i] for i in batch) * len(batch) for batch in sampler if batch]
         return max(found)
 
-    assert most(pieces) <= 1000 < most(pieces - 1)
+    assert most(fewest) <= 1000 < most(fewest - 1)
 
 
 # --- a step -----------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_path):
+def test_logits_are_computed_only_for_labelled_tokens(tmp_path):
     write(tmp_path, 4)
     trainer = build(tmp_path)
     seen, (*others, last) = [], trainer.model.get_decoder().layers
@@ -298,21 +299,21 @@ def test_logits_and_what_only_they_need_are_made_only_for_labelled_tokens(tmp_pa
     assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
 
 
-def test_what_is_worked_out_again_or_in_smaller_batches_changes_no_loss(tmp_path, capsys):
+def test_recomputation_and_smaller_micro_batches_change_no_loss(tmp_path, capsys):
     write(tmp_path, 12)
     flags = "--per_device_train_batch_size 6 --learning_rate 1e-3 --save_strategy no".split()
     train.main(arguments(tmp_path, *flags))
-    assert "are free: all of it is kept" in capsys.readouterr().out
+    assert "are free: all activations are saved" in capsys.readouterr().out
     for way in ("products", "True"):
         train.main(arguments(tmp_path, *flags, "--activation_checkpointing", way, out=way))
         assert losses(tmp_path / way) == losses(tmp_path / "out")
-    train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="pieces"))
-    assert "2 steps of 6 (2 batches a device)" in capsys.readouterr().out
-    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="micro_batches"))
+    assert "2 steps of 6 (micro-batches per device: 2)" in capsys.readouterr().out
+    assert losses(tmp_path / "micro_batches") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
 
 
-def test_what_a_step_keeps_is_known_before_it_is_kept_and_the_most_that_fits_is(checkpoint, tmp_path):
-    """The count against what torch's allocator has more after a forward pass than before."""
+def test_activation_bytes_are_those_that_the_step_allocates(checkpoint, tmp_path):
+    """Compared with what PyTorch's allocator holds after a forward pass."""
     write(tmp_path, 12)
     trainer = build(tmp_path, model=checkpoint)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
@@ -322,20 +323,20 @@ def test_what_a_step_keeps_is_known_before_it_is_kept_and_the_most_that_fits_is(
         return trainer.compute_loss(trainer.model, copied, num_items_in_batch=1)
 
     trainer.model.train()
-    counted, allocated = activations.kept_bytes(forward, trainer.model), {}
-    for way in activations.SAYS:
-        activations.use(trainer.model, way)
+    counted, allocated = activations.activation_bytes(forward, trainer.model), {}
+    for policy in activations.DESCRIPTIONS:
+        activations.apply_policy(trainer.model, policy)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
             loss = forward()
-        allocated[way] = sum(event.self_cpu_memory_usage for event in events.key_averages())
+        allocated[policy] = sum(event.self_cpu_memory_usage for event in events.key_averages())
         del loss
     assert counted == pytest.approx(allocated, rel=0.15)
     assert allocated["True"] < allocated["products"] < 0.8 * allocated["False"]
 
 
-def test_the_way_that_keeps_the_most_of_what_fits_is_chosen():
+def test_the_policy_that_saves_the_most_of_what_fits_is_chosen():
     kept = {"False": 100, "products": 50}
-    assert [activations.choose(kept, 60, free) for free in (200, 199, 138, 137, 0)] == [
+    assert [activations.choose_policy(kept, 60, free) for free in (200, 199, 138, 137, 0)] == [
         "False",
         "products",
         "products",
@@ -347,7 +348,7 @@ def test_the_way_that_keeps_the_most_of_what_fits_is_chosen():
 def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
     write(tmp_path, 8)
     flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
-    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Look"):
+    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
         train.main(arguments(tmp_path, *flags.split()))
     assert not (tmp_path / "out/train_meta.json").exists()
 
@@ -432,12 +433,12 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     )
     settings["data_path"] = [str(tmp_path / "PI_train.json")]
     meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
-    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     card = (tmp_path / "README.md").read_text()
     assert "9 pictures → 4 parity" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
     assert "without human labels" in card
     (tmp_path / "PI_train.meta.json").unlink()  # any other data: nothing is known of its labels
-    report.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
+    model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     assert "Parity Alignment" not in (tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Train files in the forms that people have, and what is refused by name."""
+"""Train files in the common formats, what is refused, and the checks of the flags."""
 
 import json
 from dataclasses import fields
@@ -8,7 +8,7 @@ import params
 import pytest
 import transformers
 from conftest import STUDENT
-from forms import DataError
+from record_formats import DataError
 from training import MINI
 
 import data
@@ -95,8 +95,8 @@ GOOD = {"id": 1, "image": "a.png", "conversations": LLAVA}
             {"id": 1, "images": ["a.png"], "conversations": [LLAVA[0] | {"value": "q"}, LLAVA[1]]},
             "1 images, and 0 <image>",
         ),
-        (GOOD | {"video": "a.mp4"}, "'video' cannot be trained on"),
-        (GOOD | {"videos": ["a.mp4"]}, "'videos' cannot be trained on"),
+        (GOOD | {"video": "a.mp4"}, "training on 'video' is not supported"),
+        (GOOD | {"videos": ["a.mp4"]}, "training on 'videos' is not supported"),
         ({"id": 1, "messages": [{"role": "tool", "content": "x"}, MESSAGES[1]]}, "a turn of 'tool'"),
         (
             {"id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}, MESSAGES[1]]},
@@ -183,7 +183,7 @@ def test_every_argument_of_transformers_is_decided_on():
         ("--warmup_steps -3", "warmup_steps"),
         ("--nonsense 1", "--nonsense: no such flag"),
         ("--learnin_rate 1", "did you mean --learning_rate?"),
-        ("--bits 4", "--bits: Quantised training is not kept"),
+        ("--bits 4", "--bits: Quantised training is not supported"),
         ("--report_to wandb", "pip install wandb"),
         ("--report_to nowhere", "known are none, tensorboard"),
         ("--optim adamax_torch", "invalid choice: 'adamax_torch'"),
@@ -193,8 +193,8 @@ def test_every_argument_of_transformers_is_decided_on():
         ("--lora_enable True --num_lora_modules 0", "--num_lora_modules 0"),
         ("--image_min_pixels 9000 --image_max_pixels 5000", "is more than"),
         ("--eval_strategy steps", "needs --eval_data_path"),
-        ("--push_to_hub True", "Nothing is sent anywhere"),
-        ("--torch_compile True", "has no place here"),
+        ("--push_to_hub True", "Nothing is uploaded"),
+        ("--torch_compile True", "is not supported"),
         ("--fsdp full_shard", "Use --deepspeed"),
         ("--deepspeed nowhere.json", "nowhere.json"),
         ("--auto_find_batch_size True", "--batch_tokens"),

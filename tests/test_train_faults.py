@@ -1,4 +1,4 @@
-"""The trainer and what goes wrong: numbers that are none, damaged checkpoints, two trainings in one folder, saved forms."""
+"""Faults in a training: non-finite numbers, damaged checkpoints, two trainings in one folder; and what is saved."""
 
 import fcntl
 import json
@@ -9,9 +9,10 @@ import shutil
 import checkpoints
 import param_groups
 import pytest
+import sample_preparation
 import torch
 import train
-from cache import Cache
+from cache import SampleCache
 from conftest import STUDENT
 from safetensors.torch import load_file, save_file
 from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
@@ -22,11 +23,11 @@ import data
 QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
 
 
-# --- numbers that are none ------------------------------------------------------------------------------
+# --- non-finite numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [[], ["--max_grad_norm", "0"], ["--lora_enable", "True"]], ids=str)
-def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_samples(tmp_path, more):
+def test_a_non_finite_gradient_stops_before_the_step_and_names_the_samples(tmp_path, more):
     write(tmp_path, 12)
     with pytest.raises(data.DataError) as error:
         flags = "--per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e3 --save_strategy no".split()
@@ -40,7 +41,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_sample
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_so_it_does_on_two_ranks(tmp_path, stage):
+def test_a_non_finite_gradient_stops_two_ranks(tmp_path, stage):
     write(tmp_path, 16)
     flags = "--per_device_train_batch_size 2 --max_steps 4 --learning_rate 1e3 --save_steps 1".split()
     done = launch(tmp_path, *flags, *zero(stage), ranks=2)
@@ -66,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A training of ten steps with checkpoints of the first three, as if it had been killed then."""
+    """A training of ten steps with three checkpoints, as if it had been killed before the end."""
     write(tmp_path, 18)
     flags = [*ONE, "--save_total_limit", "3"]
     train.main(arguments(tmp_path, *flags))
@@ -97,7 +98,7 @@ def damage(folder, how: str) -> None:
         *("truncated weights", "a changed pickle", "a new pickle", "a cut manifest"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, capsys):
+def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys):
     folder, flags = stopped
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("out/checkpoint-*"))
     assert len(steps) == 3
@@ -105,11 +106,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(stopped, how, cap
     train.main(arguments(folder, *flags))
     said = capsys.readouterr().out
     assert f"passed over {folder}/out/checkpoint-{steps[-1]}: " in said
-    assert f"goes on from {folder}/out/checkpoint-{steps[-2]}" in said
+    assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
     assert len(losses(folder / "out")) == 10
 
 
-def test_checkpoints_of_the_model_alone_are_not_resumed_from_in_silence(tmp_path):
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     write(tmp_path, 18)
     train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
     (tmp_path / "out/train_meta.json").unlink()
@@ -199,9 +200,9 @@ def test_the_final_weights_are_in_the_bases_dtype_and_checkpoints_in_float32(tmp
 
 def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeypatch):
     write(tmp_path, 8)
-    kept, whole = [], Cache.put
-    monkeypatch.setattr(Cache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    kept, whole = [], SampleCache.put
+    monkeypatch.setattr(SampleCache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
+    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
     train.main(arguments(tmp_path, *QUICK))
     assert kept == []
     train.main(arguments(tmp_path, *QUICK[:2], "--num_train_epochs", "2", "--save_strategy", "no", out="two"))
@@ -210,7 +211,7 @@ def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeyp
 
 def test_a_training_that_fails_leaves_no_samples_behind(tmp_path, monkeypatch):
     write(tmp_path, 8)
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
     flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 1e3 --save_strategy no".split()
     with pytest.raises(data.DataError, match="not finite"):
         train.main(arguments(tmp_path, *flags))
@@ -222,7 +223,7 @@ def test_kept_pixels_are_bytes_and_come_back_to_the_bit(tmp_path):
     processor = AutoProcessor.from_pretrained(STUDENT)
     (sample,) = data.read_samples([str(tmp_path / "train.json")], str(tmp_path))
     encoded = data.encode(sample, processor)
-    cache = Cache(tmp_path / "cache", 2**30, processor)
+    cache = SampleCache(tmp_path / "cache", 2**30, processor)
     assert cache.put("key", encoded)
     back = cache.get("key")
     assert back.keys() == encoded.keys() and all(torch.equal(back[name], encoded[name]) for name in encoded)

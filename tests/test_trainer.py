@@ -1,10 +1,14 @@
+"""The trainer: labels, bad train files, freezing, settings that a resume must share, and the scripts."""
+
 import json
 import shutil
 from pathlib import Path
 
+import model_loading
 import param_groups
 import params
 import pytest
+import resume_settings
 import torch
 import train
 from collator import Collator
@@ -30,8 +34,8 @@ def write(folder, *samples) -> str:
     return str(folder / "train.json")
 
 
-def checked(samples: list[dict], processor, most: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
-    return data.measure(samples, processor, most, on_too_long, **kept)
+def checked(samples: list[dict], processor, max_length: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
+    return data.encode_all(samples, processor, max_length, on_too_long, **kept)
 
 
 def labelled(encoded, processor) -> str:
@@ -158,11 +162,11 @@ def test_a_model_that_cannot_be_loaded_is_named():
     arguments = params.ModelArguments(model_id="/no/such/model")
     data_arguments = params.DataArguments(data_path=[])
     with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
-        train.load_processor(arguments, data_arguments)
+        model_loading.load_processor(arguments, data_arguments)
     with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
-        train.load_model(arguments, params.TrainingArguments(output_dir="", use_cpu=True))
+        model_loading.load_model(arguments, params.TrainingArguments(output_dir="", use_cpu=True))
     arguments.model_id = str(STUDENT)
-    processor = train.load_processor(arguments, data_arguments)
+    processor = model_loading.load_processor(arguments, data_arguments)
     assert processor.image_processor.size["shortest_edge"] == 128 * 28 * 28
 
 
@@ -232,9 +236,9 @@ def test_a_base_model_that_changed_at_its_path_is_another_setting(copy, capsys):
 
 def test_the_fingerprint_of_a_large_file_notices_a_change_in_its_middle(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(2**24))
-    before = train.fingerprint(tmp_path)
+    before = resume_settings.fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(2**23) + b"x" * 2**19 + bytes(2**23 - 2**19))
-    assert train.fingerprint(tmp_path) != before
+    assert resume_settings.fingerprint(tmp_path) != before
 
 
 def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
@@ -245,10 +249,23 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
     def settings(name: str, content: str) -> dict:
         (tmp_path / name).write_text(content)
         arguments.deepspeed = str(tmp_path / name)
-        return train.settings(model, params.DataArguments(data_path=[str(tmp_path / "train.json")]), arguments)
+        return resume_settings.settings(
+            model, params.DataArguments(data_path=[str(tmp_path / "train.json")]), arguments
+        )
 
     assert settings("a.json", '{"stage": 2}') == settings("b.json", '{"stage": 2}')
     assert settings("a.json", '{"stage": 2}') != settings("a.json", '{"stage": 3}')
+
+
+def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
+    """So that an argument that a transformers release adds does not refuse every earlier checkpoint."""
+    names = {name for kind in params.KINDS for name in kind.__dataclass_fields__}
+    assert names >= resume_settings.DECISIVE | resume_settings.DECISIVE_WITH_LOAD_BEST
+    write(tmp_path)
+    model, arguments = params.ModelArguments(model_id="hub/name"), params.TrainingArguments(output_dir="", use_cpu=True)
+    images = params.DataArguments(data_path=[str(tmp_path / "train.json")])
+    computed = {"save_dtype", "world_size", "data_sha256"}
+    assert resume_settings.settings(model, images, arguments).keys() == resume_settings.DECISIVE | computed
 
 
 def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):

@@ -1,4 +1,4 @@
-"""Whole trainings: the same twice, stopped and gone on, on several ranks, with every ZeRO stage."""
+"""Complete trainings: repeated, stopped and resumed, on several ranks, with every ZeRO stage."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_a_training_is_complete_and_the_same_the_next_time(whole):
+def test_a_training_is_complete_and_repeatable(whole):
     train.main(arguments(whole, *ONE, out="again"))
     assert losses(whole / "again") == losses(whole / "out")
     assert (whole / "again/model.safetensors").read_bytes() == (whole / "out/model.safetensors").read_bytes()
@@ -39,18 +39,18 @@ def test_a_training_is_complete_and_the_same_the_next_time(whole):
     assert meta["steps"] == 10 and meta["tokens"] == sum(build(whole).train_dataset.lengths)
 
 
-def test_asked_to_end_it_saves_and_goes_on_as_if_it_had_not_been(whole):
+def test_on_sigterm_it_saves_and_resumes_exactly(whole):
     stopped = launch(whole, *ONE, out="stopped", kill_after=4, with_signal=signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stdout
     assert "stopped at step" in stopped.stdout
     resumed = launch(whole, *ONE, out="stopped")
-    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert "resumes from" in resumed.stdout, resumed.stdout
     assert losses(whole / "stopped") == losses(whole / "out")
     assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(whole, stage):
+def test_two_ranks_match_one_and_resume_exactly_after_a_kill(whole, stage):
     flags = [*TWO, *zero(stage)]
     if stage == "zero3":
         flags += ["--batch_tokens", "80", "--activation_checkpointing", "--samples_dir", str(whole / "cache")]
@@ -58,7 +58,7 @@ def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(
     assert killed.returncode != 0
     assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = launch(whole, *flags, ranks=2, out=stage)
-    assert "goes on from" in resumed.stdout and resumed.returncode == 0, resumed.stdout
+    assert "resumes from" in resumed.stdout and resumed.returncode == 0, resumed.stdout
     assert losses(whole / stage) == pytest.approx(losses(whole / "out"), abs=2e-4)
     uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
     assert uninterrupted.returncode == 0, uninterrupted.stdout
@@ -67,7 +67,7 @@ def test_two_ranks_learn_what_one_does_and_killed_go_on_as_if_they_had_not_been(
     assert stage == "zero2" or len([*(whole / "cache").iterdir()]) == 18  # each rank made half of them
 
 
-def test_two_machines_train_together_by_the_same_call_on_each(whole):
+def test_two_machines_train_together_with_the_same_command(whole):
     """Both are this one; by torchrun, as NNODES asks for."""
     port = free_port()
     places = {"MODEL": STUDENT, "DATA": whole / "train.json", "IMAGES": whole, "OUTPUT_DIR": whole / "machines"}
@@ -100,7 +100,7 @@ def test_each_part_moves_at_its_own_rate(tmp_path, stage):
     assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
 
 
-def test_ranks_with_and_without_images_do_not_wait_for_each_other(tmp_path):
+def test_batches_without_images_do_not_hang_zero3(tmp_path):
     write(tmp_path, 2)
     records = json.loads((tmp_path / "train.json").read_text())
     records += [{**conversation(None, "is red a color?", "yes"), "id": f"t{i}"} for i in range(5)]
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     assert len(losses(tmp_path / "out")) == 10
 
 
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(whole):
+def test_a_checkpoint_with_other_settings_is_refused(whole):
     (whole / "other").mkdir()
     os.symlink(whole / "out/checkpoint-9", whole / "other/checkpoint-9")
     with pytest.raises(data.DataError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
@@ -143,7 +143,7 @@ def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
     measured, whole = [], Leveler.evaluate
 
     def evaluate(self, **more):
-        """Measured as it is, and told with the second highest."""
+        """Measures the accuracy, and reports the second epoch's as the highest."""
         metrics = whole(self, **more)
         measured.append(metrics["eval_accuracy"])
         return {**metrics, "eval_accuracy": [0.5, 0.9, 0.7][len(measured) - 1]}
@@ -159,12 +159,12 @@ def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
         train.main(arguments(tmp_path, *flags.split(), *held_out))
 
 
-def test_adapters_too_go_on_from_a_checkpoint(tmp_path):
+def test_adapters_resume_exactly(tmp_path):
     write(tmp_path, 18)
     flags = [*ONE, *"--lora_enable True --freeze_vision_tower True --lora_dropout 0.1".split()]
     train.main(arguments(tmp_path, *flags))
     killed = launch(tmp_path, *flags, out="killed", kill_after=4)
     assert killed.returncode == -signal.SIGKILL
     resumed = launch(tmp_path, *flags, out="killed")
-    assert "goes on from" in resumed.stdout, resumed.stdout
+    assert "resumes from" in resumed.stdout, resumed.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What the tests of the trainer share: records to train on, and a training in this process or in others."""
+"""Shared by the tests of the trainer: records to train on, and trainings in this process or in others."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import params
+import sample_preparation
 import train
 from conftest import ROOT, STUDENT
 from PIL import Image
@@ -49,7 +50,7 @@ def losses(out: Path) -> list[float]:
 
 
 def weights(out: Path) -> dict:
-    """By the names that the model gives them, whatever its file says."""
+    """The weights by the model's own names, which may differ from the file's."""
     return AutoModelForImageTextToText.from_pretrained(out, dtype="float32").state_dict()
 
 
@@ -60,7 +61,7 @@ def conversation(images, *turns) -> dict:
 
 def build(folder: Path, *flags, model=STUDENT) -> Leveler:
     model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
-    return train.build(train.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
+    return train.build(sample_preparation.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
 
 
 def free_port() -> str:
@@ -75,9 +76,10 @@ RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=
 def launch(
     folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL
 ) -> subprocess.CompletedProcess:
-    """Train in a process of its own, or in `ranks` that know of each other; after so many losses all get a signal.
+    """Train in a process of its own, or in `ranks` distributed ones.
 
-    As deepspeed starts them, but in one group of processes, which a signal reaches at once.
+    After `kill_after` logged losses all get `with_signal`. The ranks start as with DeepSpeed's launcher, but in one
+    process group, so that a signal reaches all at once.
     """
     command, environment = (
         [sys.executable, "-u", str(TRAINER / "src/train.py")],
@@ -96,16 +98,16 @@ def launch(
         start_new_session=True,
         env=environment,
     )
-    said, seen = [], 0
+    output, seen = [], 0
     for line in process.stdout:
-        said.append(line)
+        output.append(line)
         seen += "'loss'" in line
         if kill_after and seen == kill_after:
             os.killpg(process.pid, with_signal)
             kill_after = 0
     process.wait(300)
     assert not ranks or not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
-    return subprocess.CompletedProcess(command, process.returncode, "".join(said))
+    return subprocess.CompletedProcess(command, process.returncode, "".join(output))
 
 
 ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()

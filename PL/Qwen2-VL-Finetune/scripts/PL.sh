@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set, one epoch. Edit or export what you change.
-# A second call goes on where the first was stopped, and says so when all is done. On several GPUs or machines: launch.sh.
+# Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set, one epoch. Edit or export the variables below.
+# The same command resumes a stopped training, and says so if it is complete. Several GPUs or machines: launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 DATASET=${DATASET:-textVQA}
-LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct} # named the parity set
-SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct} # is trained
+LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct} # as in the name of the parity set
+SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct} # the model to train
 RUN=${RUN:-$(date +%F)}
 [[ $RUN == */* ]] || RUN=$ROOT/results/$RUN
 TRAIN_JSON=${TRAIN_JSON:-$RUN/PI_$(basename "$LVLM")_train_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET.json}
 OUTPUT_DIR=${OUTPUT_DIR:-$RUN/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET}
-# The paper does not publish its own values; these are those of Qwen2-VL-Finetune's finetune.sh at the commit that the
-# released code points to, but for the pixels, which are those of PA, and ZeRO-2, which needs more memory and is faster.
+# The paper does not publish its values. These are from Qwen2-VL-Finetune's finetune.sh at the commit that the released
+# code pins, except for the pixel limits, which are PA's, and ZeRO-2, which is faster and needs more memory.
 EPOCHS=${EPOCHS:-1}
-BATCH_SIZE=${PL_BATCH_SIZE:-2}    # a device
-ACCUMULATION=${ACCUMULATION:-8}   # steps whose gradients are added up
+BATCH_SIZE=${PL_BATCH_SIZE:-2}    # per device
+ACCUMULATION=${ACCUMULATION:-8}   # micro-batches per step
 LEARNING_RATE=${LEARNING_RATE:-1e-5}
 MERGER_LR=${MERGER_LR:-$LEARNING_RATE}
 VISION_LR=${VISION_LR:-2e-6}
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))}
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
-ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3 or zero3_offload: the less memory, the slower
+ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3, zero3_offload: ever less memory, ever slower
 
 launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" \
     --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Fine-tune all of a VLM, with the values of Qwen2-VL-Finetune's script (a smaller rate for the vision tower).
-# Edit or export what you change; flags that follow go to the trainer. On several GPUs or machines: launch.sh.
+# Fine-tune all parts of a VLM, with the values of Qwen2-VL-Finetune's script (a smaller learning rate for the vision tower).
+# Edit or export the variables below; further arguments are flags of the trainer. Several GPUs or machines: launch.sh.
 #   DATA=train.json IMAGES=images/ OUTPUT_DIR=out bash scripts/finetune.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}
 DATA=${DATA:?name a train JSON, or several with shares, "a.json:0.9 b.json:0.1"}
-IMAGES=${IMAGES:-} # where relative image paths start
+IMAGES=${IMAGES:-} # folder of relative image paths
 OUTPUT_DIR=${OUTPUT_DIR:-output/finetune}
-BATCH_SIZE=${BATCH_SIZE:-4}     # a device
-ACCUMULATION=${ACCUMULATION:-4} # steps whose gradients are added up
+BATCH_SIZE=${BATCH_SIZE:-4}     # per device
+ACCUMULATION=${ACCUMULATION:-4} # micro-batches per step
 EPOCHS=${EPOCHS:-1}
 ZERO=${ZERO:-zero3_offload}
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# LoRA in the language model; vision tower and merger are trained whole.
-# Edit or export what you change; flags that follow go to the trainer. On several GPUs or machines: launch.sh.
+# LoRA in the language model; vision tower and merger are trained in full.
+# Edit or export the variables below; further arguments are flags of the trainer. Several GPUs or machines: launch.sh.
 #   DATA=train.json IMAGES=images/ OUTPUT_DIR=out bash scripts/finetune_lora.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}
 DATA=${DATA:?name a train JSON, or several with shares, "a.json:0.9 b.json:0.1"}
-IMAGES=${IMAGES:-} # where relative image paths start
+IMAGES=${IMAGES:-} # folder of relative image paths
 OUTPUT_DIR=${OUTPUT_DIR:-output/finetune_lora}
-BATCH_SIZE=${BATCH_SIZE:-4}     # a device
-ACCUMULATION=${ACCUMULATION:-4} # steps whose gradients are added up
+BATCH_SIZE=${BATCH_SIZE:-4}     # per device
+ACCUMULATION=${ACCUMULATION:-4} # micro-batches per step
 EPOCHS=${EPOCHS:-1}
 ZERO=${ZERO:-zero2}
 

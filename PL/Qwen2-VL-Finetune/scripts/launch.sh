@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Sourced by the scripts here: `launch FLAGS…` trains with ../src/train.py on what this machine, or these machines, have.
+# Sourced by the other scripts: `launch FLAGS…` runs ../src/train.py on the GPUs of one or several machines, or on a CPU.
 #
-#   one machine     all visible GPUs; without any, this CPU (CPU_PROCESSES=2 for two ranks)
-#   several         NNODES=2 NODE_RANK=0 MASTER_ADDR=… MASTER_PORT=…: the same call on each, by torchrun
-#                   HOSTFILE=hosts or --hostfile hosts: one call, DeepSpeed reaches the others by ssh
+#   one machine     all visible GPUs, or the CPU if there is none (CPU_PROCESSES=2 for two ranks)
+#   several         NNODES=2 NODE_RANK=0 MASTER_ADDR=… MASTER_PORT=…: the same command on each (torchrun)
+#                   HOSTFILE=hosts or --hostfile hosts: one command; DeepSpeed reaches the others by ssh
 #
-# SIGTERM and Ctrl-C save a checkpoint and stop; DeepSpeed's launcher (with a hostfile) allows 30 seconds for that.
+# SIGTERM and Ctrl-C save a checkpoint and stop. DeepSpeed's launcher (with a hostfile) allows 30 seconds for that.
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../../../scripts/environment.sh"
 
 launch() {
-    # bfloat16 or, on GPUs that only emulate it, float16; a CPU trains in float32.
+    # bfloat16; float16 on GPUs that only emulate bfloat16; float32 on a CPU.
     local half='"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"'
     local precision processes=gpu hosts=${HOSTFILE:-} flags=() machines=(--standalone --local-addr 127.0.0.1)
     while (($#)); do
@@ -29,7 +29,7 @@ launch() {
     fi
     set -- "$HERE/../src/train.py" --deepspeed "$HERE/${ZERO:-zero2}.json" "--$precision" True "${flags[@]}"
     if [[ -n ${NNODES:-} && -n $hosts ]]; then
-        echo "error: NNODES is for torchrun, a hostfile for DeepSpeed; give one of them." >&2
+        echo "error: NNODES is for torchrun, a hostfile is for DeepSpeed; give only one." >&2
         return 2
     elif [[ -n $hosts ]]; then
         exec deepspeed --hostfile "$hosts" --master_port "${MASTER_PORT:-29500}" "$@"

@@ -1,39 +1,39 @@
-"""What a loss on answers alone needs of a model's end: worked out at those positions, and nowhere else."""
+"""Restricts a model's last layer and output layer to the positions that the loss needs."""
 
 import torch
 
 
 class AnswerLogits:
-    """Has a model's last layer and output layer work on chosen positions, from whose logits the loss is made.
+    """Computes logits only at selected positions; loss and gradients are those of the full model.
 
-    Of what the last decoder layer says of the other positions only keys and values are read: its queries,
-    output projection and feed-forward network leave them out (zeros in their place), and the output layer
-    gives logits [N, V] of the N chosen ones. Loss and gradients are those of the whole model. The choice
-    must stand until the backward pass has ended, since activation checkpointing runs layers again.
+    From the other positions the last decoder layer needs only keys and values. Its queries, output projection and
+    feed-forward network therefore skip them (their outputs are zeros), and the output layer returns [1, N, V] for the
+    N selected positions. Keep the selection until the backward pass has ended: activation checkpointing runs layers
+    again.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.at, self.size = None, None
-        model.get_output_embeddings().register_forward_pre_hook(self._choose)
+        self.positions, self.shape = None, None
+        model.get_output_embeddings().register_forward_pre_hook(self._gather)
         layer = model.get_decoder().layers[-1]
-        parts = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
-        for module in (getattr(*part) for part in parts if hasattr(*part)):  # a decoder may have one for q, k and v
-            module.register_forward_pre_hook(self._choose)
-            module.register_forward_hook(self._spread)
+        modules = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
+        for module in (getattr(*path) for path in modules if hasattr(*path)):  # some decoders fuse q, k and v
+            module.register_forward_pre_hook(self._gather)
+            module.register_forward_hook(self._scatter)
 
-    def choose(self, mask: torch.Tensor | None) -> None:
-        """The positions [B, T] from now on; None: all."""
-        self.at, self.size = (None, None) if mask is None else (mask.flatten().nonzero()[:, 0], mask.shape)
+    def select(self, mask: torch.Tensor | None) -> None:
+        """Select the positions where `mask` [B, T] is True, for the following passes; None selects all."""
+        self.positions, self.shape = (None, None) if mask is None else (mask.flatten().nonzero()[:, 0], mask.shape)
 
-    def _choose(self, _, inputs):
+    def _gather(self, _, inputs):
         """Hidden states [B, T, H] -> [1, N, H]."""
-        return None if self.at is None else (inputs[0].flatten(0, 1)[self.at][None], *inputs[1:])
+        return None if self.positions is None else (inputs[0].flatten(0, 1)[self.positions][None], *inputs[1:])
 
-    def _spread(self, _, __, out):
-        """[1, N, H] -> [B, T, H]; of a mixture of experts with what else it says."""
-        if self.at is None:
+    def _scatter(self, _, __, out):
+        """[1, N, H] -> [B, T, H]; a mixture of experts returns more values, which stay as they are."""
+        if self.positions is None:
             return None
-        hidden, *more = out if isinstance(out, tuple) else (out,)
-        zeros = hidden.new_zeros(self.size.numel(), hidden.shape[-1])
-        whole = zeros.index_copy(0, self.at, hidden[0]).view(*self.size, -1)
-        return (whole, *more) if more else whole
+        hidden, *others = out if isinstance(out, tuple) else (out,)
+        zeros = hidden.new_zeros(self.shape.numel(), hidden.shape[-1])
+        scattered = zeros.index_copy(0, self.positions, hidden[0]).view(*self.shape, -1)
+        return (scattered, *others) if others else scattered

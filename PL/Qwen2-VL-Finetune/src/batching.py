@@ -1,4 +1,4 @@
-"""Which samples go together: the batches of each optimizer step."""
+"""Which samples each optimizer step trains on, and how they are split into micro-batches."""
 
 import random
 from collections.abc import Iterator
@@ -7,71 +7,76 @@ from itertools import pairwise
 import torch
 
 
-class Batches(torch.utils.data.Sampler):
-    """This rank's share of each optimizer step's samples, as lists of indices: one list is what a device takes at once.
+class StepBatchSampler(torch.utils.data.Sampler):
+    """This rank's micro-batches, each a list of sample indices.
 
-    A step's samples, `size` of them, depend on `seed` and epoch alone, not on how many devices share them. They are
-    sorted by length and cut into `pieces` a device, so that the largest piece is as small as can be; which
-    changes padding and nothing that is learnt. Where the last step has too few samples, some get an empty list.
+    A step's `step_size` samples depend on `seed` and epoch only, not on the world size. They are sorted by length and
+    split into `micro_batches` per rank so that the largest micro-batch has the fewest tokens: this changes the padding,
+    not what is learnt. If the last step has too few samples, some ranks get an empty list.
     """
 
-    def __init__(self, lengths, size: int, pieces: int, rank: int, world: int, seed: int, shuffle: bool):
-        self.lengths, self.size, self.pieces, self.rank, self.world = lengths, size, pieces, rank, world
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+    def __init__(
+        self, lengths: list[int], step_size: int, micro_batches: int, rank: int, world: int, seed: int, shuffle: bool
+    ):
+        self.lengths, self.step_size, self.micro_batches = lengths, step_size, micro_batches
+        self.rank, self.world, self.seed, self.shuffle, self.epoch = rank, world, seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.size)
-        return whole * self.pieces + self._pieces_of(rest)
+        full_steps, rest = divmod(len(self.lengths), self.step_size)
+        return full_steps * self.micro_batches + self._micro_batches_of(rest)
 
     def __iter__(self):
-        return self.of(self.epoch)
+        return self.epoch_batches(self.epoch)
 
-    def of(self, epoch: int) -> Iterator[list[int]]:
-        for step in self.steps(epoch):
+    def epoch_batches(self, epoch: int) -> Iterator[list[int]]:
+        """This rank's micro-batches of an epoch."""
+        for step in self.epoch_steps(epoch):
             step = sorted(step, key=self.lengths.__getitem__)
-            lengths = [self.lengths[i] for i in step]
-            ends = cut(lengths, self._pieces_of(len(step)) * self.world)
-            pieces = [step[start:end] for start, end in pairwise([0, *ends])]
-            yield from pieces[self.rank :: self.world]
+            ends = balanced_ends([self.lengths[i] for i in step], self._micro_batches_of(len(step)) * self.world)
+            batches = [step[start:end] for start, end in pairwise([0, *ends])]
+            yield from batches[self.rank :: self.world]
 
-    def steps(self, epoch: int) -> list[list[int]]:
-        """The samples of each of an epoch's steps, on all devices."""
+    def epoch_steps(self, epoch: int) -> list[list[int]]:
+        """The samples of each step of an epoch, over all ranks."""
         order = list(range(len(self.lengths)))
         if self.shuffle:
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
-        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+        return [order[start : start + self.step_size] for start in range(0, len(order), self.step_size)]
 
     @property
-    def steps_an_epoch(self) -> int:
-        return -(-len(self.lengths) // self.size)
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.step_size)
 
-    def _pieces_of(self, samples: int) -> int:
-        """Pieces a device for a step of so many samples."""
-        return min(self.pieces, -(-samples // self.world))
+    def _micro_batches_of(self, samples: int) -> int:
+        """Micro-batches per rank for a step of this many samples."""
+        return min(self.micro_batches, -(-samples // self.world))
 
 
-def cut(lengths: list[int], count: int) -> list[int]:
-    """Where to cut ascending lengths into `count` pieces, so that the largest has the fewest tokens, padding included."""
+def balanced_ends(lengths: list[int], count: int) -> list[int]:
+    """End indices that split ascending lengths into `count` batches, so that the largest has the fewest tokens.
+
+    Tokens include padding: a batch costs its longest length times its size. The search over that cost is binary.
+    """
     low, high = lengths[-1], lengths[-1] * len(lengths)
     while low < high:
         middle = (low + high) // 2
-        if len(_ends(lengths, middle)) <= count:
+        if len(_greedy_ends(lengths, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    ends = _ends(lengths, low)
-    while len(ends) < min(count, len(lengths)):  # no piece is to be empty
+    ends = _greedy_ends(lengths, low)
+    while len(ends) < min(count, len(lengths)):  # halve the largest batch until none is empty
         sizes = [end - start for start, end in pairwise([0, *ends])]
         i = sizes.index(max(sizes))
         ends.insert(i, ends[i] - sizes[i] // 2)
     return ends + [len(lengths)] * (count - len(ends))
 
 
-def _ends(lengths: list[int], tokens: int) -> list[int]:
-    """Ends of the pieces where each takes as many samples as `tokens` hold, from the longest sample on."""
+def _greedy_ends(lengths: list[int], tokens: int) -> list[int]:
+    """End indices of batches of at most `tokens` tokens, padding included, filled from the longest sample on."""
     ends, end = [], len(lengths)
     while end > 0:
         ends.append(end)
@@ -79,11 +84,11 @@ def _ends(lengths: list[int], tokens: int) -> list[int]:
     return ends[::-1]
 
 
-def pieces_within(batches: Batches, tokens: int, epochs: int) -> int:
-    """The fewest pieces a device with which no piece of these epochs has more than so many tokens, padding included."""
+def micro_batches_within(sampler: StepBatchSampler, tokens: int, epochs: int) -> int:
+    """The fewest micro-batches per rank with at most `tokens` tokens each, padding included, over all `epochs`."""
     most = 1
     for epoch in range(epochs):
-        for step in batches.steps(epoch):
-            lengths = sorted(batches.lengths[i] for i in step)
-            most = max(most, -(-len(_ends(lengths, max(tokens, lengths[-1]))) // batches.world))
+        for step in sampler.epoch_steps(epoch):
+            lengths = sorted(sampler.lengths[i] for i in step)
+            most = max(most, -(-len(_greedy_ends(lengths, max(tokens, lengths[-1]))) // sampler.world))
     return most

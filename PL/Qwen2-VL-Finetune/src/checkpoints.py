@@ -1,32 +1,32 @@
-"""What lies on disk of a training: whole checkpoints, told by a manifest, and the lock on a folder.
+"""A training's files on disk: checkpoints with manifests, JSON files, and the lock on the output folder.
 
-A checkpoint's manifest is written last. It holds the size of every file, and the hash of every pickle: torch and DeepSpeed
-would run what is in one when they load it, so that only what this trainer wrote here is loaded.
+A checkpoint's manifest is written last. It lists each file's size, and each pickle's sha256: loading a pickle can run
+code, so only pickles that this trainer wrote are loaded.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
-
-import report
 
 from data import DataError
 
 MANIFEST = "manifest.json"
 PICKLES = {".pt", ".pth", ".bin", ".pkl"}
-OPTIMIZER = ("optimizer.pt", "latest")  # torch's, DeepSpeed's
+OPTIMIZER_FILES = ("optimizer.pt", "latest")  # torch's, DeepSpeed's
 
 
 def write_manifest(folder: Path) -> None:
+    """Write the manifest of a checkpoint whose other files are complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {}
     for path in files:
         manifest[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, **_hash(path)}
-    report.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _hash(path: Path) -> dict:
@@ -37,12 +37,12 @@ def _hash(path: Path) -> dict:
 
 
 def fault(folder: Path) -> str:
-    """Why a training cannot go on from a checkpoint; "" where it can."""
+    """Why training cannot resume from a checkpoint; "" if it can."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         listed = {name: dict(entry) for name, entry in manifest.items()}
     except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was not finished, or written by something else"
+        return f"it has no {MANIFEST}: it is incomplete, or another program wrote it"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     for name, entry in listed.items():
@@ -50,20 +50,19 @@ def fault(folder: Path) -> str:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry.get("bytes"):
-            return f"{name} is cut off or was changed: {path.stat().st_size} bytes, not {entry.get('bytes')}"
+            return f"{name} was truncated or changed: {path.stat().st_size} bytes, not {entry.get('bytes')}"
         if _hash(path) != {key: value for key, value in entry.items() if key == "sha256"}:
-            return f"{name} was changed since it was written, and is a pickle, which could run code"
-    others = (path for path in folder.rglob("*") if path.is_file() and path.suffix in PICKLES)
-    for path in others:
+            return f"{name} was changed since it was written; it is a pickle, which could run code"
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.suffix in PICKLES):
         if str(path.relative_to(folder)) not in listed:
-            return f"{path.relative_to(folder)} was not written by this trainer, and is a pickle, which could run code"
-    if "trainer_state.json" not in listed or not any(name in listed for name in OPTIMIZER):
+            return f"{path.relative_to(folder)} was not written by this trainer; it is a pickle, which could run code"
+    if "trainer_state.json" not in listed or not any(name in listed for name in OPTIMIZER_FILES):
         return "it holds the model only (--save_only_model), not the state of optimizer and schedule"
     return ""
 
 
-def last_whole(out: Path) -> tuple[Path | None, list[str]]:
-    """(the last checkpoint in `out` to go on from, or None; why later ones will not do, a line each)."""
+def last_complete(out: Path) -> tuple[Path | None, list[str]]:
+    """The last complete checkpoint in `out`, or None; and for each later one a line that says what is wrong with it."""
     found = [path for path in out.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
     refused = []
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
@@ -74,12 +73,19 @@ def last_whole(out: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def write_json(path: Path, content) -> None:
+    """Write a JSON file atomically: to a temporary file in the same folder, which is then renamed."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    os.replace(temporary, path)
+
+
 def read_json(path: Path) -> dict:
-    """Raises DataError for a file that is cut off or no JSON object."""
+    """Raises DataError if the file is truncated or holds no JSON object."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError("no object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}). Choose another --output_dir, or remove this file."
@@ -89,12 +95,15 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """The output folder is this training's alone, as long as it runs. Raises DataError where another training has it."""
+    """Create the output folder and lock it for this training. Raises DataError if another training holds the lock.
+
+    On exit the folder is removed if it is empty.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / ".lock"
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
         except BlockingIOError:
             raise DataError(
                 f"{out}: another training is writing it. Choose another --output_dir, or wait for it."
@@ -106,4 +115,4 @@ def locked(out: Path):
         finally:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                out.rmdir()  # where nothing was written
+                out.rmdir()  # only if it is empty

@@ -1,27 +1,28 @@
-"""Encoded samples to a batch."""
+"""Collates encoded samples into batches."""
 
 import torch
 from torch.nn import functional as F
 
-from data import IGNORE, OF_TEXT
+from data import IGNORE, TEXT_FIELDS
 
 
 class Collator:
-    """Encoded samples -> a batch, images one after the other.
+    """Encoded samples -> a batch; the images of all samples are concatenated.
 
-    Token rows are padded on the right [B, T] with an `attention_mask`; with `packing` they stand one behind
-    the other in one row [1, T], with `position_ids` that start again at each sample. `blank` is an encoded
-    sample with an image; without labels it joins a batch that has none, and is a batch that has no sample:
-    so that all ranks run the same modules.
+    By default rows are padded on the right: `input_ids`, `labels` and `attention_mask` are [B, T]. With `packing` all
+    samples share one row [1, T], and `position_ids` start again at each sample. `samples` lists the samples' ids.
+
+    `blank` is an encoded sample with an image. It joins each batch without images, an empty batch too, and has no
+    labels (its id is None). So every rank runs the vision tower; a distributed step hangs otherwise.
     """
 
     def __init__(self, processor, packing: bool = False, blank: dict | None = None):
         self.pad, self.image_token, self.packing = processor.tokenizer.pad_token_id, processor.image_token_id, packing
         self.blank = blank and {**blank, "labels": torch.full_like(blank["labels"], IGNORE), "sample": None}
-        self.typed = "mm_token_type_ids" in processor.model_input_names
+        self.has_token_types = "mm_token_type_ids" in processor.model_input_names
 
     def __call__(self, samples: list[dict]) -> dict:
-        if self.blank and not any(len(sample) > len(OF_TEXT) for sample in samples):
+        if self.blank and not any(len(sample) > len(TEXT_FIELDS) for sample in samples):
             samples = [*samples, self.blank]
         rows, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
         if self.packing:
@@ -37,22 +38,39 @@ class Collator:
         return batch | self._images(samples, batch["input_ids"])
 
     def prompts(self, samples: list[dict]) -> dict:
-        """What stands before the first answer, padded on the left: to generate from."""
+        """The samples up to their first answer, padded on the left [B, T], to generate from."""
         rows = [sample["input_ids"][: int((sample["labels"] != IGNORE).int().argmax())] for sample in samples]
         width = max(map(len, rows))
-        before = [(width - len(row), 0) for row in rows]
-        ids = torch.stack([F.pad(row, pad, value=self.pad) for row, pad in zip(rows, before, strict=True)])
-        mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, before, strict=True)])
+        padding = [(width - len(row), 0) for row in rows]
+        ids = torch.stack([F.pad(row, pad, value=self.pad) for row, pad in zip(rows, padding, strict=True)])
+        mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, padding, strict=True)])
         return {"input_ids": ids, "attention_mask": mask} | self._images(samples, ids)
 
     def _images(self, samples: list[dict], ids: torch.Tensor) -> dict:
-        names = dict.fromkeys(name for sample in samples for name in sample if name not in OF_TEXT)
-        batch = {name: _joined([sample[name] for sample in samples if name in sample]) for name in names}
-        return batch | ({"mm_token_type_ids": (ids == self.image_token).int()} if self.typed else {})
+        names = dict.fromkeys(name for sample in samples for name in sample if name not in TEXT_FIELDS)
+        batch = {name: _concatenated([sample[name] for sample in samples if name in sample]) for name in names}
+        return batch | ({"mm_token_type_ids": (ids == self.image_token).int()} if self.has_token_types else {})
 
 
-def _joined(values: list[torch.Tensor]) -> torch.Tensor:
-    """The tensors along their first dimension; the others padded with zeros, as processors do for tiles of images."""
+def packed_rope_positions(batch: dict, rope_index) -> torch.Tensor:
+    """Position ids [4, 1, T] of a packed row for models with multimodal RoPE.
+
+    The first row is the position within the sample, the others are the three that `rope_index`, the model's
+    `get_rope_index`, gives for each sample alone.
+    """
+    within = batch["position_ids"][0]
+    sizes = torch.diff((within == 0).nonzero()[:, 0], append=torch.tensor([len(within)], device=within.device))
+    rows = {}
+    for name in ("input_ids", "mm_token_type_ids"):
+        by_sample = batch[name][0].split(sizes.tolist())
+        rows[name] = torch.nn.utils.rnn.pad_sequence(by_sample, batch_first=True)
+    mask = (torch.arange(rows["input_ids"].shape[1], device=within.device) < sizes[:, None]).long()
+    rope, _ = rope_index(**rows, image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask)
+    return torch.cat([within[None], rope[:, mask.bool()].to(within)])[:, None]
+
+
+def _concatenated(values: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors concatenated along dimension 0; the other dimensions are zero-padded, as processors do for tiles."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:

@@ -1,8 +1,8 @@
-"""torchrun, with the exit code of the training and without a report of its own when that ends in order.
+"""torchrun with the training's exit code, and without torchrun's own report if a rank ends in order.
 
     python src/launch.py --standalone --nproc_per_node 2 src/train.py …
 
-SIGTERM and Ctrl-C reach every rank once, and are given the time that saving a checkpoint takes (--shutdown-timeout).
+SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is the time that the ranks have to save a checkpoint.
 """
 
 import logging
@@ -11,13 +11,13 @@ import sys
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun listens: importing it takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun handles it: its import takes seconds
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says itself why it ends
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank reports its own error
     try:
         torchrun()
     except SignalException as stopped:
@@ -28,8 +28,8 @@ def main() -> int:
             return first.exitcode
         print(
             f"error: rank {rank} was ended by signal {-first.exitcode}"
-            f"{', most likely for want of memory' if first.exitcode == -9 else ''}. "
-            "The same call goes on from the last checkpoint.",
+            f"{', most likely because memory ran out' if first.exitcode == -signal.SIGKILL else ''}. "
+            "The same command resumes from the last checkpoint.",
             file=sys.stderr,
         )
         return 128 - first.exitcode

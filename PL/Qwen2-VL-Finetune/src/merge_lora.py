@@ -1,6 +1,6 @@
-"""Add LoRA adapters to the weights they were trained for: a model's folder like any other.
+"""Merge LoRA adapters into their base model, which gives a model folder like any other.
 
-python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the base is named in the adapter
+python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the adapter names its base
 """
 
 import argparse
@@ -15,7 +15,10 @@ ADAPTER = "adapter_config.json"
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> None:
-    """Write the merged model, in the adapter's precision, with processor. The adapter and its base stay as they are."""
+    """Write the merged model in float32, and the processor, to `out`. Adapter and base stay as they are.
+
+    `base` replaces the base model that the adapter names.
+    """
     base = base or json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
     model = AutoModelForImageTextToText.from_pretrained(
         base, dtype="float32", use_safetensors=True, trust_remote_code=trust_remote_code
@@ -28,12 +31,12 @@ def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model-path", type=Path, required=True, help="the adapter's folder")
-    p.add_argument("--model-base", help="the model it was trained for, if that has moved")
-    p.add_argument("--save-model-path", type=Path, required=True, help="where the merged model goes")
-    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+    p.add_argument("--model-base", help="the base model, if it is not where the adapter says")
+    p.add_argument("--save-model-path", type=Path, required=True, help="folder for the merged model")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     args = p.parse_args()
     if not (args.model_path / ADAPTER).is_file():
-        sys.exit(f"error: {args.model_path}: no {ADAPTER} in it; is it the folder that a LoRA training wrote?")
+        sys.exit(f"error: {args.model_path}: has no {ADAPTER}. Name the output folder of a LoRA training.")
     if args.save_model_path.exists() and any(args.save_model_path.iterdir()):
         sys.exit(f"error: {args.save_model_path}: is not empty. Choose another --save-model-path.")
     merge(args.model_path, args.save_model_path, args.model_base, args.trust_remote_code)

@@ -1,4 +1,4 @@
-"""The parts of a model (vision, merger, language) by family: frozen, given learning rates, adapted with LoRA."""
+"""The parts of a model (vision, merger, language) by family: freezing, learning rates, LoRA."""
 
 import re
 from collections import Counter
@@ -7,20 +7,20 @@ import torch
 
 from data import DataError
 
-# Where a family keeps its vision tower, and what joins that to the language model; all else is the language model.
-# The merger may lie within the tower: it is looked for first.
+# Name prefixes of a family's vision tower and of its merger, which joins vision and language; all else is the language
+# model. The merger may lie within the tower, so it is matched first.
 QWEN = {"vision": ("visual.",), "merger": ("visual.merger.", "visual.deepstack_merger_list.")}
 IDEFICS = {"vision": ("vision_model.",), "merger": ("connector.",)}
 LLAVA = {"vision": ("vision_tower.",), "merger": ("multi_modal_projector.", "image_newline")}
 FAMILIES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "idefics3": IDEFICS, "smolvlm": IDEFICS}
 FAMILIES |= {"internvl": LLAVA, "llava": LLAVA, "llava_next": LLAVA, "llava_onevision": LLAVA}
-# What PEFT puts into the names of a model's parameters and modules: of those trained whole beside adapters, it keeps a copy.
+# What PEFT inserts into the names of parameters and modules.
 PEFT = re.compile(r"^base_model\.model\.|(?<=\.)(?:modules_to_save\.[^.]+|original_module|base_layer)(?:\.|$)")
 PARTS = ("vision", "merger", "language")
 
 
 def part_of(name: str, model_type: str) -> str:
-    """The part that a parameter or module of this (full) name belongs to. Raises DataError for an unknown family."""
+    """The part that a parameter or module with this full name belongs to. Raises DataError for an unknown family."""
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise DataError(
@@ -34,23 +34,23 @@ def part_of(name: str, model_type: str) -> str:
 
 
 def freeze(model, args) -> None:
-    """Leave untrained what `--freeze_…` names."""
+    """Freeze the parts that the `--freeze_…` flags name, and unfreeze the others."""
     frozen = {"vision": args.freeze_vision_tower, "merger": args.freeze_merger, "language": args.freeze_llm}
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not frozen[part_of(name, model.config.model_type)]
 
 
 def groups(model, decaying: set[str], args) -> list[dict]:
-    """What the optimizer takes: a group for each part, with and without weight decay, each with its `lr` and `part`.
+    """The optimizer's parameter groups: one per part, with and without weight decay, each with its `lr` and `part`.
 
-    `--vision_lr` and `--merger_lr` that are not given are as `--learning_rate`.
+    `decaying` names the parameters with weight decay. `--vision_lr` and `--merger_lr` default to `--learning_rate`.
     """
     rates = {"vision": args.vision_lr, "merger": args.merger_lr, "language": None}
-    sorted_out = {}
+    by_part = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = part_of(name, model.config.model_type), name in decaying
-            sorted_out.setdefault(key, []).append(parameter)
+            by_part.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
@@ -58,12 +58,12 @@ def groups(model, decaying: set[str], args) -> list[dict]:
             "weight_decay": args.weight_decay if decays else 0.0,
             "part": part,
         }
-        for (part, decays), parameters in sorted_out.items()
+        for (part, decays), parameters in by_part.items()
     ]
 
 
 def counts(model) -> dict[str, tuple[int, int]]:
-    """Parameters of each part: (all, trained), without PEFT's copies. Under ZeRO-3 a parameter's size is not that of its shard."""
+    """Number of parameters of each part: (all, trained), without PEFT's copies; under ZeRO-3 of the whole model."""
     total, trained = Counter(), Counter()
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
@@ -75,14 +75,14 @@ def counts(model) -> dict[str, tuple[int, int]]:
 
 
 def add_lora(model, args):
-    """The model with LoRA on its linear layers: of the language model, with `--vision_lora` of the vision tower too.
+    """The model with LoRA on the linear layers of the language model and, with `--vision_lora`, of the vision tower.
 
-    Parts that are not frozen and have no LoRA are trained whole, and saved with the adapter, so that its
-    folder holds all that was learnt. Raises DataError where nothing is left to adapt.
+    A part that is neither frozen nor adapted is trained in full. It is saved with the adapter, so that the adapter's
+    folder holds all that was learnt. Raises DataError if no layer is left to adapt.
     """
     from peft import LoraConfig, get_peft_model
 
-    kind = model.config.model_type
+    model_type = model.config.model_type
     adapted = {"language"} | ({"vision"} if args.vision_lora else set())
     head = model.get_output_embeddings()
     targets = [
@@ -90,15 +90,15 @@ def add_lora(model, args):
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and module is not head
-        and part_of(name, kind) in adapted
+        and part_of(name, model_type) in adapted
         and not any(word in name for word in args.lora_namespan_exclude)
     ]
     if args.num_lora_modules > 0:
         targets = targets[-args.num_lora_modules :]
     if not targets:
         raise DataError("--lora_enable: no linear layer is left to adapt. See --lora_namespan_exclude.")
-    whole = {"vision": not args.freeze_vision_tower, "merger": not args.freeze_merger, "language": False}
-    saved = modules_of({part for part, trained in whole.items() if trained and part not in adapted}, model)
+    in_full = {"vision": not args.freeze_vision_tower, "merger": not args.freeze_merger, "language": False}
+    saved = modules_of({part for part, trained in in_full.items() if trained and part not in adapted}, model)
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -111,12 +111,15 @@ def add_lora(model, args):
 
 
 def modules_of(parts: set[str], model, name: str = "") -> list[str]:
-    """Names of the largest modules all of whose parameters belong to these parts; not of lists, which PEFT cannot copy."""
-    module, kind = model.get_submodule(name), model.config.model_type
-    here = {part_of(f"{name}.{below}" if name else below, kind) for below, _ in module.named_parameters()}
-    if not here & parts:
+    """Names of the largest modules, at or below `name`, all of whose parameters belong to `parts`.
+
+    Module lists and dicts are not named, but what they hold: PEFT cannot copy them.
+    """
+    module, model_type = model.get_submodule(name), model.config.model_type
+    prefix = f"{name}." if name else ""
+    found = {part_of(prefix + parameter, model_type) for parameter, _ in module.named_parameters()}
+    if not found & parts:
         return []
-    if here <= parts and name and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+    if found <= parts and name and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
         return [name]
-    below = (f"{name}.{child}" if name else child for child, _ in module.named_children())
-    return [found for child in below for found in modules_of(parts, model, child)]
+    return [below for child, _ in module.named_children() for below in modules_of(parts, model, prefix + child)]

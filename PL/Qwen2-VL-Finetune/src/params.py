@@ -1,6 +1,6 @@
-"""The trainer's flags, named as in the Qwen2-VL-Finetune project; all of transformers' own come with them.
+"""The trainer's flags, compatible with the Qwen2-VL-Finetune project's; all of transformers' own are flags too.
 
-What differs from that project's, and why, is in FORK.md.
+FORK.md lists what differs from that project, and why.
 """
 
 import os
@@ -9,55 +9,57 @@ from ast import literal_eval
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import flags
 import process_group
 import torch
 import transformers
 from activations import PRODUCTS
-from forms import DataError
+from record_formats import DataError
 from transformers.hf_argparser import string_to_bool
 
-# Spelling of that project's older versions -> today's. A flag may be given in one of them.
+# Older spelling -> current spelling. A command may use only one of them.
 RENAMED = {
     "--min_pixels": "--image_min_pixels",
     "--max_pixels": "--image_max_pixels",
     "--use_liger": "--use_liger_kernel",
     "--gradient_checkpointing": "--activation_checkpointing",
-    "--warmup_ratio": "--warmup_steps",  # which takes a share of all steps too
+    "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
 }
-OPPOSITE = {"--tune_merger": "--freeze_merger"}
+NEGATED = {"--tune_merger": "--freeze_merger"}
 
 
 @dataclass
 class ModelArguments:
-    model_id: str = field(metadata={"help": "S-VLM to start from: a folder or a hub id."})
-    freeze_vision_tower: bool = field(default=False, metadata={"help": "Leave the vision tower as it is."})
-    freeze_llm: bool = field(default=False, metadata={"help": "Leave the language model as it is."})
+    model_id: str = field(metadata={"help": "Model to fine-tune (the S-VLM): a folder or a hub id."})
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Freeze the vision tower."})
+    freeze_llm: bool = field(default=False, metadata={"help": "Freeze the language model."})
     freeze_merger: bool = field(
-        default=False, metadata={"help": "Leave what joins vision to language as it is (older: --tune_merger False)."}
+        default=False,
+        metadata={"help": "Freeze the merger, which joins vision and language (older: --tune_merger False)."},
     )
     lora_enable: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters in the language model, which itself stays as it is."}
+        default=False, metadata={"help": "Train LoRA adapters in the language model; its own weights are frozen."}
     )
     vision_lora: bool = field(
-        default=False, metadata={"help": "With --lora_enable: in the vision tower too, which itself stays as it is."}
+        default=False, metadata={"help": "With --lora_enable: also in the vision tower; its own weights are frozen."}
     )
     lora_rank: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Their scale is alpha / rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before them."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: alpha / rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters' input."})
     lora_namespan_exclude: list[str] = field(
-        default_factory=list, metadata={"help": "No adapter where a module's name holds one of these words."}
+        default_factory=list, metadata={"help": "No adapter in modules whose name contains one of these words."}
     )
-    num_lora_modules: int = field(default=-1, metadata={"help": "Only the last so many modules get one; -1: all."})
+    num_lora_modules: int = field(default=-1, metadata={"help": "Adapt only the last so many modules; -1: all."})
     disable_flash_attn2: bool = field(
-        default=False, metadata={"help": "Do not use flash-attention 2 where it is installed: torch's attention."}
+        default=False, metadata={"help": "Use PyTorch's attention even if flash-attention 2 is installed."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     save_dtype: str = field(
         default="auto",
         metadata={
-            "help": "What the final weights are written in; auto: as the base's. Checkpoints on the way are in float32.",
+            "help": "Dtype of the final weights; auto: the base model's. Checkpoints are in float32.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -67,13 +69,13 @@ class ModelArguments:
 class DataArguments:
     data_path: list[str] = field(
         metadata={
-            "help": "Train JSON: a list of {id, image, conversations} (LLaVA form). Several are joined; with shares, as in "
-            "parity.json:0.9 old.json:0.1, so many of each are drawn that the mixture has these shares."
+            "help": "Train JSON: a list of {id, image, conversations} (LLaVA format). Several files are joined. With shares "
+            "(parity.json:0.9 old.json:0.1) samples are drawn so that the mixture has these shares."
         }
     )
     image_folder: str = field(default="", metadata={"help": "Folder that relative image paths start from."})
     path_map: list[str] = field(
-        default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON has in OLD/ now lie in NEW/."}
+        default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON names in OLD/ are now in NEW/."}
     )
     image_min_pixels: int = field(
         default=128 * 28 * 28, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
@@ -82,123 +84,128 @@ class DataArguments:
         default=512 * 28 * 28, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
     )
     max_seq_length: int = field(
-        default=32768, metadata={"help": "Longest sample in tokens, visual ones included; nothing is cut."}
+        default=32768, metadata={"help": "Longest sample in tokens, visual tokens included. Nothing is truncated."}
     )
     on_too_long: str = field(
-        default="error", metadata={"help": "A longer sample is an error, or dropped.", "choices": ["error", "drop"]}
+        default="error",
+        metadata={"help": "A longer sample is an error, or is left out.", "choices": ["error", "drop"]},
     )
     lazy_preprocess: bool = field(
         default=True,
         metadata={
-            "help": "Keep --cache_gb of the samples as the check before step 0 made them. False: as many as there is room for."
+            "help": "Keep the samples that the check before step 0 encoded, up to --cache_gb. False: keep them all."
         },
     )
     cache_gb: float | None = field(
         default=None,
         metadata={
-            "help": "See --lazy_preprocess. On disk; one device alone has 1 GiB of them in memory first. Others are made again. "
-            "By default none where each sample is used once, else 20 or a tenth of what is free on the disk."
+            "help": "GiB of encoded samples cached on disk; a single rank first fills 1 GiB of memory. Samples that "
+            "are not cached are encoded again when used. Default: 0 for one epoch, else 20 or a tenth of the free disk space."
         },
     )
     samples_dir: str = field(
         default="",
-        metadata={"help": "Where on disk, for other runs too. By default within output_dir, until the training ends."},
+        metadata={"help": "Folder of that cache, which runs may share. Default: in output_dir, deleted at the end."},
     )
     cache_features: bool = field(
         default=False,
         metadata={
-            "help": "Keep there what the frozen vision tower makes of the images, in their place. Needs --freeze_vision_tower "
-            "and --freeze_merger: a change of method where they are trained otherwise."
+            "help": "Cache the vision tower's features instead of the images. Needs --freeze_vision_tower and "
+            "--freeze_merger, which changes the method where these are otherwise trained."
         },
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "A device's batch becomes one row without padding or attention across samples."},
+        metadata={"help": "Put a micro-batch into one row, without padding or attention across samples."},
     )
     batch_tokens: int = field(
         default=0,
         metadata={
-            "help": "Most tokens, visual and padding included, that a device takes at once; --gradient_accumulation_steps "
-            "follows from it. A step still has as many samples as that and --per_device_train_batch_size say."
+            "help": "Most tokens of a micro-batch, visual tokens and padding included; determines the number of micro-batches. "
+            "The batch size of a step stays --per_device_train_batch_size x --gradient_accumulation_steps x world size."
         },
     )
     eval_data_path: str = field(
-        default="", metadata={"help": "The same form: answers are generated and compared at every --eval_strategy."}
+        default="",
+        metadata={
+            "help": "Held-out JSON of the same format. Answers are generated and compared at each --eval_strategy."
+        },
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments, with this trainer's defaults."""
+    """transformers' arguments, with this trainer's defaults and these additions.
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data (the paper's: 1)."})
+    Sets `activation_policy` (a key of `activations.DESCRIPTIONS`, or "auto") from --activation_checkpointing.
+    """
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (the paper's: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    vision_lr: float | None = field(default=None, metadata={"help": "That of the vision tower, if another."})
-    merger_lr: float | None = field(default=None, metadata={"help": "That of the merger, if another."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
+    merger_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the merger."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
-    save_strategy: str = field(default="steps", metadata={"help": "Checkpoints on the way: no, steps, epoch."})
-    save_steps: float = field(default=200, metadata={"help": "One every so many steps (below 1: share of all)."})
-    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept, beside the best."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch."})
+    save_steps: float = field(default=200, metadata={"help": "Save every so many steps (below 1: share of all steps)."})
+    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints to keep, besides the best one."})
     activation_checkpointing: str = field(
         default="auto",
         metadata={
-            "help": "What is not kept for the backward pass but worked out again: False, nothing; products, all but matrix "
-            "products and attention; True, layers (older: --gradient_checkpointing). auto: the first that fits the memory.",
+            "help": "Activations to recompute in the backward pass. False: none; products: all but matrix products and "
+            "attention; True: whole layers (older: --gradient_checkpointing); auto: the first of these that fits in memory.",
             "nargs": "?",
             "const": "True",
         },
     )
     resume_from_checkpoint: str = field(
         default="auto",
-        metadata={"help": "auto: go on from the last complete checkpoint in output_dir; no: start again."},
+        metadata={
+            "help": "auto: resume from the last complete checkpoint in output_dir; no: start again; or a checkpoint."
+        },
     )
-    report_to: str = field(default="tensorboard", metadata={"help": "Where curves go: none, tensorboard, wandb …"})
+    report_to: str = field(default="tensorboard", metadata={"help": "Loggers: none, tensorboard, wandb …"})
     load_best: bool = field(
-        default=False, metadata={"help": "Keep the checkpoint best in --eval_data_path's accuracy as the final model."}
+        default=False,
+        metadata={"help": "The final model is the checkpoint with the best accuracy on --eval_data_path."},
     )
     dataloader_num_workers: int = field(
         default=-1,
-        metadata={"help": "Processes that make what is not kept; -1: beside a GPU up to 4, without one none."},
+        metadata={"help": "Processes that encode samples which are not cached; -1: up to 4 with a GPU, none without."},
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs them all."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 
     def __post_init__(self):
         if self.dataloader_num_workers < 0:
             cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
-        self.keep = str(self.activation_checkpointing)
-        if self.keep not in ("auto", PRODUCTS):
-            self.keep = str(string_to_bool(self.activation_checkpointing))
-        self.activation_checkpointing = self.gradient_checkpointing = False  # Trainer's own: Leveler does it
+        self.activation_policy = str(self.activation_checkpointing)
+        if self.activation_policy not in ("auto", PRODUCTS):
+            self.activation_policy = str(string_to_bool(self.activation_checkpointing))
+        self.activation_checkpointing = self.gradient_checkpointing = False  # Leveler applies it instead of Trainer
 
 
 KINDS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The flags, in any of their spellings. Raises DataError for unknown ones, values out of range and combinations without sense."""
-    words = _todays(sys.argv[1:] if argv is None else argv)
+    """The flags, in any of their spellings.
+
+    Raises DataError for unknown flags, values out of range, and combinations that have no effect or cannot work.
+    """
+    words = _current_spelling(sys.argv[1:] if argv is None else argv)
     parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
     parser.error = _refuse
     flags.refuse_unknown(words, [flag for action in parser._actions for flag in action.option_strings])
     try:
         model, data, args = parser.parse_args_into_dataclasses(words)
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
-        raise DataError(f"{str(error).strip().splitlines()[0]} `train.py --help` lists all flags.") from None
+        _refuse(str(error).strip().splitlines()[0].removesuffix("."))
     flags.check(model, data, args)
-    if len(model.lora_namespan_exclude) == 1 and model.lora_namespan_exclude[0].startswith("["):
-        try:
-            model.lora_namespan_exclude = list(
-                literal_eval(model.lora_namespan_exclude[0])
-            )  # as that project's scripts write it
-        except (ValueError, SyntaxError):
-            raise DataError(
-                f"--lora_namespan_exclude {model.lora_namespan_exclude[0]}: expected words, or ['a', 'b']."
-            ) from None
+    model.lora_namespan_exclude = _word_list(model.lora_namespan_exclude)
     if Path(model.model_id).is_dir():
-        model.model_id = str(Path(model.model_id).resolve())  # an adapter names its base from anywhere
+        model.model_id = str(Path(model.model_id).resolve())  # an adapter records its base's path
     if data.eval_data_path and args.eval_strategy == "no":
         args.eval_strategy = args.save_strategy if args.load_best else "epoch"
         args.eval_steps = args.save_steps
@@ -208,34 +215,48 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
     return model, data, args
 
 
-def _refuse(message: str):
-    raise DataError(f"{message}. `train.py --help` lists all flags.")
+def _refuse(message: str) -> NoReturn:
+    raise DataError(f"{message}. `train.py --help` lists all flags.") from None
 
 
-def _todays(words: list[str]) -> list[str]:
-    """Older spellings put into today's."""
-    left, found, result = deque(words), {}, []
-    while left:
-        word = left.popleft()
+def _word_list(words: list[str]) -> list[str]:
+    """The words, also if they are one Python list such as "['a', 'b']", as Qwen2-VL-Finetune's scripts write it."""
+    if len(words) != 1 or not words[0].startswith("["):
+        return words
+    try:
+        return list(literal_eval(words[0]))
+    except (ValueError, SyntaxError):
+        raise DataError(f"--lora_namespan_exclude {words[0]}: expected words, or ['a', 'b'].") from None
+
+
+def _current_spelling(words: list[str]) -> list[str]:
+    """The command line with older spellings replaced. Raises DataError if a flag is given in two spellings."""
+    rest, spellings, result = deque(words), {}, []
+    while rest:
+        word = rest.popleft()
         flag, equals, value = word.partition("=")
         if not flag.startswith("--"):
             result.append(word)
             continue
-        new = RENAMED.get(flag, OPPOSITE.get(flag, flag))
-        if found.setdefault(new, flag) != flag:
-            raise DataError(f"{found[new]} and {flag} are one flag; give it once.")
+        current = RENAMED.get(flag, NEGATED.get(flag, flag))
+        if spellings.setdefault(current, flag) != flag:
+            raise DataError(f"{spellings[current]} and {flag} are one flag; give it once.")
         if flag == "--warmup_ratio":
-            value = value if equals else left.popleft() if left else ""
-            try:
-                share = float(value)
-            except ValueError:
-                share = -1.0
-            if not 0 <= share < 1:
-                raise DataError(f"--warmup_ratio {value}: a share of all steps, from 0 to below 1.")
+            value = value if equals else rest.popleft() if rest else ""
             equals = "="
-        if flag in OPPOSITE:
+            _check_share(flag, value)
+        if flag in NEGATED:
             if not equals:
-                value = left.popleft() if left and not left[0].startswith("--") else "True"
+                value = rest.popleft() if rest and not rest[0].startswith("--") else "True"
             equals, value = "=", str(not string_to_bool(value))
-        result.append(new + equals + value)
+        result.append(current + equals + value)
     return result
+
+
+def _check_share(flag: str, value: str) -> None:
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise DataError(f"{flag} {value}: a share of all steps, from 0 to below 1.")

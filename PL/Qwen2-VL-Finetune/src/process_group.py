@@ -1,4 +1,4 @@
-"""The processes of one training: how many they are on this machine, and what they do together."""
+"""The distributed processes of one training: launcher environment, collectives, start and end."""
 
 import ctypes
 import os
@@ -10,8 +10,11 @@ import torch.distributed as dist
 
 
 def use_launcher_environment() -> None:
-    """To be called first. DeepSpeed's launcher names the ranks of this machine otherwise than torchrun, and accelerate
-    would take the missing name for 1. A rank whose launcher is killed gets SIGTERM: it saves and stops."""
+    """Adapt to the launcher; call this first.
+
+    DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE; accelerate would assume 1. Under
+    torchrun, a rank whose launcher is killed gets SIGTERM: it saves and stops.
+    """
     if "LOCAL_SIZE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -19,12 +22,12 @@ def use_launcher_environment() -> None:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine."""
+    """Number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def all_gather(value) -> list:
-    """What each rank gives, in their order."""
+    """The value of each rank, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -33,24 +36,24 @@ def all_gather(value) -> list:
 
 
 def barrier() -> None:
-    """For all."""
+    """Wait for all ranks; nothing to wait for without a process group."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def init_deepspeed() -> None:
-    """Before the model is loaded, or ZeRO-3 shards the weights as if this process were alone."""
+    """Start DeepSpeed's process group; call this before the model is loaded, or ZeRO-3 does not shard its weights."""
     import deepspeed
 
     deepspeed.init_distributed()
     barrier()
-    # A buffer of 69 MB that CPU ranks share. All have it open now; by its name DeepSpeed would leave it behind for ever.
+    # CPU ranks share a buffer of 69 MB. All have opened it by now, so its name can go: DeepSpeed would never delete it.
     name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
 
 
 def destroy() -> None:
-    """All together: a rank that loses another at its end may abort."""
+    """End the process group on all ranks together: a rank may abort if another ends before it."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

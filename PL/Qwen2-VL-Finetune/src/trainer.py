@@ -1,52 +1,55 @@
-"""transformers' Trainer, with what fine-tuning a VLM on answers needs: see `Leveler`."""
+"""The Parity Leveler's trainer: transformers' Trainer for fine-tuning a VLM on answers. See `Leveler`."""
 
 import math
-import os
-import re
-import shutil
-import signal
 import time
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import activations
-import checkpoints
+import evaluation
 import param_groups
 import process_group
 import report
 import torch
 import torch.distributed as dist
 from answer_logits import AnswerLogits
-from batching import Batches, pieces_within
-from collator import Collator
-from features import Features
+from batching import StepBatchSampler, micro_batches_within
+from checkpointing import CheckpointingTrainer
+from collator import Collator, packed_rope_positions
+from features import VisionFeatures
+from model_loading import compute_dtype
+from throughput import FlopCounter, peak_matmul_flops
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
 
 from data import IGNORE, DataError, Samples
 
-EXPLODED = 5  # times the loss of guessing among all tokens, at which training stops
-SETTINGS = "train_settings.json"  # in each checkpoint: what it was trained with
-ASIDE = ".saving"
+DIVERGED = 5  # training stops at this multiple of the loss of a uniform guess over the vocabulary
 
 
-class Loader(torch.utils.data.DataLoader):
-    """Tells its batch sampler the epoch, as Trainer tells its loader."""
+class EpochLoader(torch.utils.data.DataLoader):
+    """A DataLoader that passes the epoch, which Trainer sets, on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 
 
-class Leveler(Trainer):
-    """Trainer, but:
+class Leveler(CheckpointingTrainer):
+    """Trainer with these differences:
 
-    logits, and what only they need, are computed only where there is a label; each part of the model has its learning rate; a step's
-    samples do not depend on the number of devices; packed rows get each sample's own positions; a loss that is no
-    number stops with the samples' ids; checkpoints are written aside and renamed; SIGTERM and Ctrl-C save and stop;
-    evaluation is the share of answers generated right.
+    - Logits are computed only for labelled tokens (`AnswerLogits`).
+    - Vision tower, merger and language model have their own learning rates.
+    - A step's samples do not depend on the world size (`StepBatchSampler`).
+    - Packed rows get each sample's own positions.
+    - A non-finite or exploding loss, or a non-finite gradient, raises DataError with the samples' ids.
+    - Checkpoints are atomic; SIGTERM and Ctrl-C save one and stop (`CheckpointingTrainer`).
+    - Evaluation measures the accuracy of generated answers.
+
+    Args:
+        samples, eval_samples: encoded samples to train on, and held-out ones.
+        features: precomputed vision features, if `samples` have these instead of images.
+        batch_tokens: most tokens of a micro-batch, padding included; 0 for no limit.
     """
 
     def __init__(
@@ -56,15 +59,11 @@ class Leveler(Trainer):
         samples: Samples,
         eval_samples: Samples | None = None,
         collator: Collator,
-        features: Features | None = None,
+        features: VisionFeatures | None = None,
         batch_tokens: int = 0,
-        settings: dict,
-        save_dtype: torch.dtype | None = None,
         **kwargs,
     ):
-        self.save_dtype = save_dtype
-        self.stop = StopWhenAsked()
-        self.batches = Batches(
+        self.sampler = StepBatchSampler(
             samples.lengths,
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.gradient_accumulation_steps,
@@ -73,37 +72,33 @@ class Leveler(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
         )
-        self.epochs = math.ceil(
-            args.max_steps / self.batches.steps_an_epoch if args.max_steps > 0 else args.num_train_epochs
-        )
+        steps_per_epoch = self.sampler.steps_per_epoch
+        self.epochs = math.ceil(args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs)
         if batch_tokens:
-            self.batches.pieces = pieces_within(self.batches, batch_tokens, self.epochs)
-            _accumulate(args, self.batches.pieces)
+            self.sampler.micro_batches = micro_batches_within(self.sampler, batch_tokens, self.epochs)
+            _set_accumulation(args, self.sampler.micro_batches)
         super().__init__(
             args=args,
             train_dataset=samples,
-            callbacks=[self.stop],
             data_collator=collator,
             eval_dataset=eval_samples,
             compute_loss_func=_unused,
             **kwargs,
         )
-        self.settings, self.features, self.aside = settings, features, None
-        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self.features = features
+        core = self._base_model()
         self.rope_index = getattr(core.model, "get_rope_index", None)
         self.answer_logits = AnswerLogits(core)
-        self.limit = EXPLODED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
-        self.flops_a_token, self.peak, self.train_seconds = None, None, 0.0
-        self.seen, self.logged, self.logged_at = Counter(), Counter(), None
-        self.step_ids, self.last_ids = [], []  # of the samples since the last optimizer step, and before it
+        self.max_loss = DIVERGED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
+        self.flops_per_token, self.peak_flops, self.train_seconds = None, None, 0.0
+        # This rank's samples and tokens in the timed steps: so far, and at the last log; and the time of that log.
+        self.timed, self.logged, self.logged_at = Counter(), Counter(), None
 
-    # --- data -----------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> Loader:
+    def get_train_dataloader(self) -> EpochLoader:
         args = self.args
-        return Loader(
+        return EpochLoader(
             self.train_dataset,
-            batch_sampler=self.batches,
+            batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -111,7 +106,7 @@ class Leveler(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
-    # --- loss -----------------------------------------------------------------------------------------
+    # --- step and loss ------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
@@ -120,123 +115,106 @@ class Leveler(Trainer):
         self.rates = {f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups}
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
-        if self.flops_a_token is None:
-            self._keep_what_fits()
-            self.peak = report.matmul_peak(self.args.device, compute_dtype(self.args))
-            with report.Operations(self.model) as counted:
-                loss = self._step(model, inputs, num_items_in_batch)
-            self.flops_a_token, self.logged_at = counted.total / tokens, None  # a first step is slow
+        if self.flops_per_token is None:
+            self._set_activation_policy()
+            self.peak_flops = peak_matmul_flops(self.args.device, compute_dtype(self.args))
+            with FlopCounter(self.model) as counter:
+                loss = self._checked_step(model, inputs, num_items_in_batch)
+            self.flops_per_token, self.logged_at = counter.total / tokens, None  # the first step is slow: not timed
             return loss
-        loss = self._step(model, inputs, num_items_in_batch)
-        self.seen += Counter(samples=len(ids), tokens=tokens)
+        loss = self._checked_step(model, inputs, num_items_in_batch)
+        self.timed += Counter(samples=len(ids), tokens=tokens)
         return loss
 
-    def _step(self, model, inputs, num_items_in_batch):
+    def _checked_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # DeepSpeed steps in there, and leaves a step out in silence where a gradient is not finite: right with float16 alone.
+        # DeepSpeed's step is part of it. DeepSpeed silently skips a step with a non-finite gradient: right for float16 only.
         if self.is_deepspeed_enabled and not self.args.fp16 and self.model_wrapped.skipped_steps:
-            raise self._gone_wrong(
-                "a gradient is not finite", [i for of_rank in process_group.all_gather(self.step_ids) for i in of_rank]
-            )
+            raise self._gradient_divergence()
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean over all labelled tokens of the step, on whatever devices they are."""
+        """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks.
+
+        Raises DataError, with the samples' ids, if the micro-batch's own mean is not finite or above `max_loss`.
+        """
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        chosen = following != IGNORE
-        self.answer_logits.choose(chosen)
+        next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        mask = next_labels != IGNORE
+        self.answer_logits.select(mask)
         if "position_ids" in inputs and self.rope_index:
-            inputs["position_ids"] = self._packed_positions(inputs)
+            inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
         if "features" in inputs:
-            self.features.put_into(inputs)
+            self.features.to_encoder_outputs(inputs)
         logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
-        targets = following[chosen]
+        targets = next_labels[mask]
         smoothing = self.args.label_smoothing_factor
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
         mean = loss.item() / max(1, len(targets))
-        if not mean < self.limit:  # nan too
-            raise self._gone_wrong(f"the loss is {mean:.1f}", ids)
+        if not mean < self.max_loss:  # NaN fails this comparison too
+            raise self._divergence(f"the loss is {mean:.1f}", ids)
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
         return loss * world / num_items_in_batch
 
-    def _gone_wrong(self, what: str, ids: list) -> DataError:
-        kept, _ = checkpoints.last_whole(Path(self.args.output_dir))
-        kept = f"The last checkpoint, {kept.name}, is good" if kept else "There is no checkpoint yet"
-        named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-        return DataError(
-            f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Look at them, or lower "
-            f"--learning_rate. {kept}; nothing was written since."
-        )
+    # --- activation memory --------------------------------------------------------------------------------
 
-    def _packed_positions(self, inputs: dict) -> torch.Tensor:
-        """[4, 1, T] for models that give a token three positions: within its sample, then the model's three."""
-        within = inputs["position_ids"][0]
-        sizes = torch.diff((within == 0).nonzero()[:, 0], append=torch.tensor([len(within)], device=within.device))
-        rows = {}
-        for name in ("input_ids", "mm_token_type_ids"):
-            pieces = inputs[name][0].split(sizes.tolist())
-            rows[name] = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        mask = (torch.arange(rows["input_ids"].shape[1], device=within.device) < sizes[:, None]).long()
-        three, _ = self.rope_index(**rows, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask)
-        return torch.cat([within[None], three[:, mask.bool()].to(within)])[:, None]
-
-    # --- memory ---------------------------------------------------------------------------------------
-
-    def _keep_what_fits(self) -> None:
-        """Before the first step, unless `--activation_checkpointing` says what is to be kept."""
-        way = self.args.keep
-        if way == "auto":
-            kept = self._largest_batch_keeps()
+    def _set_activation_policy(self) -> None:
+        """Apply `--activation_checkpointing`; "auto" measures the largest micro-batch first. Collective."""
+        policy = self.args.activation_policy
+        if policy == "auto":
+            sizes = self._largest_activation_bytes()
             if is_deepspeed_zero3_enabled():
-                del kept[activations.PRODUCTS]
-            way, says = activations.fitting(kept, self._to_come(), self.args.device)
+                del sizes[activations.PRODUCTS]
+            policy, says = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
             if self.args.process_index == 0:
                 print(f"PL: {says}", flush=True)
-        activations.use(self.model, way)
+        activations.apply_policy(self.model, policy)
 
-    def _to_come(self) -> int:
-        """Bytes that the first step adds for good: gradients, and Adam's two averages where they are not there yet."""
+    def _first_step_bytes(self) -> int:
+        """Bytes that the first step allocates for good: gradients, and Adam's two averages unless they exist."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        if self.is_deepspeed_enabled:  # which has its averages from the start
-            offloads = (
-                "offload_optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            )
+        if self.is_deepspeed_enabled:  # which allocates the averages at its start
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             sizes = (getattr(weight, "ds_numel", weight.numel()) * weight.itemsize for weight in weights)
-            return 0 if offloads else sum(sizes) // self.args.world_size
+            return 0 if "offload_optimizer" in config else sum(sizes) // self.args.world_size
         averages = 0 if self.optimizer.state else 8
         return sum(weight.numel() * (weight.itemsize + averages) for weight in weights)
 
-    def _largest_batch_keeps(self) -> dict[str, int]:
-        """What the batch with the most tokens that is still to come keeps for its backward pass, by the ways to keep it."""
+    def _largest_activation_bytes(self) -> dict[str, int]:
+        """`activations.activation_bytes` of the micro-batch with the most tokens among those still to come."""
         lengths = self.train_dataset.lengths
 
         def tokens(batch: list[int]) -> int:
-            of = [lengths[i] for i in batch]
-            return sum(of) if self.data_collator.packing else max(of, default=0) * len(of)
+            batch_lengths = [lengths[i] for i in batch]
+            if self.data_collator.packing:
+                return sum(batch_lengths)
+            return max(batch_lengths, default=0) * len(batch_lengths)
 
-        to_come = (self.batches.of(epoch) for epoch in range(self.batches.epoch, self.epochs))
-        largest = max(chain.from_iterable(to_come), key=tokens)
+        batches = map(self.sampler.epoch_batches, range(self.sampler.epoch, self.epochs))
+        largest = max(chain.from_iterable(batches), key=tokens)
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
         self.model.train()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            return activations.kept_bytes(
+            return activations.activation_bytes(
                 lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
             )
 
-    # --- optimizer --------------------------------------------------------------------------------------
+    # --- optimizer ----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(self._groups(), **settings)
-            if hasattr(self.optimizer, "register_step_pre_hook"):  # DeepSpeed steps with it, too
-                self.optimizer.register_step_pre_hook(self._refuse_bad_gradients)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self._parameter_groups(), **settings)
+            if hasattr(self.optimizer, "register_step_pre_hook"):  # it also runs where DeepSpeed wraps the optimizer
+                self.optimizer.register_step_pre_hook(self._check_gradients)
         return self.optimizer
 
-    def _refuse_bad_gradients(self, optimizer, *_) -> None:
-        """Before any weight is changed: raises DataError, on all ranks, where a gradient is not finite on one."""
+    def _parameter_groups(self) -> list[dict]:
+        return param_groups.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
+
+    def _check_gradients(self, optimizer, *_) -> None:
+        """Before the weights change: raises DataError on all ranks if a gradient on any rank is not finite."""
         gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
         bad = torch.zeros((), device=self.args.device)
         for gradient in gradients:
@@ -244,193 +222,71 @@ class Leveler(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(bad)
         if bad:
-            ids = [i for of_rank in process_group.all_gather(self.step_ids) for i in of_rank]
-            raise self._gone_wrong("a gradient is not finite", ids)
-        self.last_ids, self.step_ids = self.step_ids, []
+            raise self._gradient_divergence()
+        self.last_step_ids, self.step_ids = self.step_ids, []
 
-    def _groups(self) -> list[dict]:
-        return param_groups.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
+    def _gradient_divergence(self) -> DataError:
+        """The error for a non-finite gradient, with the step's sample ids of all ranks. Collective."""
+        ids = [i for rank_ids in process_group.all_gather(self.step_ids) for i in rank_ids]
+        return self._divergence("a gradient is not finite", ids)
 
-    # --- what a user sees --------------------------------------------------------------------------------
+    # --- evaluation and logging ---------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
+        """Measure `evaluation.accuracy` on the held-out samples; log and return it."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        self.answer_logits.select(None)
+        samples = self.eval_dataset
+        accuracy = evaluation.accuracy(model, self.processing_class, samples, self.data_collator, self.args)
+        metrics = {f"{metric_key_prefix}_accuracy": accuracy, f"{metric_key_prefix}_samples": len(samples)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.logged_at = None  # the time of the evaluation is not the training's
+        return metrics
 
     def log(self, logs: dict, start_time=None) -> None:
+        """Add each part's learning rate, and the pace since the last log over all ranks, to the training's logs."""
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs |= self.rates
-            now, new = time.perf_counter(), self.seen - self.logged
+            now, new = time.perf_counter(), self.timed - self.logged
             if self.logged_at is not None and new:
                 seconds = now - self.logged_at
-                world, flops = self.args.world_size, self.flops_a_token * new["tokens"] / seconds
+                world, flops = self.args.world_size, self.flops_per_token * new["tokens"] / seconds
                 self.train_seconds += seconds
                 steps = self.state.max_steps - self.state.global_step
-                batch = self.batches.size / world
-                logs["minutes_left"] = round(steps * batch * seconds / max(1, new["samples"]) / 60, 1)
+                rank_samples = self.sampler.step_size / world
+                logs["minutes_left"] = round(steps * rank_samples * seconds / max(1, new["samples"]) / 60, 1)
                 logs["samples_per_second"] = round(new["samples"] * world / seconds, 2)
                 logs["tokens_per_second"] = round(new["tokens"] * world / seconds)
-                logs["tflops"], logs["mfu"] = round(flops * world / 1e12, 3), round(flops / self.peak, 3)
-            self.logged, self.logged_at = self.seen.copy(), now
+                logs["tflops"], logs["mfu"] = round(flops * world / 1e12, 3), round(flops / self.peak_flops, 3)
+            self.logged, self.logged_at = self.timed.copy(), now
         super().log(logs, start_time)
 
     def start_lines(self) -> list[str]:
-        steps = int(self.batches.steps_an_epoch * self.args.num_train_epochs)
+        """`report.start_lines` of this training."""
+        steps = int(self.sampler.steps_per_epoch * self.args.num_train_epochs)
         steps = self.args.max_steps if self.args.max_steps > 0 else steps
-        steps = f"{steps:,} steps of {self.batches.size} ({self.batches.pieces} batches a device)"
-        return report.start_lines(self.train_dataset, param_groups.counts(self.model), self._groups(), steps, self.args)
+        steps = f"{steps:,} steps of {self.sampler.step_size} (micro-batches per device: {self.sampler.micro_batches})"
+        counts = param_groups.counts(self.model)
+        return report.start_lines(self.train_dataset, counts, self._parameter_groups(), steps, self.args)
 
     def pace(self) -> dict:
-        """Seconds of the steps timed (all but the first after a start), this device's samples and tokens in them, and MFU."""
-        flops = (self.flops_a_token or 0) * self.seen["tokens"] / max(self.train_seconds, 1e-9)
-        figures = {"train_seconds": round(self.train_seconds, 3), "timed": dict(self.seen)}
-        return figures | {"mfu": round(flops / (self.peak or 1), 4)}
-
-    @property
-    def interrupted(self) -> bool:
-        return self.stop.asked and self.state.global_step < self.state.max_steps
-
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self.aside or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write all aside, then rename: a checkpoint that is there is complete."""
-        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        self.aside = out / ASIDE
-        if self.args.should_save:
-            shutil.rmtree(self.aside, ignore_errors=True)
-        process_group.barrier()
-        super()._save_checkpoint(model, trial)
-        self.aside = None
-        process_group.barrier()
-        if best := self.state.best_global_step:
-            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
-        if self.args.should_save:
-            self.state.save_to_json(str(out / ASIDE / name / "trainer_state.json"))
-            report.write_json(out / ASIDE / name / SETTINGS, self.settings)
-            checkpoints.write_manifest(out / ASIDE / name)
-            shutil.rmtree(out / name, ignore_errors=True)
-            os.rename(out / ASIDE / name, out / name)
-            shutil.rmtree(out / ASIDE)
-            rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        process_group.barrier()
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        """In float32 on the way, so that a training goes on exactly; at the end in `save_dtype`. Raises DataError where a weight
-        is not finite, and writes nothing."""
-        output_dir = output_dir or self.args.output_dir
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        if state_dict is None:
-            state_dict = self.model.state_dict()
-        else:  # DeepSpeed's has each tied tensor twice
-            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        final = not self.aside
-        if final and self.save_dtype is not None:
-            state_dict = {n: v.to(self.save_dtype) if v.is_floating_point() else v for n, v in state_dict.items()}
-        bad = [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
-        if bad:
-            dtype = f" in {self.save_dtype}" if final else ""
-            what = f"{len(bad)} of {len(state_dict)} weights are not finite{dtype}, such as {bad[0]}, after training"
-            raise self._gone_wrong(what, self.last_ids)
-        with report.with_cache(core.config):
-            super()._save(output_dir, state_dict)
-        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
-        if self.args.should_save:
-            report.without_traces(Path(output_dir), self.save_dtype if final else None)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """By the names that the model gives its tensors: transformers 5.23 goes by the file's, and then loads none."""
-        if hasattr(self.model, "peft_config"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True)
-        self.model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
-        """Share of samples whose first answer, generated greedily, equals the reference, case, punctuation and spaces aside."""
-        samples, world = self.eval_dataset, self.args.world_size
-        model, processor, size = (
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.args.eval_batch_size,
-        )
-        model.eval()
-        self.answer_logits.choose(None)
-        right, ours = 0, range(self.args.process_index, -(-len(samples) // world) * world, world)
-        for start in range(0, len(ours), size):
-            asked = [samples[place % len(samples)] for place in ours[start : start + size]]
-            batch = {name: value.to(self.args.device) for name, value in self.data_collator.prompts(asked).items()}
-            references = [sample["labels"][sample["labels"] != IGNORE] for sample in asked]
-            longest = max(map(len, references)) + 8
-            out = model.generate(**batch, max_new_tokens=longest, do_sample=False, synced_gpus=world > 1)
-            written = out[:, batch["input_ids"].shape[1] :]
-            for place, text, reference in zip(ours[start : start + size], written, references, strict=True):
-                pair = (_plain(processor.decode(ids, skip_special_tokens=True)) for ids in (text, reference))
-                right += place < len(samples) and len(set(pair)) == 1
-        total = torch.tensor(float(right), device=self.args.device)
-        if world > 1:
-            dist.all_reduce(total)
-        metrics = {
-            f"{metric_key_prefix}_accuracy": total.item() / len(samples),
-            f"{metric_key_prefix}_samples": len(samples),
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.logged_at = None  # this was no training
-        return metrics
+        """Seconds of the timed steps (not the first after a start), this rank's samples and tokens in them, and MFU."""
+        flops = (self.flops_per_token or 0) * self.timed["tokens"] / max(self.train_seconds, 1e-9)
+        figures = {"train_seconds": round(self.train_seconds, 3), "timed": dict(self.timed)}
+        return figures | {"mfu": round(flops / (self.peak_flops or 1), 4)}
 
 
 def _unused(*_, **__):
-    """Trainer counts the step's labelled tokens only where it is given a loss; `compute_loss` is used instead."""
+    """Makes Trainer count the step's labelled tokens, which it does only for a given loss function; never called."""
     raise AssertionError
 
 
-def _accumulate(args: TrainingArguments, pieces: int) -> None:
-    """Have a step's gradients come from so many pieces a device, for DeepSpeed too."""
-    args.gradient_accumulation_steps = pieces
+def _set_accumulation(args: TrainingArguments, micro_batches: int) -> None:
+    """Set the number of micro-batches of a step, for DeepSpeed too."""
+    args.gradient_accumulation_steps = micro_batches
     if args.deepspeed:
-        size = args.per_device_train_batch_size * pieces * args.world_size
-        args.hf_deepspeed_config.config |= {"gradient_accumulation_steps": pieces, "train_batch_size": size}
-
-
-def compute_dtype(args) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text.casefold())
-
-
-class StopWhenAsked(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. On all ranks at the same step.
-
-    A second Ctrl-C, of a person who does not want to wait, ends at once.
-    """
-
-    def __init__(self):
-        self.asked, self.heard = False, signal.SIGTERM
-
-    def on_train_begin(self, args, state, control, **_):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
-
-    def _hear(self, number, _):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked, self.heard = True, number
-
-    def on_step_end(self, args, state, control, **_):
-        asked = torch.tensor(float(self.asked), device=args.device)
-        if args.world_size > 1:
-            dist.all_reduce(asked)
-        if asked and state.global_step < state.max_steps:
-            self.asked = control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps and not args.load_best:
-            control.should_save = False  # what is about to be written as the final model
+        size = args.per_device_train_batch_size * micro_batches * args.world_size
+        args.hf_deepspeed_config.config |= {"gradient_accumulation_steps": micro_batches, "train_batch_size": size}

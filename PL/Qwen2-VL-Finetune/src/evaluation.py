@@ -1,0 +1,42 @@
+"""Held-out accuracy: answers are generated greedily and compared with the references."""
+
+import re
+
+import torch
+import torch.distributed as dist
+from collator import Collator
+from transformers import TrainingArguments
+
+from data import IGNORE, Samples
+
+EXTRA_TOKENS = 8  # that an answer may be longer than the longest reference of its batch
+
+
+@torch.inference_mode()
+def accuracy(model, processor, samples: Samples, collator: Collator, args: TrainingArguments) -> float:
+    """Share of samples whose generated first answer equals the reference, ignoring case, punctuation and spaces.
+
+    Collective: rank r takes samples r, r + world size, ... The last ones are filled up from the start, so that all
+    ranks generate equally often (ZeRO-3 would hang otherwise); the filled-up ones do not count.
+    """
+    world, size, correct = args.world_size, args.eval_batch_size, 0
+    indices = range(args.process_index, -(-len(samples) // world) * world, world)
+    for start in range(0, len(indices), size):
+        chunk = indices[start : start + size]
+        encoded = [samples[i % len(samples)] for i in chunk]
+        batch = {name: value.to(args.device) for name, value in collator.prompts(encoded).items()}
+        references = [sample["labels"][sample["labels"] != IGNORE] for sample in encoded]
+        max_new_tokens = max(map(len, references)) + EXTRA_TOKENS
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=world > 1)
+        generated = output[:, batch["input_ids"].shape[1] :]
+        for i, ids, reference in zip(chunk, generated, references, strict=True):
+            texts = (_normalised(processor.decode(tokens, skip_special_tokens=True)) for tokens in (ids, reference))
+            correct += i < len(samples) and len(set(texts)) == 1
+    total = torch.tensor(float(correct), device=args.device)
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() / len(samples)
+
+
+def _normalised(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.casefold())
