@@ -51,6 +51,11 @@ def passing(reply: dict) -> bool:
     return "error" in reply and not reply.get("permanent", False)
 
 
+def follow_up_key(key: str) -> str:
+    """Under which the journal keeps a follow-up that was asked in a later call than the reply that it follows."""
+    return f"{key}#follow_up"
+
+
 def _text(key: str) -> bytes:
     """A key as SQLite takes it: a file name in it may be no Unicode."""
     return key.encode("utf-8", "surrogatepass")
@@ -175,6 +180,12 @@ class Journal:
         return self._place(key) is not None
 
     def __getitem__(self, key: str) -> dict:
+        reply = self._entry(key)
+        if passing(reply.get("follow_up") or {}) and follow_up_key(key) in self:
+            reply["follow_up"] = {**self._entry(follow_up_key(key)), "key": key}
+        return reply
+
+    def _entry(self, key: str) -> dict:
         place = self._place(key)
         if place is None:
             raise KeyError(key)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
@@ -135,6 +136,33 @@ def test_what_is_under_way_at_a_signal_is_awaited_and_kept(images, serve, tmp_pa
     assert server.billed == 12  # each image once
     meta = read_json(run / "PA_m_images.meta.json")
     assert (meta["requests"], meta["tokens_in"]) == (12, 12_000)  # of both calls
+
+
+def test_a_follow_up_that_a_signal_came_before_is_asked_by_the_next_call(images, serve, tmp_path):
+    server = serve(annotate_or_answer, pause=0.3)
+
+    def command(run: Path) -> list[str]:
+        flags = ["--dataset", "images", "--image-root", images, "--engine", "openai", "--base-url", server.url]
+        return [*map(str, flags), "--model-path-lvlm", "m", "--concurrency", "4", "--run", f"{run}/"]
+
+    def annotations() -> int:
+        return sum("Question:" in text_of(body) for body in server.bodies)
+
+    assert script("PA.py", *command(tmp_path / "whole")).returncode == 0
+    asked = server.billed
+    for _ in range(2):
+        before = annotations()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts/PA.py"), *command(tmp_path / "run")], start_new_session=True
+        )
+        while annotations() < before + 2:  # they are under way
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert "stopped before it was asked" in (tmp_path / "run/PA_m_images.journal.jsonl").read_text()
+    assert script("PA.py", *command(tmp_path / "run")).returncode == 0
+    assert (tmp_path / "run/PA_m_images.json").read_bytes() == (tmp_path / "whole/PA_m_images.json").read_bytes()
+    assert server.billed == 2 * asked  # nothing was paid for twice
 
 
 # --- rate limits -----------------------------------------------------------------------------------

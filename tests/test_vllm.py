@@ -150,7 +150,7 @@ def test_bad_images_and_a_prompt_too_long_cost_only_themselves(teacher, hf, size
     ]
     got = by_key(teacher.generate([*asked[:4], *bad, *long, *asked[4:8]]))
     assert texts({r.key: got[r.key] for r in asked[:8]}) == texts({r.key: hf[r.key] for r in asked[:8]})
-    assert got["gone"] == {"key": "gone", "error": "image: no such file"}
+    assert got["gone"] == {"key": "gone", "error": "image: no such file", "permanent": True}
     assert "cannot be read" in got["empty"]["error"]
     assert "the processor refuses it (absolute aspect ratio" in got["thin"]["error"]
     assert got["long"]["error"].startswith("prompt: ")

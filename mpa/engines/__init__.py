@@ -19,7 +19,7 @@ from importlib import import_module
 from tqdm import tqdm
 
 from mpa import distributed
-from mpa.journal import Journal
+from mpa.journal import Journal, follow_up_key, passing
 from mpa.presets import PRESETS
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
@@ -108,9 +108,23 @@ def open_engine(name: str, **settings):
     return getattr(import_module(module), cls)(**settings)
 
 
+def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> None:
+    """The follow-ups that an earlier call was stopped before, or that failed for reasons that may pass."""
+    left = []
+    for request in filter(lambda request: request.key in journal, requests):
+        reply = journal[request.key]
+        if passing(reply.get("follow_up") or {}):
+            follow_up = following(request, reply, getattr(engine, "marks", frozenset()))
+            left += [replace(follow_up, key=follow_up_key(request.key))] if follow_up else []
+    if left:
+        for replies in engine.generate(left, journal):
+            journal.append(replies)
+
+
 def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
     """See to it that every request's reply is in the journal; of several processes each asks for its part."""
     ours = requests[distributed.RANK :: distributed.WORLD]
+    _ask_follow_ups(engine, ours, journal)
     missing = sum(request.key not in journal for request in ours)
     if missing:
         quiet = None if distributed.FIRST else True  # None: where there is no terminal

@@ -93,6 +93,8 @@ class OpenAIEngine:
     def __exit__(self, *_):
         pass
 
+    marks = COMMON_MARKS  # the model's own are not known here
+
     def facts(self) -> dict:
         """The account of this stage over all calls, and what the model did not take."""
         account = self.budget.account()
@@ -200,14 +202,15 @@ class OpenAIEngine:
         except InputError as error:
             self._end(error)
             return None
-        if asked := following(request, reply, COMMON_MARKS):
+        if asked := following(request, reply, self.marks):
             try:
                 reply["follow_up"] = await self._until_it_passes(asked, image)
             except Refused as error:  # PI asks again
                 reply["follow_up"] = {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
             except Stopped:
-                pass
+                reply["follow_up"] = {"key": request.key, "error": "stopped before it was asked", "permanent": False}
             except InputError as error:
+                reply["follow_up"] = {"key": request.key, "error": str(error), "permanent": False}
                 self._end(error)
         return reply
 

@@ -8,11 +8,15 @@ A stopped training resumes from its last checkpoint (--resume_from_checkpoint au
 state, schedule and random numbers that it would have had.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import errno
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -154,6 +158,7 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
 
 def run() -> int:
     """`main`, with one line on stderr for an error that the user can correct. Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until `StopOnSignal` saves a checkpoint on it
     try:
         code = main()
