@@ -9,11 +9,11 @@ LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # a folder or a hub id
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
+# GPUS=8                                     # processes that share the images, a GPU each (default: 1)
 DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
-python_for "$@"
-exec python "$ROOT/scripts/PA.py" --dataset "$DATASET" --model-path-lvlm "$LVLM" --run="$RUN" --preset "$PRESET" \
+stage PA.py --dataset "$DATASET" --model-path-lvlm "$LVLM" --run="$RUN" --preset "$PRESET" \
     --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"

@@ -16,6 +16,18 @@ python_for() {
     export PATH="$VLLM_VENV/bin:$PATH"
 }
 
+# stage FILE FLAGS…: become a stage; with GPUS=N, N processes that share its images, a GPU each.
+stage() {
+    local file=$ROOT/scripts/$1
+    shift
+    python_for "$@"
+    if [[ ${GPUS:-1} -gt 1 ]]; then
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))}
+        exec python "$ROOT/PL/Qwen2-VL-Finetune/src/launch.py" --standalone --nproc-per-node "$GPUS" -- "$file" "$@"
+    fi
+    exec python "$file" "$@"
+}
+
 # How a script ends when it is stopped: with 143 after SIGTERM or SIGHUP, with 130 after Ctrl-C, and after the command
 # that `run` has started. Bash alone would die at once and leave the command running.
 CHILD='' STARTING='' STOPPED=''

@@ -9,11 +9,11 @@ MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, with spaces b
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
+# GPUS=8                                     # processes that share the images, a GPU each (default: 1)
 DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 read -ra MODELS <<<"$MODEL"
-python_for "$@"
-exec python "$ROOT/scripts/evaluate.py" --dataset "$DATASET" --model-path "${MODELS[@]}" --run="$RUN" --preset "$PRESET" \
+stage evaluate.py --dataset "$DATASET" --model-path "${MODELS[@]}" --run="$RUN" --preset "$PRESET" \
     --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"

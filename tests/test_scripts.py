@@ -109,6 +109,17 @@ def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, t
     assert running(out) == []
 
 
+def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, whole):
+    process = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{tmp_path}/", GPUS=2)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    assert said.count("images annotated") == 1 and "OMP_NUM_THREADS" not in said
+    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == whole
+    process = start("scripts/PA.sh", **{**SETTINGS, "LVLM": "/none"}, RUN=f"{tmp_path}/", GPUS=2)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 1 and "error: /none: no such model folder" in said and "Traceback" not in said
+
+
 def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     for name in ("hf", "vllm"):
         (tmp_path / name / "bin").mkdir(parents=True)
