@@ -1,4 +1,4 @@
-"""What counts as the same answer under `paper`. TABLE is the README's, in its own words."""
+"""What counts as the same answer under `paper`. TABLE is that of docs/departures.md, in its own words."""
 
 import re
 
