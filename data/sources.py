@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from mpa.datasets import DATASETS
 from mpa.datasets.protocol import CopiedRow
+from mpa.packages import require
 from mpa.records import InputError
 
 # What zipfile raises for a member that is corrupt, encrypted, or packed in a way that it does not know (Deflate64).
@@ -168,6 +169,7 @@ SPLITS = {"train": "train", "validation": "val", "val": "val", "val2014": "test"
 
 def hf_rows(source: Path) -> Iterator[tuple[str, str, dict, bytes]]:
     """(where, split, row without its image, the image's bytes) of all parquet files below `source`."""
+    require("--source-format hf", "export", "pyarrow")
     import pyarrow.parquet
 
     files = [path for path in (sorted(source.rglob("*.parquet")) if source.is_dir() else [source]) if path.is_file()]

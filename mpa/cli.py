@@ -98,7 +98,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def _engine_flags(p: argparse.ArgumentParser) -> None:
     """What single engines take beside."""
-    vllm = p.add_argument_group("model, with --engine vllm (pip install -r requirements-vllm.txt)")
+    vllm = p.add_argument_group("model, with --engine vllm (bash scripts/setup.sh vllm)")
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
     )
@@ -114,7 +114,9 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     vllm.add_argument(
         "--max-model-len", type=number(1), help="longest prompt and reply, tokens (default: from the data)"
     )
-    openai = p.add_argument_group("model, with --engine openai (its key from $OPENAI_API_KEY)")
+    openai = p.add_argument_group(
+        "model, with --engine openai (bash scripts/setup.sh openai; its key from $OPENAI_API_KEY)"
+    )
     openai.add_argument("--base-url", help="of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
     openai.add_argument("--concurrency", type=number(1), default=16, help="requests at a time (default: %(default)s)")
     openai.add_argument(
@@ -128,7 +130,7 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     openai.add_argument(
         "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely images are looked at"
     )
-    ray = p.add_argument_group("model, with --engine ray (pip install -r requirements-ray.txt; joins $RAY_ADDRESS)")
+    ray = p.add_argument_group("model, with --engine ray (bash scripts/setup.sh ray; joins $RAY_ADDRESS)")
     ray.add_argument(
         "--ray-engine",
         default="hf",

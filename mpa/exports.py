@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpa import records
 from mpa.image_files import read_file
+from mpa.packages import require
 from mpa.records import InputError
 
 MARK = "<image>"
@@ -120,6 +121,7 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
     The file's name holds a hash of its content. `datasets` keeps what it has loaded by the folder's name and the card's
     `configs`, not by content: under a fixed name it would give another run's set from its cache.
     """
+    require("--to hf and trl", "export", "datasets", "pyarrow")
     import pyarrow.parquet
     from datasets import Features, Image, List, Value
 

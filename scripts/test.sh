@@ -2,7 +2,7 @@
 # Set up what is missing and run all checks: ruff, shellcheck, pytest. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mpa import distributed
 from mpa.journal import Journal, follow_up_key, passing
+from mpa.packages import require
 from mpa.presets import PRESETS
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
@@ -70,12 +71,13 @@ def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()
 class Engine:
     """Where an engine is, and which arguments of the stages it takes, beside `model_path`.
 
-    `local`: its model is a folder or a hub id, whose files are read here; else a name that a server knows.
+    `packages`: a group of requirements and what must be there of it. `local`: its model is a folder or a hub id, whose files are read here; else a name that a server knows.
     """
 
     where: str
     settings: tuple[str, ...]
     local: bool = True
+    packages: tuple[str, ...] = ()
 
 
 _PIXELS = ("min_pixels", "max_pixels")
@@ -95,16 +97,19 @@ ENGINES = {
         "mpa.engines.openai:OpenAIEngine",
         ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", "max_pixels", "ledger"),
         local=False,
+        packages=("openai", "openai"),
     ),
 }
 # Runs any of these in its actors, and takes what they take.
 _OF_ANY = dict.fromkeys(name for engine in ENGINES.values() for name in engine.settings)
-ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_OF_ANY))
+ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_OF_ANY), packages=("ray", "ray"))
 
 
 def open_engine(name: str, **settings):
     """The engine called `name`; its model is loaded when the first reply is asked for."""
     module, cls = ENGINES[name].where.split(":")
+    if ENGINES[name].packages:
+        require(f"--engine {name}", *ENGINES[name].packages)
     return getattr(import_module(module), cls)(**settings)
 
 

@@ -38,10 +38,6 @@ class RayEngine:
     """
 
     def __init__(self, model_path: str, ray_engine: str = "hf", actors: int | None = None, batch_size=8, **settings):
-        try:
-            import ray.data  # noqa: F401
-        except ImportError:
-            raise InputError("--engine ray needs Ray: pip install -r requirements-ray.txt, on every node.") from None
         settings |= {"batch_size": batch_size, "workers": 0}
         self.inner, self.actors, self.batch_size = ray_engine, actors, batch_size
         self.settings = {name: settings[name] for name in ENGINES[ray_engine].settings if name in settings}

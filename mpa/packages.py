@@ -1,0 +1,12 @@
+"""Python packages that only some commands need: which are missing, and the command that installs them."""
+
+from importlib.util import find_spec
+
+from mpa.records import InputError
+
+
+def require(purpose: str, group: str, *packages: str) -> None:
+    """Raise InputError where a package of requirements-`group`.txt is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise InputError(f"{purpose} needs {', '.join(missing)}. Install with: bash scripts/setup.sh {group}")
