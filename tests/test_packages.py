@@ -19,7 +19,9 @@ def test_an_engine_whose_package_is_missing_names_the_command(monkeypatch, name)
 
 def test_an_export_whose_package_is_missing_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "datasets" else name)
-    with pytest.raises(InputError, match=r"--to hf and trl needs datasets\. Install with: bash scripts/setup.sh export"):
+    with pytest.raises(
+        InputError, match=r"--to hf and trl needs datasets\. Install with: bash scripts/setup.sh export"
+    ):
         exports.write_folder(tmp_path, [], exports.trl, str)
 
 
