@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from mpa.datasets.protocol import Sample
+from mpa.distributed import signals_held
 from mpa.image_files import ImageError, open_image, read_file
 
 EXAMPLES = 10  # broken images named
@@ -74,7 +75,8 @@ def check(samples: list[Sample], workers: int, min_pixels: int, max_pixels: int)
     paths = list(dict.fromkeys(sample.image_path for sample in samples))
     found, by_content = Found(len(samples), len(paths)), {}
     with ProcessPoolExecutor(workers) as pool:
-        seen = pool.map(look, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
+        with signals_held():  # the workers start here
+            seen = pool.map(look, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
         seen = list(tqdm(seen, total=len(paths), desc="opening images", unit="image", disable=None))
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # brings torch; after the fork
 

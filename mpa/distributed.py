@@ -3,10 +3,12 @@
 All do the same, but for the requests they answer; only the first writes results. Alone, every function here is trivial.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 from datetime import timedelta
 from functools import cache
 
@@ -39,3 +41,23 @@ def end_with_launcher() -> None:
     """Get SIGTERM when the launcher ends, if there is one: `accelerate launch` of one process does not pass its own on."""
     if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def signals_held():
+    """SIGINT, SIGTERM and SIGHUP wait until this block is left: for a fork.
+
+    Python drops an exception that a signal handler raises in a fork hook, and the lock that the hook takes (logging's)
+    then stays taken: the signal is lost, and the process hangs later. A signal mask would not do: it is per thread.
+    """
+    came, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(number)) and threading.current_thread() is threading.main_thread():
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

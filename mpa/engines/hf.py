@@ -144,7 +144,8 @@ class HFEngine:
 
     def _start_workers(self) -> None:
         self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"), _start_worker, (self,))
-        self.pool.submit(int).result()
+        with distributed.signals_held():
+            self.pool.submit(int).result()
 
     def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
         """Replies a batch at a time. Batches are planned over all requests and those without any work

@@ -227,7 +227,9 @@ def encode_all(
     workers = workers if len(own) > 64 else 0
     encoder = _Encoder(samples, processor, memory / max(1, workers), cache)
     loader = torch.utils.data.DataLoader(encoder, batch_size=None, sampler=own, num_workers=workers, collate_fn=_same)
-    results = list(tqdm(loader, "checking samples", len(own), unit="sample", disable=None if rank == 0 else True))
+    with process_group.signals_held():  # the workers start here
+        encoded = iter(loader)
+    results = list(tqdm(encoded, "checking samples", len(own), unit="sample", disable=None if rank == 0 else True))
     by_rank = process_group.all_gather(results)
     results = [by_rank[i % world][i // world] for i in range(len(samples))]
 

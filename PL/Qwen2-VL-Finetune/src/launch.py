@@ -22,6 +22,9 @@ def main() -> int:
         torchrun()
     except SignalException as stopped:
         return 128 + stopped.sigval
+    except KeyboardInterrupt:  # torchrun was still waiting for the other ranks
+        print("stopped before the first step. The same command starts again.", file=sys.stderr)
+        return 130
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         if first.exitcode > 0:

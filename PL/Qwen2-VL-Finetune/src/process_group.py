@@ -1,9 +1,11 @@
 """The distributed processes of one training: launcher environment, collectives, start and end."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch.distributed as dist
@@ -57,3 +59,23 @@ def destroy() -> None:
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def signals_held():
+    """SIGINT, SIGTERM and SIGHUP wait until this block is left: for a fork.
+
+    Python drops an exception that a signal handler raises in a fork hook, and the lock that the hook takes (logging's)
+    then stays taken: the signal is lost, and the process hangs later. A signal mask would not do: it is per thread.
+    """
+    came, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(number)) and threading.current_thread() is threading.main_thread():
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
