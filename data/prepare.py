@@ -26,7 +26,7 @@ from sources import Source
 
 from mpa import checking, cli, records
 from mpa.datasets import DATASETS
-from mpa.datasets.loading import DATA, labelled, load_samples, no_twice
+from mpa.datasets.loading import DATA, labelled, load_samples, check_unique_ids
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.presets import PRESETS
@@ -100,7 +100,7 @@ def prepare(args) -> None:
         parts[part], samples[part] = ([of[i] for i in kept] for of in (items, found))
         if copy:
             copy.rows[part], copy.sizes[part] = ([of[part][i] for i in kept] for of in (copy.rows, copy.sizes))
-        no_twice(samples[part], f"{args.source}, {part} part")
+        check_unique_ids(samples[part], f"{args.source}, {part} part")
     parts, samples = ({part: items for part, items in of.items() if items} for of in (parts, samples))
     if not parts:
         unopened = f" Not opened: {', '.join(map(str, source.unopened))}." if source and source.unopened else ""

@@ -10,7 +10,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from mpa import distributed, interchange, records
+from mpa import distributed, interchange, log_file, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
 from mpa.models import MAX_PIXELS, MIN_PIXELS
@@ -48,6 +48,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     out.add_argument("--restart", action="store_true", help="begin anew: drop what an earlier call has finished")
     out.add_argument(
         "--dry-run", action="store_true", help="try a few samples, say how long all would take, and write nothing"
+    )
+    out.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=bool(os.environ.get("VERBOSE")),
+        help="print all; otherwise details go only to results/RUN/log.txt, which always has all",
     )
     method = p.add_argument_group("method")
     method.add_argument(
@@ -184,9 +191,17 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():
         p.error(f"--out {args.out} is a folder; name a file")
-    args.ledger = (args.out.parent if args.out else records.run_folder(args.run)) / "spending.json"
+    folder = args.out.parent if args.out else records.run_folder(args.run)
+    args.ledger = folder / "spending.json"
     args.path_map = dict(args.path_map or ())
+    args.log = folder / "log.txt"
     return args
+
+
+def open_log(args) -> None:
+    """Start results/RUN/log.txt; with --dry-run, which writes nothing, there is none."""
+    if not args.dry_run:
+        log_file.open_log(args.log, args.verbose)
 
 
 def _dataset_of(file: Path) -> str | None:
@@ -207,6 +222,7 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
 
     SIGTERM and SIGHUP end it as Ctrl-C does, with exit code 143, 129 or 130. `remedy` is for a place that cannot be written.
     """
+    log_file.install()
     heard = [signal.SIGINT]
 
     def interrupt(number, _):

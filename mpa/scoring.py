@@ -87,36 +87,59 @@ def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "
     return rows
 
 
-def table(rows: dict) -> list[str]:
-    """The rows of `score` as text, in percent."""
-    lines = []
-    for i, (name, s) in enumerate(rows.items()):
-        low, high = (100 * bound for bound in s["ci95"])
-        mark = "  ← headline" if i == 0 else ""
-        lines.append(
-            f"  {name:<24}{100 * s['score']:6.1f} %   95 % interval {low:.1f} to {high:.1f}   n = {s['n']}{mark}"
-        )
-    return lines
+def shown(tables: list[dict], dataset: str) -> list[str]:
+    """The rows to show of one or several tables: the headline, its parts, and the dataset's other metrics that differ from it."""
+    headline, *others = tables[0]
+
+    def differs(name: str) -> bool:
+        return any(rows[name] != rows[headline] for rows in tables)
+
+    own = [name for name in others if name.startswith(f"{headline},") or name in DATASETS[dataset].metrics]
+    return [headline, *filter(differs, own)]
 
 
-def comparison(rows: dict) -> list[str]:
-    """The rows of `compare` as text, in points."""
-    lines = []
-    for i, (name, s) in enumerate(rows.items()):
-        low, high = (100 * bound for bound in s["ci95"])
-        mark = "  ← headline" if i == 0 else ""
-        lines.append(
-            f"  {name:<24}{100 * s['score']:+6.1f} points   95 % interval {low:+.1f} to {high:+.1f}   "
-            f"better on {s['better']}, worse on {s['worse']} of {s['n']}{mark}"
-        )
-    return lines
+def _bounds(row: dict, sign: str = "") -> str:
+    low, high = (f"{100 * bound:{sign}.1f}" for bound in row["ci95"])
+    return f"95 % interval {low} to {high}"
 
 
-def side_by_side(scores: dict[str, dict]) -> list[str]:
-    """{model: rows of `score`} as one table, in percent: a model a line, the headline first."""
-    rows = next(iter(scores.values()))
-    wide = max(map(len, scores))
-    lines = [f"  {'':<{wide}}" + "".join(f"  {name}" for name in rows)]
-    for model, of_it in scores.items():
-        lines.append(f"  {model:<{wide}}" + "".join(f"  {100 * of_it[name]['score']:>{len(name)}.1f}" for name in rows))
+def _score_line(name: str, row: dict) -> str:
+    return f"  {name:<24}{100 * row['score']:6.1f} %   {_bounds(row)}   n = {row['n']}"
+
+
+def _gain_line(name: str, row: dict) -> str:
+    counts = f"better on {row['better']}, worse on {row['worse']} of {row['n']}"
+    return f"  {name:<24}{100 * row['score']:+6.1f} points   {_bounds(row, '+')}   {counts}"
+
+
+def _lines(rows: dict, dataset: str, line) -> list[str]:
+    """A line for each row of `shown`, and one for all others."""
+    headline, *names = shown([rows], dataset)
+    lines = [f"{line(headline, rows[headline])}  ← headline", *(line(name, rows[name]) for name in names)]
+    others = [name for name in rows if name not in (headline, *names)]
+    equal = [name for name in others if rows[name] == rows[headline]]
+    different = [f"{name} {100 * rows[name]['score']:.1f}" for name in others if name not in equal]
+    notes = [f"equal to the headline: {', '.join(equal)}"] if equal else []
+    notes += [f"not {dataset}'s metrics: {', '.join(different)}"] if different else []
+    return lines + ([f"  ({'; '.join(notes)})"] if notes else [])
+
+
+def table(rows: dict, dataset: str) -> list[str]:
+    """The rows of `score` as text, in percent; see `shown`."""
+    return _lines(rows, dataset, _score_line)
+
+
+def comparison(rows: dict, dataset: str) -> list[str]:
+    """The rows of `compare` as text, in points; see `shown`."""
+    return _lines(rows, dataset, _gain_line)
+
+
+def side_by_side(scores: dict[str, dict], dataset: str) -> list[str]:
+    """{model: rows of `score`} as one table, in percent: a line per model, the columns of `shown`."""
+    names = shown(list(scores.values()), dataset)
+    width = max(map(len, scores))
+    lines = [f"  {'':<{width}}" + "".join(f"  {name}" for name in names)]
+    for model, rows in scores.items():
+        cells = (f"  {100 * rows[name]['score']:>{len(name)}.1f}" for name in names)
+        lines.append(f"  {model:<{width}}" + "".join(cells))
     return lines

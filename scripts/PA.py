@@ -160,6 +160,7 @@ def failed(samples: list[Sample], tries: int, journal: Journal) -> int:
 
 def main(argv=None) -> Path:
     args = arguments(argv)
+    cli.open_log(args)
     preset, model = PRESETS[args.preset], Model(args, args.model_path_lvlm)
     tries = args.tries if preset.tries is None else preset.tries
     model.check()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, holdout, records
+from mpa import cli, holdout, log_file, records
 from mpa.datasets.paths import locate
 from mpa.prompts import train_prompt
 
@@ -61,6 +61,7 @@ def main(argv=None) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     args = p.parse_args(argv)
+    log_file.open_log(args.train_json.parent / "log.txt")
     parity = records.read_records(args.train_json, "train")
     meta = records.read_json(records.meta_path(args.train_json))
     annotations, threshold = records.read_records(args.pa_json, "PA"), holdout.threshold_of(args.train_json)

@@ -112,7 +112,7 @@ def report(args, what: str, result: list[dict]) -> dict:
     """Print the scores of a result; they are returned, too."""
     scores = scoring.score(result, args.dataset, args.preset)
     agreement = ": agreement with the L-VLM, not accuracy" if not DATASETS[args.dataset].labelled else ""
-    print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores)]))
+    print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores, args.dataset)]))
     left_out = counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
@@ -133,11 +133,8 @@ def compare(args) -> dict:
         raise records.InputError(
             f"{args.compare[1]}: no question of it is in {args.compare[0]}; compare like with like."
         )
-    print(
-        "\n".join(
-            [f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}", *scoring.comparison(rows)]
-        )
-    )
+    print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
+    print("\n".join(scoring.comparison(rows, args.dataset)))
     if n < max(len(before), len(after)):
         print(
             f"  {len(before) - n} questions only in the first file and {len(after) - n} only in the second: not compared."
@@ -157,6 +154,7 @@ def main(argv=None) -> None:
             records.write_json(args.out, found)
             print(f"Wrote {args.out}.")
         return
+    cli.open_log(args)
     annotations = args.annotations
     if not DATASETS[args.dataset].labelled and not annotations:
         lvlm = records.short_name(args.model_path_lvlm)
@@ -189,7 +187,7 @@ def main(argv=None) -> None:
             interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model.path)
             print(f"lmms-eval's files are in {folder}.")
     if len(scores) > 1:
-        print("\n".join(["", *scoring.side_by_side(scores)]))
+        print("\n".join(["", *scoring.side_by_side(scores, args.dataset)]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records, scoring
+from mpa import cli, log_file, records, scoring
 from mpa.datasets import DATASETS
 from mpa.matching import Match
 
@@ -171,6 +171,7 @@ def main(argv=None) -> None:
     p.add_argument("--lvlm", default=cli.LVLM, help="the L-VLM of the runs (default: %(default)s)")
     p.add_argument("--svlm", default=cli.SVLM, help="the S-VLM of the runs (default: %(default)s)")
     args = p.parse_args(argv)
+    log_file.open_log(args.runs[0] / "log.txt")
     results, what = [], "accuracy" if DATASETS[args.dataset].labelled else "agreement"
     for folder in args.runs:
         run = Run(folder, args.dataset, records.short_name(args.lvlm), records.short_name(args.svlm))

@@ -101,7 +101,7 @@ def launch(
     output, seen = [], 0
     for line in process.stdout:
         output.append(line)
-        seen += "'loss'" in line
+        seen += ": loss " in line
         if kill_after and seen == kill_after:
             os.killpg(process.pid, with_signal)
             kill_after = 0

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpa.datasets import DATASETS
-from mpa.datasets.paths import inside, locate, look_for_images, moved
+from mpa.datasets.paths import inside, locate, missing_images, moved
 from mpa.datasets.protocol import Sample, Split
 from mpa.records import REPOSITORY, InputError, read_json
 
@@ -152,13 +152,13 @@ def load_samples(
                 f"{source}, record {without[0]}: no answers to score against, nor have {len(without) - 1} others of "
                 f"{len(samples)}; is it a test part without labels? Name the labelled one with --annotations."
             )
-    no_twice(samples, source)
+    check_unique_ids(samples, source)
     if images:
-        look_for_images([s.image_path for s in samples])
+        missing_images([s.image_path for s in samples])
     return samples
 
 
-def no_twice(samples: list[Sample], source) -> None:
+def check_unique_ids(samples: list[Sample], source) -> None:
     """Raises InputError where two samples have the same id, as text."""
     first_with = {}
     for index, sample in enumerate(samples):

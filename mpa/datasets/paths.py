@@ -85,7 +85,7 @@ def _split(folder: str) -> str | None:
     return {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}.get(name, name)
 
 
-def look_for_images(paths: list[str]) -> list[str]:
+def missing_images(paths: list[str]) -> list[str]:
     """The images that are not there; said on stderr. Raises InputError where none is."""
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):

@@ -28,4 +28,5 @@ launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" -
     --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "$LEARNING_RATE" --merger_lr "$MERGER_LR" --vision_lr "$VISION_LR" --lr_scheduler_type cosine \
     --warmup_steps 0.03 --weight_decay 0 --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-7 --seed "$SEED" \
-    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" "$@"
+    --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" --log_file "$RUN/log.txt" \
+    ${VERBOSE:+--verbose True} "$@"

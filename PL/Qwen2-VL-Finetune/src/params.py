@@ -165,6 +165,8 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     report_to: str = field(default="tensorboard", metadata={"help": "Loggers: none, tensorboard, wandb …"})
+    log_file: str = field(default="", metadata={"help": "File to append to what is printed, and details."})
+    verbose: bool = field(default=False, metadata={"help": "With --log_file: print the details, too."})
     load_best: bool = field(
         default=False,
         metadata={"help": "The final model is the checkpoint with the best accuracy on --eval_data_path."},

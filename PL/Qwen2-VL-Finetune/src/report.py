@@ -5,10 +5,55 @@ import sys
 from pathlib import Path
 
 import torch
+from log_file import detail
+from transformers import ProgressCallback
 
 from data import IGNORE
 
 PROMPT_TOKENS_SHOWN = 40  # of the first sample
+
+
+class Progress(ProgressCallback):
+    """A line for each log entry, and on a terminal a progress bar that shows the last one."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description("PL")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = log_line(logs or {}, state.global_step, state.max_steps)
+        if not line or not state.is_world_process_zero:
+            return
+        if self.training_bar is None or "eval_accuracy" in logs:
+            print(line, flush=True)
+        else:
+            detail(line)
+            self.training_bar.set_postfix_str(line.partition(": ")[2].partition(": ")[2])
+
+
+def log_line(logs: dict, step: int, steps: int) -> str:
+    """An entry of the log as text; "" for one without a loss or an accuracy. trainer_state.json has the entries themselves."""
+    figures = []
+    if "loss" in logs:
+        rates = sorted({float(value) for name, value in logs.items() if name.startswith("lr_")})
+        figures += [f"loss {logs['loss']:.4g}", f"gradient norm {logs.get('grad_norm', float('nan')):.3g}"]
+        figures += [f"learning rate {' to '.join(f'{rate:.3g}' for rate in dict.fromkeys((rates[0], rates[-1])))}"]
+    if "samples_per_second" in logs:
+        figures += [f"{logs['samples_per_second']:.3g} samples/s", f"MFU {logs['mfu']:.0%}"]
+        figures += [f"{logs['minutes_left']:.1f} min left"]
+    if "eval_accuracy" in logs:
+        figures += [f"accuracy {logs['eval_accuracy']:.1%} on {logs['eval_samples']} held-out samples"]
+    return f"PL: step {step} of {steps}: {', '.join(figures)}" if figures else ""
 
 
 def start_lines(samples, counts: dict[str, tuple[int, int]], groups: list[dict], steps: str, args) -> list[str]:

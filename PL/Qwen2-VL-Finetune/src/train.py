@@ -10,8 +10,11 @@ state, schedule and random numbers that it would have had.
 
 import signal
 
+import log_file
+
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    log_file.install()  # before the libraries print
 
 import contextlib
 import errno
@@ -28,6 +31,7 @@ import torch
 import transformers
 from collator import Collator
 from features import VisionFeatures, precompute
+from log_file import detail
 from model_card import write_card
 from model_loading import compute_dtype, load_model, load_processor, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
@@ -56,6 +60,8 @@ def main(argv=None) -> int:
     """Train as the flags say. Returns 0, or 128 + the signal that stopped it. Raises DataError for errors of the user."""
     process_group.use_launcher_environment()
     model_args, data_args, args = parse(argv)
+    if args.log_file:
+        log_file.open_log(Path(args.log_file), args.verbose)
     if args.deepspeed:
         process_group.init_deepspeed()
     out = Path(args.output_dir)
@@ -85,7 +91,9 @@ def train(
     trainer = build(samples, model_args, data_args, args, current)
     if is_first:
         sample_line = report.first_sample_line(trainer.train_dataset[0], trainer.processing_class.tokenizer)
-        print(*trainer.start_lines(), sample_line, sep="\n", flush=True)
+        first, *parts = trainer.start_lines()
+        print(first, flush=True)
+        detail(*parts, sample_line)
         if checkpoint:
             print(f"PL: resumes from {checkpoint}.", flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint)

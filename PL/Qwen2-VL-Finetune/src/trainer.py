@@ -17,10 +17,11 @@ from batching import StepBatchSampler, micro_batches_within
 from checkpointing import CheckpointingTrainer
 from collator import Collator, packed_rope_positions
 from features import VisionFeatures
+from log_file import detail
 from model_loading import compute_dtype
 from throughput import FlopCounter, peak_matmul_flops
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data import IGNORE, DataError, Samples
@@ -85,6 +86,9 @@ class Leveler(CheckpointingTrainer):
             compute_loss_func=_unused,
             **kwargs,
         )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(report.Progress())
         self.features = features
         core = self._base_model()
         self.rope_index = getattr(core.model, "get_rope_index", None)
@@ -167,7 +171,7 @@ class Leveler(CheckpointingTrainer):
                 del sizes[activations.PRODUCTS]
             policy, says = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
             if self.args.process_index == 0:
-                print(f"PL: {says}", flush=True)
+                detail(f"PL: {says}")
         activations.apply_policy(self.model, policy)
 
     def _first_step_bytes(self) -> int:
