@@ -103,7 +103,7 @@ def test_evaluation_refuses_a_test_set_that_was_trained_on(serve, images, tmp_pa
     train = PI.main(flags(server, images, run, "--hold-out", "0.4"))
     parity, held_out = read_json(train), read_json(run / "PI_big_heldout_images.json")
     train.write_text(json.dumps([*parity, parity[0] | {"id": "x", "image": held_out[0]["image_path"]}]))
-    with pytest.raises(InputError, match="1 of its samples are in the held-out set"):
+    with pytest.raises(InputError, match="1 of its samples are also in the held-out set"):
         evaluate.main(flags(server, images, run, "--model-path", "small", svlm=None))
 
 

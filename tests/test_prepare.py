@@ -217,7 +217,7 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
         "1.png: no such file",
         "2.png: cannot be read (not an image",
         "3.png: the processor refuses it",
-        "copies of others",
+        "byte-identical copies",
     ):
         assert words in said
 

@@ -178,7 +178,7 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
     done = script(*pi, "--run", f"{tmp_path}/fused/")
     assert done.returncode == 0, done.stderr
-    assert "40 of its 40 answers were made along with the annotations" in done.stdout
+    assert "PA already produced 40 of the 40 answers" in done.stdout
     for name in OUTPUTS["PI"][2:]:
         assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
     fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
