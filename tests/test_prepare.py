@@ -202,7 +202,7 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
     prepare.main(["check", "chartVQA", *arguments])
     said = capsys.readouterr().out
     assert f"{N} questions about {N} images" in said
-    assert "visual tokens of Qwen2-VL 144 to 144 an image" in said
+    assert "visual tokens of Qwen2-VL 144 to 144 per image" in said
     assert "All is well." in said
     images = tmp_path / "ChartQA Dataset/test/png"
     (images / "1.png").unlink()
