@@ -154,7 +154,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     out = parity_set.parent / "out-hf"
     (out / "data").mkdir(parents=True)
     (out / "README.md").write_text("mine")
-    with pytest.raises(InputError, match="is there already, and not as an export"):
+    with pytest.raises(InputError, match="exists and is not an export"):
         exported(parity_set, "hf")
     assert (out / "README.md").read_text() == "mine"
     (out / "README.md").write_text(exports.MADE_BY)
@@ -182,7 +182,7 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         ("{", "not JSON"),
         ("[]", "should be an object"),
         ("", "the file is empty"),
-        ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset of the name 'out-sharegpt'"),
+        ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset named 'out-sharegpt'"),
         ('{"out-sharegpt": null}', "another dataset of the name 'out-sharegpt'"),
     ):
         registry.write_text(broken)
@@ -281,7 +281,7 @@ def test_several_turns_go_where_there_is_room_for_them(parity_set):
     first, second = read_json(parity_set)
     more = [{"from": "human", "value": "and now?"}, {"from": "gpt", "value": "blue"}]
     parity_set.write_text(json.dumps([{**first, "conversations": first["conversations"] + more}, second]))
-    with pytest.raises(InputError, match="record 0: 2 questions in it"):
+    with pytest.raises(InputError, match="record 0: has 2 questions"):
         exported(parity_set, "hf")
     lines = exported(parity_set, "ms-swift").read_text().splitlines()
     assert [m["content"] for m in json.loads(lines[0])["messages"]][2:] == ["and now?", "blue"]

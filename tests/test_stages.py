@@ -340,7 +340,7 @@ def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
         (["--dataset", "easyVQA", "--min-pixels", "9", "--max-pixels", "4"], "is more than --max-pixels"),
         (["--dataset", "easyVQA", "--out", "/tmp"], "is a folder"),
         (["--dataset", "easyVQA", "--path-map", "x"], "expected OLD=NEW"),
-        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device here"),
+        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device"),
         (["--dataset", "easyVQA", "--device", "gpu", "--model-path-lvlm", TEACHER], "--device gpu"),
         (["--dataset", "easyVQA", "--model-path-lvlm", "/no/such/model"], "/no/such/model: no such model folder"),
         (["--dataset", "images", "--image-root", "/no/such/folder"], "/no/such/folder: no such folder"),
