@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, distributed, holdout, records
 from mpa.answering import Answers, Question, question_request
 from mpa.datasets import DATASETS
-from mpa.datasets.paths import locate, look_for_images
+from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
 from mpa.image_files import fingerprints
 from mpa.journal import finished
@@ -190,7 +190,7 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
         raise InputError(
             f"{pa_json}: none of its {len(annotations)} records has a question and an answer that can be used."
         )
-    look_for_images([r["image_path"] for r in usable])
+    missing_images([r["image_path"] for r in usable])
     return pa_json, len(annotations), usable
 
 

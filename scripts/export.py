@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from mpa import cli, records
-from mpa.datasets.paths import locate, look_for_images
+from mpa.datasets.paths import locate, missing_images
 from mpa.exports import (
     FORMS,
     data_card,
@@ -64,7 +64,7 @@ def read_samples(args) -> list[dict]:
 
 def check_images(paths: list[str], image_root: str | None) -> None:
     """Raise InputError for one that is not there, not below the image root, or no image: what is copied is published."""
-    if missing := look_for_images(paths):
+    if missing := missing_images(paths):
         raise InputError(f"{missing[0]}: no such image, nor {len(missing) - 1} others; a folder holds them all.")
     if image_root:
         root = os.path.realpath(image_root)
@@ -139,7 +139,7 @@ def main(argv=None) -> None:
         check_images([s["image"] for s in samples], args.image_root)
         write_folder(out, samples, FORMS[args.to], lambda file: data_card(args.train_json, made, len(samples), file))
     else:
-        look_for_images([s["image"] for s in samples])
+        missing_images([s["image"] for s in samples])
         rows = [FORMS[args.to](s) for s in samples]
         if args.to == "ms-swift":
             records.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -253,7 +253,7 @@ def test_result_files_without_labels_are_refused_with_their_count(tmp_path):
     file = tmp_path / "Eval_a_textVQA.json"
     file.write_text(json.dumps([RESULT[0], *({**r, "answers": [""] * 10, "GT_answer": ""} for r in RESULT[1:])]))
     args = evaluate.arguments(["--predictions", str(file)])
-    with pytest.raises(InputError, match="record 1: no answer to score against, nor have 2 others of 4"):
+    with pytest.raises(InputError, match="record 1: no answer to score against; 2 more of 4"):
         evaluate.read_predictions(args, file)
 
 

@@ -128,14 +128,14 @@ def test_a_second_call_changes_nothing_and_a_file_that_differs_is_not_overwritte
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert len(list((tmp_path / "data/TextVQA").glob("*.json"))) == 4
     assert len(list((tmp_path / "data/TextVQA/train_images").iterdir())) == N + N // 3
-    with pytest.raises(InputError, match="is there already and differs"):
+    with pytest.raises(InputError, match="already exists and differs"):
         prepare.main([*arguments, "--seed", "1"])
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
-    with pytest.raises(InputError, match=f"nothing of {name} in it. Expected .*train"):
+    with pytest.raises(InputError, match=f"no files of {name} found. Expected .*train"):
         prepare.main([name, "--source", str(tmp_path), "--data", str(tmp_path / "data")])
     with pytest.raises(InputError, match="no such folder"):
         prepare.main([name, "--source", str(tmp_path / "none")])
@@ -203,7 +203,7 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
     said = capsys.readouterr().out
     assert f"{N} questions about {N} images" in said
     assert "visual tokens of Qwen2-VL 144 to 144 per image" in said
-    assert "All is well." in said
+    assert "All images are usable." in said
     images = tmp_path / "ChartQA Dataset/test/png"
     (images / "1.png").unlink()
     (images / "2.png").write_bytes(b"")
@@ -365,7 +365,7 @@ def test_a_bad_official_file_is_named_with_its_record(tmp_path, change, says):
 def test_a_part_of_which_half_is_missing_is_named(tmp_path):
     chartqa(tmp_path / "a")
     (tmp_path / "a/ChartQA Dataset/train/train_human.json").unlink()
-    with pytest.raises(InputError, match=r"train/train_human.json is not in it, but train/train_augmented.json is"):
+    with pytest.raises(InputError, match=r"has train/train_augmented.json, but not train/train_human.json"):
         prepared_from(tmp_path / "a", "chartVQA", tmp_path)
 
 
@@ -373,7 +373,7 @@ def test_missing_images_end_in_an_error_with_the_files_written_and_archives_name
     stvqa(tmp_path / "a")
     shutil.rmtree(tmp_path / "a/train")
     (tmp_path / "a/images.tar.gz").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"32 images are not below .* not opened: .*images.tar.gz"):
+    with pytest.raises(SystemExit, match=r"32 images are missing below .* not opened: .*images.tar.gz"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert len(list((tmp_path / "data/STVQA").glob("*.json"))) == 4
 
@@ -406,12 +406,12 @@ def test_rows_of_other_shapes_are_read_or_named(tmp_path, capsys):
     assert (record["answers"][0], record["raw_answers"][0]) == ("race", "racing")
 
     parquet(tmp_path / "b/data/val-0.parquet", [{**row, "answers": []}])
-    with pytest.raises(InputError, match="nothing of okVQA"):
+    with pytest.raises(InputError, match="no files of okVQA"):
         prepare.main([*arguments, str(tmp_path / "b")])
     assert "1 questions of the test part have no answers" in capsys.readouterr().out
     parquet(tmp_path / "c/data/val-0.parquet", [{**row, "answers": ["x"], "image": None}])
     with pytest.raises(InputError, match="row 0: no image in it"):
         prepare.main([*arguments, str(tmp_path / "c")])
     parquet(tmp_path / "d/data/0.parquet", [{**row, "answers": ["x"]}])
-    with pytest.raises(InputError, match="named after a split"):
+    with pytest.raises(InputError, match="has the name of a split"):
         prepare.main([*arguments, str(tmp_path / "d")])

@@ -2,8 +2,8 @@
 
     {"question_id": 0, "image_id": "0054c91397f2fe05", "question": "what is the brand of phone?", "answers": ["nokia", …]}
 
-The official test part has no labels: the official val part is the test set. One question per image is trained on. In
-facebook/textvqa, the Hugging Face copy, the test split has ten empty answers per question.
+The official test part has no labels, so the official val part is the test set. Training uses one question per image.
+In facebook/textvqa, the Hugging Face copy, the test split has ten empty answers per question.
 """
 
 from mpa.datasets.protocol import CopiedRow, Dataset, Preparation, Split, data_of, one_per_image, split_by_image
