@@ -26,7 +26,7 @@ from sources import Source
 
 from mpa import checking, cli, records
 from mpa.datasets import DATASETS
-from mpa.datasets.loading import DATA, labelled, load_samples, check_unique_ids
+from mpa.datasets.loading import DATA, check_unique_ids, labelled, load_samples
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.presets import PRESETS
@@ -45,8 +45,8 @@ def check_files(files: dict[Path, object], overwrite: bool) -> set[Path]:
     changed = [path for path in files if path.exists() and path not in unchanged]
     if changed and not overwrite:
         raise InputError(
-            f"{changed[0]}: already exists and differs ({len(changed)} files differ). To keep it, e.g. the released code's "
-            "own file, choose another --data folder; else give --overwrite."
+            f"{changed[0]}: already exists and differs ({len(changed)} files differ). To keep it, e.g. the released "
+            "code's own file, choose another --data folder; else give --overwrite."
         )
     return unchanged
 

@@ -183,7 +183,7 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
         assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
     fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
     assert [r["predictions"] for r in fused] == [r["predictions"] for r in apart]
-    # With other settings than PA's, the answers are not taken over; where a question was edited, the others are.
+    # With other settings than PA's, no answer is reused. With one edited question, all other answers are reused.
     arguments = PI.arguments([*pi[1:], "--run", f"{tmp_path}/fused/"])
     pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
     annotations = [r for r in read(pa_json) if r["predicted_answer"]]
@@ -194,7 +194,7 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     arguments.max_new_tokens = 128
     annotations[3]["predicted_question"] = "is it red?"
     ready, why = PI.answers_of_pa(arguments, pa_json, annotations)
-    assert len(ready) == n - 1 and why == {"their question was edited": 1}
+    assert len(ready) == n - 1 and why == {"the question was edited": 1}
 
 
 def test_a_model_trained_anew_in_the_same_folder_is_another_model(run, tmp_path):
@@ -265,7 +265,7 @@ def test_a_hold_out_takes_at_least_one_image_and_says_when_nothing_is_left(image
     command = [argument.replace("easyVQA", "images") for argument in STAGES["PI"][:-1]]
     done = script(*command, "--run", f"{tmp_path}/")
     assert done.returncode == 1
-    assert "on 1 of 1 samples (--match exact), all held out (--hold-out 0.15): nothing is left" in done.stderr
+    assert "on 1 of 1 samples (--match exact); all are held out (--hold-out 0.15), so none is left" in done.stderr
 
 
 def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
@@ -293,7 +293,7 @@ def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     assert "content was" in other.stderr
     prompt.write_text("Describe this.")
     refused = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
-    assert "should ask for the two lines" in refused.stderr
+    assert "must ask for the two lines" in refused.stderr
 
 
 def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):
