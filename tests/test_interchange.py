@@ -105,7 +105,7 @@ def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_p
     with pytest.raises(InputError, match="these are not the same questions"):
         evaluate.read_predictions(args, eval_file)
     (tmp_path / "val.json").write_text(json.dumps({"data": data[1:]}))
-    with pytest.raises(InputError, match="questions are in the annotation file. Is it of another dataset"):
+    with pytest.raises(InputError, match=r"questions are in the annotation file\. Is it of another dataset"):
         evaluate.read_predictions(args, eval_file)
 
 

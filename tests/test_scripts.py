@@ -103,7 +103,7 @@ def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, t
         )
     code, _ = stop_when(process, lambda: "'loss'" in log.read_text(), number)
     assert code == SIGNALS[number], log.read_text()
-    assert "and saved. The same call goes on from there" in log.read_text()
+    assert "and saved. The same command resumes there" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert len([*out.glob("checkpoint-*")]) == 1
     assert running(out) == []

@@ -105,7 +105,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys)
     damage(folder / f"out/checkpoint-{steps[-1]}", how)
     train.main(arguments(folder, *flags))
     said = capsys.readouterr().out
-    assert f"passed over {folder}/out/checkpoint-{steps[-1]}: " in said
+    assert f"skipped {folder}/out/checkpoint-{steps[-1]}: " in said
     assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
     assert len(losses(folder / "out")) == 10
 

@@ -103,7 +103,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
     ("content", "says"),
     [
         ("", "not JSON"),
-        ("[]", "nothing to train on"),
+        ("[]", "contains no samples"),
         ('{"a": 1}', "nothing to train on"),
         ('[{"id": 1, "image": "a.png"}]', "record 0: missing 'conversations'"),
         ('[{"id": 1, "image": "a.png", "conversations": []}]', "must alternate"),
@@ -116,7 +116,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": [3]}]), "neither a path nor a list"),
         (
             json.dumps([train_record(1, "a.png", "q", "<image>")]),
-            "record 0: <image> stands in a turn that is not the user's",
+            "record 0: <image> is in a turn that is not the user's",
         ),
     ],
 )
@@ -200,7 +200,7 @@ def copy(trained, tmp_path):
 
 def test_a_second_call_says_that_all_is_done_however_it_reports_and_saves(trained, capsys):
     call(trained, *"--logging_steps 1 --save_strategy epoch --run_name again --dataloader_num_workers 1".split())
-    assert "is there already, trained with these settings" in capsys.readouterr().out
+    assert "already exists, trained with these settings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
