@@ -167,7 +167,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     exported(parity_set, "hf")
     (out / "README.md").unlink()
     (out / "data/train-00000-of-00001.parquet").touch()  # another's
-    with pytest.raises(InputError, match="is there already, and not as an export"):
+    with pytest.raises(InputError, match="exists and is not an export"):
         exported(parity_set, "hf")
 
 
@@ -183,7 +183,7 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         ("[]", "should be an object"),
         ("", "the file is empty"),
         ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset named 'out-sharegpt'"),
-        ('{"out-sharegpt": null}', "another dataset of the name 'out-sharegpt'"),
+        ('{"out-sharegpt": null}', "another dataset named 'out-sharegpt'"),
     ):
         registry.write_text(broken)
         (parity_set.parent / "out-sharegpt").unlink(missing_ok=True)

@@ -121,7 +121,7 @@ def test_questions_of_an_official_download_without_answers_are_left_out_and_coun
     write(tmp_path / "a" / file, document)
     prepared_from(tmp_path / "a", name, tmp_path)
     assert "  2 questions of the " in (said := capsys.readouterr().out)
-    assert "part have no answers, and are passed over" in said
+    assert "part have no answers and are skipped" in said
     for written in (tmp_path / "data").rglob("*.json"):
         assert '""' not in written.read_text()
 
