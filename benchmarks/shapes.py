@@ -54,7 +54,7 @@ QWEN2_VL = {
 
 
 def build(shape: Shape, folder: Path, device: str, dtype) -> int:
-    """Write a random model of this shape to `folder`, with the embedded pair's processor. Returns its size."""
+    """Write a random model of this shape, and a processor, to `folder`. Returns the number of parameters."""
     config = AutoConfig.from_pretrained(TEACHER)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = shape.hidden, shape.inner, shape.layers
