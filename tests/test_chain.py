@@ -1,4 +1,4 @@
-"""The four stages in a row, as the README's commands run them, small."""
+"""The four stages together, with the README's commands, on little data."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     evaluated = read(run / f"Eval_{LEVELLED}_images_images.json")
     assert [r["question_id"] for r in evaluated] == [r["question_id"] for r in held_out]
     assert all(r["predictions"] for r in evaluated)
-    # The L-VLM agrees with itself on these: they were chosen so
+    # The L-VLM agrees with itself on these images; they were chosen for this.
     assert read(run / "summary.json")["rows"]["lvlm"]["accuracy"] == 1.0
 
 

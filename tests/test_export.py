@@ -1,4 +1,4 @@
-"""The parity set in the form of other trainers, and what is not let into one."""
+"""Exports of the parity set for other trainers, and what they refuse."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mpa.records import InputError, read_json, train_record
 
 @pytest.fixture
 def parity_set(tmp_path):
-    """Two samples and what PI says of them."""
+    """Two samples, and their meta file as PI writes it."""
     for name, color in (("a.png", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (32, 32), color).save(tmp_path / name)
     samples = [
@@ -89,7 +89,7 @@ def test_per_image_that_is_not_there_is_named_before_a_folder_is_written(parity_
 
 
 def test_each_trainer_is_told_what_shows_it_the_evaluated_prompt(parity_set, capsys):
-    """Token by token with TRL 1.16, ms-swift 4.6 and LLaMA-Factory 0.9.5 as they come; here, what they are given."""
+    """TRL 1.16, ms-swift 4.6 and LLaMA-Factory 0.9.5 were compared token by token; this test checks their input."""
     meta = parity_set.with_name(f"{parity_set.stem}.meta.json")
     meta.write_text(json.dumps({"settings": {"min_pixels": 3136, "max_pixels": 6272}}))
     exported(parity_set, "ms-swift")
@@ -117,7 +117,7 @@ def test_trls_rows_give_the_evaluated_prompt_in_the_students_own_template(tmp_pa
 
 
 def of_answer(tmp_path, run: str, answer: str):
-    """A run's parity set of the same name as all others', one sample."""
+    """A run's parity set with one sample. All runs use the same file name."""
     folder = tmp_path / run
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")
@@ -128,7 +128,7 @@ def of_answer(tmp_path, run: str, answer: str):
 
 @pytest.mark.parametrize("to", ["hf", "trl"])
 def test_two_runs_in_folders_of_one_name_each_load_as_what_they_are(tmp_path, to, capsys):
-    """`datasets` keeps what it has loaded by folder name and card: the second would be the first, from its cache."""
+    """`datasets` caches by folder name and card: with a fixed file name, the second load would return the first set."""
 
     def loaded(folder):
         row = datasets.load_dataset(str(folder), split="train", cache_dir=tmp_path / "cache")[0]

@@ -1,4 +1,4 @@
-"""lmms-eval's result files, written and read; and result files of any maker, checked where they enter."""
+"""lmms-eval's result files are written and read; result files from any source are validated."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_lmms_evals_files_are_written_in_its_shape_and_read_back_to_the_same_sco
 
 
 def test_lines_without_a_doc_take_their_answers_from_the_data_set(tmp_path):
-    """As lmms-eval writes them today: `doc` is dropped, a question's id stands in `submission` or nowhere."""
+    """As lmms-eval writes them now: without `doc`, and with the question's id in `submission` or not at all."""
     samples = [Sample(70 + i, f"{i}.png", "how many?", [str(i)]) for i in range(3)]
     by_id = [
         {"doc_id": 0, "target": "answer", "filtered_resps": ["2"], "submission": {"question_id": 72, "answer": "2"}}
@@ -136,7 +136,7 @@ CHARTS = [Sample(i, f"{i}.png", f"What is the value of bar {i}?", [str(3 * i)]) 
 
 @pytest.mark.parametrize("without", [(), ("input",), ("target",)])
 def test_a_position_counts_only_where_the_prompt_or_the_target_is_that_questions(tmp_path, without):
-    """ChartQA in another order: 70 % became 24 %, without a word."""
+    """ChartQA in another order: without the check, 70 % silently became 24 %."""
     lines = [{k: v for k, v in line.items() if k not in without} for line in lines_of(CHARTS)]
     scores = [r["predictions"] in r["answers"] for r in interchange.read_lmms_eval(tmp_path, lines, CHARTS)]
     assert sum(scores) == 6

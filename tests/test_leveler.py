@@ -150,7 +150,7 @@ def test_a_disk_that_takes_no_more_costs_the_cache_and_not_the_run(tmp_path, pro
 
 
 def test_what_is_kept_in_memory_holds_no_files_open(tmp_path, processor):
-    """Ubuntu lets a process have 1,024; each tensor that a worker sends takes one."""
+    """Ubuntu allows 1,024 open files per process; each tensor that a worker sends takes one."""
     samples = data.read_samples([str(write(tmp_path, 2))], str(tmp_path)) * 50
     before = len(os.listdir("/proc/self/fd"))
     kept = checked(samples, processor, memory=2**30, workers=1)
@@ -223,7 +223,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def step(trainer: Leveler, batches: list[list[dict]]) -> tuple[float, dict]:
-    """The loss of one step over these batches, and the gradients that it leaves."""
+    """The loss and the gradients of one step over these batches."""
     trainer.model.zero_grad()
     made = [trainer.data_collator(batch) for batch in batches]
     count, total = sum((batch["labels"] != data.IGNORE).sum() for batch in made), 0.0

@@ -1,4 +1,4 @@
-"""The embedded pair is what data/mini/README.md says: a real teacher, a real student, easy-VQA never seen."""
+"""The embedded pair is as data/mini/README.md describes it, and has never seen easy-VQA."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def test_the_teacher_writes_varied_questions_of_all_kinds(annotations):
 
 
 def right(question: str, answer: str, words: set[str]) -> bool:
-    """Is this the answer, for an image of these words? All questions in the teacher's language."""
+    """Is this the correct answer for an image with these words? Covers all questions that the teacher can write."""
     if question.startswith("what"):
         return answer in words & (COLORS if "color" in question else SHAPES)
     named = {word.strip("?") for word in question.split()} & (COLORS | SHAPES)

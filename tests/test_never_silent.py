@@ -1,4 +1,4 @@
-"""What went wrong without a word: test images trained on, passing errors kept for good, images and files that have changed."""
+"""Errors that used to be silent: training on test images, keeping temporary errors, changed images and files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from mpa.records import InputError, read_json, read_records, run_folder
 
 
 def answers_by():
-    """The L-VLM "big" agrees with itself; of the S-VLMs each gets other questions wrong."""
+    """The L-VLM "big" agrees with itself. Each S-VLM answers different questions wrongly."""
 
     def rule(body, _=0):
         if "Question:" in text_of(body):
@@ -36,7 +36,7 @@ def answers_by():
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """30 drawings; the last six are copies of one under other names."""
+    """30 drawings; the last six are copies of one image under other names."""
     root = tmp_path / "images"
     root.mkdir()
     for i in range(24):
@@ -116,7 +116,7 @@ def test_more_images_do_not_move_those_that_were_there(tmp_path):
     assert holdout.decide(file, of, 0.2) == threshold
 
 
-# --- errors that may pass ----------------------------------------------------------------------------
+# --- temporary errors --------------------------------------------------------------------------------
 
 
 def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, images, tmp_path, monkeypatch, capsys):
@@ -176,7 +176,7 @@ def test_an_image_that_was_replaced_is_noticed(serve, images, tmp_path, capsys):
         annotate(server, images, run)
 
 
-# --- where images lie ----------------------------------------------------------------------------------
+# --- image paths ---------------------------------------------------------------------------------------
 
 
 def make(root: Path, *names: str) -> Path:

@@ -1,4 +1,4 @@
-"""What prepare refuses and what it leaves out: downloads that are broken, hostile, or without labels."""
+"""What prepare refuses or leaves out: broken, malicious or unlabelled downloads."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ from mpa.records import InputError, read_json
 def copy_of_textvqa(
     root: Path, parts=("train", "validation", "test"), unlabelled=("",) * 10, first: bytes | None = None
 ) -> None:
-    """As facebook/textvqa's builder writes it: the test part has ten empty answers a question."""
+    """As in facebook/textvqa: the test part has ten empty answers per question."""
     for number, name in enumerate(parts):
         rows = []
         for i, (image, asked) in zip(range(5), drawings("train"), strict=False):
@@ -139,7 +139,7 @@ def test_a_test_file_with_blank_answers_is_refused_with_their_count(tmp_path):
             load_samples("textVQA", "train", tmp_path / "a.json", tmp_path, images=False)
 
 
-# --- the user's download stays as it is
+# --- the user's download is never changed
 
 
 def plain_textvqa(root: Path) -> None:
@@ -187,7 +187,7 @@ def test_nothing_is_written_through_a_link_in_the_data_folder(tmp_path, place):
 
 
 def with_first_image(tmp_path) -> Path:
-    """The first of a plain download's images, in a folder from which not all can be linked at once."""
+    """The first image of a download, in a folder that cannot be linked as a whole."""
     stvqa(tmp_path / "a")
     return min((tmp_path / "a/train/coco-text").iterdir())
 

@@ -1,4 +1,4 @@
-"""What prepare makes of each official download in miniature, and the four stages on that."""
+"""prepare on a miniature of each official download, and the four stages on the result."""
 
 import hashlib
 import shutil
@@ -55,7 +55,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """{dataset: data folder}, each prepared from its download in miniature."""
+    """{dataset: data folder}, each prepared from its miniature download."""
     folders = {}
     for name, layout in LAYOUTS.items():
         source = tmp_path_factory.mktemp(f"{name}-download")
@@ -145,7 +145,7 @@ def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
 
 
 def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):
-    """As lmms-lab and HuggingFaceM4 publish them: shards by split, the images inside, columns of their own."""
+    """As lmms-lab and HuggingFaceM4 publish them: shards by split, embedded images, different column names."""
     source = tmp_path / "hf"
     rows = {"train": [], "validation": []}
     for part, name in (("train", "train"), ("test", "validation")):
@@ -228,7 +228,7 @@ def test_a_folder_of_ones_own_images_is_checked(images, capsys):
 
 
 def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
-    """On the released annotation files themselves. Which images fall on which side is theirs alone: no seed is published."""
+    """On the released annotation files. Their split of the images cannot be reproduced: no seed is published."""
     if not REFERENCE.is_dir():
         pytest.skip("the released annotation files are not here")
     records = [
@@ -288,7 +288,7 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
 
 
 def test_images_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):
-    """One folder plain, one in an archive, one elsewhere behind a link."""
+    """One plain folder, one archive, and one folder elsewhere, behind a link."""
     source = tmp_path / "süß and odd"
     stvqa(source)
     zipped(source / "train/vizwiz", source / "vizwiz.ZIP")

@@ -1,4 +1,4 @@
-"""The bash scripts: a signal to one reaches what it runs, and each engine has its own Python."""
+"""The bash scripts: they pass signals to their commands, and select each engine's Python."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def start(name, *args, **environment) -> subprocess.Popen:
-    """In a session of its own, as from a terminal; a shell's background job, this one too, would ignore Ctrl-C."""
+    """Start in a new session, as from a terminal: a shell's background job would ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         ["bash", str(ROOT / name), *map(str, args)],
@@ -29,7 +29,7 @@ def start(name, *args, **environment) -> subprocess.Popen:
 
 
 def stop_when(process: subprocess.Popen, ready, number: int) -> tuple[int, str]:
-    """Send the signal to the script alone once `ready()`; its exit code and what it said."""
+    """Send the signal only to the script, once `ready()`. Returns its exit code and output."""
     for _ in range(1200):
         if ready():
             break
@@ -41,7 +41,7 @@ def stop_when(process: subprocess.Popen, ready, number: int) -> tuple[int, str]:
 
 
 def running(word) -> list[str]:
-    """Command lines of the processes that name `word`, but for this one's."""
+    """Command lines that contain `word`, without this process's."""
     found = subprocess.run(["pgrep", "-fa", str(word)], capture_output=True, text=True).stdout.splitlines()
     return [line for line in found if int(line.split()[0]) != os.getpid()]
 
@@ -51,7 +51,7 @@ FLAGS = ["--limit", "48", "--temperature", "1"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
-    """The PA file of a run that was left alone."""
+    """The PA file of an undisturbed run."""
     run = tmp_path_factory.mktemp("whole")
     assert start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/").wait(120) == 0
     return (run / "PA_teacher_easyVQA.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The stages as a user runs them, on the embedded pair: killed, called again, given bad input."""
+"""The stages as a user runs them, on the embedded pair: killed, resumed, with bad input."""
 
 import json
 import os
@@ -36,7 +36,7 @@ OUTPUTS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """PA, PI and evaluate on 40 images, not interrupted."""
+    """An uninterrupted run of PA, PI and evaluate on 40 images."""
     folder = tmp_path_factory.mktemp("whole")
     for name, command in STAGES.items():
         done = script(*command, "--run", f"{folder}/")
@@ -49,7 +49,7 @@ def read(path):
 
 
 def kill_at(command, folder, lines: int) -> bool:
-    """Start a stage and kill -9 it once its journals hold so many lines; its workers die of it. Was it in time?"""
+    """Start a stage and kill -9 it, with its workers, once its journals have so many lines. Was it still running?"""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"],
         stdout=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ def kill_at(command, folder, lines: int) -> bool:
 
 
 def interrupted(stage: str, run, folder):
-    """The stage killed at three places and then left alone; what its files hold."""
+    """The content of a stage's files after three kills and an undisturbed call."""
     for before in OUTPUTS["PA"]:
         if stage == "PI":
             shutil.copy(run / f"{before}.json", folder)
@@ -282,7 +282,7 @@ def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
 
 def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the teacher understands no other
+    prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the only prompt that the teacher understands
     command = ["PA.py", "--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run"]
     done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -385,7 +385,7 @@ def test_a_full_disk_ends_in_a_message_and_nothing_finished_is_lost(run, tmp_pat
 
 
 class Scripted:
-    """An engine whose replies are written here: a real teacher is too good to show every failure."""
+    """An engine with scripted replies, since the real teacher does not produce every failure."""
 
     def __init__(self, replies: dict[str, str]):
         self.replies, self.asked = replies, []
@@ -456,7 +456,7 @@ def launch(command, folder, processes: int) -> subprocess.Popen:
 
 
 def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
-    """Killed on the way, and then anew."""
+    """Killed during the run, and then run again."""
     process = launch(STAGES["PA"], tmp_path, 2)
     while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.journal*.jsonl")) < 4:
         assert process.poll() is None

@@ -153,7 +153,7 @@ def test_a_share_that_drops_a_file_is_refused_and_counts_are_said(tmp_path, caps
 
 
 def test_every_argument_of_transformers_is_decided_on():
-    """A new release of transformers brings others: put each into HONOURED or REFUSED."""
+    """If a new release of transformers adds an argument, put it into HONOURED or REFUSED."""
     names = {field.name for field in fields(transformers.TrainingArguments)}
     assert names == flags.HONOURED | set(flags.REFUSED) and not flags.HONOURED & set(flags.REFUSED)
 

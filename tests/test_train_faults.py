@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A training of ten steps with three checkpoints, as if it had been killed before the end."""
+    """A training of ten steps with three checkpoints, in the state after a kill before the end."""
     write(tmp_path, 18)
     flags = [*ONE, "--save_total_limit", "3"]
     train.main(arguments(tmp_path, *flags))
@@ -133,7 +133,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(data.DataError, match="another training is writing it"):
             train.main(arguments(tmp_path, *QUICK))
-    train.main(arguments(tmp_path, *QUICK))  # the lock of one that has ended holds nobody up
+    train.main(arguments(tmp_path, *QUICK))  # the lock of a finished training does not block
     assert not (tmp_path / "out/.lock").exists()
 
 

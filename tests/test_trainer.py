@@ -181,7 +181,7 @@ def call(folder, *flags) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with all that a finished training has read and written."""
+    """A folder with all files that a finished training read and wrote."""
     folder = tmp_path_factory.mktemp("trained")
     write(folder, train_record(1, "a.png", answer_prompt("what is it?"), "red"))
     call(folder)
@@ -191,7 +191,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """The same, to change; trained under the paths that it now has."""
+    """A copy that a test may change, trained with the copy's own paths."""
     folder = shutil.copytree(trained, tmp_path / "copy")
     meta = folder / "out/train_meta.json"
     meta.write_text(meta.read_text().replace(str(trained), str(folder)))
@@ -258,7 +258,7 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
 
 
 def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
-    """So that an argument that a transformers release adds does not refuse every earlier checkpoint."""
+    """An argument that a new transformers release adds must not invalidate all earlier checkpoints."""
     names = {name for kind in params.KINDS for name in kind.__dataclass_fields__}
     assert names >= resume_settings.DECISIVE | resume_settings.DECISIVE_WITH_LOAD_BEST
     write(tmp_path)
@@ -290,7 +290,7 @@ def test_text_with_a_special_token_is_refused_with_its_record_before_training(tm
 
 
 def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> list[str]:
-    """What a script would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
+    """What a script would launch on a GPU with native or emulated bfloat16; torch is mocked."""
     (folder / "torch.py").write_text(
         "import sys\n"
         "if sys.argv[0].endswith(('deepspeed', 'launch.py')):\n"
