@@ -163,7 +163,7 @@ def test_json_lines_byte_order_marks_and_foreign_line_ends_read_as_json_does(roo
     ):
         (tmp_path / name).write_bytes(content.encode())
         assert [s.question_id for s in load_samples("textVQA", "train", tmp_path / name, root)] == [0, 1, 2, 3], name
-    assert "its last line, 5, is cut off and left out" in capsys.readouterr().err
+    assert "its last line, 5, is cut off and was left out" in capsys.readouterr().err
 
 
 def test_ids_stay_what_they_were_and_per_image_may_have_many_questions(root, tmp_path):
