@@ -95,17 +95,17 @@ def read_meta(train_json: Path) -> dict:
 
 def how_to_train(to: str, out: Path, meta: dict) -> str:
     """The trainer's settings (template, pixel limits) that make it train on exactly the evaluated tokens."""
-    pixels = [meta.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
-    least, most = (n or default for n, default in zip(pixels, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
+    stored = [meta.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
+    min_pixels, max_pixels = (n or default for n, default in zip(stored, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
     return {
         # Its own resizing differs from the processor's, so it must not resize the images.
         "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
         f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
-        f"{least} and longest_edge {most}.",
-        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={least} MAX_PIXELS={most} swift sft --template qwen2_vl "
+        f"{min_pixels} and longest_edge {max_pixels}.",
+        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={min_pixels} MAX_PIXELS={max_pixels} swift sft --template qwen2_vl "
         f"--model_type qwen2_vl --dataset {out}",
         "trl": "TRL, for a Qwen2-VL: SFTTrainer(processing_class=AutoProcessor.from_pretrained(S_VLM, "
-        f"min_pixels={least}, max_pixels={most}), …)",
+        f"min_pixels={min_pixels}, max_pixels={max_pixels}), …)",
     }[to]
 
 

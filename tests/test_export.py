@@ -116,7 +116,7 @@ def test_trls_rows_give_the_evaluated_prompt_in_the_students_own_template(tmp_pa
         assert as_trained == as_evaluated
 
 
-def of_answer(tmp_path, run: str, answer: str):
+def parity_set_with(tmp_path, run: str, answer: str):
     """A run's parity set with one sample. All runs use the same file name."""
     folder = tmp_path / run
     folder.mkdir(exist_ok=True)
@@ -136,15 +136,15 @@ def test_two_runs_in_folders_of_one_name_each_load_as_what_they_are(tmp_path, to
 
     for answer in ("red", "blue"):
         out = tmp_path / f"of-{answer}/parity-set"
-        export.main([str(of_answer(tmp_path, answer, answer)), "--to", to, "--out", str(out)])
+        export.main([str(parity_set_with(tmp_path, answer, answer)), "--to", to, "--out", str(out)])
         assert loaded(out) == answer
-    export.main([str(of_answer(tmp_path, "red", "green")), "--to", to, "--out", str(out)])  # over the one before
+    export.main([str(parity_set_with(tmp_path, "red", "green")), "--to", to, "--out", str(out)])  # over the one before
     assert loaded(out) == "green"
     assert len(list((out / "data").iterdir())) == 1
     assert loaded(tmp_path / "of-red/parity-set") == "red"
 
     capsys.readouterr()
-    export.main([str(of_answer(tmp_path, "run-a", "red")), "--to", to])
+    export.main([str(parity_set_with(tmp_path, "run-a", "red")), "--to", to])
     (default,) = (path for path in (tmp_path / "run-a").iterdir() if path.is_dir())
     assert "run-a" in default.name
     assert f"wrote {default}" in capsys.readouterr().out

@@ -50,15 +50,15 @@ FLAGS = ["--limit", "48", "--temperature", "1"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
+def undisturbed(tmp_path_factory) -> bytes:
     """The PA file of an undisturbed run."""
-    run = tmp_path_factory.mktemp("whole")
+    run = tmp_path_factory.mktemp("undisturbed")
     assert start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/").wait(120) == 0
     return (run / "PA_teacher_easyVQA.json").read_bytes()
 
 
 @pytest.mark.parametrize(("name", "number"), [("scripts/PA.sh", signal.SIGTERM), ("scripts/mpa.sh", signal.SIGINT)])
-def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, tmp_path, whole):
+def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, tmp_path, undisturbed):
     run = tmp_path / "run/"
     journal = run / "PA_teacher_easyVQA.journal.jsonl"
     arguments, environment = (FLAGS, {}) if name.endswith("PA.sh") else ([], {"PA_FLAGS": " ".join(FLAGS)})
@@ -74,7 +74,7 @@ def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name,
     assert journal.read_bytes().count(b"\n") > 8
     done = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/")
     assert done.wait(120) == 0, done.stdout.read()
-    assert (run / "PA_teacher_easyVQA.json").read_bytes() == whole and not journal.exists()
+    assert (run / "PA_teacher_easyVQA.json").read_bytes() == undisturbed and not journal.exists()
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
@@ -109,12 +109,12 @@ def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, t
     assert running(out) == []
 
 
-def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, whole):
+def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, undisturbed):
     process = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{tmp_path}/", GPUS=2)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
     assert said.count("images annotated") == 1 and "OMP_NUM_THREADS" not in said
-    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == whole
+    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == undisturbed
     process = start("scripts/PA.sh", **{**SETTINGS, "LVLM": "/none"}, RUN=f"{tmp_path}/", GPUS=2)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 1 and "error: /none: no such model folder" in said and "Traceback" not in said
@@ -136,9 +136,13 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     assert says("scripts/PI.sh", "--engine-lvlm", "vllm") == ["vllm: PI.py"]
     assert says("evaluate.sh", "--engine", "ray", "--ray-engine", "vllm") == ["vllm: evaluate.py"]
     assert says("evaluate.sh", "--model-path", "vllm") == ["hf: evaluate.py"]
-    whole = says("scripts/mpa.sh", ENGINE="vllm")
-    assert [line for line in whole if line.startswith("vllm")] == ["vllm: PA.py", "vllm: PI.py", "vllm: evaluate.py"]
-    assert "hf: launch.py" in whole and "hf: tables.py" in whole
+    commands = says("scripts/mpa.sh", ENGINE="vllm")
+    assert [line for line in commands if line.startswith("vllm")] == [
+        "vllm: PA.py",
+        "vllm: PI.py",
+        "vllm: evaluate.py",
+    ]
+    assert "hf: launch.py" in commands and "hf: tables.py" in commands
 
     missing = start("scripts/PA.sh", "--engine", "vllm", **{**places, "VLLM_VENV": tmp_path / "none"})
     said, _ = missing.communicate()

@@ -46,17 +46,17 @@ def from_copy(row: CopiedRow) -> dict:
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     for part, released in (("train", "train_onePerImage.json"), ("val", None), ("test", "test_combined.json")):
         if part not in parts:
             continue
         records = parts[part] if part == "test" else one_per_image(parts[part], lambda r: r["imgname"])
         numbered = [{**r, "question_id": i} for i, r in enumerate(records)]
         if released:
-            made[released] = numbered
+            contents[released] = numbered
         if part != "test":  # the official val part serves as eval, as in the released files
-            made[f"train_onePerImage_QwenFormat_{'eval' if part == 'val' else part}.json"] = numbered
-    return made
+            contents[f"train_onePerImage_QwenFormat_{'eval' if part == 'val' else part}.json"] = numbered
+    return contents
 
 
 DATASET = Dataset(

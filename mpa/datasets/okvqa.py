@@ -61,17 +61,17 @@ def from_copy(row: CopiedRow) -> dict:
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     if "train" in parts:
         by_image = {}
         for r in parts["train"]:
             by_image.setdefault(r["image_id"], []).append({k: v for k, v in r.items() if k != "image_id"})
-        made["okvqa_train_unique_combine.json"] = [{"image_id": i, "qas": qas} for i, qas in by_image.items()]
+        contents["okvqa_train_unique_combine.json"] = [{"image_id": i, "qas": qas} for i, qas in by_image.items()]
         train, val = split_by_image(parts["train"], lambda r: r["image_id"], 0.85, seed)
-        made |= {"okvqa_QwenFormat_train.json": train, "okvqa_QwenFormat_eval.json": val}
+        contents |= {"okvqa_QwenFormat_train.json": train, "okvqa_QwenFormat_eval.json": val}
     if "test" in parts:
-        made["okvqa_val_combine.json"] = parts["test"]
-    return made
+        contents["okvqa_val_combine.json"] = parts["test"]
+    return contents
 
 
 DATASET = Dataset(

@@ -27,15 +27,15 @@ def from_copy(row: CopiedRow) -> dict:
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     if "train" in parts:
         unique = one_per_image(parts["train"], lambda r: r["image_id"])
-        made["TextVQA_0.5.1_unique_train.json"] = {"data": unique}
+        contents["TextVQA_0.5.1_unique_train.json"] = {"data": unique}
         train, val = split_by_image(unique, lambda r: r["image_id"], 0.85, seed)
-        made |= {"qwenTrainFormat_train.json": train, "qwenTrainFormat_eval.json": val}
+        contents |= {"qwenTrainFormat_train.json": train, "qwenTrainFormat_eval.json": val}
     if "test" in parts:
-        made["TextVQA_0.5.1_val.json"] = {"data": parts["test"]}
-    return made
+        contents["TextVQA_0.5.1_val.json"] = {"data": parts["test"]}
+    return contents
 
 
 DATASET = Dataset(

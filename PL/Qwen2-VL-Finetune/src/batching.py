@@ -86,9 +86,9 @@ def _greedy_ends(lengths: list[int], tokens: int) -> list[int]:
 
 def micro_batches_within(sampler: StepBatchSampler, tokens: int, epochs: int) -> int:
     """The fewest micro-batches per rank with at most `tokens` tokens each, padding included, over all `epochs`."""
-    most = 1
+    needed = 1
     for epoch in range(epochs):
         for step in sampler.epoch_steps(epoch):
             lengths = sorted(sampler.lengths[i] for i in step)
-            most = max(most, -(-len(_greedy_ends(lengths, max(tokens, lengths[-1]))) // sampler.world))
-    return most
+            needed = max(needed, -(-len(_greedy_ends(lengths, max(tokens, lengths[-1]))) // sampler.world))
+    return needed

@@ -236,13 +236,13 @@ def encode_all(
         if isinstance(result, str):
             left_out.append(f"id {sample['id']}: {result}")
         elif result.length > max_length:
-            says = f"{result.length} tokens, of which {result.visual_length} are visual, exceed --max_seq_length {max_length}"
+            reason = f"{result.length} tokens, of which {result.visual_length} are visual, exceed --max_seq_length {max_length}"
             if on_too_long == "error":
                 remedy = (
                     "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
                 )
-                raise DataError(f"{sample['where']}: {says}. {remedy}.")
-            left_out.append(f"id {sample['id']}: {says}")
+                raise DataError(f"{sample['where']}: {reason}. {remedy}.")
+            left_out.append(f"id {sample['id']}: {reason}")
         else:
             kept.append(sample)
             infos.append(result)

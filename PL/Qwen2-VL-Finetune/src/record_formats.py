@@ -52,8 +52,8 @@ def _json_lines(path: str, text: str, error: Exception) -> list:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as line_error:
             if not records or not isinstance(records[0], dict):
-                says = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-                raise DataError(f"{path}: not JSON ({says}). Write it again.") from None
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+                raise DataError(f"{path}: not JSON ({reason}). Write it again.") from None
             raise DataError(
                 f"{path}, line {number + 1}: not JSON ({str(line_error).split(';')[0]}). Write it again."
             ) from None

@@ -112,5 +112,7 @@ def refuse_other_settings(recorded: dict, current: dict, where) -> None:
     """Raises DataError, with each difference, if the training at `where` had other settings."""
     differ = [name for name in recorded | current if recorded.get(name) != current.get(name)]
     if differ:
-        says = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
-        raise DataError(f"{where}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
+        changes = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
+        raise DataError(
+            f"{where}: was trained with other settings: {changes}. Choose another --output_dir or remove it."
+        )

@@ -165,9 +165,9 @@ class Leveler(CheckpointingTrainer):
             sizes = self._largest_activation_bytes()
             if is_deepspeed_zero3_enabled():
                 del sizes[activations.PRODUCTS]
-            policy, says = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
+            policy, reason = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
             if self.args.process_index == 0:
-                print(f"PL: {says}", flush=True)
+                print(f"PL: {reason}", flush=True)
         activations.apply_policy(self.model, policy)
 
     def _first_step_bytes(self) -> int:
