@@ -1,10 +1,10 @@
-"""How fast images are checked and answers scored, against a plain loop; ratios within this one run.
+"""The speed of checking images and scoring answers, relative to a plain loop in the same run.
 
     python benchmarks/data.py
 
-Images: 2,000 drawn JPEGs of 640 x 480, opened, decoded and hashed, with 1 and 2 workers, against a loop of Pillow's
-open and convert. Scores: 100,000 predictions of a TextVQA-like test set with all metrics and intervals, and ANLS
-alone against a loop with a Levenshtein distance in Python. The last line is a JSON object.
+Images: 2,000 generated JPEGs of 640 x 480 are opened, decoded and hashed with 1 and 2 workers; the plain loop calls
+Pillow's open and convert. Scores: 100,000 predictions of a TextVQA-like test set with all metrics and intervals; ANLS
+is also compared with a Levenshtein distance in Python. The last line is a JSON object.
 """
 
 import json
@@ -49,7 +49,7 @@ def pillow_loop(samples: list[Sample]) -> None:
 
 
 def draw_results(n: int) -> list[dict]:
-    """Answers of one to three words, ten a question that mostly agree; predictions that are often one of them."""
+    """Ten answers per question, of one to three words, that mostly agree; predictions that are often one of them."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 10))) for _ in range(20_000)]
     results = []

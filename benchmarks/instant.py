@@ -1,4 +1,4 @@
-"""An engine that replies at once, by rule, so that everything around the model can be measured and killed."""
+"""An engine that replies at once, by rule, to measure and kill everything except the model."""
 
 import hashlib
 import random
@@ -58,7 +58,7 @@ class InstantEngine:
 
 
 class Requests(Sequence):
-    """Requests that are made when they are looked at."""
+    """A lazy sequence of requests."""
 
     def __init__(self, keys: range):
         self.keys = keys

@@ -1,9 +1,9 @@
-"""What the journal costs: memory, time and resuming, with 100,000 requests and an engine that replies at once.
+"""The cost of the journal with 100,000 requests: memory, time and resuming. The engine replies at once.
 
     python benchmarks/journal.py
 
-Memory is the peak of a process of its own, beside that of one with 1,000 requests. Time is that of `ask` with the
-journal less that without, a reply, beside the time of an image in a real PA of the embedded teacher, in this run.
+Memory is the peak of a process, compared with a process that has 1,000 requests. Time is that of `ask` with the journal
+minus that without, per reply, compared with the time per image of a real PA of the embedded teacher in the same run.
 The last line is a JSON object.
 """
 
@@ -27,7 +27,7 @@ MINI = ["--min-pixels", "3136", "--max-pixels", "3136", "--dtype", "float32", "-
 
 
 def child(result: str, n: int) -> None:
-    """Ask for n replies; print seconds and peak memory, here in the process that did it."""
+    """Ask for n replies; print the seconds and this process's peak memory."""
     started = time.perf_counter()
     journal = Journal(Path(result), {"n": n})
     opened = time.perf_counter()

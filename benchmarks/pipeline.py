@@ -1,15 +1,15 @@
-"""PA + PI against the plain loop, on the same images: how many times the images per second, and are the outputs equal?
+"""PA + PI against the plain loop on the same images: the speed-up, and whether the outputs are equal.
 
     python benchmarks/pipeline.py                       # 2,000 easy-VQA images, the embedded pair
     python benchmarks/pipeline.py --compute-bound       # 12 images, 150 M and 40 M random parameters
     python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
         --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
 
-The plain loop is the released code's way, made whole: batches of 8 (PA) and 4 (PI) in file order, images
-read between the batches, both models in memory, the S-VLM asked about everything, up to 128 tokens. Ours are the
-stages as they are, journal and files included. Both greedy, in this process, in turn, after a warm-up;
-loading the models counts for both. --compute-bound is the same at a size where arithmetic counts: the share of the
-plain loop's time, of its operations, and the ratio of the paces at which they are done. Prints one JSON object of its figures as its last line.
+The plain loop works like the released code, but over all batches: batches of 8 (PA) and 4 (PI) in file order, images
+read between the batches, both models in memory, the S-VLM asked all questions, up to 128 tokens. Ours are the real
+stages with journal and files. Both are greedy and alternate in this process, after a warm-up; model loading counts for
+both. --compute-bound uses models so large that arithmetic dominates, and reports time and operations relative to
+the plain loop. The last line is a JSON object.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ROOT = records.REPOSITORY
 
 
 class PlainModel:
-    """A model, its processor, and `replies`: one generate call a batch, in the order given."""
+    """A model, its processor, and `replies`: one generate call per batch, in the given order."""
 
     def __init__(self, path: str, args):
         device = models.pick_device(args.device)
@@ -70,7 +70,7 @@ class PlainModel:
 
 
 def plain_loop(args) -> dict:
-    """PA and PI as the released code goes about them, with the paper preset's prompts, parser and match."""
+    """PA and PI like the released code, but with the paper preset's prompts, parser and matcher."""
     samples = load_samples(args.dataset, "train")[: args.images]
     lvlm, svlm = PlainModel(args.lvlm, args), PlainModel(args.svlm, args)
     task = TASK_PROMPTS[DATASETS[args.dataset].task]
@@ -91,7 +91,7 @@ def plain_loop(args) -> dict:
 
 
 def stages(args, batch_size: int) -> dict:
-    """The same from our PA and PI. Tries after the first are sampled, which the plain loop has not: left off."""
+    """The same with our PA and PI. Without retries, which are sampled and which the plain loop does not have."""
     common = ["--dataset", args.dataset, "--limit", str(args.images), "--batch-size", str(batch_size)]
     common += ["--min-pixels", str(args.min_pixels), "--max-pixels", str(args.max_pixels)]
     common += ["--device", args.device, "--dtype", args.dtype, "--model-path-lvlm", args.lvlm]
@@ -110,7 +110,7 @@ def stages(args, batch_size: int) -> dict:
 
 
 def differences(one: dict | list, other: dict | list) -> int:
-    """How many keys two outputs do not agree on."""
+    """The number of keys on which two outputs differ."""
     if isinstance(one, list):
         return len(set(one) ^ set(other))
     return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
@@ -122,12 +122,12 @@ def main(argv=None) -> None:
     p.add_argument("--lvlm", default=str(ROOT / "data/mini/teacher"))
     p.add_argument("--svlm", default=str(ROOT / "data/mini/student"))
     p.add_argument("--images", type=int, default=2000)
-    p.add_argument("--batch-size", type=int, default=100, help="of our stages; also measured at 8")
-    p.add_argument("--rounds", type=int, default=3, help="each way in turn so often; the median counts")
+    p.add_argument("--batch-size", type=int, default=100, help="batch size of our stages; 8 is also measured")
+    p.add_argument("--rounds", type=int, default=3, help="passes of each; the median is reported")
     p.add_argument("--min-pixels", type=int, default=3136)
     p.add_argument("--max-pixels", type=int, default=3136)
     p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", help="in bfloat16 the outputs of any two ways may differ")
+    p.add_argument("--dtype", default="float32", help="in bfloat16 the outputs may differ")
     p.add_argument("--compute-bound", action="store_true", help="larger models with random weights; see shapes.py")
     args = p.parse_args(argv)
     if args.compute_bound:

@@ -1,8 +1,8 @@
-"""PA + PI with models of a given shape and random weights: the plain loop against the hf engine, with forced lengths.
+"""PA + PI with models of a given shape and random weights: the plain loop against the hf engine, with fixed lengths.
 
-What the models say means nothing, so that every annotation has `ANNOTATION` tokens and every answer `ANSWER`, and PI
-asks the S-VLM about the first `consistent` share of the images, as many as the L-VLM agrees with itself on. The plain
-loop asks it about all. Used by pipeline.py (a compute-bound shape) and gpu.py (Qwen2-VL-7B's and 2B's).
+Random models write no meaningful replies. So every annotation has `ANNOTATION` tokens and every answer `ANSWER`, and
+the L-VLM counts as consistent on the first `consistent` share of the images; PI asks the S-VLM only about these. The plain
+loop asks it about all. Used by pipeline.py (a compute-bound shape) and gpu.py (Qwen2-VL-7B's and 2B's shapes).
 """
 
 import shutil
@@ -25,12 +25,12 @@ from mpa.prompts import TASK_PROMPTS, answer_prompt
 TEACHER = Path(__file__).resolve().parents[1] / "data/mini/teacher"
 ANNOTATION, ANSWER = 25, 4  # tokens
 TASK, QUESTION = TASK_PROMPTS["general"], answer_prompt("what is the shape in the middle of the image?")
-NEVER = 10**9  # no token's id: nothing ends before its length
+NEVER = 10**9  # not a token id: generation never ends early
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2-VL; `vision` is (wide, deep, heads)."""
+    """The sizes of a Qwen2-VL; `vision` is (width, depth, heads)."""
 
     hidden: int
     inner: int
@@ -54,7 +54,7 @@ QWEN2_VL = {
 
 
 def build(shape: Shape, folder: Path, device: str, dtype) -> int:
-    """Write a model of this shape with random weights to `folder`, with the embedded pair's processor; its parameters."""
+    """Write a random model of this shape, and a processor, to `folder`. Returns the number of parameters."""
     config = AutoConfig.from_pretrained(TEACHER)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = shape.hidden, shape.inner, shape.layers
@@ -68,7 +68,7 @@ def build(shape: Shape, folder: Path, device: str, dtype) -> int:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    with torch.no_grad():  # only tokens that the small tokenizer knows are ever the likeliest
+    with torch.no_grad():  # only tokens of the small tokenizer can be the likeliest
         model.get_output_embeddings().weight[560:] = 0
     model.save_pretrained(folder)
     for file in TEACHER.iterdir():
@@ -78,7 +78,7 @@ def build(shape: Shape, folder: Path, device: str, dtype) -> int:
 
 
 def draw(folder: Path, n: int, edge: int) -> list[str]:
-    """n images of noise, `edge` pixels wide and high."""
+    """n images of noise, `edge` x `edge` pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{i:04}.jpg") for i in range(n)]
     for path in paths:
@@ -87,7 +87,7 @@ def draw(folder: Path, n: int, edge: int) -> list[str]:
 
 
 class PlainLoop:
-    """The released code's way: batches of 8 and of 4 in file order, images read between them, both models resident."""
+    """Like the released code: batches of 8 and 4 in file order, images read between them, both models in memory."""
 
     def __init__(self, folders: dict[str, Path], device: str, dtype, pixels: int):
         self.device, self.dtype = device, dtype
@@ -116,7 +116,7 @@ class PlainLoop:
 
 
 class Forced(hf.HFEngine):
-    """The hf engine, with the replies' lengths forced."""
+    """The hf engine, with fixed reply lengths."""
 
     def _load_model(self):
         super()._load_model()
@@ -130,12 +130,12 @@ class Forced(hf.HFEngine):
 def ours(
     folders: dict[str, Path], device: str, dtype: str, pixels: int, paths: list[str], share: float, **engine
 ) -> dict:
-    """PA with its follow-up, then the S-VLM on a share of the images; texts, seconds and share of waiting."""
+    """PA with its follow-up, then the S-VLM on a share of the images. Returns texts, seconds and the waiting share."""
     result, waited, started = {}, {}, time.perf_counter()
     settings = {"device": device, "dtype": dtype, "min_pixels": pixels, "max_pixels": pixels, **engine}
     asked = [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(paths)]
     engines.follow_up_prompt = lambda text, preset, marks: QUESTION  # before the workers are forked
-    engines.cut_off = lambda reply: None  # random weights end no line
+    engines.cut_off = lambda reply: None  # random weights never finish a line
     with Forced(str(folders["lvlm"]), **settings) as engine:
         replies = {r["key"]: r for batch in engine.generate(asked) for r in batch}
         waited["lvlm"] = engine.facts()["waited"]
@@ -150,7 +150,7 @@ def ours(
 
 
 def plain(folders: dict[str, Path], device: str, dtype, pixels: int, paths: list[str], few: list[str]):
-    """The plain loop's texts and seconds, loading included, and its operations an image, counted on a few."""
+    """The plain loop's texts, its seconds with loading, and its operations per image, counted on a few images."""
     started = time.perf_counter()
     loop = PlainLoop(folders, device, dtype, pixels)
     rows = loop.run(paths)
@@ -170,7 +170,7 @@ def flops(work) -> float:
 def compare(
     shape: dict[str, Shape], work: Path, device: str, dtype: str, n: int, edge: int, share: float, **engine
 ) -> dict:
-    """Both ways on n images of `edge` pixels, loading included: seconds, operations, equal outputs, share of waiting."""
+    """Compare both on n images of `edge` pixels, with loading: seconds, operations, equal outputs, waiting share."""
     torch_dtype, pixels, folders, parameters = getattr(torch, dtype), edge * edge, {}, {}
     for who, sizes in shape.items():
         folders[who] = work / who
@@ -194,7 +194,7 @@ def compare(
         "share_of_time": mine["seconds"] / plain_seconds,
         "share_of_flops": our_flops / plain_flops,
         "pace_ratio": (our_flops / mine["seconds"])
-        / (plain_flops / plain_seconds),  # operations a second, ours to plain
+        / (plain_flops / plain_seconds),  # operations per second, ours to plain
         "gflops_per_image": {"plain": plain_flops / 1e9, "ours": our_flops / 1e9},
         "waited": mine["waited"],
         "equal": same,

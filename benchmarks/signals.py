@@ -1,12 +1,12 @@
-"""Send SIGTERM and Ctrl-C to `scripts/mpa.sh` at random moments, and see whether anything is orphaned, lost or paid for twice.
+"""Send SIGTERM and Ctrl-C to `scripts/mpa.sh` at random moments; check that nothing is orphaned, lost or paid twice.
 
     python benchmarks/signals.py               # 30 of each
     python benchmarks/signals.py --signals 5
 
-The four stages are the real ones: the L-VLM is behind a server on this machine that replies by rule and counts what it
-would bill, the S-VLM is the embedded one. Each call of the script may get a signal, which goes to the script alone. After
-each no process may be left; a finished run must have the bytes of one that was left alone, and must have paid for each
-reply once. The last line is a JSON object.
+The four stages are the real ones. The L-VLM is a local server that replies by rule and counts what it would bill; the
+S-VLM is the embedded one. Each call of the script may get a signal, which is sent to the script only. After each call
+no process may remain. A finished run must be byte-identical to an undisturbed one, and must have paid for each reply once.
+The last line is a JSON object.
 """
 
 import argparse
@@ -32,7 +32,7 @@ REPLY_SECONDS = 0.2
 
 
 class Server(BaseHTTPRequestHandler):
-    """Chat completions by rule: a question and its answer, or an answer; `billed` counts each request by its content."""
+    """Chat completions by rule: an annotation or an answer. `billed` counts each request by its content."""
 
     protocol_version = "HTTP/1.1"
 
@@ -88,7 +88,7 @@ def left_running(folder: Path) -> list[str]:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Digests of what a run is for: the stages' files and the levelled model; not of how long it took."""
+    """Digests of a run's results, the stages' files and the levelled model, without timings."""
     files = [p for p in folder.glob("P*.json") if not p.name.endswith(".meta.json")]
     files += [p for p in folder.glob("Eval*.json") if not p.name.endswith(".meta.json")]
     files += folder.glob("PL_*/model.safetensors")
@@ -101,12 +101,12 @@ def results(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--signals", type=int, default=30, help="of each kind (default: 30)")
+    p.add_argument("--signals", type=int, default=30, help="number of each signal (default: 30)")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it, and its children too
+    )  # background jobs of a shell, and their children, ignore SIGINT
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.billed, server.lock = Counter(), threading.Lock()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -132,7 +132,7 @@ def main() -> None:
                     number = to_send.pop()
                     process.send_signal(number)
                     said, _ = process.communicate()
-                    if process.returncode == 0:  # the run had ended by then
+                    if process.returncode == 0:  # the run had already ended
                         to_send.append(number)
                     elif process.returncode != CODES[number]:
                         found["wrong_codes"] += 1

@@ -1,29 +1,29 @@
-"""Benchmark: the trainer (PL) against TRL's SFTTrainer and transformers' plain Trainer. Speed, memory, equal losses?
+"""The trainer (PL) against TRL's SFTTrainer and transformers' plain Trainer: speed, memory, and equality of losses.
 
     uv venv ../trl-env && uv pip install --python ../trl-env/bin/python trl==1.16.0 transformers==5.23.0 \\
         torch==2.14.1 torchvision pillow datasets accelerate
-    python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes; on a CPU some 15 minutes
+    python benchmarks/train.py --trl-python ../trl-env/bin/python              # both shapes; about 15 minutes on a CPU
     python benchmarks/train.py --shape mini --rounds 5                         # without TRL: ours and plain
     python benchmarks/train.py --shape mini --ablate     # ours only, images of several sizes, one change at a time
 
-Same in all: model, records, order, batch size, steps, constant learning rate, AdamW, labels. Weights are float32; a CPU
-computes in float32, a GPU in bfloat16. Each training is a process of its own, so that its peak memory is its own.
+All use the same model, records, order, batch size, steps, constant learning rate, AdamW and labels. Weights are float32;
+a CPU computes in float32, a GPU in bfloat16. Each training runs in its own process, to measure its peak memory.
 
-`samples_per_second` is that of all steps but the first, data loading included. Ours encodes and caches the samples
-before step 0, the others encode them in the step; "ours, unkept" does so too. `process_seconds` includes imports,
-loading, encoding, and for ours alone saving. `beyond_state_bytes` is the peak minus 16 bytes per parameter (weights,
-gradients, AdamW's two averages): activations, logits, and on a CPU the libraries, some 0.8 GB. `mfu` is the rate of
-ours' operations as a share of the best rate of a large matrix product in this run.
+`samples_per_second` covers all steps except the first, including data loading. Ours encodes and caches the samples
+before step 0; the others, and "ours, unkept", encode them in the step. `process_seconds` includes imports, loading,
+encoding, and only for ours saving. `beyond_state_bytes` is the peak minus 16 bytes per parameter (weights, gradients,
+AdamW's two averages): activations, logits, and on a CPU the libraries, about 0.8 GB. `mfu` is the rate of our
+operations relative to the best rate of a large matrix product in this run.
 
-Leave the machine idle otherwise: PyTorch's threads wait for each other, so one other process on one of two cores makes
-a mini training ten times as slow. `others_cores` ("others" in the table) is the number of cores that other processes
-used, at worst. Discard a round where it is not near 0.
+Run nothing else on the machine: PyTorch's threads wait for each other, so another process on one of two cores makes a
+mini training ten times slower. `others_cores` ("others" in the table) is the maximum number of cores that other
+processes used. Discard a round if it is not near 0.
 
 Shapes: "mini" is the embedded S-VLM with easy-VQA images; its time is mostly overhead. "wide" has the width and
 vocabulary of Qwen2-VL-2B, but only 4 layers and 4 vision blocks, random weights, and 256 visual tokens per image. This
-favours a trainer that skips logits and parts of the last layer. `counted` therefore has a step's operations, and the bytes that
-its forward pass saves, for this depth and for the full one (28 layers, 32 blocks), extrapolated from one layer and one
-block, and their shares of plain's.
+favours a trainer that skips logits and parts of the last layer. Therefore `counted` has a step's operations and the
+bytes that its forward pass saves, for this depth and for the full depth (28 layers, 32 blocks), extrapolated from one
+layer and one block, and relative to plain.
 
 Prints a table, then one JSON object.
 """
@@ -95,7 +95,7 @@ class Work:
 
 
 def alone(function, *args):
-    """`function(*args)` in a process of its own: on Linux a child's peak memory starts at its parent's."""
+    """`function(*args)` in a separate process: on Linux a child's peak memory starts at its parent's."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -132,7 +132,7 @@ def mixed(folder: Path) -> Work:
 
 
 def wide(folder: Path) -> Work:
-    """8 records with images of noise, 4 steps; some 535 M parameters."""
+    """8 records with images of noise, 4 steps; about 535 M parameters."""
     paths = shapes.draw(folder, 8, 448)
     rows = [(path, "what is in the image?", ANSWERS[i % len(ANSWERS)]) for i, path in enumerate(paths)]
     data = write_records(folder / "train.json", rows)

@@ -1,16 +1,16 @@
-"""One training with another trainer, which train.py compares with ours: TRL's SFTTrainer, or transformers' own Trainer.
+"""One training with TRL's SFTTrainer or transformers' own Trainer, which train.py compares with ours.
 
     python benchmarks/train_peers.py --way plain --model FOLDER --data train.json --pixels 3136 --batch 16
     path/to/trl/bin/python benchmarks/train_peers.py --way trl --model FOLDER --data train.json --pixels 3136 --batch 16
 
-Imports nothing of this repository, so that it runs where TRL is installed. Both trainers get each record as rendered
-text in two pieces: the prompt, up to where the model starts to generate, and the answer with its end token. The pieces
-are tokenised separately and the second is labelled, which gives exactly our trainer's labels. (If TRL got messages, it
-would also label the line break that the template puts after the end token.) Both divide by the step's labelled tokens.
+This file imports nothing from this repository, so it runs in TRL's environment. Both trainers get each record as
+rendered text in two pieces: the prompt, and the answer with its end token. The pieces are tokenised separately and the
+second is labelled, which gives exactly our trainer's labels. (With messages, TRL would also label the line break that
+the template puts after the end token.) Both divide the loss by the step's labelled tokens.
 
-"trl" uses TRL's fused output layer: no logits are stored, and on a GPU only labelled positions are computed, as in
-ours; on a CPU, TRL 1.16 computes all positions, a tile at a time, and again for the gradient. TRL's default of gradient
-checkpointing is switched off. "plain" gets labels and computes all logits. Prints one JSON object as its last line.
+"trl" uses TRL's fused output layer, which stores no logits. On a GPU it computes only labelled positions, like ours;
+on a CPU, TRL 1.16 computes all positions, tile by tile, and again for the gradient. TRL's default gradient checkpointing is
+off. "plain" gets labels and computes all logits. The last line is a JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Where the parts of a dataset go: their split, image root, and the trainer's files."""
+"""For each part of a dataset: its split, its image root, and the trainer's files."""
 
 import os
 from dataclasses import replace
@@ -17,7 +17,7 @@ def split_of(dataset: str, part: str):
 
 
 def root_of(dataset: str, part: str, data: Path) -> Path:
-    """The image root of a part. A val part may have one of its own."""
+    """The image root of a part. The val part may have its own."""
     root = split_of(dataset, part).images
     if part == "val":
         root = DATASETS[dataset].preparation.val_images or root
@@ -25,7 +25,7 @@ def root_of(dataset: str, part: str, data: Path) -> Path:
 
 
 def samples_of(dataset: str, part: str, items: list, data: Path, where: str) -> list[Sample]:
-    """Single records in the released shape, checked as the stages check them."""
+    """Samples of single records in the released format, validated as the stages do."""
     split = replace(split_of(dataset, part), records=iter)
     return list(samples_from(dataset, split, items, root_of(dataset, part, data), where))
 

@@ -1,7 +1,7 @@
-"""Bring a download's images to the image roots: a whole folder by a link, else one by one.
+"""Place a download's images in the image roots: link a whole folder if possible, else place the images one by one.
 
-All is looked at before anything is written: that no archive is a bomb, that there is room, and that no link leads what is
-written out of the data folder. What is placed one by one is an image: it has been opened.
+Before anything is written, checks that no archive is a zip bomb, that the disk has space, and that no symbolic link
+leads out of the data folder. An image that is placed one by one is opened first.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from mpa.datasets.protocol import Sample
 from mpa.image_files import ImageError, open_file, open_image
 from mpa.records import InputError
 
-PART = ".prepare.part"  # the same each time: one left by a kill goes with the next
+PART = ".prepare.part"  # a fixed name: the next write replaces one left by a kill
 
 
 @dataclass
 class Root:
-    """An image root and what belongs there: {path below it: where it comes from, or its size in bytes}."""
+    """An image root and its images: {path below the root: the source file, or the size in bytes}."""
 
     path: Path
     wanted: dict[str, Member | int | None] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Root:
 
 
 def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path, origin: Callable) -> list[Root]:
-    """The roots of all samples' images; `origin(part, index of the sample, path below the root)` is asked once for each."""
+    """The roots of all samples' images. `origin(part, sample index, path below the root)` is called once per image."""
     roots = {}
     for part, samples in parts.items():
         path = root_of(dataset, part, data)
@@ -62,7 +62,7 @@ def roots_of(dataset: str, parts: dict[str, list[Sample]], data: Path, origin: C
 
 
 def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
-    """The roots of an official download. ChartQA's parts have images of the same names, so that the folder counts."""
+    """The roots of an official download. ChartQA's parts share image names, so the folder is part of the search."""
 
     def origin(part: str, index: int, name: str) -> Member | None:
         return source.find(DATASETS[dataset].preparation.image_in_download.format(part=part, name=name))
@@ -71,31 +71,31 @@ def of_download(source: Source, dataset: str, parts: dict[str, list[Sample]], da
 
 
 def of_copy(sizes: dict[str, list[int]], dataset: str, parts: dict[str, list[Sample]], data: Path) -> list[Root]:
-    """The roots of a Hugging Face copy, the images' `sizes` in the order of each part's samples."""
+    """The roots of a Hugging Face copy. `sizes` are the images' sizes, in the order of each part's samples."""
     return roots_of(dataset, parts, data, lambda part, index, name: sizes[part][index])
 
 
-# --- before anything is written
+# --- checks before writing
 
 
 def check_target(folder: Path, data: Path) -> None:
-    """Raise InputError where a link below `data` leads `folder` elsewhere: into a download, perhaps."""
+    """Raise InputError if a symbolic link below `data` leads `folder` elsewhere, e.g. into a download."""
     below = os.path.relpath(folder, data)
     if os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath(data), below)):
         raise InputError(
-            f"{folder}: leads to {os.path.realpath(folder)} through a link, and nothing is written through links. Remove the "
-            "link, or choose another --data folder."
+            f"{folder}: leads to {os.path.realpath(folder)} through a link, and nothing is written through links. "
+            "Remove the link, or choose another --data folder."
         )
 
 
 def check(roots: list[Root], data: Path) -> None:
-    """Raise InputError for what would be written through a link, for an archive that is a bomb, and for too little room."""
+    """Raise InputError if a file would be written through a link, an archive is a bomb, or disk space is short."""
     needed, by_archive = 0, Counter()
     for root in roots:
         to_write = [name for name in root.wanted if not root.is_there(name)]
-        if to_write:  # links further down are refused with the records, as leading out of the image root
+        if to_write:  # links further down were refused when the records were read
             of_download = any(isinstance(source, Member) for source in root.wanted.values())
-            check_target(root.path.parent if of_download else root.path, data)  # a link to a download is made anew
+            check_target(root.path.parent if of_download else root.path, data)  # a link to a download is replaced
         for name in to_write:
             source = root.wanted[name]
             if isinstance(source, Member) and source.archive:
@@ -111,8 +111,8 @@ def check(roots: list[Root], data: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise InputError(
-            f"{data}: the images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Make room, or choose "
-            "another --data folder."
+            f"{data}: the images take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. Free some space, "
+            "or choose another --data folder."
         )
 
 
@@ -120,7 +120,7 @@ def check(roots: list[Root], data: Path) -> None:
 
 
 def put(path: Path, fill: Callable[[Path], None]) -> str | None:
-    """Make `path` what `fill(temporary)` writes, if that is an image. None, or why it is not there now."""
+    """Write `path` with `fill(temporary)`, if the result is an image. Returns None, or the reason why it failed."""
     temporary = path.with_name(PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def put(path: Path, fill: Callable[[Path], None]) -> str | None:
 
 
 def linked(source: str) -> Callable[[Path], None]:
-    """The same file under another name; a copy where it lies on another disk."""
+    """A hard link to the file, or a copy if it is on another disk."""
 
     def fill(temporary: Path) -> None:
         try:
@@ -164,20 +164,18 @@ def unpacked(archive: zipfile.ZipFile, name: str) -> Callable[[Path], None]:
 
 
 def one_folder(members: dict[str, Member | None]) -> Path | None:
-    """The plain folder that holds all of these images, none of them behind a link; or None."""
+    """The folder that contains all of these images, none of them through a link; None if there is none."""
     folders = {m and not m.archive and m.name.removesuffix(f"/{name}") for name, m in members.items()}
     folder = folders.pop() if len(folders) == 1 else None
     if not folder:
         return None
     real = os.path.realpath(folder)
-    straight = all(
-        os.path.realpath(m.name) == os.path.join(real, os.path.normpath(name)) for name, m in members.items()
-    )
-    return Path(real) if straight else None
+    direct = all(os.path.realpath(m.name) == os.path.join(real, os.path.normpath(name)) for name, m in members.items())
+    return Path(real) if direct else None
 
 
 def place_download(roots: list[Root]) -> int:
-    """Bring the images to their roots; how many are not there in the end."""
+    """Place the images in their roots. Returns how many are still missing."""
     lost = 0
     for root in roots:
         broken = {}
@@ -185,7 +183,7 @@ def place_download(roots: list[Root]) -> int:
             is_folder = root.path.is_dir() and not root.path.is_symlink()
             if not is_folder and (folder := one_folder(root.wanted)):
                 root.path.parent.mkdir(parents=True, exist_ok=True)
-                root.path.unlink(missing_ok=True)  # a link to where they are no more
+                root.path.unlink(missing_ok=True)  # an outdated link
                 root.path.symlink_to(folder)
             else:
                 if root.path.is_symlink():
@@ -196,7 +194,7 @@ def place_download(roots: list[Root]) -> int:
 
 
 def _place_one_by_one(root: Root) -> dict[str, str]:
-    """{source: why it could not be taken}"""
+    """{source: reason why it could not be placed}"""
     broken = {}
     with contextlib.ExitStack() as stack:
         archives = {m.archive for m in root.wanted.values() if m and m.archive}
@@ -214,11 +212,11 @@ def _place_one_by_one(root: Root) -> dict[str, str]:
 
 
 def place_copy(roots: list[Root], images: Iterator[tuple[str, str, bytes]]) -> int:
-    """Write a copy's `images`, (where, path, content), to their roots; how many are not there in the end."""
+    """Write a copy's `images`, (where, path, content), to their roots. Returns how many are still missing."""
     broken, done = {root.path: {} for root in roots}, set()
-    of = {str(root.path / name): root for root in roots for name in root.wanted}
+    root_by_path = {str(root.path / name): root for root in roots for name in root.wanted}
     for where, path, content in tqdm(images, desc="images", unit="image", disable=None):
-        root = of[path]
+        root = root_by_path[path]
         if path in done or root.is_there(os.path.relpath(path, root.path)):
             continue
         done.add(path)
@@ -228,9 +226,9 @@ def place_copy(roots: list[Root], images: Iterator[tuple[str, str, bytes]]) -> i
 
 
 def report(root: Root, broken: dict[str, str]) -> int:
-    there = sum(os.path.exists(root.path / name) for name in root.wanted)
-    print(f"  {root.path}: {there:,} of {len(root.wanted):,} images")
+    present = sum(os.path.exists(root.path / name) for name in root.wanted)
+    print(f"  {root.path}: {present:,} of {len(root.wanted):,} images")
     for why, n in Counter(broken.values()).most_common(5):
         first = next(source for source, reason in broken.items() if reason == why)
-        print(f"    {n:,} not taken: {why}; the first is {first}", file=sys.stderr)
-    return len(root.wanted) - there
+        print(f"    {n:,} not placed: {why}; the first is {first}", file=sys.stderr)
+    return len(root.wanted) - present

@@ -1,15 +1,15 @@
-"""Bring a dataset's official download into the files that the stages read, and say what is missing or broken.
+"""Convert a dataset's official download into the files that the stages read, and report what is missing or broken.
 
     python data/prepare.py textVQA --source ~/Downloads/TextVQA       # stVQA, chartVQA, okVQA, easyVQA
     python data/prepare.py okVQA --source ~/hf/OK-VQA --source-format hf
     python data/prepare.py check textVQA                              # open every image once
     python data/prepare.py check images --image-root ~/Pictures
 
-Reads  the download as it is, zipped or not, anywhere below --source (data/README.md says what to download),
-       or a copy of a Hugging Face dataset: parquet files with the images inside.
-Writes the annotation files of the released MPA code under data/<Name>/. A folder that holds all images of a part
-       is linked; else they are unpacked, or linked one by one (copied from another disk). What is there already
-       stays; a file that would change is refused.
+Reads  the unchanged download, zipped or not, anywhere below --source (data/README.md says what to download),
+       or a copy of a Hugging Face dataset: parquet files with embedded images.
+Writes the annotation files of the released MPA code under data/<Name>/. A folder with all images of a part is
+       linked; else the images are unpacked, or linked one by one (copied if on another disk). Existing files are
+       kept; a file that would change is refused without --overwrite.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sources import Source
 
 from mpa import checking, cli, records
 from mpa.datasets import DATASETS
-from mpa.datasets.loading import DATA, labelled, load_samples, check_unique_ids
+from mpa.datasets.loading import DATA, check_unique_ids, labelled, load_samples
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.presets import PRESETS
@@ -36,33 +36,34 @@ PREPARATIONS = {name: dataset.preparation for name, dataset in DATASETS.items() 
 
 
 def check_files(files: dict[Path, object], overwrite: bool) -> set[Path]:
-    """Those that are there already; white space is no change. Raises InputError for one that would change."""
+    """The files that exist with the same content, ignoring white space. Raises InputError if a file would change."""
 
     def content_of(document):
         return document.get("data", document) if isinstance(document, dict) else document
 
-    there = {p for p, new in files.items() if p.exists() and content_of(records.read_json(p)) == content_of(new)}
-    changed = [path for path in files if path.exists() and path not in there]
+    unchanged = {p for p, new in files.items() if p.exists() and content_of(records.read_json(p)) == content_of(new)}
+    changed = [path for path in files if path.exists() and path not in unchanged]
     if changed and not overwrite:
         raise InputError(
-            f"{changed[0]}: is there already and differs (of {len(changed)} files). The released code's own files are "
-            "best kept; choose another --data folder, or --overwrite."
+            f"{changed[0]}: already exists and differs ({len(changed)} files differ). To keep it, e.g. the released "
+            "code's own file, choose another --data folder; else give --overwrite."
         )
-    return there
+    return unchanged
 
 
-# --- what a person types
+# --- commands
 
 
 def report(dataset: str, official: tuple[int, int] | None, files: dict[str, tuple[int, int]]) -> None:
-    """What was found beside what the paper, its README and its released files state: (questions, images)."""
+    """Compare (questions, images) found with the counts in the paper, its README and its released files."""
     expected = PREPARATIONS[dataset].expected
     found = {"official train": official, **files} if official and "official train" in expected else files
     print(f"\n  {'questions / images':<58}{'found':>16}{'released':>16}")
     for name, numbers in found.items():
-        there = expected.get(name)
-        same = there is None or all(n is None or n == m for n, m in zip(there, numbers, strict=True))
-        print(f"  {name:<58}{_pair(numbers):>16}{_pair(there) if there else '–':>16}{'' if same else '   differs'}")
+        released = expected.get(name)
+        same = released is None or all(n is None or n == m for n, m in zip(released, numbers, strict=True))
+        note = "" if same else "   differs"
+        print(f"  {name:<58}{_pair(numbers):>16}{_pair(released) if released else '–':>16}{note}")
 
 
 def _pair(numbers: tuple[int, int | None]) -> str:
@@ -74,11 +75,11 @@ def count(samples: list[Sample]) -> tuple[int, int]:
 
 
 def labelled_only(part: str, samples: list[Sample]) -> list[int]:
-    """Which have an answer; those without are counted."""
+    """The indices of the samples with an answer. The number of the others is printed."""
     kept = [i for i, sample in enumerate(samples) if labelled(sample.answers)]
     if len(kept) < len(samples):
         n = len(samples) - len(kept)
-        print(f"  {n:,} questions of the {part} part have no answers, and are passed over; {len(kept):,} have.")
+        print(f"  {n:,} questions of the {part} part have no answers and are skipped; {len(kept):,} have answers.")
     return kept
 
 
@@ -104,10 +105,10 @@ def prepare(args) -> None:
     parts, samples = ({part: items for part, items in of.items() if items} for of in (parts, samples))
     if not parts:
         unopened = f" Not opened: {', '.join(map(str, source.unopened))}." if source and source.unopened else ""
-        raise InputError(f"{args.source}: nothing of {dataset} in it. Expected {steps.download}.{unopened}")
+        raise InputError(f"{args.source}: no files of {dataset} found. Expected {steps.download}.{unopened}")
     for part in ("train", "test"):
         if part not in parts and "all" not in parts and steps.download:
-            print(f"  no {part} part in the source: its files are not written.")
+            print(f"  The source has no {part} part: its files are not written.")
 
     files, counts = steps.files(parts, args.seed), {}
     for name, content in files.items():
@@ -117,7 +118,7 @@ def prepare(args) -> None:
         if is_train_json(name):
             files[name] = as_train_json(of_file, args.preset)
     files = {data / steps.folder / name: content for name, content in files.items()}
-    there = check_files(files, args.overwrite)
+    unchanged = check_files(files, args.overwrite)
     roots = []
     if copy:
         roots = placing.of_copy(copy.sizes, dataset, samples, data)
@@ -127,9 +128,9 @@ def prepare(args) -> None:
     placing.check(roots, data)
 
     for path, content in files.items():
-        if path not in there:
+        if path not in unchanged:
             records.write_json(path, content)
-        print(f"  {path}: {'is there already' if path in there else 'written'}")
+        print(f"  {path}: {'exists' if path in unchanged else 'written'}")
     if copy:
         of_row = {
             row: sample.image_path
@@ -145,13 +146,13 @@ def prepare(args) -> None:
     report(dataset, count(official) if official else None, counts)
     if lost:
         closed = source.unopened if source else ()
-        unopened = f" Archives and other things that were not opened: {', '.join(map(str, closed))}." if closed else ""
-        sys.exit(f"\n{lost:,} images are not below {args.source}, or no images.{unopened} Add them and call again.")
+        unopened = f" Archives and other files that were not opened: {', '.join(map(str, closed))}." if closed else ""
+        sys.exit(f"\n{lost:,} images are missing below {args.source}, or broken.{unopened} Add them and run again.")
     print(f"\nNext: python data/prepare.py check {dataset}")
 
 
 def check(args) -> None:
-    """Print what is right and wrong with a dataset; exit with 1 where a run would lose samples."""
+    """Report on a dataset's images; exit with 1 if a run would lose samples."""
     dataset, lost, missing = args.dataset, 0, []
     if not DATASETS[dataset].labelled:
         groups = {"images": load_samples(dataset, "train", None, args.image_root, images=False)}
@@ -178,39 +179,44 @@ def check(args) -> None:
     for file in missing:
         print(f"{file}: no such file.")
     if lost or missing:
-        sys.exit(f"{lost} samples would be lost and {len(missing)} files are missing; mend what is listed above.")
-    print("All is well.")
+        sys.exit(f"{lost} samples would be lost and {len(missing)} files are missing; fix the problems listed above.")
+    print("All images are usable.")
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=(*PREPARATIONS, "check"), help="a dataset to prepare, or check")
-    p.add_argument("dataset", nargs="?", choices=DATASETS, help="what to check")
+    p.add_argument("dataset", nargs="?", choices=DATASETS, help="the dataset to check")
     p.add_argument("--data", type=Path, default=DATA, help="the data folder (default: $MPA_DATA, or data/)")
     p.add_argument("--source", type=Path, metavar="DIR", help="the download, or a zip archive of it")
-    p.add_argument("--source-format", choices=("official", "hf"), default="official", help="(default: official)")
-    p.add_argument("--seed", type=int, default=0, help="of the splits (default: 0)")
+    p.add_argument(
+        "--source-format",
+        choices=("official", "hf"),
+        default="official",
+        help="hf: a copy of a Hugging Face dataset (default: official)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="random seed of the splits (default: 0)")
     p.add_argument(
         "--preset",
         choices=PRESETS,
         default="paper",
-        help="prompt in the train JSON (default: paper; released: bare)",
+        help="prompt in the train JSON (default: paper; released: the question alone)",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace files that are there already and differ")
+    p.add_argument("--overwrite", action="store_true", help="replace existing files that differ")
     c = p.add_argument_group("check")
-    c.add_argument("--split", choices=("train", "test"), help="check this one only (default: both)")
-    c.add_argument("--annotations", metavar="FILE", help="of --split (default: the dataset's)")
-    c.add_argument("--image-root", metavar="DIR", help="folder of the images of --split (default: the dataset's)")
+    c.add_argument("--split", choices=("train", "test"), help="check only this split (default: both)")
+    c.add_argument("--annotations", metavar="FILE", help="annotation file of --split (default: the dataset's)")
+    c.add_argument("--image-root", metavar="DIR", help="image folder of --split (default: the dataset's)")
     c.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     c.add_argument("--limit", type=cli.number(1), metavar="N", help="only the first N samples of each file")
-    c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: a core each)")
-    c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="to count visual tokens with")
-    c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="to count visual tokens with")
+    c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: one per core)")
+    c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="used to count visual tokens")
+    c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="used to count visual tokens")
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):
-        p.error("check takes the name of a dataset, and nothing else does")
+        p.error("check needs the name of a dataset; the other commands take none")
     if (args.annotations or args.image_root) and not args.split and args.dataset and DATASETS[args.dataset].labelled:
-        p.error("--annotations and --image-root are of one --split")
+        p.error("--annotations and --image-root need --split")
     args.command, args.dataset, args.path_map = args.what, args.dataset or args.what, dict(args.path_map)
     return args
 

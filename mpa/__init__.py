@@ -1,1 +1,1 @@
-"""Label-free Model Parity Alignment (arXiv 2509.16633): what the four stages share."""
+"""Label-free Model Parity Alignment (arXiv 2509.16633): the code that the four stages share."""

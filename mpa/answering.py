@@ -1,4 +1,4 @@
-"""One model answers questions about images: what PI and evaluate share."""
+"""One model answers questions about images. PI and evaluate share this code."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ ONLY_REASONING = "only reasoning, no answer"
 
 @dataclass(frozen=True)
 class Question:
-    """A request, and the fields of its record before and after `predictions`."""
+    """A request, and the fields that its record has before and after `predictions`."""
 
     request: Request
     before: dict
@@ -25,7 +25,7 @@ class Question:
 
 
 def question_request(args, key: str, image_path: str, question: str) -> Request:
-    """A question as the preset puts it."""
+    """The request for a question, with the preset's prompt."""
     return Request(
         key=key,
         image_path=image_path,
@@ -36,7 +36,7 @@ def question_request(args, key: str, image_path: str, question: str) -> Request:
 
 
 def prediction(reply: dict, preset: str) -> str | None:
-    """What counts as the answer: the whole reply, or its first line after any reasoning; None for an error."""
+    """The answer in a reply: the whole reply, or its first line after any reasoning. None for an error."""
     text = reply.get("text")
     return text if text is None or PRESETS[preset].whole_reply else first_line(text)
 
@@ -54,33 +54,33 @@ class Answers(Stage):
         super().__init__(model, out, label, content, **choices)
 
     def record(self, question: Question, reply: dict) -> dict:
-        """The record of a reply. One that was cut off or filtered says so in `finish_reason`."""
+        """The record of a reply. `finish_reason` is set if the reply was truncated or filtered."""
         record = {**question.before, "predictions": prediction(reply, self.preset), **question.after}
         left_out, text = reply.get("error"), reply.get("text", "")
         if not PRESETS[self.preset].whole_reply and text.strip() and strip_reasoning(text) is None:
             left_out = ONLY_REASONING
         record |= {"left_out": left_out, "logprob": reply.get("logprob")}
-        cut = reply.get("finish_reason", "stop") != "stop"
-        return record | {"finish_reason": reply["finish_reason"]} if cut else record
+        truncated = reply.get("finish_reason", "stop") != "stop"
+        return record | {"finish_reason": reply["finish_reason"]} if truncated else record
 
     def summary(self, result: list[dict]) -> dict:
-        """More for the meta file."""
+        """Additional fields for the meta file."""
         return {}
 
     def records(self, ready: dict[str, dict] | None = None) -> list[dict]:
-        """The records, read when the result is finished, else made. `ready` has replies by key that need no request."""
+        """The records: read from a finished result, else produced. `ready`: replies by key that need no request."""
         if self.finished():
             return records.read_records(self.out, self.kind)
         ready = ready or {}
         requests = [q.request for q in self.questions]
-        replies, left = dict(ready), [request for request in requests if request.key not in ready]
-        if left:
+        replies, pending = dict(ready), [request for request in requests if request.key not in ready]
+        if pending:
             with self.running() as engine:
-                ask(engine, left, self.journal, self.label)
-            replies |= {request.key: self.journal[request.key] for request in left}
-        if len(left) < len(requests):
-            done = len(requests) - len(left)
-            print(f"{self.label}: {done} of its {len(requests)} answers were made along with the annotations.")
+                ask(engine, pending, self.journal, self.label)
+            replies |= {request.key: self.journal[request.key] for request in pending}
+        if len(pending) < len(requests):
+            done = len(requests) - len(pending)
+            print(f"{self.label}: PA already produced {done} of the {len(requests)} answers.")
         result = [self.record(q, replies[q.request.key]) for q in self.questions]
         failed = sum(passing(replies[request.key]) for request in requests)
         usable = sum("error" not in replies[request.key] for request in requests)
@@ -89,5 +89,5 @@ class Answers(Stage):
         self.write(result, failed, usable, **self.summary(result), counts=counts)
         if not usable:
             why = counted(counts["left_out"].elements())
-            raise records.InputError(f"{self.out}: no question could be asked; `left_out` in it says why: {why}.")
+            raise records.InputError(f"{self.out}: no question was answered; its field `left_out` says why: {why}.")
         return result

@@ -1,4 +1,4 @@
-"""Open every image of a dataset once, and say what is broken and what would be done with it."""
+"""Open every image of a dataset once, and report which are broken and what the stages would do with them."""
 
 import hashlib
 import io
@@ -13,43 +13,41 @@ from mpa.datasets.protocol import Sample
 from mpa.distributed import signals_held
 from mpa.image_files import ImageError, open_image, read_file
 
-EXAMPLES = 10  # broken images named
+EXAMPLES = 10  # broken images listed by name
 
 
 @dataclass
 class Found:
-    """What `check` saw of `samples` questions; sizes are (width, height) in pixels."""
+    """The result of `check` for `samples` questions. Sizes are (width, height) in pixels."""
 
     samples: int
     images: int
     sizes: list[tuple[int, int]] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)  # image -> why
+    broken: dict[str, str] = field(default_factory=dict)  # image -> reason
     lost: int = 0  # samples whose image is broken
-    equal: list[list[str]] = field(default_factory=list)  # groups of images with the same bytes
+    duplicates: list[list[str]] = field(default_factory=list)  # groups of images with the same bytes
 
     def lines(self) -> list[str]:
         lines = [f"  {self.samples:,} questions about {self.images:,} images"]
         if self.sizes:
-            wide, high = (sorted(edge) for edge in zip(*self.sizes, strict=True))
-            middle = len(wide) // 2
+            widths, heights = (sorted(edge) for edge in zip(*self.sizes, strict=True))
+            middle = len(widths) // 2
             lines.append(
-                f"  width {wide[0]} to {wide[-1]} (median {wide[middle]}), height {high[0]} to {high[-1]} "
-                f"(median {high[middle]}) pixels"
+                f"  width {widths[0]} to {widths[-1]} (median {widths[middle]}), height {heights[0]} to {heights[-1]} "
+                f"(median {heights[middle]}) pixels"
             )
             tokens = self.visual_tokens
             lines.append(
-                f"  visual tokens of Qwen2-VL {min(tokens)} to {max(tokens)} an image, {statistics.fmean(tokens):.0f} "
-                f"on average, {sum(tokens):,} in all"
+                f"  visual tokens of Qwen2-VL {min(tokens)} to {max(tokens)} per image, "
+                f"mean {statistics.fmean(tokens):.0f}, total {sum(tokens):,}"
             )
-        if self.equal:
-            spare = sum(map(len, self.equal)) - len(self.equal)
-            lines.append(
-                f"  {spare} images are copies of others, byte for byte, such as {' = '.join(self.equal[0][:3])}"
-            )
+        if self.duplicates:
+            copies = sum(map(len, self.duplicates)) - len(self.duplicates)
+            lines.append(f"  {copies} images are byte-identical copies, e.g. {' = '.join(self.duplicates[0][:3])}")
         if self.broken:
             lines.append(
-                f"  {len(self.broken)} images cannot be used. PA and PL would leave out their {self.lost} samples, "
+                f"  {len(self.broken)} images cannot be used. PA and PL would leave out their {self.lost} samples; "
                 "evaluate would count them as wrong:"
             )
             causes = Counter(self.broken.values())
@@ -60,8 +58,8 @@ class Found:
         return lines
 
 
-def look(path: str) -> tuple[tuple[int, int], str, str | None]:
-    """((width, height), digest of the bytes, None or why the image cannot be used)."""
+def inspect(path: str) -> tuple[tuple[int, int], str, str | None]:
+    """((width, height), digest of the bytes, None or the reason why the image cannot be used)."""
     try:
         content = read_file(path)
         size = open_image(io.BytesIO(content)).size
@@ -71,27 +69,27 @@ def look(path: str) -> tuple[tuple[int, int], str, str | None]:
 
 
 def check(samples: list[Sample], workers: int, min_pixels: int, max_pixels: int) -> Found:
-    """Look at every image once, in `workers` processes. The limits are of the area that it is resized to."""
+    """Open every image once, in `workers` processes. `min_pixels` and `max_pixels` limit the area after resizing."""
     paths = list(dict.fromkeys(sample.image_path for sample in samples))
     found, by_content = Found(len(samples), len(paths)), {}
     with ProcessPoolExecutor(workers) as pool:
         with signals_held():  # the workers start here
-            seen = pool.map(look, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
-        seen = list(tqdm(seen, total=len(paths), desc="opening images", unit="image", disable=None))
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # brings torch; after the fork
+            inspected = pool.map(inspect, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
+        inspected = list(tqdm(inspected, total=len(paths), desc="opening images", unit="image", disable=None))
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # imports torch; after the fork
 
-    for path, (size, digest, why) in zip(paths, seen, strict=True):
+    for path, (size, digest, why) in zip(paths, inspected, strict=True):
         if why is None:
             try:
-                high, wide = smart_resize(size[1], size[0], 28, min_pixels, max_pixels)
-            except ValueError as error:  # a shape that the processor refuses
+                height, width = smart_resize(size[1], size[0], 28, min_pixels, max_pixels)
+            except ValueError as error:  # e.g. an extreme aspect ratio
                 why = f"the processor refuses it ({error})"
         if why is not None:
             found.broken[path] = why
             continue
         found.sizes.append(size)
-        found.visual_tokens.append(high * wide // 28**2)
+        found.visual_tokens.append(height * width // 28**2)
         by_content.setdefault(digest, []).append(path)
-    found.equal = [group for group in by_content.values() if len(group) > 1]
+    found.duplicates = [group for group in by_content.values() if len(group) > 1]
     found.lost = sum(sample.image_path in found.broken for sample in samples)
     return found

@@ -1,6 +1,6 @@
-"""Several processes of one stage, as `accelerate launch` or `torchrun` starts them: a GPU and a part of the requests each.
+"""Distributed inference: `accelerate launch` or `torchrun` starts one process per GPU.
 
-All do the same, but for the requests they answer; only the first writes results. Alone, every function here is trivial.
+Each process answers a part of the requests. Only rank 0 writes results. With one process, `wait` and `end` do nothing.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ FIRST = RANK == 0
 def _state():
     from accelerate import PartialState
 
-    # On the CPU: these only wait for each other. For as long as the slowest may take.
+    # The processes only need a barrier, so the group is on the CPU. The slowest rank may take days.
     return PartialState(cpu=True, timeout=timedelta(days=30))
 
 
 def wait() -> None:
-    """Until every process has come here."""
+    """Block until every process has called this."""
     if WORLD > 1:
         _state().wait_for_everyone()
 
 
 def end() -> None:
-    """Leave the group in order, so that none waits in vain for another to go."""
+    """Destroy the process group. Otherwise a process may wait for one that has already exited."""
     if WORLD > 1:
         _state().destroy_process_group()
 
 
 def end_with_launcher() -> None:
-    """Get SIGTERM when the launcher ends, if there is one: `accelerate launch` of one process does not pass its own on."""
+    """Receive SIGTERM when the launcher ends: `accelerate launch` with one process does not forward its own SIGTERM."""
     if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

@@ -1,6 +1,6 @@
-"""The parity set in the form of other trainers: one function a form, from a sample (id, image, conversations) to a row.
+"""Export the parity set for other trainers: one function per format, from a sample (id, image, conversations) to a row.
 
-What they train on is the prompt that is evaluated: the image, then the text, with no line break between.
+The exported prompt is the evaluated one: the image, then the text, with no line break between them.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from mpa.records import InputError
 MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
 PART = r"train-00000-of-00001-[0-9a-f]{16}\.parquet"
-MADE_BY = "Model Parity Alignment (arXiv 2509.16633)"  # in the card of a folder that may be written anew
+MADE_BY = "Model Parity Alignment (arXiv 2509.16633)"  # a folder whose card says this may be overwritten
 
 
 def turns(sample: dict) -> list[tuple[str, str]]:
-    """("user" or "assistant", text) in turn, the first text with the one <image> mark and no line break after it.
+    """("user" or "assistant", text) per turn. Only the first text has an <image> mark, with no line break after it.
 
-    Raises ValueError for what is no such conversation about one image.
+    Raises ValueError if the sample is not such a conversation about one image.
     """
     conversation = sample["conversations"]
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise ValueError("'conversations' should be a list of turns")
     for turn in conversation:
         if turn.get("from") not in list(ROLES) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"a turn should be from 'human' or 'gpt' and its value text: {json.dumps(turn)[:80]}")
+            raise ValueError(f"a turn should be from 'human' or 'gpt', with text as value: {json.dumps(turn)[:80]}")
     found = [(ROLES[turn["from"]], re.sub(rf"{MARK}\r?\n", MARK, turn["value"])) for turn in conversation]
     if [role for role, _ in found] != ["user", "assistant"] * (len(found) // 2) or not found:
         raise ValueError("the turns of 'conversations' should be from 'human' and 'gpt' in turn")
@@ -56,7 +56,7 @@ def ms_swift(sample: dict) -> dict:
 
 
 def trl(sample: dict) -> dict:
-    """All turns but the last are the prompt. The image part stands where its mark stood."""
+    """All turns but the last are the prompt. The image part takes the position of the <image> mark."""
 
     def content(text: str) -> list[dict]:
         parts = [{"type": "text", "text": words} for words in text.split(MARK)]
@@ -71,7 +71,7 @@ def trl(sample: dict) -> dict:
 def question_and_answer(sample: dict) -> dict:
     found = turns(sample)
     if len(found) > 2:
-        raise ValueError(f"{len(found) // 2} questions in it; this form holds one (--to trl holds all)")
+        raise ValueError(f"has {len(found) // 2} questions; this format holds one (--to trl holds all)")
     (_, question), (_, answer) = found
     return {
         "id": _unicode(str(sample["id"])),
@@ -85,12 +85,12 @@ FORMS = {"llava": dict, "sharegpt": sharegpt, "ms-swift": ms_swift, "trl": trl, 
 
 
 def _unicode(text: str) -> str:
-    """What is no Unicode, such as a file name in another encoding, as an escape: Parquet holds nothing else."""
+    """Escape what is not valid Unicode, e.g. a file name in another encoding: Parquet stores only Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_unicode(sample: dict) -> bool:
-    """Is all text of the conversation? Half a surrogate pair is none, and no tokenizer takes it."""
+    """Is all text of the conversation valid Unicode? No tokenizer accepts half a surrogate pair."""
     return not any(re.search("[\ud800-\udfff]", text) for _, text in turns(sample))
 
 
@@ -98,28 +98,28 @@ def is_unicode(sample: dict) -> bool:
 
 
 def free_for_folder(folder: Path) -> None:
-    """Raise InputError where `folder` holds anything but an earlier export, or what a killed one has left."""
+    """Raise InputError if `folder` holds anything other than an earlier export, complete or killed."""
     if not folder.is_dir():
         return
     card, data = folder / "README.md", folder / "data"
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    others = there - {card.name, data.name}
+    existing = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    others = existing - {card.name, data.name}
     if card.is_file():
         ours = MADE_BY in card.read_text(encoding="utf-8", errors="replace")
     else:
         ours = all(re.fullmatch(PART, path.name) or path.name.startswith(".") for path in data.glob("*"))
     if others or not ours:
         raise InputError(
-            f"{folder}: is there already, and not as an export of a parity set ({', '.join(sorted(others or there))} in "
-            "it); choose another --out."
+            f"{folder}: exists and is not an export of a parity set (it holds {', '.join(sorted(others or existing))}). "
+            "Choose another --out."
         )
 
 
 def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callable[[str], str]) -> None:
-    """A dataset folder: data/train-….parquet with the images inside, and README.md, which `card(file)` makes.
+    """Write a dataset folder: data/train-….parquet with embedded images, and README.md with the text of `card(file)`.
 
-    The file's name holds a hash of its content. `datasets` keeps what it has loaded by the folder's name and the card's
-    `configs`, not by content: under a fixed name it would give another run's set from its cache.
+    The file name contains a hash of the content. `datasets` caches by the folder's name and the card's `configs`, not
+    by content: with a fixed file name it would return another run's set from its cache.
     """
     require("--to hf and trl", "export", "datasets", "pyarrow")
     import pyarrow.parquet
@@ -148,8 +148,8 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
     temporary = data / ".train.parquet.part"
     try:
         with pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer:
-            left = rows()
-            while group := list(islice(left, 32)):  # an image may be large
+            row_iterator = rows()
+            while group := list(islice(row_iterator, 32)):  # small groups, since images may be large
                 writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
         with open(temporary, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -158,13 +158,13 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
     finally:
         temporary.unlink(missing_ok=True)
     records.write_text(folder / "README.md", card(f"data/{part.name}"))
-    for old in data.glob("train-*.parquet"):  # of an earlier export; the card no longer names it
+    for old in data.glob("train-*.parquet"):  # from an earlier export; the card no longer names it
         if old != part:
             old.unlink()
 
 
 def size_category(n: int) -> str:
-    """The Hub's name for how many samples there are.
+    """The Hub's size category for `n` samples.
 
     >>> size_category(999), size_category(100_000)
     ('n<1K', '100K<n<1M')
@@ -176,10 +176,10 @@ def size_category(n: int) -> str:
     return f"{bounds[above - 1]}<n<{bounds[above]}"
 
 
-def data_card(train_json: Path, made: dict, n: int, file: str) -> str:
-    """What the dataset is and how it was made: `made` is the parity set's meta file."""
-    funnel = " → ".join(f"{count} {what}" for what, count in made.get("funnel", {}).items()) or "not known"
-    lvlm, svlm = (records.short_name(made.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
+def data_card(train_json: Path, meta: dict, n: int, file: str) -> str:
+    """The dataset card: what the dataset is and how it was made. `meta` is the parity set's meta file."""
+    funnel = " → ".join(f"{count} {what}" for what, count in meta.get("funnel", {}).items()) or "not known"
+    lvlm, svlm = (records.short_name(meta.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
     return f"""---
 task_categories:
 - visual-question-answering
@@ -195,17 +195,17 @@ configs:
 
 # Parity set {train_json.stem}
 
-{n} questions about images, written and answered by a large vision-language model (L-VLM), of which a small
-one (S-VLM) got each wrong: {MADE_BY}. No person has written or checked an answer.
+{n} questions about images. A large vision-language model (L-VLM) wrote and answered them; a small one (S-VLM)
+answered each of them wrongly: {MADE_BY}. No human wrote or checked an answer.
 
 - L-VLM: {lvlm}
 - S-VLM: {svlm}
 - Run: {train_json.resolve().parent.name}
 - Funnel: {funnel}
-- Settings: {json.dumps(made.get("settings", {}), ensure_ascii=False)}
+- Settings: {json.dumps(meta.get("settings", {}), ensure_ascii=False)}
 
-The images keep the terms of where they come from, and the L-VLM's licence may bind what is trained on its answers:
-set `license` before you publish this.
+The images keep the licence of their source, and the L-VLM's licence may restrict models trained on its answers.
+Set `license` before you publish this dataset.
 """
 
 
@@ -213,20 +213,18 @@ set `license` before you publish this.
 
 
 def registry_with(data: Path) -> dict:
-    """What dataset_info.json beside `data` holds, and the entry for `data`.
+    """The content of dataset_info.json in the folder of `data`, with an entry for `data` added.
 
-    Raises InputError where the file is broken or has an entry of that name for something else.
+    Raises InputError if the file is broken or has a different entry with that name.
     """
     path = data.with_name("dataset_info.json")
     info = records.read_json(path) if path.exists() else {}
     if not isinstance(info, dict):
         raise InputError(
-            f"{path}: should be an object of datasets by name, as LLaMA-Factory reads it; mend or move it."
+            f"{path}: should map dataset names to entries, as LLaMA-Factory reads it; fix it or move it away."
         )
     columns = {"messages": "conversations", "images": "images"}
     entry = {"file_name": data.name, "formatting": "sharegpt", "columns": columns}
     if info.get(data.stem, entry) != entry:
-        raise InputError(
-            f"{path}: has another dataset of the name {data.stem!r} already; name another file with --out."
-        )
+        raise InputError(f"{path}: already has another dataset named {data.stem!r}; choose another file with --out.")
     return info | {data.stem: entry}

@@ -1,7 +1,7 @@
-"""Result files as other tools write and read them: lmms-eval's results.json and samples_<task>.jsonl.
+"""Write and read lmms-eval's result files: results.json and samples_<task>.jsonl.
 
-Shapes as of lmms-eval 0.7.3 (evaluation_tracker.py, evaluator.py). Its current sample lines have no `doc`, but the prompt as
-`input`; ours have both, so that they can be scored anywhere. Its files' names begin with the date.
+The format is that of lmms-eval 0.7.3 (evaluation_tracker.py, evaluator.py). Its sample lines have the prompt as `input`
+but no `doc`; ours have both, so that they can be scored without the dataset. Its file names begin with the date.
 """
 
 import ast
@@ -22,7 +22,7 @@ from mpa.records import InputError
 
 
 def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str, model_path: str) -> Path:
-    """Write samples_<task>.jsonl and results.json to `folder`; other tasks in a results.json there stay."""
+    """Write samples_<task>.jsonl and results.json to `folder`. Other tasks in an existing results.json are kept."""
     names = scoring.metric_names(dataset, preset)
     task, headline = DATASETS[dataset].lmms_eval or (dataset.lower(), names[0])
     rows = {name: scoring.values(result, name) for name in names}
@@ -66,7 +66,7 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
     document = records.read_json(path) if path.exists() else {}
     if not isinstance(document, dict) or not all(isinstance(document.get(key, {}), dict) for key in of_task):
         raise InputError(
-            f"{path}: not a results.json of lmms-eval; move it away and call again, nothing is asked anew."
+            f"{path}: not a results.json of lmms-eval. Move it away and run again; finished answers are kept."
         )
     for key, value in of_task.items():
         document[key] = document.get(key, {}) | {task: value}
@@ -76,7 +76,7 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
 
 
 def dataset_of(file_name: str) -> str | None:
-    """The dataset that a samples file is of, by lmms-eval's name for the task; None where it tells of none.
+    """The dataset of a samples file, from lmms-eval's task name in the file name; None if the task is unknown.
 
     >>> dataset_of("20250101_120000_samples_chartqa.jsonl"), dataset_of("samples_textvqa_val_lite.jsonl")
     ('chartVQA', 'textVQA')
@@ -93,9 +93,9 @@ def is_lmms_eval(lines) -> bool:
 def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) -> list[dict]:
     """The lines of a samples_<task>.jsonl as Eval records.
 
-    Answers come from the line's own `doc`, or else from `samples`, the dataset's test part: by the question's id
-    where the line has one, else by `doc_id`, the position. Either way the line's prompt and target, where it has them, must
-    be that question's. Raises InputError for a line of another shape, another question, or one that occurs twice.
+    Answers come from the line's `doc`, else from `samples`, the dataset's test split: by question id if the line has
+    one, else by `doc_id`, the position. If the line has a prompt or a target, it must be that question's. Raises
+    InputError for a malformed line, a line of another question, or a duplicate.
     """
     by_id = {s.key: s for s in samples or ()}
     result, seen, unchecked = [], {}, 0
@@ -120,17 +120,16 @@ def read_lmms_eval(path: Path, lines: list[dict], samples: list[Sample] | None) 
         result.append({"question_id": question_id} | record | {"GT_answer": most_common(record["answers"])})
     if unchecked:
         print(
-            f"warning: {path}: {unchecked} lines have no prompt and no answer to check their question's id by; taken as "
-            "they say.",
+            f"warning: {path}: {unchecked} lines have no prompt and no target, so their question ids cannot be checked.",
             file=sys.stderr,
         )
     return result
 
 
 def _shaped(line) -> tuple[dict, int | str | None]:
-    """An Eval record of the line, its `answers` None where it has none, and its question's id, if it has one.
+    """(an Eval record of the line, the question id). `answers` and the id are None if the line has none.
 
-    Raises TypeError for what is not of lmms-eval's shape.
+    Raises TypeError if the line is not in lmms-eval's format.
     """
 
     def field(place: dict, name: str, kinds, expected: str):
@@ -140,9 +139,9 @@ def _shaped(line) -> tuple[dict, int | str | None]:
         return value
 
     if not isinstance(line, dict) or "filtered_resps" not in line:
-        raise TypeError("no sample of lmms-eval: no 'filtered_resps'")
+        raise TypeError("not a sample of lmms-eval: no 'filtered_resps'")
     if field(line, "doc_id", int, "a number") is None:
-        raise TypeError("no sample of lmms-eval: no 'doc_id'")
+        raise TypeError("not a sample of lmms-eval: no 'doc_id'")
     doc, submission = (field(line, name, dict, "an object") or {} for name in ("doc", "submission"))
 
     reply = line["filtered_resps"]
@@ -160,7 +159,7 @@ def _shaped(line) -> tuple[dict, int | str | None]:
         if not is_texts(answers):
             raise TypeError(f"{name!r} should be a list of text: {json.dumps(found)[:80]}")
         if not labelled(answers):
-            raise TypeError(f"{name!r} holds no answer to score against (a test part without labels?)")
+            raise TypeError(f"{name!r} holds no answer to score against (a test split without labels?)")
     more = {}
     if kind := field(doc, "type", str, "text"):
         more["type"] = kind.removesuffix("_test")  # lmms-lab/ChartQA's human_test
@@ -170,7 +169,7 @@ def _shaped(line) -> tuple[dict, int | str | None]:
         more["raw_answers"] = raw
 
     ids = [field(place, "question_id", (int, str), "a number or text") for place in (doc, submission)]
-    image = submission.get("image")  # of OK-VQA: <question_id>.jpg
+    image = submission.get("image")  # OK-VQA: <question_id>.jpg
     if isinstance(image, str) and image.endswith(".jpg"):
         ids.append(image.removesuffix(".jpg"))
     record = {
@@ -184,9 +183,10 @@ def _shaped(line) -> tuple[dict, int | str | None]:
 
 
 def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str, Sample]) -> tuple[Sample, bool]:
-    """The question that a line without answers answers, and whether its prompt or target says so, too.
+    """(the sample of a line that has no answers, whether the line's prompt or target confirms it).
 
-    Raises ValueError where there is none, or prompt or target are those of another; a position alone is not enough.
+    Raises ValueError if there is no such sample, if prompt or target belong to another one, or if only the position is
+    known.
     """
     where = f"question {question_id!r}" if question_id is not None else f"'doc_id' {line['doc_id']} (a position)"
     if question_id is not None:
@@ -194,31 +194,29 @@ def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str
     else:
         sample = samples[line["doc_id"]] if 0 <= line["doc_id"] < len(samples) else None
     if sample is None:
-        raise ValueError(f"no answers in it, and no {where} in the dataset (another dataset or part?)")
+        raise ValueError(f"no answers in it, and no {where} in the dataset (another dataset or split?)")
 
     prompt, target, checked = line.get("input"), line.get("target"), False
     remedy = (
-        "Name the test file of the same part in the same order with --annotations "
-        "(data/prepare.py makes it of lmms-eval's own copy with --source-format hf)"
+        "Name the test file of the same split, in the same order, with --annotations "
+        "(data/prepare.py --source-format hf makes it from lmms-eval's copy of the dataset)"
     )
     if isinstance(prompt, str) and prompt.strip():
         checked = True
         if _folded(sample.question) not in _folded(prompt):
             raise ValueError(
-                f"no answers in it, and {where} is {sample.question!r} in the dataset, and not what the prompt asks. {remedy}"
+                f"no answers in it, and {where} is {sample.question!r} in the dataset, but the prompt differs. {remedy}"
             )
-    # Where a task names a column that its dataset lacks, the target is that column's name.
+    # If a task names a column that its dataset lacks, the target is the column's name.
     if isinstance(target, str) and _folded(target) not in ("", "answer", "answers", "none"):
         checked = True
         targets = {_folded(t) for t in _listed(target)}
         if targets.isdisjoint(map(_folded, sample.answers + sample.more.get("raw_answers", []))):
             raise ValueError(
-                f"no answers in it, and {where} has other answers in the dataset than {target!r}. {remedy}"
+                f"no answers in it, and the answers of {where} in the dataset are not {target!r}. {remedy}"
             )
     if not checked and question_id is None:
-        raise ValueError(
-            f"no answers in it, {where} and neither a prompt nor an answer that says which question it is. {remedy}"
-        )
+        raise ValueError(f"no answers in it, only {where}, and no prompt or target to identify the question. {remedy}")
     return sample, checked
 
 
@@ -227,7 +225,7 @@ def _folded(text: str) -> str:
 
 
 def _listed(target: str) -> list[str]:
-    """lmms-eval writes a list of answers as Python would print it."""
+    """The answers in a target: lmms-eval writes a list as its Python repr."""
     if target.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             found = ast.literal_eval(target)

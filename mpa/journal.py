@@ -1,7 +1,7 @@
 """Crash-safe progress of a stage: one line per finished reply, appended and flushed.
 
-A stage that was killed, however hard, reads its journal and goes on where it stopped. The first line
-holds the settings that decide the outcome; a journal of other settings is refused.
+A stage that was killed reads its journal and continues where it stopped. The first line holds the settings that
+determine the result; a journal with other settings is refused.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from mpa.records import InputError, meta_path, read_json
 
 
 def differences(old: dict, new: dict) -> str:
-    """The settings that differ, as people read them: "limit was 10, is now 20"."""
+    """The settings that differ, as readable text: "limit was 10, is now 20"."""
     if not isinstance(old, dict):
         return "they cannot be read"
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -28,45 +28,45 @@ def differences(old: dict, new: dict) -> str:
 
 
 def finished(result: Path, settings: dict, restart: bool) -> bool:
-    """Is `result` there already, whole and made with these settings? Raises InputError if made with others.
+    """Does a complete `result` with these settings exist? Raises InputError if it has other settings.
 
-    One with replies that failed for what may pass, or with nothing in it, is not whole: its journal goes on.
+    A result is incomplete if it is empty or some of its replies failed with a temporary error. Its journal is kept.
     """
     if restart or not result.exists():
         return False
     meta = read_json(meta_path(result)) if meta_path(result).exists() else {}
     if not isinstance(meta, dict):
-        raise InputError(f"{meta_path(result)}: no meta file of a result. Make the result anew with --restart.")
+        raise InputError(f"{meta_path(result)}: not the meta file of a result. Start again with --restart.")
     old = meta.get("settings", {})
     if old != settings:
         raise InputError(
             f"{result}: was made with other settings: {differences(old, settings)}. "
-            "Keep it by choosing another --run or --out, or make it anew with --restart."
+            "Choose another --run or --out to keep it, or --restart to replace it."
         )
     return not meta.get("unfinished")
 
 
 def passing(reply: dict) -> bool:
-    """Whether this is an error that may pass: a new call asks again."""
+    """Is this reply a temporary error? The next call asks again."""
     return "error" in reply and not reply.get("permanent", False)
 
 
 def follow_up_key(key: str) -> str:
-    """Under which the journal keeps a follow-up that was asked in a later call than the reply that it follows."""
+    """The journal's key for a follow-up that was asked in a later call than its first reply."""
     return f"{key}#follow_up"
 
 
 def _text(key: str) -> bytes:
-    """A key as SQLite takes it: a file name in it may be no Unicode."""
+    """A key as bytes for SQLite: it may contain a file name that is not valid Unicode."""
     return key.encode("utf-8", "surrogatepass")
 
 
 class Journal:
-    """Replies by key, kept on disk beside the result they belong to: `journal[key]`, `key in journal`.
+    """Replies by key, stored on disk next to their result: `journal[key]`, `key in journal`.
 
-    In memory there is only SQLite's cache of where each reply lies. Of several processes (`mpa.distributed`) each
-    writes a file of its own and reads all. An error that may pass counts in this call alone: the next one asks again.
-    Raises InputError when a journal was begun with other settings, is damaged, or another process is writing it.
+    Replies stay on disk; an SQLite index has their positions. In a distributed run (`mpa.distributed`) each process
+    writes its own file and reads all files. Temporary errors are kept during this call only: the next call asks again.
+    Raises InputError if a journal has other settings, is damaged, or is being written by another process.
     """
 
     def __init__(self, result: Path, settings: dict, restart: bool = False):
@@ -74,15 +74,15 @@ class Journal:
         self.path = self.result.with_suffix(
             f".journal-{distributed.RANK}.jsonl" if distributed.RANK else ".journal.jsonl"
         )
-        self._places = sqlite3.connect("")  # a database of this process alone, on disk where it is large
-        self._places.execute("CREATE TABLE places (key BLOB PRIMARY KEY, file INTEGER, start INTEGER) WITHOUT ROWID")
-        self._files: list[BinaryIO] = []  # to read from
+        self._index = sqlite3.connect("")  # a private temporary database; SQLite moves it to disk if it grows large
+        self._index.execute("CREATE TABLE places (key BLOB PRIMARY KEY, file INTEGER, start INTEGER) WITHOUT ROWID")
+        self._files: list[BinaryIO] = []  # open for reading
         if restart and not distributed.FIRST:
-            distributed.wait()  # until the first has cleared the place
+            distributed.wait()  # until rank 0 has removed the old files
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
         except BlockingIOError:
             self._file.close()
             raise InputError(f"{self.path}: another process is writing it; wait for it or stop it.") from None
@@ -92,24 +92,24 @@ class Journal:
                 "process writes to this run.",
                 file=sys.stderr,
             )
-        if restart:  # from here on there is nothing to fall back on, so that a kill cannot bring the old result back
+        if restart:  # remove the old result now, so that it cannot reappear after a kill
             for old in (self.result, meta_path(result), *self._others()) if distributed.FIRST else ():
                 old.unlink(missing_ok=True)
             self._file.truncate(0)
             if distributed.FIRST:
                 distributed.wait()
-        whole = self._read(self.path, earlier=True)
-        self._file.truncate(whole)  # a torn line; its reply will be made again
-        if not whole:
+        complete = self._read(self.path, earlier=True)
+        self._file.truncate(complete)  # remove a partial last line; its reply will be generated again
+        if not complete:
             self._write([{"settings": settings}])
         self.read_others(earlier=True)
 
     def _others(self) -> list[Path]:
-        """The files of the other processes, or those of a run that had more."""
+        """The files of the other processes, including those of an earlier call with more processes."""
         return sorted(set(self.path.parent.glob(f"{glob.escape(self.result.stem)}.journal*.jsonl")) - {self.path})
 
     def read_others(self, earlier: bool = False) -> None:
-        """Take in what the other processes have finished by now; of an `earlier` call not what failed and may pass."""
+        """Read the other processes' files again. `earlier`: ignore temporary errors, which an earlier call wrote."""
         for file in self._files[1:]:
             file.close()
         del self._files[1:]
@@ -117,64 +117,64 @@ class Journal:
             self._read(path, earlier)
 
     def _read(self, path: Path, earlier: bool) -> int:
-        """Keep where the replies in a file are; the bytes up to the end of its last whole line."""
+        """Index the replies in a file. Returns the length in bytes of its complete lines."""
         self._files.append(open(path, "rb"))  # noqa: SIM115
-        whole, number, places, failed = 0, len(self._files) - 1, [], []
+        end, number, places, failed = 0, len(self._files) - 1, [], []
         for index, line in enumerate(self._files[-1]):
             if not line.endswith(b"\n"):
-                break  # torn by a kill
+                break  # cut off by a kill
             try:
                 entry = json.loads(line)
-                settings = entry["settings"] if whole == 0 else None
-                if whole and not (isinstance(entry["key"], str) and isinstance(entry.get("text", ""), str)):
+                settings = entry["settings"] if end == 0 else None
+                if end and not (isinstance(entry["key"], str) and isinstance(entry.get("text", ""), str)):
                     raise TypeError
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.close()
                 raise InputError(
-                    f"{path}, line {index + 1}: no line of a journal: {line[:60]!r}. Take this line out to keep the replies in "
-                    "the others, or begin anew with --restart."
+                    f"{path}, line {index + 1}: not a line of a journal: {line[:60]!r}. Delete this line to keep the "
+                    "other replies, or start again with --restart."
                 ) from None
-            if whole == 0 and settings != self.settings:
+            if end == 0 and settings != self.settings:
                 self.close()
                 raise InputError(
                     f"{path}: an unfinished run with other settings: {differences(settings, self.settings)}. "
-                    "Go on with those, or begin anew with --restart."
+                    "Use the same settings, or start again with --restart."
                 )
-            if whole:
-                (failed if passing(entry) else places).append((entry["key"], whole))
-            whole += len(line)
-        self._keep(places, number)
+            if end:
+                (failed if passing(entry) else places).append((entry["key"], end))
+            end += len(line)
+        self._add_to_index(places, number)
         if not earlier:
-            self._keep(failed, number)
-        return whole
+            self._add_to_index(failed, number)
+        return end
 
-    def _keep(self, places: Iterable[tuple[str, int]], file: int = 0) -> None:
+    def _add_to_index(self, places: Iterable[tuple[str, int]], file: int = 0) -> None:
         rows = ((_text(key), file, at) for key, at in places)
-        self._places.executemany("INSERT OR IGNORE INTO places VALUES (?, ?, ?)", rows)
+        self._index.executemany("INSERT OR IGNORE INTO places VALUES (?, ?, ?)", rows)
 
     def _place(self, key: str) -> tuple[int, int] | None:
-        return self._places.execute("SELECT file, start FROM places WHERE key = ?", (_text(key),)).fetchone()
+        return self._index.execute("SELECT file, start FROM places WHERE key = ?", (_text(key),)).fetchone()
 
     def _write(self, entries: list[dict]) -> list[int]:
-        """Append a line for each entry, all or none; where each begins."""
+        """Append one line per entry, all or none. Returns the offset of each line."""
         lines = [(json.dumps(entry) + "\n").encode() for entry in entries]
         start = os.fstat(self._file.fileno()).st_size
-        left = b"".join(lines)
+        unwritten = b"".join(lines)
         try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:  # a full disk: leave no half line behind
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError:  # e.g. a full disk: leave no partial line
             self._file.truncate(start)
             raise
         return [start + at for at in accumulate(map(len, lines[:-1]), initial=0)] if lines else []
 
     def append(self, replies: list[dict]) -> None:
-        """Keep finished replies: dicts with a "key". A key that is there already stays as it was."""
+        """Store finished replies: dicts with a "key". The first reply of a key is kept."""
         new = {}
         for reply in replies:
             if reply["key"] not in self:
                 new.setdefault(reply["key"], reply)
-        self._keep(zip(new, self._write(list(new.values())), strict=True))
+        self._add_to_index(zip(new, self._write(list(new.values())), strict=True))
 
     def __contains__(self, key: str) -> bool:
         return self._place(key) is not None
@@ -194,11 +194,11 @@ class Journal:
         return json.loads(self._files[file].readline())
 
     def __len__(self) -> int:
-        return self._places.execute("SELECT count(*) FROM places").fetchone()[0]
+        return self._index.execute("SELECT count(*) FROM places").fetchone()[0]
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the files; `remove` them once the result is written."""
+        """Close the files; with `remove`, delete them, since the result has been written."""
         for path in (self.path, *self._others()) if remove else ():
             path.unlink(missing_ok=True)
-        for held in (self._file, *self._files, self._places):
-            held.close()
+        for resource in (self._file, *self._files, self._index):
+            resource.close()

@@ -1,4 +1,4 @@
-"""Do two answers agree: `Match(name, preset)(prediction, answer) -> bool`, the question that PI asks twice."""
+"""Matchers: do two answers agree? `Match(name, preset)(prediction, answer) -> bool`. PI applies one to each model."""
 
 import re
 
@@ -13,15 +13,15 @@ def _form(preset: str):
 
 
 def exact(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
-    """Equal after normalising (paper, section 3.2). An empty answer matches nothing."""
+    """Equal after normalisation (paper, section 3.2). An empty answer matches nothing."""
     form = _form(preset)
     return bool(form(answer)) and form(prediction) == form(answer)
 
 
 def contains(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
-    """The answer lies in the prediction, after normalising: "1" is found in "2013".
+    """The answer is a substring of the prediction, after normalisation: "1" is found in "2013".
 
-    `released`, the released code to the letter, finds an empty answer in everything.
+    Under `released`, as in the released code, an empty answer is found in everything.
     """
     form = _form(preset)
     return (PRESETS[preset].literal or bool(form(answer))) and form(answer) in form(prediction)
@@ -43,15 +43,15 @@ MATCHERS = {
     "anls": _scored(metrics.anls, 0.5),
     "relaxed": _scored(metrics.relaxed, 1.0),
     "tolerant": _scored(metrics.tolerant, 1.0),
-    # As if ten people had given the answer; the EvalAI form, since `vqa` leaves the unanimous as they are.
+    # As if ten annotators had given the answer. The EvalAI form: `vqa` does not normalise unanimous answers.
     "vqa": _scored(metrics.textvqa, 1.0, copies=10, form=metrics.evalai),
 }
 
-# --- what a model says around its answer -----------------------------------------------------------
+# --- text around an answer -------------------------------------------------------------------------
 
 _OPENING = re.compile(r"(?:sure|certainly|of course|okay|ok|well|so|thus|therefore|hence)\b[!,.:]+ *", re.IGNORECASE)
 _YES_NO = re.compile(r"(yes|no)(?:,|;| -| –|—|\.(?= [^\W\d_]{2}))", re.IGNORECASE)
-# Frames that hold nothing of their own: the answer is, it's, that would be, there are …
+# Phrases without content of their own: the answer is, it's, that would be, there are …
 _IS = "(?:is|are|was|were|would be|must be|says?|reads?|ist|es|est|è|é|это|是|は|:|=)"
 _FRAME = re.compile(
     rf"(?:(?:i (?:think|believe|see|would say|guess)|based on the image|in the image|according to the chart)(?: that)?,? *)?"
@@ -60,7 +60,7 @@ _FRAME = re.compile(
     rf" *[:：]? *(?:(?:a|an|the) +(?=\w))?",
     re.IGNORECASE,
 )
-# A sentence's last "is": what follows is what it says. Not where it denies, asks or doubts.
+# Up to the last "is" of a sentence: the rest is its answer. `_DOUBTS` excludes negations, questions and doubts.
 _STATES = re.compile(
     r".*[^\W\d_] (?:is|are|was|were|reads|says|equals)(?: +(?:called|named|titled))? +(?:(?:a|an|the) +)?(?=\S)",
     re.IGNORECASE,
@@ -70,16 +70,16 @@ _DOUBTS = re.compile(
     r"|may|might|could|because|what|which|who|why)\b|n['’]t\b|\?",
     re.IGNORECASE,
 )
-_LONGEST = 400  # characters; a short answer in its wrapping has fewer
+_MAX_CHARS = 400  # a short answer is shorter, even with text around it
 
 
 def unwrap(text: str | None) -> str | None:
-    r"""A short answer without what models put around it: labels, Markdown, \boxed{}, tags, "The answer is …", "It's …".
+    r"""A short answer without labels, Markdown, \boxed{}, tags, "The answer is …" or "It's …" around it.
 
     >>> unwrap("**Answer:** red"), unwrap(r"The answer is \boxed{red}."), unwrap("It's a cat.")
     ('red', 'red', 'cat')
     """
-    if text is None or len(text) > _LONGEST:
+    if text is None or len(text) > _MAX_CHARS:
         return text
     text = found = (strip_reasoning(text) or "").strip() or text
     for _ in range(6):
@@ -95,8 +95,8 @@ def unwrap(text: str | None) -> str | None:
 
 
 def stated(text: str | None) -> str | None:
-    """What a sentence comes down to: "The car is red." -> "red", "No, it is blue." -> "No"; None for another text."""
-    if text is None or len(text) > _LONGEST:
+    """The answer that a sentence states: "The car is red." -> "red", "No, it is blue." -> "No"; None for other text."""
+    if text is None or len(text) > _MAX_CHARS:
         return None
     text = bare(text)
     if answer := _YES_NO.match(text):
@@ -106,7 +106,7 @@ def stated(text: str | None) -> str | None:
 
 
 class Match:
-    """A matcher as PI uses it. Under `paper` it sees through what is wrapped around an answer; `released` does not."""
+    """A matcher as PI uses it. Under `paper` it also compares the unwrapped answers; under `released` it does not."""
 
     def __init__(self, name: str = "exact", preset: str = "paper"):
         self.matcher, self.preset = MATCHERS[name], preset
@@ -115,12 +115,12 @@ class Match:
         return self.matcher(prediction, answer, self.preset) or self.only_unwrapped(prediction, answer)
 
     def only_unwrapped(self, prediction: str | None, answer: str | None) -> bool:
-        """Do they agree, but not as they were written? PI reports how often."""
+        """Do the answers agree only after unwrapping? PI reports how often."""
         if PRESETS[self.preset].literal or prediction is None or answer is None:
             return False
         if self.matcher(prediction, answer, self.preset):
             return False
         ours, theirs = unwrap(prediction), unwrap(answer)
-        # What a sentence states is compared with an answer alone: two sentences may be about two things.
+        # Never compare two sentences: they may be about different things.
         pairs = ((ours, theirs), (stated(prediction), theirs), (ours, stated(answer)))
         return any(a is not None and b is not None and self.matcher(a, b, self.preset) for a, b in pairs)

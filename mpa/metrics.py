@@ -1,6 +1,6 @@
-"""How good is a prediction: `METRICS[name](prediction, answers) -> float` between 0 and 1.
+"""Metrics: `METRICS[name](prediction, answers) -> float` between 0 and 1.
 
-Pure functions. Each names its source and where it departs from it; golden cases are in the tests.
+All are pure functions. Each docstring names the source and any difference from it. The tests have golden cases.
 """
 
 import re
@@ -19,7 +19,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _ARTICLES = {"a", "an", "the"}
-# The official table maps each of these words, written with one apostrophe missing, to the word.
+# The official table maps each of these words with one apostrophe missing to the correct word.
 _CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
@@ -31,12 +31,12 @@ where'd where's where've who'd who'd've who'll who's who've why'll why're why's 
 wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 _CONTRACTIONS = {w[: m.start()] + w[m.end() :]: w for w in _CONTRACTED for m in re.finditer("'", w)}
-_CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the wrong way round
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # reversed in the official table
 
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
-# Written in the official code with a misspelt look-behind, so that only the look-ahead counts.
+# The official pattern has a misspelt look-behind, so only its look-ahead has an effect.
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # re.UNICODE stands where the official code's `sub` takes its count
+_MAX_PERIODS = 32  # the official code passes re.UNICODE, which is 32, as the `count` of `sub`
 
 
 @lru_cache(2**16)
@@ -46,7 +46,7 @@ def _strip_punctuation(text: str) -> str:
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         stripped = stripped.replace(mark, "" if beside_space or glue else " ")
-    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+    return _PERIOD.sub("", stripped, count=_MAX_PERIODS)
 
 
 @lru_cache(2**16)
@@ -60,16 +60,16 @@ def _on_one_line(text: str) -> str:
 
 
 def _soft_accuracy(prediction: str, answers: list[str]) -> float:
-    """Mean over the answers, each left out in turn, of min(1, how many others agree / 3)."""
+    """Mean over all leave-one-out subsets of the answers of min(1, number of matching answers / 3)."""
     agree = sum(answer == prediction for answer in answers)
-    left = [min(1.0, (agree - (answer == prediction)) / 3) for answer in answers]
-    return sum(left) / len(left) if left else 0.0
+    scores = [min(1.0, (agree - (answer == prediction)) / 3) for answer in answers]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def vqa(prediction: str, answers: list[str]) -> float:
-    """VQA challenge accuracy, as the challenge's own code computes it (GT-Vision-Lab/VQA, vqaEval.py).
+    """VQA challenge accuracy, as in the official code (GT-Vision-Lab/VQA, vqaEval.py).
 
-    Normalises only where the human answers differ: a unanimous "yes" is not matched by "Yes.".
+    Normalises only if the human answers differ: "Yes." does not match a unanimous "yes".
     """
     prediction, answers = _on_one_line(prediction), [_on_one_line(a) for a in answers]
     if len(set(answers)) > 1:
@@ -80,13 +80,13 @@ def vqa(prediction: str, answers: list[str]) -> float:
 
 @lru_cache(2**16)
 def evalai(text: str) -> str:
-    """An answer as the EvalAI processor of the TextVQA challenge leaves it (MMF)."""
+    """An answer normalised by the EvalAI processor of the TextVQA challenge (MMF)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _normalise_words(_strip_punctuation(_on_one_line(text)))
 
 
 def textvqa(prediction: str, answers: list[str]) -> float:
-    """TextVQA soft accuracy: as `vqa`, but after the EvalAI processor, always (MMF)."""
+    """TextVQA soft accuracy (MMF): like `vqa`, but always after the EvalAI processor."""
     return _soft_accuracy(evalai(prediction), [evalai(a) for a in answers])
 
 
@@ -99,11 +99,11 @@ def accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def anls(prediction: str, answers: list[str]) -> float:
-    """Average normalised Levenshtein similarity of ST-VQA: 1 - NL where NL < 0.5, else 0; the best answer.
+    """ANLS of ST-VQA, average normalised Levenshtein similarity: 1 - NL if NL < 0.5, else 0; the best over the answers.
 
-    NL is the edit distance over the longer length, without regard to case and outer white space. As in the formula
-    (Biten et al. 2019, equation 1), an NL of exactly 0.5 gives 0; lmms-eval and the evaluator that is widely copied
-    keep 0.5 there, and also fold white space within the answer. Quadratic in the length, in C, and cut off at 0.5.
+    NL is the edit distance divided by the longer length, ignoring case and outer white space. As in the formula (Biten
+    et al. 2019, equation 1), an NL of exactly 0.5 gives 0. lmms-eval and the commonly used evaluator give 0.5 for it,
+    and also collapse inner white space.
     """
     prediction = prediction.strip().lower()
     distances = (
@@ -121,10 +121,10 @@ def _number(text: str) -> float | None:
 
 
 def relaxed(prediction: str, answers: list[str]) -> float:
-    """ChartQA relaxed accuracy: numbers within 5 % of the answer, other text equal but for case.
+    """ChartQA relaxed accuracy: numbers within 5 % of the answer; other text equal, ignoring case.
 
-    As the function in common use: "5%" is 0.05, an answer of 0 is compared as text, and nothing is
-    stripped. Several answers: the best one.
+    As in the commonly used function, "5%" is 0.05, an answer of 0 is compared as text, and white space is not stripped.
+    The best over the answers.
     """
 
     def matches(answer: str) -> bool:
@@ -136,7 +136,7 @@ def relaxed(prediction: str, answers: list[str]) -> float:
     return float(any(map(matches, answers)))
 
 
-# --- for people ------------------------------------------------------------------------------------
+# --- ours: tolerant --------------------------------------------------------------------------------
 
 _UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _WORD_VALUES = {word: value for value, word in enumerate((_UNITS + " seventeen eighteen nineteen").split())}
@@ -153,8 +153,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)%?")
 
 @lru_cache(2**16)
 def plain(text: str) -> str:
-    """An answer without what people do not count: `canonical`, without a closing full stop, and whether numbers and
-    percent are words or signs.
+    """`canonical`, without a final full stop, with number words as digits and "percent" as %.
 
     >>> plain(" 12,500 per cent."), plain("Twenty-five"), plain("Route 66.")
     ('12500%', '25', 'route 66')
@@ -167,7 +166,7 @@ def plain(text: str) -> str:
 
 @lru_cache(2**16)
 def _as_people_read(text: str) -> tuple[frozenset[str], float | None, str, bool]:
-    """(the forms in which it is compared, its value if it is a number, the number's currency, is it in percent)."""
+    """(normalised forms to compare, the value if it is a number, its currency, whether it is a percentage)."""
     text_plain = plain(text)
     forms = frozenset({normalise(text), normalise(text_plain)} - {""})
     currency = _CURRENCY.match(text_plain)
@@ -177,10 +176,9 @@ def _as_people_read(text: str) -> tuple[frozenset[str], float | None, str, bool]
 
 
 def tolerant(prediction: str, answers: list[str]) -> float:
-    """1 if a person would take the prediction for one of the answers: equal as in `exact`, equal when both are `plain`,
-    or numbers within 5 %.
+    """1 if a human would accept the prediction: equal as in `exact`, equal after `plain`, or numbers within 5 %.
 
-    The tolerance is ChartQA's; here years (1500 to 2099) must be equal, "5%" is 5, and so is "$5", but never "€5".
+    ChartQA's tolerance, except that years (1500 to 2099) must be equal; "5%" and "$5" equal 5, but "$5" is not "€5".
     """
     forms, ours, our_currency, our_share = _as_people_read(prediction)
 
@@ -198,7 +196,7 @@ def tolerant(prediction: str, answers: list[str]) -> float:
 
 @lru_cache(2**16)
 def squeeze(text: str | None) -> str:
-    """Lower case, without white space and non-word characters: how the released code compares, to the letter.
+    """Lower case, without white space and non-word characters: the released code's exact normalisation.
 
     >>> squeeze("1.5 m"), squeeze("15M")
     ('15m', '15m')
@@ -207,19 +205,19 @@ def squeeze(text: str | None) -> str:
 
 
 def most_common(answers: list[str]) -> str:
-    """The answer most people gave, the first of them on a tie: `GT_answer` in the result files."""
+    """The most frequent answer, the first one on a tie: `GT_answer` in the result files."""
     return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
 def exact(prediction: str, answers: list[str]) -> float:
-    """1 if the prediction is one of the answers, all after `normalise`; nothing equals an empty one."""
+    """1 if the prediction is one of the answers after `normalise`. An empty prediction never matches."""
     return float(bool(normalise(prediction)) and normalise(prediction) in {normalise(a) for a in answers})
 
 
 def contains(prediction: str, answers: list[str]) -> float:
-    """The released code's score: the most common answer, squeezed, lies in the squeezed prediction.
+    """The released code's score: is the most common answer a substring of the prediction, both after `squeeze`?
 
-    To the letter, so "1" is found in "2013" and an empty answer in everything.
+    As in the released code, "1" is found in "2013" and an empty answer in everything.
     """
     return float(squeeze(most_common(answers)) in squeeze(prediction))
 
@@ -239,7 +237,7 @@ METRICS = {
 def bootstrap_interval(scores, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores.
 
-    Drawing n scores with replacement is drawing how often each distinct score occurs, which are few.
+    Few scores are distinct, so it samples the count of each distinct score (multinomial) instead of n single scores.
     """
     if not len(scores):
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""Load any supported VLM: what is checked before, and which device and dtype it runs on."""
+"""Load any supported VLM: checks before loading, device and dtype, processor, weights."""
 
 import hashlib
 import os
@@ -9,27 +9,27 @@ from pathlib import Path
 from mpa import distributed
 from mpa.records import InputError, read_json
 
-# The paper's pixels per image, passed to every processor that takes such limits.
+# The paper's limits of pixels per image, passed to every processor that accepts such limits.
 MIN_PIXELS = 128 * 28 * 28
 MAX_PIXELS = 512 * 28 * 28
 
-# Families with which the hf engine's shortcuts (key-values of an image serve a second prompt, those of the system
-# text all images, the last layer works out the last column alone) are tested to give the plain loop's replies.
+# Families for which the hf engine's shortcuts are tested to give the same replies as a plain loop: a second prompt
+# reuses an image's KV cache, all images reuse the system prompt's, and the last layer computes only the last column.
 SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
 SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-ADAPTER = "adapter_config.json"  # a folder with it holds LoRA adapters for the model that it names
-# What in a model's folder decides its replies: weights, configuration, tokenizer, processor, chat template.
+ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
+# The files that determine a model's replies: weights, configuration, tokenizer, processor, chat template.
 MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".jinja", ".model", ".py"}
 NOT_THE_MODEL = {"train_meta.json", "train_log.json", "trainer_state.json"}
 
 
 def check_model_path(path: str) -> None:
-    """Say what is wrong with a model's folder before anything heavy is imported.
+    """Raise InputError if a model's folder is incomplete, before anything slow is imported.
 
-    A path that is no folder here is taken for a hub id, unless it looks like a path.
+    A path that is not an existing folder counts as a hub id, unless it looks like a path.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -48,34 +48,36 @@ def check_model_path(path: str) -> None:
     if not any((folder / name).exists() for name in PROCESSOR_FILES):
         raise InputError(
             f"{path}: no processor in it ({' or '.join(PROCESSOR_FILES)}). "
-            "Copy the processor and tokenizer files of the model it was trained from into it."
+            "Copy the base model's processor and tokenizer files into it."
         )
 
 
 def adapted(path: str) -> str | None:
-    """The model that the LoRA adapters in this folder are for; None where it is a whole model's. Raises InputError for adapters
-    that do not say for which model they are, or say that it is their own."""
+    """The base model of the LoRA adapters in this folder; None if the folder holds a full model.
+
+    Raises InputError if the adapters name no base model, or one that is adapters itself.
+    """
     config = Path(path) / ADAPTER
     if not config.is_file():
         return None
     content = read_json(config)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not isinstance(base, str) or not base:
-        raise InputError(f"{config}: does not name the model that it is for (base_model_name_or_path). Write it in.")
+        raise InputError(f"{config}: does not name its base model. Add the field base_model_name_or_path.")
     if Path(base).is_dir() and (Path(base) / ADAPTER).is_file():
         own = Path(base).samefile(path)
         raise InputError(
-            f"{config}: the model that it names, {base}, is {'this folder itself' if own else 'adapters, too'}. Name a whole "
-            "model; PL/Qwen2-VL-Finetune/scripts/merge_lora.sh makes one."
+            f"{config}: its base model, {base}, is {'this folder itself' if own else 'also a folder of adapters'}. Name a "
+            "full model; PL/Qwen2-VL-Finetune/scripts/merge_lora.sh makes one."
         )
     return base
 
 
 def identity(path: str) -> str:
-    """What tells a model from another: a hub id as it is; a folder's name with a digest of what is in it.
+    """A model's identity: the hub id itself, or a folder's name with a digest of its files.
 
-    Whole files up to 1 MB, and of larger ones their size, both ends and 64 places between, so that a
-    model trained anew in the same folder is another one, and 16 GB are not read to see that.
+    The digest covers files up to 1 MB in full; of larger files it covers the size, both ends and 64 samples between
+    them. So a model that was retrained in the same folder has a new identity, without reading 16 GB.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -96,18 +98,21 @@ def identity(path: str) -> str:
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is the first CUDA GPU, or this process's own of several, else Apple's, else the CPU. Raises InputError where there is no such device."""
+    """The device. "auto": this process's CUDA GPU (by local rank), else Apple's GPU, else the CPU.
+
+    Raises InputError if the device does not exist.
+    """
     import torch
 
     if device != "auto":
         try:
-            asked = torch.device(device)
+            requested = torch.device(device)
         except RuntimeError as error:
             raise InputError(f"--device {device}: {_first_line(error)}") from None
-        # Counted, not tried: the device must not be touched before the workers are forked.
-        here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if (asked.index or 0) >= here.get(asked.type, sys.maxsize):
-            raise InputError(f"--device {device}: there is no such device here; auto takes what there is.")
+        # Only count devices: CUDA must not be initialised before the worker processes are forked.
+        available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (requested.index or 0) >= available.get(requested.type, sys.maxsize):
+            raise InputError(f"--device {device}: no such device; use auto to select an available one.")
         return device
     if torch.cuda.is_available():
         return f"cuda:{distributed.LOCAL_RANK}"
@@ -115,10 +120,10 @@ def pick_device(device: str = "auto") -> str:
 
 
 def resolved_dtype(dtype: str, device: str = "auto") -> str:
-    """The dtype named, or for "auto" the one of this device: by what it is, so that a resumed run has the same.
+    """The dtype named, or for "auto" the dtype for this device. It is fixed per device, so a resumed run uses the same.
 
-    A GPU: bfloat16, or float16 where it only emulates that. A CPU: float32, in which greedy replies do not depend on the
-    batch. Checkpoints say bfloat16, which a CPU without matrix units multiplies hundreds of times slower.
+    GPU: bfloat16, or float16 if the GPU only emulates bfloat16. CPU: float32, with which greedy replies do not depend
+    on the batch; bfloat16, the checkpoints' dtype, is hundreds of times slower on a CPU without matrix units.
     """
     if dtype != "auto":
         return dtype
@@ -130,7 +135,7 @@ def resolved_dtype(dtype: str, device: str = "auto") -> str:
     return "float32"
 
 
-# Of the families in use, where a model is behind a server and its tokenizer is not known.
+# Used for a model behind a server, whose tokenizer is unknown: the marks of common model families.
 COMMON_MARKS = frozenset(
     "<image> <video> <audio> <s> </s> <unk> <pad> <bos> <eos> <IMG_CONTEXT> <img> </img> <box> </box> <ref> </ref> <quad> </quad> "
     "<fake_token_around_image> <end_of_utterance> <row_1_col_1> <global-img> <start_of_turn> <end_of_turn> <start_of_image> "
@@ -140,14 +145,16 @@ COMMON_MARKS = frozenset(
 
 @cache
 def format_marks(path: str | None, trust_remote_code: bool = False) -> frozenset[str]:
-    """What the prompt format of a model takes for its own, and no question or answer may hold: the special tokens of its
-    tokenizer and the image and video marks of its processor. Of a model behind a server (None), those of the families in use."""
+    """The special tokens of a model's prompt format, with image and video placeholders. No annotation may hold one.
+
+    `path` is None for a model behind a server; the result is then COMMON_MARKS.
+    """
     if path is None:
         return COMMON_MARKS
     folder = Path(adapted(path) or path)
     if not (folder / "tokenizer.json").is_file():
         return processor_marks(load_processor(str(folder), MIN_PIXELS, MAX_PIXELS, trust_remote_code))
-    marks = set()  # read, since to load a processor takes seconds
+    marks = set()  # read from the files: loading a processor takes seconds
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSOR_FILES):
         content = read_json(folder / name) if (folder / name).is_file() else {}
         tokens = content.get("added_tokens", []) + list(content.get("added_tokens_decoder", {}).values())
@@ -158,7 +165,7 @@ def format_marks(path: str | None, trust_remote_code: bool = False) -> frozenset
 
 
 def processor_marks(processor) -> frozenset[str]:
-    """`format_marks` of a processor that is loaded."""
+    """`format_marks` for a loaded processor."""
     tokenizer = processor.tokenizer
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if _is_mark(str(token), token.special)}
     for name in (
@@ -180,7 +187,7 @@ def _is_mark(token: str, special: bool | None) -> bool:
 
 
 def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):
-    """The model's own processor, padding on the left; pixel limits where it takes them."""
+    """The model's own processor, with left padding, and with pixel limits if it accepts them."""
     from transformers import AutoProcessor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -191,7 +198,7 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
     if not hasattr(processor, "tokenizer"):
         raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
     images = processor.image_processor
-    if hasattr(images, "merge_size"):  # Qwen-style processors: the two "edges" are areas in pixels
+    if hasattr(images, "merge_size"):  # Qwen-style processors: the two "edges" are in fact areas in pixels
         images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
@@ -200,9 +207,9 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
 
 
 def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
-    """The model, ready to generate: `transformers` picks the class by the checkpoint's config.
+    """The model, ready to generate. `transformers` selects the class from the checkpoint's config.
 
-    LoRA adapters are added to the weights of the model that they are for.
+    LoRA adapters are merged into their base model.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
@@ -227,7 +234,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-if __name__ == "__main__":  # python -m mpa.models PATH…: the check alone, before hours of work for another model
+if __name__ == "__main__":  # python -m mpa.models PATH…: check model folders before a long run
     try:
         for model_path in sys.argv[1:]:
             check_model_path(model_path)

@@ -7,28 +7,28 @@ from mpa.prompts import train_prompt
 
 
 class ParityRule:
-    """The rule with one matcher (a key of matching.MATCHERS) under one preset. Records are those of PI files."""
+    """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files."""
 
     def __init__(self, match: str, preset: str):
         self.match, self.preset = Match(match, preset), preset
 
     def agrees(self, record: dict) -> bool:
-        """Does this model's answer match the annotation's?"""
+        """Does the model's answer match the annotation's answer?"""
         return self.match(record["predictions"], record["PA_answer"])
 
     def consistent(self, record: dict) -> bool:
-        """Does the L-VLM agree with itself? Under `paper` a reply that was cut off or filtered does not count."""
+        """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
         return self.agrees(record) and not (PRESETS[self.preset].checked and record.get("finish_reason"))
 
     def only_unwrapped(self, answers: list[dict]) -> int:
-        """How many answers match only without the words or marks around them."""
+        """How many answers match only after the words or Markdown around them are removed."""
         return sum(self.match.only_unwrapped(r["predictions"], r["PA_answer"]) for r in answers)
 
     def parity_set(self, lvlm: list[dict], svlm: list[dict]) -> list[dict]:
         """D_PI = {(I, Q, A): the L-VLM's answer matches A, the S-VLM's does not}, as train records (equations 1 and 2).
 
-        Samples come in the order of the S-VLM's answers; a sample that only one model answered is not in the set. As in
-        the released code, the annotation is the one in the S-VLM's record.
+        Samples keep the order of the S-VLM's answers. A sample that only one model answered is not in the set. The
+        annotation is read from the S-VLM's record, as in the released code.
         """
         lvlm_by_id, parity = {str(r["question_id"]): r for r in lvlm}, []
         for s in svlm:

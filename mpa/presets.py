@@ -1,6 +1,6 @@
-"""The two ways to run the method: as the paper says, and as its released code does. All their differences are here.
+"""The two presets: `paper` follows the paper, `released` follows its released code. All their differences are here.
 
-`docs/departures.md` gives the reasons. Everything else in the repository is the same under both.
+`docs/departures.md` gives the reasons.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 class Preset:
     """What `--preset` decides."""
 
-    match: str  # PI's matcher where --match is not given, a key of matching.MATCHERS
-    literal: bool  # compare as the released code does: `metrics.squeeze`, nothing unwrapped, "" is in every answer
+    match: str  # PI's default matcher, a key of matching.MATCHERS; --match overrides it
+    literal: bool  # compare as the released code does: `metrics.squeeze`, no unwrapping, "" matches every answer
     separator: str  # between a question and prompts.ANSWER_SUFFIX
-    train_suffix: bool  # the train prompt ends with that suffix, as the prompt of the evaluation does
-    whole_reply: bool  # the model writes to its end token, and all of that is the answer; else its first line is
-    checked: bool  # an annotation that is cut off, refused, doubled or holds a mark is not used; else regex alone
-    tries: int | None  # most further tries for an unreadable annotation; None: as --tries says
-    headline: str | None  # the metric that evaluation puts first; None: the dataset's
+    train_suffix: bool  # the train prompt ends with ANSWER_SUFFIX, as the evaluation prompt does
+    whole_reply: bool  # True: the answer is the reply up to the end token. False: the answer is its first line
+    checked: bool  # reject annotations that are truncated, refuse, ask twice, or hold a prompt token; else regex only
+    tries: int | None  # maximum number of retries for an unreadable annotation; None: --tries decides
+    headline: str | None  # the main metric of the evaluation; None: the dataset's
 
 
 PRESETS = {

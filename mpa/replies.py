@@ -1,6 +1,6 @@
-"""What surrounds a model's words: reasoning before them, Markdown and quotes around them, labels in front.
+"""Remove what surrounds an answer in a reply: reasoning before it, Markdown and quotes around it, labels before it.
 
-All of it takes time linear in the reply's length, whatever a model has written.
+Everything here takes time linear in the length of the reply, for any input.
 """
 
 import re
@@ -22,13 +22,13 @@ _CLOSE = rf"""
     | <\|(?:end_of_|end_)(?:thought|thinking|think|reasoning)\|>  |  <\|(?:/think|/thinking|inner_suffix)\|>
     | <channel\|>  |  <unused95>
 """
-# Before these stands reasoning, marked or not.
+# Everything before one of these is reasoning, marked or not.
 _FINAL = r"""
     (?:<\|start\|>assistant)?<\|channel\|?>\s?final(?:<\|message\|>)?  |  assistantfinal  |  \[BEGIN\ FINAL\ RESPONSE\]
     | <\s?(?:conclusion|response|solution|final_answer)\s?>  |  <\|(?:begin_of_|start_)(?:solution|response)\|>
     | ^here\sis\smy\sresponse:
 """
-# These only say where the answer begins or ends.
+# These only delimit the answer.
 _AROUND = r"""
     <\s?/\s?(?:conclusion|response|solution|final_answer)\s?>  |  <\|(?:end_of_|end_)(?:solution|response)\|>
     | \[END\ FINAL\ RESPONSE\]  |  <\|(?:begin|end)_of_box\|>  |  <\|(?:end|return|im_end|eot_id|endoftext)\|>\s*\Z
@@ -40,14 +40,14 @@ _OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", re.I | re.X)
 
 
 def _visible(text: str) -> tuple[str, bool, bool]:
-    """(`text` without reasoning, was there any, does it go on at the end)."""
+    """(`text` without reasoning, whether it had any, whether it ends inside a reasoning block)."""
     kept, at, depth, found = [], 0, 0, False
     for mark in _REASONING.finditer(text):
         if not depth:
             kept.append(text[at : mark.start()])
         at, kind = mark.end(), mark.lastgroup
         found = found or kind != "around"
-        if kind == "final" or (kind == "close" and not depth):  # the chat template opened the block
+        if kind == "final" or (kind == "close" and not depth):  # the chat template had opened the block
             kept, depth = [], 0
         elif kind != "around":
             depth += 1 if kind == "open" else -1
@@ -57,9 +57,9 @@ def _visible(text: str) -> tuple[str, bool, bool]:
 
 
 def strip_reasoning(text: str) -> str | None:
-    """`text` without reasoning blocks; one that was opened by the chat template ends at the closing tag.
+    """`text` without reasoning blocks. A closing tag alone ends a block that the chat template opened.
 
-    What stands before a block stays. None where only reasoning arrived, finished or not.
+    Text before a block stays. None if there is only reasoning, complete or not.
 
     >>> strip_reasoning("<think>It looks red.</think>red"), strip_reasoning("so, red</think>red")
     ('red', 'red')
@@ -71,25 +71,25 @@ def strip_reasoning(text: str) -> str | None:
 
 
 def in_reasoning(text: str) -> bool:
-    """Does `text` end within a reasoning block that it opened itself?"""
+    """Does `text` end inside a reasoning block that it opened itself?"""
     return _visible(text)[2]
 
 
 def opened_reasoning(prompt: str) -> str:
-    """The tag with which a prompt in its chat template opens a reasoning block, or "".
+    """The tag that opens a reasoning block at the end of a formatted prompt, or "".
 
-    Then the reply begins within the block, and nothing in it says so before the closing tag: the tag is put in front of it.
+    The reply then starts inside the block but lacks the opening tag, so the engine puts this tag in front of the reply.
     """
     opened = _OPENED.search(prompt[-200:])
     return opened[0].strip() if opened else ""
 
 
 def is_reasoning_tag(token: str) -> bool:
-    """Is a token one that opens or closes reasoning?"""
+    """Does this token open or close reasoning?"""
     return bool(_REASONING.fullmatch(token.strip())) and not re.fullmatch(_AROUND, token.strip(), re.I | re.X)
 
 
-# --- what decorates an answer ----------------------------------------------------------------------
+# --- decoration of an answer -----------------------------------------------------------------------
 
 _FENCE = re.compile(r"[ \t>]*(?:```|~~~)[\w+-]*[ \t]*")
 _RULE = re.compile(r"[ \t]*([-*_=])[ \t]*(?:\1[ \t]*){2,}")
@@ -106,7 +106,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}")
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last \boxed{…} holds; None where there is none that ends."""
+    r"""The content of the last \boxed{…}; None if there is no complete one."""
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + 6, len(text)) if start >= 0 else ():
@@ -117,13 +117,13 @@ def _boxed(text: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    r"""`text` without what decorates all of it: Markdown, quotes, LaTeX, tags, the last \boxed{…} in it.
+    r"""`text` without decoration around all of it: Markdown, quotes, LaTeX, tags; or the content of its last \boxed{…}.
 
     >>> bare('**"red"**'), bare(r"So it is $\boxed{\text{red}}$."), bare("<answer>red</answer>"), bare('"a" or "b"')
     ('red', 'red', 'red', '"a" or "b"')
     """
     text = text.strip()
-    for _ in range(6):  # as deep as they are nested in earnest
+    for _ in range(6):  # deeper nesting does not occur in practice
         boxed = _boxed(text)
         inner = boxed if boxed is not None else next((m[2] for p in _DRESSED if (m := p.fullmatch(text))), text)
         if not inner.strip() or inner.strip() == text:
@@ -162,18 +162,18 @@ def _any(words: str) -> str:
 
 
 QUESTION_WORDS, ANSWER_WORDS = _any(_QUESTION), _any(_ANSWER)
-# Number and remark behind a label's word: Question 1, Answer (one word).
+# A number or a remark after a label's word: Question 1, Answer (one word).
 _BEHIND = r"(?:[ _]?(?:no\.? ?|nr\.? ?|#|№)?\d{1,3})?(?: ?[(\[][^()\[\]\n]{0,40}[)\]])?"
 _WORDS = rf"(?:(?:{_any(_BEFORE)})[ _-]?){{0,3}}(?:(?P<question>{QUESTION_WORDS})|(?P<answer>{ANSWER_WORDS})){_BEHIND}"
 _LETTERS = r"(?:(?P<q>q)|(?P<a>a))(?:\d{1,3})?"
 _END = r"""[*_`"'”)\]]*+[ ]*+"""
-# A line that begins with a label, as models decorate it: "- **Question 1:** …", "### Answer", "Q: …".
+# A label at the start of a line, with any decoration: "- **Question 1:** …", "### Answer", "Q: …".
 LABEL = re.compile(
     rf"""[ \t\ufeff\u200b\-*#>•·|_~`"'“(\[{{\d.)]*+(?:{_WORDS}{_END}(?:(?:is|ist|es|est|è|é) ?)?(?:[:：=]|[-–—](?=\s)|$)"""
     rf"""|{_LETTERS}{_END}(?:[:：]|\.(?=\s)))[ \t]*+(?:[*_`]++(?=\s|$))?[ \t]*+""",
     re.IGNORECASE,
 )
-# One further on in the line, behind a sentence or a bar: "Question: …? Answer: …".
+# A label later in the line, after a sentence or a separator: "Question: …? Answer: …".
 INLINE = re.compile(
     rf"""(?:(?<=[?？؟.!。！"'”’)>\]])[\s|;,/*_–—-]*+|(?<=[^\s|;,])\s*+[|;,]\s*+[*_]*+)(?={_WORDS}[*_`]*+ ?[:：])""",
     re.IGNORECASE,
@@ -183,10 +183,9 @@ _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 
 def first_line(reply: str) -> str:
-    """The first line of a reply that says something: the short answer that was asked for.
+    """The first line of a reply with content: the short answer that the prompt asks for. "" if there is none.
 
-    Reasoning is passed over, and so are blank lines, code fences, rules and a line that is only a label, "Answer:".
-    "" where there is none.
+    Skips reasoning, blank lines, code fences, horizontal rules, and lines that are only a label, such as "Answer:".
     """
     for line in (strip_reasoning(reply) or "").splitlines():
         line = _ANSWER_TAG.sub("", line).strip()

@@ -3,11 +3,11 @@
     python scripts/PA.py --dataset textVQA --model-path-lvlm Qwen/Qwen2-VL-7B-Instruct
     python scripts/PA.py --dataset images --image-root ~/Pictures --limit 100
 
-Reads  the dataset's train images, one question each; no label of theirs reaches the model.
+Reads  the dataset's train images. The model never sees their labels.
 Writes results/RUN/PA_<lvlm>_<dataset>.json (paper, section 3.1).
-A reply that cannot be read is asked for again, then left out with the reason.
-Killed or stopped, it goes on where it was when called again.
-Your own images: --task says of what kind the questions should be, or --prompt-file asks in your own words.
+If a reply cannot be parsed, the image is asked again; after the last try it is left out, with the reason.
+If the stage is stopped or killed, the same command continues it.
+Your own images: --task selects the kind of question, or --prompt-file gives your own prompt.
 """
 
 import argparse
@@ -33,35 +33,41 @@ def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--task", choices=TASK_PROMPTS, help="what is asked for (default: the dataset's task)")
+    what.add_argument("--task", choices=TASK_PROMPTS, help="the kind of question (default: the dataset's task)")
     what.add_argument(
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="a task prompt of your own; it asks for the lines Question: and Answer:",
+        help="your own task prompt; it must ask for the lines Question: and Answer:",
     )
     p.add_argument(
-        "--temperature", type=cli.number(0, kind=float), default=0.0, help="of the first try; 0: greedy (default: 0)"
+        "--temperature",
+        type=cli.number(0, kind=float),
+        default=0.0,
+        help="sampling temperature of the first try; 0: greedy (default: 0)",
     )
     p.add_argument(
         "--top-p",
         type=cli.number(0, 1, float, above=True),
         default=0.95,
-        help="sample among the likeliest that sum to this (default: 0.95)",
+        help="nucleus sampling: sample from the likeliest tokens with this total probability (default: 0.95)",
     )
     p.add_argument(
-        "--tries", type=cli.number(0), default=2, help="more tries, sampled, for unreadable replies (default: 2)"
+        "--tries",
+        type=cli.number(0),
+        default=2,
+        help="retries, sampled, for replies that cannot be parsed (default: 2)",
     )
     p.add_argument(
         "--keep-refusals",
         action="store_true",
-        help='keep annotations whose answer is none ("N/A", "cannot be determined"); they teach the S-VLM to refuse',
+        help='keep annotations whose answer is a refusal, such as "N/A"; they teach the S-VLM to refuse',
     )
     p.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ask the L-VLM its own question at once, while it has the image: PI then finds its answers ready",
+        help="ask the L-VLM its own question at once, while the image is encoded; PI reuses these answers",
     )
     args = cli.parse(p, argv)
     args.prompt = (
@@ -71,20 +77,18 @@ def arguments(argv=None):
 
 
 def own_prompt(file: Path) -> str:
-    """The user's own task prompt. Raises InputError when it does not ask for the lines that are read from the reply."""
+    """The user's own task prompt. Raises InputError if it does not ask for the lines that the parser reads."""
     try:
         prompt = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise records.InputError(f"{file}: cannot be read as text: {error}.") from None
     if not ("question:" in prompt.lower() and "answer:" in prompt.lower()):
-        raise records.InputError(
-            f"{file}: should ask for the two lines 'Question: …' and 'Answer: …', as they are read."
-        )
+        raise records.InputError(f"{file}: must ask for the two lines 'Question: …' and 'Answer: …', which are parsed.")
     return prompt
 
 
 def request(sample: Sample, attempt: int, args) -> Request:
-    """Ask for one annotation; tries after the first are sampled, or they would say the same again."""
+    """The request for one annotation. Retries are sampled, since a greedy retry would return the same reply."""
     return Request(
         key=f"{sample.key}#{attempt}",
         image_path=sample.image_path,
@@ -99,7 +103,7 @@ def request(sample: Sample, attempt: int, args) -> Request:
 
 
 def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
-    """What the L-VLM has written, or why it cannot be used."""
+    """The annotation in a reply, with the reason if it cannot be used."""
     if "text" not in reply:
         return Annotation(None, None, reply["error"])
     parsed = parse_annotation(reply["text"], args.preset, args.keep_refusals, marks)
@@ -137,23 +141,23 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
 def annotate(
     samples: list[Sample], tries: int, engine, stage: Stage, marks: frozenset[str], images: dict
 ) -> list[dict]:
-    """A record for each sample. An unusable reply is asked for again, an image that cannot be read is not."""
-    done, left, args = {}, samples, stage.model.args
+    """A record for each sample. Unusable replies are retried; images that cannot be read are not."""
+    done, pending, args = {}, samples, stage.model.args
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
-        ask(engine, [request(sample, attempt, args) for sample in left], stage.journal, label)
-        for sample in left:
+        ask(engine, [request(sample, attempt, args) for sample in pending], stage.journal, label)
+        for sample in pending:
             reply = stage.journal[f"{sample.key}#{attempt}"]
-            if attempt and "error" in reply:  # keep the reply that there is; the next call asks again
+            if attempt and "error" in reply:  # keep the earlier reply; the next call asks again
                 continue
             parsed = annotation(reply, args, marks)
             done[sample.key] = record(sample, attempt, reply, parsed, images.get(sample.image_path))
-        left = [s for s in left if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
+        pending = [s for s in pending if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
 
 
 def failed(samples: list[Sample], tries: int, journal: Journal) -> int:
-    """How many samples have a reply that failed for a reason that may pass."""
+    """How many samples have a reply that failed with a temporary error."""
     keys = ([f"{s.key}#{attempt}" for attempt in range(tries + 1)] for s in samples)
     return sum(any(key in journal and passing(journal[key]) for key in of_sample) for of_sample in keys)
 
@@ -178,7 +182,7 @@ def main(argv=None) -> Path:
         tries=tries,
         fused=args.fused,
         keep_refusals=args.keep_refusals,
-        # Each engine samples in its own way; greedy replies are the same from all.
+        # Engines sample differently; greedy replies are the same with all engines.
         engine=model.replies_from if args.temperature or tries else "any",
     )
     if stage.finished():
@@ -190,7 +194,7 @@ def main(argv=None) -> Path:
     marks = model.marks
     if args.prompt_file and holds_mark(args.prompt, marks):
         raise records.InputError(
-            f"{args.prompt_file}: holds a mark of the model's prompt format, such as <image>; take it out."
+            f"{args.prompt_file}: contains a special token of the model's prompt format, such as <image>; remove it."
         )
     with stage.running() as engine:
         result = annotate(samples, tries, engine, stage, marks, images)
@@ -199,7 +203,7 @@ def main(argv=None) -> Path:
     print(f"PA: {counts['parsed']} of {counts['pictures']} images annotated. {counts['left_out']}".rstrip())
     stage.write(result, failed(samples, tries, stage.journal), counts["parsed"], prompt=args.prompt, counts=counts)
     if not counts["parsed"]:
-        raise records.InputError(f"{out}: not one image could be annotated; `reply` and `left_out` in it say why.")
+        raise records.InputError(f"{out}: no image could be annotated; its fields `reply` and `left_out` say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")
     return out
 

@@ -4,12 +4,12 @@
         --model-path-svlm Qwen/Qwen2-VL-2B-Instruct
     python scripts/PI.py --dataset textVQA --lvlm-json PI_…7B….json --svlm-json PI_…2B….json --out train.json
 
-Reads  the PA file of the same run, or --pa-json. With --lvlm-json and --svlm-json, answers of both
-       models made before: then no model is loaded, and the dataset is read from the file's name.
-       Images that have moved are found with --path-map OLD=NEW, or below --image-root.
+Reads  the PA file of the same run, or --pa-json. With --lvlm-json and --svlm-json it reads existing answers of
+       both models instead; then no model is loaded, and the file name gives the dataset.
+       If the images have moved, use --path-map OLD=NEW or --image-root.
 Writes results/RUN/PI_<lvlm>_<lvlm>_<dataset>.json and PI_<lvlm>_<svlm>_<dataset>.json, the answers, and
        PI_<lvlm>_train_<lvlm>_<svlm>_<dataset>.json, the parity set (paper, section 3.2, equations 1 and 2).
-One model is in memory at a time, and the S-VLM is asked only where the L-VLM agrees with itself.
+One model is in memory at a time. The S-VLM is asked only the questions on which the L-VLM agrees with itself.
 """
 
 import json
@@ -39,76 +39,81 @@ def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
     p.add_argument("--model-path-svlm", default=cli.SVLM, help="the S-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--engine-lvlm", choices=ENGINES, help="what runs the L-VLM (default: what runs the S-VLM)")
+    p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
+    p.add_argument("--pa-json", type=Path, metavar="FILE", help="the PA file, like --annotations (default: this run's)")
     p.add_argument(
-        "--pa-json", type=Path, metavar="FILE", help="the PA file, as --annotations (default: that of this run)"
+        "--lvlm-json",
+        type=Path,
+        metavar="FILE",
+        help="the L-VLM's existing answers; needs --svlm-json, and no model runs",
+    )
+    p.add_argument("--svlm-json", type=Path, metavar="FILE", help="the S-VLM's existing answers")
+    p.add_argument(
+        "--match",
+        choices=MATCHERS,
+        help="rule for when two answers agree (default: exact; contains with --preset released)",
     )
     p.add_argument(
-        "--lvlm-json", type=Path, metavar="FILE", help="the L-VLM's answers; with --svlm-json, no model runs"
-    )
-    p.add_argument("--svlm-json", type=Path, metavar="FILE", help="the S-VLM's answers")
-    p.add_argument(
-        "--match", choices=MATCHERS, help="when two answers agree (default: exact; contains with --preset released)"
-    )
-    p.add_argument(
-        "--answer-all", action="store_true", help="ask the S-VLM also where the L-VLM disagrees with itself: statistics"
+        "--answer-all",
+        action="store_true",
+        help="ask the S-VLM all questions, for statistics; the parity set stays the same",
     )
     p.add_argument(
         "--hold-out",
         type=cli.number(0, 0.99, float),
         metavar="SHARE",
-        help="of the images, kept from training to evaluate on (default: 0.15 for images, which have no test set)",
+        help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
     )
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
-        p.error("--lvlm-json and --svlm-json go together")
+        p.error("--lvlm-json and --svlm-json must be given together")
     if args.annotations and args.pa_json:
         p.error("--annotations and --pa-json both name the PA file; give one")
     args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or PRESETS[args.preset].match
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
     if lvlm == svlm and not args.lvlm_json:
-        raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and so the same files. Rename a folder.")
+        raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
     args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
     return args
 
 
 def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
-    """The L-VLM's replies that PA has already got, by id; and why the others must be asked for.
+    """(the L-VLM's answers that PA already has, by id; a count of the reasons why others must be asked).
 
-    A reply is reused where all that decides it is the same: model, preset, pixel limits, longest reply, question, image,
-    and for a local model the dtype.
+    An answer is reused if everything that determines it is the same: model, preset, pixel limits, max_new_tokens,
+    question, image, and for a local model the dtype.
     """
     meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
-    made = meta.get("settings", {}) if isinstance(meta, dict) else {}
+    pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
     model = Model(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
     now["model"] = model.identity
     if model.local:
         now["dtype"] = model.dtype
-    differing = [name for name, value in now.items() if made.get(name) != value]
+    differing = [name for name, value in now.items() if pa_settings.get(name) != value]
     ready, why = {}, Counter()
     for r in annotations:
         follow_up = r.get("follow_up") or {}
-        if not made or not r.get("reply"):
+        if not pa_settings or not r.get("reply"):
             why["PA did not ask them"] += 1
         elif differing:
             why[f"PA asked with another {', '.join(differing)}"] += 1
         elif "text" not in follow_up:
             why["PA did not get an answer" if follow_up else "PA did not ask them"] += 1
-        # The question must be the one that the L-VLM was asked: people edit these files.
+        # Users may edit these files: the question must still be the one that the L-VLM answered.
         elif parse_annotation(r["reply"], args.preset, keep_refusals=True).question != r["predicted_question"]:
-            why["their question was edited"] += 1
+            why["the question was edited"] += 1
         else:
             ready[str(r["question_id"])] = follow_up
     return ready, why
 
 
 def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
-    """The PA records with a question and an answer, and with the present paths of their images.
+    """The PA records with a question and an answer, with the current paths of their images.
 
-    `left_out` counts why others are not used: one of the prompt format's `marks`, an image that has changed since PA.
-    Records of the released code, which have no `reply`, have lost their question mark; under `paper` it is put back.
+    `left_out` counts the others by reason: one of the prompt format's `marks`, or an image that has changed since PA.
+    The released code's records (without `reply`) lack the question mark; under `paper` it is restored.
     """
     usable, left_out = [], Counter() if left_out is None else left_out
     paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
@@ -140,16 +145,16 @@ def questions_of(annotations: list[dict], args) -> list[Question]:
 
 
 def ask_model(args, who: str, path: str, questions: list[Question], ready=None, **choices) -> list[dict]:
-    """One model's answers to the questions, in its PI file. `ready` has the replies that PA got."""
+    """One model's answers to the questions, in its PI file. `ready` are the answers that PA already has."""
     name, lvlm = records.short_name(path), records.short_name(args.model_path_lvlm)
     out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
     return Answers(Model(args, path), out, f"PI {who} {name}", "PI", questions, **choices).records(ready)
 
 
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
-    """(paths of the held-out images, threshold): decided by the first call of a run, see `mpa.holdout`.
+    """(paths of the held-out images, threshold). The first call of a run decides them, see `mpa.holdout`.
 
-    `consistent` are the answers in which the L-VLM agrees with itself. Those about held-out images become the test set.
+    `consistent` are the answers on which the L-VLM agrees with itself. Those about held-out images form the test set.
     """
     file = held_out_file(args)
     hashes = holdout.hashes(r["image_path"] for r in consistent) if args.hold_out or file.exists() else {}
@@ -177,7 +182,7 @@ def held_out_file(args) -> Path:
 
 
 def read_annotations(args) -> tuple[Path, int, list[dict]]:
-    """(the PA file, how many images it has, its usable annotations)."""
+    """(the PA file, the number of its images, its usable annotations)."""
     lvlm = records.short_name(args.model_path_lvlm)
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
@@ -187,24 +192,24 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
     if left_out:
         print(f"PI: {counted(left_out.elements())}", file=sys.stderr)
     if not usable:
-        raise InputError(
-            f"{pa_json}: none of its {len(annotations)} records has a question and an answer that can be used."
-        )
+        raise InputError(f"{pa_json}: none of its {len(annotations)} records has a usable question and answer.")
     missing_images([r["image_path"] for r in usable])
     return pa_json, len(annotations), usable
 
 
 def dry_run(args, questions: list[Question], ready: dict) -> None:
     requests = [question.request for question in questions]
-    left = [request for request in requests if request.key not in ready]
-    if left:
-        Model(args, args.model_path_lvlm).dry_run(left, "PI L-VLM")
+    pending = [request for request in requests if request.key not in ready]
+    if pending:
+        Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
 
 def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]:
-    """(L-VLM's answers, S-VLM's answers, funnel, hold-out threshold): all annotations are put to the L-VLM, and those
-    on which it agrees with itself to the S-VLM."""
+    """(L-VLM's answers, S-VLM's answers, funnel, hold-out threshold).
+
+    The L-VLM is asked all questions, the S-VLM those on which the L-VLM agrees with itself.
+    """
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
     pa_json, n, annotations = read_annotations(args)
@@ -214,7 +219,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
         dry_run(args, questions, ready)
         raise SystemExit
     if ready and why:
-        print(f"PI: {why.total()} answers of the L-VLM are asked for: {', '.join(f'{n} {w}' for w, n in why.items())}.")
+        print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     lvlm_answers = ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
@@ -222,7 +227,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
     for_svlm = [q for q in for_svlm if q.request.image_path not in held_out]
     if not for_svlm:
-        kept = f", all held out (--hold-out {args.hold_out:g}): nothing is left to train on" if held_out else ""
+        kept = f"; all are held out (--hold-out {args.hold_out:g}), so none is left to train on" if held_out else ""
         raise InputError(
             f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(annotations)} samples "
             f"(--match {args.match}){kept}. Annotate more images."
@@ -234,7 +239,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
 
 
 def read_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]:
-    """What `ask_both` gives, from answers made before: --lvlm-json and --svlm-json."""
+    """Like `ask_both`, but from existing answers: --lvlm-json and --svlm-json."""
     lvlm_answers = records.read_records(args.lvlm_json, "PI")
     svlm_answers = cli.selected(records.read_records(args.svlm_json, "PI"), args)
     paths = locate([r["image_path"] for r in svlm_answers], args.path_map, args.image_root)
@@ -268,7 +273,7 @@ def main(argv=None) -> Path:
     rule = ParityRule(args.match, args.preset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     parity = rule.parity_set(lvlm_answers, svlm_answers)
-    if threshold:  # no byte of a held-out image, whatever its path
+    if threshold:  # also drop copies of held-out images under other paths
         hashes = holdout.hashes(r["image"] for r in parity)
         parity = [r for r in parity if not holdout.is_held_out(hashes[r["image"]], threshold)]
     funnel["parity"] = len(parity)
@@ -281,11 +286,11 @@ def main(argv=None) -> Path:
     print("PI: " + " → ".join(f"{n} {what}" for what, n in funnel.items()))
     if any(wrapped.values()):
         what = " and ".join(f"{n} of the {who}'s" for who, n in wrapped.items())
-        print(f"PI: answers that match only within words such as 'The answer is …': {what}.")
+        print(f"PI: answers that match only without the words around them, such as 'The answer is …': {what}.")
     if left_out := counted(r["left_out"] for r in [*lvlm_answers, *svlm_answers] if r.get("left_out")):
         print(f"PI: {left_out}")
     if not parity:
-        print("PI: the parity set is empty: the S-VLM already answers everything that the L-VLM does.", file=sys.stderr)
+        print("PI: the parity set is empty: the S-VLM already answers all that the L-VLM answers.", file=sys.stderr)
     print(f"The parity set is {out}. Next: PL/Qwen2-VL-Finetune/scripts/PL.sh with the same RUN and DATASET.")
     return out
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 2, the Parity Identifier: keep what the L-VLM answers consistently and the S-VLM gets wrong.
-# Edit or export what you change; `PI.sh --help` lists all flags, and those you add are passed on.
+# Edit or export the variables below; `PI.sh --help` lists all flags; further arguments are flags of the stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -10,10 +10,10 @@ SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
-# GPUS=8                                     # processes that share the images, a GPU each (default: 1)
-DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
+# GPUS=8                                     # number of processes, one per GPU; they share the images (default: 1)
+DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GPU, float32 on a CPU
 SEED=${SEED:-0}
-MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
+MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # images are resized to an area within these limits
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 stage PI.py --dataset "$DATASET" --model-path-lvlm "$LVLM" --model-path-svlm "$SVLM" --run="$RUN" \

@@ -1,13 +1,13 @@
-"""What MPA is compared with (paper, table 6): other train sets from the same images, as train JSON.
+"""The baselines of MPA (paper, table 6): other train sets from the same images, as train JSON.
 
     python scripts/baselines.py --pa-json results/RUN/PA_….json --train-json results/RUN/PI_…_train_….json --seed 0
 
-Reads  the PA file and the parity set, whose meta file says the preset and which images were held out.
-Writes beside the train JSON, for each baseline, <train-json's name>_<baseline>.json:
+Reads  the PA file, the parity set, and its meta file (preset and held-out images).
+Writes for each baseline <train-json's name>_<baseline>.json, in the folder of the train JSON:
   all_pseudo     every pseudo label, without PI
-  random_pseudo  as many pseudo labels as MPA kept, at random
+  random_pseudo  as many pseudo labels as MPA selects, at random
   human          the human question and answer of every image
-  human_n        as many of these as MPA kept, at random
+  human_n        as many human labels as MPA selects, at random
 """
 
 import argparse
@@ -25,7 +25,7 @@ BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
 
 
 def train_sets(annotations: list[dict], n: int, seed: int, preset: str = "paper") -> dict[str, list[dict]]:
-    """{baseline: train records}; those for which the images have no labels are empty."""
+    """{baseline: train records}. The human baselines are empty if the images have no labels."""
 
     def as_records(who: str) -> list[dict]:
         return [
@@ -59,21 +59,22 @@ def main(argv=None) -> None:
         metavar="OLD=NEW",
         help="moved images, as for PI",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = p.parse_args(argv)
     log_file.open_log(args.train_json.parent / "log.txt")
     parity = records.read_records(args.train_json, "train")
     meta = records.read_json(records.meta_path(args.train_json))
     annotations, threshold = records.read_records(args.pa_json, "PA"), holdout.threshold_of(args.train_json)
-    now = {str(r["id"]): r["image"] for r in parity}  # where PI found the images
+    current_paths = {str(r["id"]): r["image"] for r in parity}  # as PI found the images
     paths = locate([r["image_path"] for r in annotations], dict(args.path_map), args.image_root)
     annotations = [
-        r | {"image_path": now.get(str(r["question_id"]), path)} for r, path in zip(annotations, paths, strict=True)
+        r | {"image_path": current_paths.get(str(r["question_id"]), path)}
+        for r, path in zip(annotations, paths, strict=True)
     ]
     if threshold:
-        of = holdout.hashes(r["image_path"] for r in annotations)
-        of |= {r["image_path"]: r["image_hash"] for r in annotations if r.get("image_hash")}
-        annotations = [r for r in annotations if not holdout.is_held_out(of[r["image_path"]], threshold)]
+        hash_by_path = holdout.hashes(r["image_path"] for r in annotations)
+        hash_by_path |= {r["image_path"]: r["image_hash"] for r in annotations if r.get("image_hash")}
+        annotations = [r for r in annotations if not holdout.is_held_out(hash_by_path[r["image_path"]], threshold)]
     n = len(parity)
     for name, samples in train_sets(annotations, n, args.seed, meta["settings"]["preset"]).items():
         out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA images, no
-# label of them used, then what it is compared with. A second call goes on, or says that all is done.
-# SEEDS="0 1 2" runs three seeds and gives the spread; remove results/demo to begin anew.
+# The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA images, without
+# their labels, and then the baselines. The same command continues a stopped demo.
+# SEEDS="0 1 2" runs three seeds and reports the spread. Remove results/demo to start again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 run bash "$ROOT/scripts/setup.sh"
@@ -9,8 +9,8 @@ run bash "$ROOT/scripts/setup.sh"
 BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
 [[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
 SEEDS=${SEEDS:-0}
-PICTURES=${PICTURES:-1000}  # to annotate
-QUESTIONS=${QUESTIONS:-2000} # test questions to ask, drawn at random from 9,673
+PICTURES=${PICTURES:-1000}  # images to annotate
+QUESTIONS=${QUESTIONS:-2000} # test questions, drawn at random from 9,673
 export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
 export BATCH_SIZE=${BATCH_SIZE:-64} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=3136
 export PL_BATCH_SIZE=${PL_BATCH_SIZE:-16} ACCUMULATION=1 LEARNING_RATE=${LEARNING_RATE:-1.5e-4}
@@ -24,7 +24,7 @@ for SEED in $SEEDS; do
     RUNS+=("$RUN")
     LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
 
-    # The baselines of the paper's table 6, one epoch each with the same settings.
+    # The baselines of the paper's table 6: one epoch each, with the same settings.
     NAMES=teacher_student_easyVQA
     run python "$ROOT/scripts/baselines.py" --pa-json "$RUN/PA_teacher_easyVQA.json" \
         --train-json "$RUN/PI_teacher_train_$NAMES.json" --seed "$SEED"

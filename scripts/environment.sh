@@ -1,22 +1,22 @@
 # shellcheck shell=bash
-# Sourced by the scripts: which Python runs what, and how a script that runs several commands is stopped.
+# Sourced by the scripts: selects the Python environment, and handles signals in scripts that run several commands.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$ROOT/.venv}                # made by setup.sh; without it, the python that is active
+VENV=${VENV:-$ROOT/.venv}                # made by setup.sh; if it is missing, the active python is used
 VLLM_VENV=${VLLM_VENV:-$ROOT/.venv-vllm} # made by `setup.sh vllm`
 export PATH="$VENV/bin:$PATH"
 
-# python_for FLAGS…: have `python` be that of $VLLM_VENV where the flags of a stage ask for vLLM.
+# python_for FLAGS…: use the python of $VLLM_VENV if a stage's flags select the engine vllm.
 python_for() {
     [[ " ${*//=/ } " =~ " --"(engine|engine-lvlm|ray-engine)" vllm " ]] || return 0
     if [[ ! -x $VLLM_VENV/bin/python ]]; then
-        echo "error: $VLLM_VENV: no environment there for --engine vllm. Make it with: bash scripts/setup.sh vllm" >&2
-        echo "If yours is elsewhere, name it: VLLM_VENV=DIR." >&2
+        echo "error: $VLLM_VENV: no environment for --engine vllm. Make it with: bash scripts/setup.sh vllm" >&2
+        echo "If yours is elsewhere, set VLLM_VENV=DIR." >&2
         exit 1
     fi
     export PATH="$VLLM_VENV/bin:$PATH"
 }
 
-# stage FILE FLAGS…: become a stage; with GPUS=N, N processes that share its images, a GPU each.
+# stage FILE FLAGS…: replace this shell by a stage. With GPUS=N, it runs in N processes, one per GPU.
 stage() {
     local file=$ROOT/scripts/$1
     shift
@@ -28,8 +28,8 @@ stage() {
     exec python "$file" "$@"
 }
 
-# How a script ends when it is stopped: with 143 after SIGTERM or SIGHUP, with 130 after Ctrl-C, and after the command
-# that `run` has started. Bash alone would die at once and leave the command running.
+# A stopped script passes the signal to the command that `run` started, waits for it, and exits with 143 (SIGTERM,
+# SIGHUP) or 130 (Ctrl-C). Bash alone would exit at once and leave the command running.
 CHILD='' STARTING='' STOPPED=''
 stop() {
     STOPPED=$2
@@ -42,15 +42,15 @@ stop() {
 trap 'stop TERM 143' TERM HUP
 trap 'stop INT 130' INT
 
-# run CMD…: run a command, which the signals above reach, too.
+# run CMD…: run a command and pass the signals above to it.
 run() {
     local code=0
     STARTING=1
-    set -m # a process group for the command: Ctrl-C reaches it once, from here
+    set -m # run the command in its own process group, so that it gets Ctrl-C only once, from `stop`
     "$@" &
     CHILD=$!
     set +m
-    [[ ! $STOPPED ]] || kill -TERM "$CHILD" 2>/dev/null || true # came before there was a child
+    [[ ! $STOPPED ]] || kill -TERM "$CHILD" 2>/dev/null || true # the signal came before the child started
     while
         wait "$CHILD" && code=0 || code=$?
         kill -0 "$CHILD" 2>/dev/null # the wait was interrupted

@@ -1,14 +1,14 @@
-"""Stage 4: ask models the human test questions, and score the answers as the dataset's field does.
+"""Stage 4: ask models the human test questions, and score the answers with the dataset's standard metrics.
 
     python scripts/evaluate.py --dataset textVQA --model-path Qwen/Qwen2-VL-2B-Instruct results/RUN/PL_…
     python scripts/evaluate.py --predictions results/RUN/Eval_…_textVQA.json
     python scripts/evaluate.py --compare results/RUN/Eval_before_textVQA.json results/RUN/Eval_after_textVQA.json
 
-Reads  the dataset's test questions; or, with --predictions or --compare, result files (ours, the released
-       code's, or lmms-eval's samples_….jsonl) to score without a model.
-Writes results/RUN/Eval_<model>_<dataset>.json for each model, with each question's scores; the means in the
-       meta file beside it. With --log-samples also lmms-eval's files, in results/RUN/lmms-eval/<model>/.
-For `images`, which have no human labels, the score is agreement with the L-VLM on images held out.
+Reads  the dataset's test questions. With --predictions or --compare it reads result files (ours, the released
+       code's, or lmms-eval's samples_….jsonl) and scores them without a model.
+Writes results/RUN/Eval_<model>_<dataset>.json for each model, with the scores of each question. The meta file has
+       the means. With --log-samples it also writes lmms-eval's files to results/RUN/lmms-eval/<model>/.
+The dataset `images` has no human labels: its score is agreement with the L-VLM on the held-out set.
 """
 
 import sys
@@ -31,24 +31,24 @@ def arguments(argv=None):
     p.add_argument(
         "--model-path", nargs="+", default=[cli.SVLM], help="models: folders or hub ids (default: %(default)s)"
     )
-    made = p.add_mutually_exclusive_group()
-    made.add_argument("--predictions", type=Path, metavar="FILE", help="a result file to score; no model runs")
-    made.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="what AFTER gains, question by question"
+    existing = p.add_mutually_exclusive_group()
+    existing.add_argument("--predictions", type=Path, metavar="FILE", help="a result file to score; no model runs")
+    existing.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="the gain of AFTER, question by question"
     )
     p.add_argument("--log-samples", action="store_true", help="also write lmms-eval's results.json and samples_….jsonl")
     p.add_argument(
-        "--model-path-lvlm", default=cli.LVLM, help="the L-VLM; for images: whose held-out answers to compare with"
+        "--model-path-lvlm", default=cli.LVLM, help="the L-VLM; for `images`, the score is agreement with it"
     )
-    p.add_argument("--engine-lvlm", choices=ENGINES, help="what runs the L-VLM (default: what runs the others)")
+    p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
     args = cli.parse(p, argv, named_by=("predictions", "compare"))
     if args.out and len(args.model_path) > 1:
-        p.error("--out names one file; with several --model-path use --run")
+        p.error("--out names one file; with several models use --run")
     return args
 
 
 class Evaluation(Answers):
-    """A model's answers to the test questions, each with its scores; their means go to the meta file."""
+    """A model's answers to the test questions, each with its scores. The meta file has the means."""
 
     def record(self, question: Question, reply: dict) -> dict:
         record = super().record(question, reply)
@@ -72,7 +72,7 @@ def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
 
 
 def read_predictions(args, path: Path) -> list[dict]:
-    """A result file's records, with the answers of --annotations if that is given."""
+    """A result file's records, with the answers of --annotations if given."""
     samples = None
     if args.annotations:
         samples = load_samples(args.dataset, "test", args.annotations, args.image_root, images=False)
@@ -84,23 +84,24 @@ def read_predictions(args, path: Path) -> list[dict]:
         if samples:
             result = with_answers(path, result, samples)
     if not result:
-        raise records.InputError(f"{path}: no records in it.")
+        raise records.InputError(f"{path}: contains no records.")
     without = [i for i, r in enumerate(result) if not labelled(r.get("answers") or [r["GT_answer"] or ""])]
     if without:
         raise records.InputError(
-            f"{path}, record {without[0]}: no answer to score against, nor have {len(without) - 1} others of "
-            f"{len(result)}; name them with --annotations."
+            f"{path}, record {without[0]}: no answer to score against; {len(without) - 1} more of {len(result)} have "
+            "none. Name the annotation file with --annotations."
         )
     return cli.selected(result, args)
 
 
 def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
-    """The records with all answers of their questions in the annotation file."""
-    asked = [{"question_id": s.key, "GT_question": s.question, "answers": s.answers, **s.more} for s in samples]
-    pairs = scoring.same_questions(asked, result)
+    """The records, with the answers from the annotation file."""
+    reference = [{"question_id": s.key, "GT_question": s.question, "answers": s.answers, **s.more} for s in samples]
+    pairs = scoring.same_questions(reference, result)
     if len(pairs) < len(result):
         raise records.InputError(
-            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file: another dataset or part?"
+            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file. "
+            "Is it of another dataset or split?"
         )
     return [
         found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question")}
@@ -109,7 +110,7 @@ def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
 
 
 def report(args, what: str, result: list[dict]) -> dict:
-    """Print the scores of a result; they are returned, too."""
+    """Print and return the scores of a result."""
     scores = scoring.score(result, args.dataset, args.preset)
     agreement = ": agreement with the L-VLM, not accuracy" if not DATASETS[args.dataset].labelled else ""
     print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores, args.dataset)]))
@@ -120,18 +121,18 @@ def report(args, what: str, result: list[dict]) -> dict:
         print(f"  {cut}")
     single = sum(not r.get("answers") for r in result)
     if single:
-        print(f"  {single} of {len(result)} records hold one answer: scored as if all people had given it.")
+        print(f"  {single} of {len(result)} records have one answer: scored as if all annotators had given it.")
     return scores
 
 
 def compare(args) -> dict:
-    """Print what the second file gains on the first, over the questions that both hold."""
+    """Print the gain of the second file over the first, on the questions in both."""
     before, after = (read_predictions(args, path) for path in args.compare)
     rows = scoring.compare(before, after, args.dataset, args.preset)
     n = next(iter(rows.values()))["n"]
     if not n:
         raise records.InputError(
-            f"{args.compare[1]}: no question of it is in {args.compare[0]}; compare like with like."
+            f"{args.compare[1]}: shares no question with {args.compare[0]}; compare results on the same dataset."
         )
     print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
     print("\n".join(scoring.comparison(rows, args.dataset)))
@@ -166,15 +167,15 @@ def main(argv=None) -> None:
         model.check()
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
-        raise records.InputError(f"models with the same name would share a file: {', '.join(names)}. Rename a folder.")
+        raise records.InputError(f"Models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
     samples = cli.selected(samples, args)
     if not DATASETS[args.dataset].labelled:
         holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
-        asked = [question_request(args, s.key, s.image_path, s.question) for s in samples]
+        requests = [question_request(args, s.key, s.image_path, s.question) for s in samples]
         for name, model in zip(names, models, strict=True):
-            model.dry_run(asked, f"evaluate {name}")
+            model.dry_run(requests, f"evaluate {name}")
         return
     scores = {}
     for name, model in zip(names, models, strict=True):

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Stage 4: ask a model, or several, the human test questions and score the answers.
-# Edit or export what you change; `evaluate.sh --help` lists all flags, and those you add are passed on.
+# Stage 4: ask one or more models the human test questions and score the answers.
+# Edit or export the variables below; `evaluate.sh --help` lists all flags; further arguments are flags of the stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
-MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, with spaces between several
+MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, separated by spaces
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
 BATCH_SIZE=${BATCH_SIZE:-8}
-# GPUS=8                                     # processes that share the images, a GPU each (default: 1)
-DTYPE=${DTYPE:-auto}                         # auto: the one this device is quick in
-MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # an image is resized to between these areas
+# GPUS=8                                     # number of processes, one per GPU; they share the images (default: 1)
+DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GPU, float32 on a CPU
+MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # images are resized to an area within these limits
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 
 read -ra MODELS <<<"$MODEL"

@@ -1,17 +1,17 @@
-"""The parity set in the form that another trainer reads.
+"""Export the parity set in another trainer's format.
 
     python scripts/export.py results/RUN/PI_…_train_….json --to ms-swift
     python scripts/export.py results/RUN/PI_…_train_….json --to hf --out parity-set
 
-Reads  a parity set, or any train JSON of that form (id, image, conversations).
-Writes beside it, or to --out:
-  llava      one JSON list with `image`, as LLaVA and Qwen2-VL-Finetune read it: the parity set's own form
-  sharegpt   one JSON list with `images`, as LLaMA-Factory reads it, and its entry in dataset_info.json
-  ms-swift   JSON lines of `messages` and `images`
-  trl        a dataset folder of `prompt`, `completion` and `images`, the images inside: SFTTrainer's vision form
-  hf         a dataset folder of `id`, `image`, `question` and `answer`, the images inside, with a data card
-The folders load with `datasets.load_dataset(folder)`. They hold copies of the images: only what decodes as one, and
-with --image-root only what lies below it.
+Reads  a parity set, or any train JSON in that format (id, image, conversations).
+Writes to the same folder, or to --out:
+  llava      one JSON list with `image`, for LLaVA and Qwen2-VL-Finetune: the parity set's own format
+  sharegpt   one JSON list with `images`, for LLaMA-Factory, and an entry in dataset_info.json
+  ms-swift   JSON Lines of `messages` and `images`
+  trl        a dataset folder of `prompt`, `completion` and embedded `images`: SFTTrainer's vision format
+  hf         a dataset folder of `id`, embedded `image`, `question` and `answer`, with a dataset card
+Load a folder with `datasets.load_dataset(folder)`. It contains copies of the images. Every file must decode as an
+image; with --image-root it must also lie below that folder.
 """
 
 import argparse
@@ -41,37 +41,37 @@ FOLDERS = ("trl", "hf")
 
 
 def read_samples(args) -> list[dict]:
-    """The samples, each one that the form can hold, with where its image lies now."""
+    """The samples, checked against the format, with the current paths of their images."""
     samples, kept = records.read_records(args.train_json, "train"), []
     for i, sample in enumerate(samples):
         try:
             if not isinstance(sample["image"], str):
                 raise ValueError("'image' should be the path of an image")
             if args.to in FOLDERS and ".." in Path(sample["image"]).parts:
-                raise ValueError(f"its image {sample['image']!r} leads up and out of its folder; name it without '..'")
+                raise ValueError(f"its image path {sample['image']!r} contains '..'; use a path without it")
             FORMS[args.to](sample)
             if is_unicode(sample):
                 kept.append(sample)
         except ValueError as error:
             raise InputError(f"{args.train_json}, record {i}: {error}.") from None
     if len(kept) < len(samples):
-        print(f"warning: {len(samples) - len(kept)} samples left out: their text is no Unicode.", file=sys.stderr)
+        print(f"warning: {len(samples) - len(kept)} samples left out: invalid Unicode in their text.", file=sys.stderr)
     if not kept:
-        raise InputError(f"{args.train_json}: no samples in it.")
+        raise InputError(f"{args.train_json}: contains no samples.")
     paths = locate([sample["image"] for sample in kept], dict(args.path_map), args.image_root)
     return [sample | {"image": path} for sample, path in zip(kept, paths, strict=True)]
 
 
 def check_images(paths: list[str], image_root: str | None) -> None:
-    """Raise InputError for one that is not there, not below the image root, or no image: what is copied is published."""
+    """Raise InputError for an image that is missing, outside the image root, or broken: the copies may be published."""
     if missing := missing_images(paths):
-        raise InputError(f"{missing[0]}: no such image, nor {len(missing) - 1} others; a folder holds them all.")
+        raise InputError(f"{missing[0]}: no such image, nor {len(missing) - 1} others; the export needs all images.")
     if image_root:
         root = os.path.realpath(image_root)
         outside = [path for path in paths if os.path.commonpath([os.path.realpath(path), root]) != root]
         if outside:
             raise InputError(
-                f"{outside[0]}: lies outside --image-root {image_root}, as do {len(outside) - 1} others; nothing written."
+                f"{outside[0]}: outside --image-root {image_root}, as are {len(outside) - 1} others; nothing was written."
             )
     broken = {}
     for path in tqdm(dict.fromkeys(paths), desc="opening images", unit="image", disable=None):
@@ -81,63 +81,58 @@ def check_images(paths: list[str], image_root: str | None) -> None:
             broken[path] = error
     if broken:
         path, why = next(iter(broken.items()))
-        raise InputError(
-            f"{path}: {why}; nor can {len(broken) - 1} others be used. A folder holds images and nothing else; take "
-            "these samples out."
-        )
+        raise InputError(f"{path}: {why}. {len(broken) - 1} other images cannot be used either. Remove these samples.")
 
 
-def of_run(train_json: Path) -> dict:
-    """The parity set's meta file, {} where it has none; its parts are objects."""
-    meta = records.meta_path(train_json)
-    made = records.read_json(meta) if meta.exists() else {}
-    if not isinstance(made, dict) or not all(isinstance(made.get(part, {}), dict) for part in ("settings", "funnel")):
-        raise InputError(f"{meta}: not the meta file of a parity set; take it away to export without what it says.")
-    return made
+def read_meta(train_json: Path) -> dict:
+    """The parity set's validated meta file, {} if there is none."""
+    file = records.meta_path(train_json)
+    meta = records.read_json(file) if file.exists() else {}
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(part, {}), dict) for part in ("settings", "funnel")):
+        raise InputError(f"{file}: not the meta file of a parity set; move it away to export without it.")
+    return meta
 
 
-def how_to_train(to: str, out: Path, made: dict) -> str:
-    """What the trainer must be told to see what is evaluated, token by token: its template, and the images' pixels."""
-    pixels = [made.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
-    least, most = (n or default for n, default in zip(pixels, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
+def how_to_train(to: str, out: Path, meta: dict) -> str:
+    """The trainer's settings (template, pixel limits) that make it train on exactly the evaluated tokens."""
+    stored = [meta.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
+    min_pixels, max_pixels = (n or default for n, default in zip(stored, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
     return {
-        # Its own resizing gives other sizes than the processor's, so that it must leave the images as they are.
+        # Its own resizing differs from the processor's, so it must not resize the images.
         "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
         f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
-        f"{least} and longest_edge {most}.",
-        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={least} MAX_PIXELS={most} swift sft --template qwen2_vl "
+        f"{min_pixels} and longest_edge {max_pixels}.",
+        "ms-swift": f"ms-swift, for a Qwen2-VL: MIN_PIXELS={min_pixels} MAX_PIXELS={max_pixels} swift sft --template qwen2_vl "
         f"--model_type qwen2_vl --dataset {out}",
         "trl": "TRL, for a Qwen2-VL: SFTTrainer(processing_class=AutoProcessor.from_pretrained(S_VLM, "
-        f"min_pixels={least}, max_pixels={most}), …)",
+        f"min_pixels={min_pixels}, max_pixels={max_pixels}), …)",
     }[to]
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("train_json", type=Path, help="the parity set")
-    p.add_argument("--to", choices=FORMS, default="llava", help="(default: llava)")
-    p.add_argument(
-        "--out", type=Path, help="file or folder to write (default: beside the parity set; a folder has the run's name)"
-    )
+    p.add_argument("--to", choices=FORMS, default="llava", help="the format (default: llava)")
+    p.add_argument("--out", type=Path, help="file or folder to write (default: in the parity set's folder)")
     p.add_argument(
         "--image-root",
         metavar="DIR",
-        help="look for the images below this folder; hf and trl take none from elsewhere",
+        help="search the images below this folder; hf and trl refuse images from elsewhere",
     )
     p.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     args = p.parse_args(argv)
-    samples, made = read_samples(args), of_run(args.train_json)
+    samples, meta = read_samples(args), read_meta(args.train_json)
     stem, run = args.train_json.stem, args.train_json.resolve().parent.name
     default = f"{stem}_{run}_{args.to}" if args.to in FOLDERS else f"{stem}_{args.to}.json"
     out = args.out or args.train_json.with_name(default + ("l" if args.to == "ms-swift" else ""))
     if out.resolve() == args.train_json.resolve():
-        raise InputError(f"{out}: is what is read; name another file with --out.")
+        raise InputError(f"{out}: is the input file; choose another file with --out.")
     if args.to not in FOLDERS and (out.is_dir() or out.name == "dataset_info.json"):
-        raise InputError(f"{out}: cannot hold the samples; name a file with --out.")
+        raise InputError(f"{out}: cannot be the output file; choose another file with --out.")
     if args.to in FOLDERS:
         free_for_folder(out)
         check_images([s["image"] for s in samples], args.image_root)
-        write_folder(out, samples, FORMS[args.to], lambda file: data_card(args.train_json, made, len(samples), file))
+        write_folder(out, samples, FORMS[args.to], lambda file: data_card(args.train_json, meta, len(samples), file))
     else:
         missing_images([s["image"] for s in samples])
         rows = [FORMS[args.to](s) for s in samples]
@@ -149,12 +144,12 @@ def main(argv=None) -> None:
             records.write_json(os.path.realpath(out.with_name("dataset_info.json")), registry)
         else:
             records.write_json(out, rows)
-    print(f"{len(samples)} samples, wrote {out}.")
+    print(f"Wrote {len(samples)} samples to {out}.")
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
-        print(f"The images in it are copies, from below {os.path.commonpath(folders)}.")
+        print(f"It contains copies of the images below {os.path.commonpath(folders)}.")
     if args.to in ("sharegpt", "ms-swift", "trl"):
-        print(how_to_train(args.to, out, made))
+        print(how_to_train(args.to, out, meta))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The four stages in a row, for one dataset (DATASET=) or one folder of images (IMAGES=).
-# Edit or export what you change. A second call goes on where the first stopped.
+# Run the four stages for one dataset (DATASET=) or one folder of images (IMAGES=).
+# Edit or export the variables below. The same command continues a stopped run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -9,22 +9,22 @@ export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
 export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids
 export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
 export RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
-LIMIT=${LIMIT:-}                                    # annotate only the first so many images
-ENGINE=${ENGINE:-hf}                                # what runs the models
-LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is behind a server
-SERVER_FLAGS=${SERVER_FLAGS:-}                      # for it, e.g. "--base-url http://localhost:8000/v1"
-PA_FLAGS=${PA_FLAGS:-}                              # more flags for a stage, e.g. "--temperature 1"
+LIMIT=${LIMIT:-}                                    # annotate only the first N images
+ENGINE=${ENGINE:-hf}                                # the engine of the models
+LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is served by an API
+SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g. "--base-url http://localhost:8000/v1"
+PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
-# BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS … reach the stages as they are.
+# The stages also read BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
 
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
-# Both models are looked at before hours of work for the first.
+# Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
 PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
-# shellcheck disable=SC2086 # the flags are words
+# shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
     ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
 # shellcheck disable=SC2086

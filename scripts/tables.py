@@ -1,11 +1,11 @@
-"""What a run gained: the funnel, a few images in words, and the table, from its result files alone.
+"""Summarise runs from their result files: the funnel, a few example images, and the table.
 
     python scripts/tables.py --dataset easyVQA --lvlm data/mini/teacher --svlm data/mini/student results/demo
     python scripts/tables.py … results/demo results/demo-1 results/demo-2      # mean and spread over runs
 
 Reads  the result and meta files of each run folder.
-Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel",
-       "seconds"}; accuracies from 0 to 1, by the dataset's headline metric; for `images`, agreement with the L-VLM, which is no accuracy.
+Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel", "seconds"}.
+       Accuracies are from 0 to 1, by the dataset's main metric; for `images` they are agreement with the L-VLM.
 """
 
 import argparse
@@ -53,12 +53,12 @@ class Run:
         return self.meta["settings"]["preset"]
 
     def evaluation(self, row: str) -> list[dict] | None:
-        """The records of a row's Eval file, or None where the row was not evaluated."""
+        """The records of a row's Eval file; None if the row was not evaluated."""
         path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
         return records.read_records(path, "Eval") if path.exists() else None
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage; the baselines' training and evaluation apart."""
+        """Seconds per stage. Training and evaluation of the baselines are counted separately."""
 
         def of(path: Path) -> float:
             return records.read_json(path)["seconds"] if path.exists() else 0.0
@@ -96,22 +96,22 @@ def summary(run: Run) -> dict:
     return result
 
 
-def verdict(lvlm: dict, asked: dict | None, held_out: set[str], match) -> str:
-    """What PI made of an annotation; `asked` is the S-VLM's record, if it was asked."""
-    for who, r in (("L-VLM", lvlm), ("S-VLM", asked or {})):
+def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], match) -> str:
+    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked."""
+    for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
         if r.get("left_out"):
             return f"{who}: {r['left_out']}"
     if not match(lvlm["predictions"], lvlm["PA_answer"]):
         return "L-VLM disagrees with itself"
     if lvlm["image_path"] in held_out:
-        return "held out, to evaluate on"
-    if not asked:
+        return "held out for evaluation"
+    if not svlm:
         return "S-VLM not asked"
-    return "S-VLM knows it" if match(asked["predictions"], lvlm["PA_answer"]) else "parity sample"
+    return "S-VLM answers correctly" if match(svlm["predictions"], lvlm["PA_answer"]) else "parity sample"
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
-    """A few annotated images and what became of them, in words."""
+    """A few annotated images and their verdicts, as text."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
     match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
@@ -123,17 +123,17 @@ def examples(run: Run, n: int = 6) -> list[str]:
         if r.get("left_out") or key not in lvlm:
             lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
             continue
-        asked = svlm.get(key)
-        said = f" · S-VLM: {asked['predictions']}" if asked else ""
+        answer = svlm.get(key)
+        reply = f" · S-VLM: {answer['predictions']}" if answer else ""
         lines.append(
             f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
-            f"      L-VLM again: {lvlm[key]['predictions']}{said} → {verdict(lvlm[key], asked, held_out, match)}"
+            f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {verdict(lvlm[key], answer, held_out, match)}"
         )
     return lines
 
 
 def table(result: dict, what: str) -> list[str]:
-    """The rows as text; `what` they measure: accuracy, or agreement with the L-VLM."""
+    """The rows as text. `what` names the measure: accuracy, or agreement with the L-VLM."""
     lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
     for row, r in result["rows"].items():
         low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
@@ -144,7 +144,8 @@ def table(result: dict, what: str) -> list[str]:
     if "gain" in result:
         low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
         lines.append(
-            f"  MPA gains {100 * result['gain']['accuracy']:+.1f} points (95 % interval {low} to {high}, same questions)."
+            f"  MPA gains {100 * result['gain']['accuracy']:+.1f} points "
+            f"(95 % interval {low} to {high}, same questions)."
         )
     return lines
 
@@ -179,10 +180,10 @@ def main(argv=None) -> None:
         records.write_json(folder / "summary.json", result)
         results.append(result)
         print(f"\n{folder}: " + " → ".join(f"{n} {what}" for what, n in result["funnel"].items()))
-        print("\n".join(["A few of them:", *examples(run), ""]))
+        print("\n".join(["Examples:", *examples(run), ""]))
         print("\n".join(table(result, what)))
         if not DATASETS[args.dataset].labelled:
-            print("  Agreement with the L-VLM on images kept from training. It is no accuracy: the L-VLM errs, too.")
+            print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
         print(f"Wrote {folder / 'summary.json'}.")
     if len(results) > 1:

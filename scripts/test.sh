@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing and run all checks: ruff, shellcheck, pytest. Arguments go to pytest.
+# Install what is missing and run all checks: ruff, shellcheck, pytest. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
@@ -8,4 +8,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-python -m pytest -n 2 --dist loadfile "$@" # a file at a time on each of two cores
+python -m pytest -n 2 --dist loadfile "$@" # two workers, whole files each

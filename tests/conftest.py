@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
-    """Run scripts/<name> (or any .sh) to its end, as a user does."""
+    """Run scripts/<name> (or any .sh) to completion, as a user does."""
     command = ["bash", ROOT / name] if name.endswith(".sh") else [sys.executable, ROOT / "scripts" / name]
     return subprocess.run(
         [*map(str, command), *map(str, args)],
@@ -35,7 +35,7 @@ def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """A folder of 12 drawings, some in a folder below, of different sizes."""
+    """A folder of 12 drawings of different sizes, some in a subfolder."""
     root = tmp_path_factory.mktemp("images")
     (root / "more").mkdir()
     colors = ["red", "blue", "teal", "black", "yellow", "gray"]

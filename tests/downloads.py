@@ -1,4 +1,4 @@
-"""Each official download in miniature, as it comes, and a Hugging Face copy."""
+"""A miniature of each official download, and of a Hugging Face copy."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ N = 24  # images in a train part; a third as many in a test part
 
 
 def drawings(part: str):
-    """(bytes of an easy-VQA image, [(question, answer), …]) without end."""
+    """Infinitely many (bytes of an easy-VQA image, [(question, answer), …])."""
     asked = {}
     for question, answer, image in read_json(f"{EASY}/data/{part}/questions.json"):
         asked.setdefault(image, []).append((question, answer))
@@ -60,7 +60,7 @@ def textvqa(root: Path) -> None:
 
 
 def stvqa(root: Path) -> None:
-    """Task 1 of the train part, which has all answers, and its image tree."""
+    """Task 1 of the train part, with all answers, and its image folders."""
     data = []
     for i, ((image, asked), _) in enumerate(zip(drawings("train"), range(N + N // 3), strict=False)):
         folder = ("coco-text", "iiit_text", "vizwiz")[i % 3]
@@ -72,7 +72,7 @@ def stvqa(root: Path) -> None:
 
 
 def chartqa(root: Path) -> None:
-    """The repository's folder; an image of the same name in two parts is another image."""
+    """The repository's folder. Images with the same name in two parts are different images."""
     for part, n in (("train", N), ("val", 3), ("test", N // 3)):
         by_kind = {"human": [], "augmented": []}
         for i, ((image, asked), _) in enumerate(
@@ -88,7 +88,7 @@ def chartqa(root: Path) -> None:
 
 
 def okvqa(root: Path) -> None:
-    """Questions and annotations apart, each in an archive, with COCO's images: one part zipped, the other not."""
+    """Separate archives of questions and annotations, and COCO's images: one part zipped, the other not."""
     for part, name, n in (("train", "train2014", N), ("test", "val2014", N // 3)):
         questions, annotations = [], []
         for i, ((image, asked), _) in enumerate(zip(drawings(part), range(n), strict=False)):

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks OpenAI's protocol, and replies as a test says."""
+"""A local server with OpenAI's API, whose replies are set by the test."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def completion(text="red", **more) -> dict:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as `server.rule(body, number)` says: (status, document[, headers]); `billed` counts the replies."""
+    """Replies with `server.rule(body, number)`: (status, document[, headers]). `billed` counts the replies."""
 
     protocol_version = "HTTP/1.1"
 

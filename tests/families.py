@@ -1,4 +1,4 @@
-"""A checkpoint in miniature, with random weights, of every model family that is tested: model, processor, template."""
+"""A miniature checkpoint with random weights for every tested model family: model, processor, chat template."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ CHATML = (
 
 
 def make(family: str, folder: Path) -> str:
-    """Write the checkpoint of `family` into `folder`, a name for which no other family was written -> its path."""
+    """Write the checkpoint of `family` to a subfolder of `folder`. Returns its path."""
     processor, config = globals()[f"_{family.split('_vl')[0]}"](family)
     tokenizer, texts = processor.tokenizer, (config.text_config, config)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
@@ -39,7 +39,7 @@ def make(family: str, folder: Path) -> str:
 
 
 def _tokenizer(*special, **named):
-    """The embedded tokenizer with tokens added; `named` are those that a processor looks for by name."""
+    """The embedded tokenizer with added tokens. `named` are those that a processor accesses by name."""
     tokenizer = t.AutoTokenizer.from_pretrained(TEACHER, **({"extra_special_tokens": named} if named else {}))
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
     return tokenizer

@@ -1,8 +1,8 @@
-"""Long texts that made readers quadratic, and how long one may take: seconds, not the minutes of a quadratic one."""
+"""Long texts on which parsers used to take quadratic time, and the time limit in seconds for one text."""
 
 import time
 
-SIZE, SECONDS = 200_000, 8  # on a busy machine; quadratic, the quickest of these took 200
+SIZE, SECONDS = 200_000, 8  # on a busy machine; the fastest quadratic parser took 200
 UNITS = [
     "?",
     "1",

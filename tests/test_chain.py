@@ -1,4 +1,4 @@
-"""The four stages in a row, as the README's commands run them, small."""
+"""The four stages together, with the README's commands, on little data."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     evaluated = read(run / f"Eval_{LEVELLED}_images_images.json")
     assert [r["question_id"] for r in evaluated] == [r["question_id"] for r in held_out]
     assert all(r["predictions"] for r in evaluated)
-    # The L-VLM agrees with itself on these: they were chosen so
+    # The L-VLM agrees with itself on these images; they were chosen for this.
     assert read(run / "summary.json")["rows"]["lvlm"]["accuracy"] == 1.0
 
 
@@ -75,7 +75,7 @@ def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path)
     again = script("scripts/demo.sh", **settings)
     assert again.returncode == 0
     assert "PA_teacher_easyVQA.json is there already" in again.stdout
-    assert again.stdout.count("is there already, trained with these settings") == 5
+    assert again.stdout.count("already exists, trained with these settings") == 5
     assert read(run / "summary.json") == summary
 
 

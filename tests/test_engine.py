@@ -169,7 +169,7 @@ def test_on_a_gpu_the_float32_replies_are_the_cpus(images, one_by_one):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_follow_up_on_the_kept_image_is_what_asking_anew_replies(images, batch_size):
-    """Of the 24 requests, half are no annotations and have no follow-up; sizes and prompts differ within a batch."""
+    """Half of the 24 requests are not annotations and have no follow-up. Sizes and prompts differ within a batch."""
     asked = requests(images, follow_up="paper")
     first = replies(asked, batch_size=batch_size, max_pixels=20_000)
     anew = [

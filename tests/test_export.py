@@ -1,4 +1,4 @@
-"""The parity set in the form of other trainers, and what is not let into one."""
+"""Exports of the parity set for other trainers, and what they refuse."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mpa.records import InputError, read_json, train_record
 
 @pytest.fixture
 def parity_set(tmp_path):
-    """Two samples and what PI says of them."""
+    """Two samples, and their meta file as PI writes it."""
     for name, color in (("a.png", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (32, 32), color).save(tmp_path / name)
     samples = [
@@ -89,7 +89,7 @@ def test_per_image_that_is_not_there_is_named_before_a_folder_is_written(parity_
 
 
 def test_each_trainer_is_told_what_shows_it_the_evaluated_prompt(parity_set, capsys):
-    """Token by token with TRL 1.16, ms-swift 4.6 and LLaMA-Factory 0.9.5 as they come; here, what they are given."""
+    """TRL 1.16, ms-swift 4.6 and LLaMA-Factory 0.9.5 were compared token by token; this test checks their input."""
     meta = parity_set.with_name(f"{parity_set.stem}.meta.json")
     meta.write_text(json.dumps({"settings": {"min_pixels": 3136, "max_pixels": 6272}}))
     exported(parity_set, "ms-swift")
@@ -116,8 +116,8 @@ def test_trls_rows_give_the_evaluated_prompt_in_the_students_own_template(tmp_pa
         assert as_trained == as_evaluated
 
 
-def of_answer(tmp_path, run: str, answer: str):
-    """A run's parity set of the same name as all others', one sample."""
+def parity_set_with(tmp_path, run: str, answer: str):
+    """A run's parity set with one sample. All runs use the same file name."""
     folder = tmp_path / run
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")
@@ -128,7 +128,7 @@ def of_answer(tmp_path, run: str, answer: str):
 
 @pytest.mark.parametrize("to", ["hf", "trl"])
 def test_two_runs_in_folders_of_one_name_each_load_as_what_they_are(tmp_path, to, capsys):
-    """`datasets` keeps what it has loaded by folder name and card: the second would be the first, from its cache."""
+    """`datasets` caches by folder name and card: with a fixed file name, the second load would return the first set."""
 
     def loaded(folder):
         row = datasets.load_dataset(str(folder), split="train", cache_dir=tmp_path / "cache")[0]
@@ -136,15 +136,15 @@ def test_two_runs_in_folders_of_one_name_each_load_as_what_they_are(tmp_path, to
 
     for answer in ("red", "blue"):
         out = tmp_path / f"of-{answer}/parity-set"
-        export.main([str(of_answer(tmp_path, answer, answer)), "--to", to, "--out", str(out)])
+        export.main([str(parity_set_with(tmp_path, answer, answer)), "--to", to, "--out", str(out)])
         assert loaded(out) == answer
-    export.main([str(of_answer(tmp_path, "red", "green")), "--to", to, "--out", str(out)])  # over the one before
+    export.main([str(parity_set_with(tmp_path, "red", "green")), "--to", to, "--out", str(out)])  # over the one before
     assert loaded(out) == "green"
     assert len(list((out / "data").iterdir())) == 1
     assert loaded(tmp_path / "of-red/parity-set") == "red"
 
     capsys.readouterr()
-    export.main([str(of_answer(tmp_path, "run-a", "red")), "--to", to])
+    export.main([str(parity_set_with(tmp_path, "run-a", "red")), "--to", to])
     (default,) = (path for path in (tmp_path / "run-a").iterdir() if path.is_dir())
     assert "run-a" in default.name
     assert f"wrote {default}" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     out = parity_set.parent / "out-hf"
     (out / "data").mkdir(parents=True)
     (out / "README.md").write_text("mine")
-    with pytest.raises(InputError, match="is there already, and not as an export"):
+    with pytest.raises(InputError, match="exists and is not an export"):
         exported(parity_set, "hf")
     assert (out / "README.md").read_text() == "mine"
     (out / "README.md").write_text(exports.MADE_BY)
@@ -167,7 +167,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     exported(parity_set, "hf")
     (out / "README.md").unlink()
     (out / "data/train-00000-of-00001.parquet").touch()  # another's
-    with pytest.raises(InputError, match="is there already, and not as an export"):
+    with pytest.raises(InputError, match="exists and is not an export"):
         exported(parity_set, "hf")
 
 
@@ -182,8 +182,8 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         ("{", "not JSON"),
         ("[]", "should be an object"),
         ("", "the file is empty"),
-        ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset of the name 'out-sharegpt'"),
-        ('{"out-sharegpt": null}', "another dataset of the name 'out-sharegpt'"),
+        ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset named 'out-sharegpt'"),
+        ('{"out-sharegpt": null}', "another dataset named 'out-sharegpt'"),
     ):
         registry.write_text(broken)
         (parity_set.parent / "out-sharegpt").unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         assert registry.read_text() == broken
         assert not (parity_set.parent / "out-sharegpt").exists()
     for name in ("dataset_info.json", "."):
-        with pytest.raises(InputError, match="cannot hold the samples"):
+        with pytest.raises(InputError, match="cannot be the output file"):
             export.main([str(parity_set), "--to", "sharegpt", "--out", str(parity_set.parent / name)])
 
 
@@ -224,11 +224,11 @@ def test_only_images_below_the_image_root_go_into_a_folder(parity_set, tmp_path)
     arguments = [str(parity_set), "--to", "hf", "--image-root", str(root), "--out", str(tmp_path / "out")]
     for image in (tmp_path / "private.png", root / "link.png", root / "up/private.png"):
         with_image(parity_set, str(image))
-        with pytest.raises(InputError, match=r"lies outside --image-root .*, as do 0 others"):
+        with pytest.raises(InputError, match=r"outside --image-root .*, as are 0 others"):
             export.main(arguments)
     for image in ("../private.png", f"{root}/../private.png"):
         with_image(parity_set, image)
-        with pytest.raises(InputError, match=r"record 1: its image .* leads up and out"):
+        with pytest.raises(InputError, match=r"record 1: its image path .* contains"):
             export.main(arguments)
     assert not (tmp_path / "out").exists()
     (tmp_path / "moved").symlink_to(root)  # a root that is a link itself, as prepare.py makes them
@@ -245,7 +245,7 @@ def test_names_that_are_no_unicode_are_written_and_text_that_is_none_is_left_out
     torn = train_record(9, first["image"], "what \ud83d?", "x")
     parity_set.write_text(json.dumps([first, second, torn]))
     out = exported(parity_set, to)
-    assert "1 samples left out: their text is no Unicode" in capsys.readouterr().err
+    assert "1 samples left out: invalid Unicode in their text" in capsys.readouterr().err
     if to in export.FOLDERS:
         loaded = datasets.load_dataset(str(out), split="train", cache_dir=tmp_path / "cache")
         assert len(loaded) == 2
@@ -281,7 +281,7 @@ def test_several_turns_go_where_there_is_room_for_them(parity_set):
     first, second = read_json(parity_set)
     more = [{"from": "human", "value": "and now?"}, {"from": "gpt", "value": "blue"}]
     parity_set.write_text(json.dumps([{**first, "conversations": first["conversations"] + more}, second]))
-    with pytest.raises(InputError, match="record 0: 2 questions in it"):
+    with pytest.raises(InputError, match="record 0: has 2 questions"):
         exported(parity_set, "hf")
     lines = exported(parity_set, "ms-swift").read_text().splitlines()
     assert [m["content"] for m in json.loads(lines[0])["messages"]][2:] == ["and now?", "blue"]

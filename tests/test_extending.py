@@ -1,4 +1,4 @@
-"""The recipes of docs/extending.md: each patch applies, and what it adds works."""
+"""The recipes of docs/extending.md: each patch applies and works."""
 
 import json
 import os

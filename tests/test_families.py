@@ -1,4 +1,4 @@
-"""Every model family, in miniature with random weights: the engine's replies are those of the plain loop."""
+"""For a miniature of every model family, with random weights, the engine's replies equal those of a plain loop."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str]:
-    """One generate call a request, image and prompt as the model's processor takes them."""
+    """One generate call per request, with the model's own processor."""
     processor = models.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
     model = models.load_model(checkpoint, "cpu", torch.float32)
     replies = []
@@ -34,7 +34,7 @@ def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str
 
 
 def follow(request: Request, text: str) -> Request:
-    """In place of an annotation's question, which random weights do not write: a prompt that depends on the reply."""
+    """Random weights write no annotation, so the follow-up prompt is derived from the reply."""
     return replace(request, prompt=f"Is it {len(text)}?", max_new_tokens=5, follow_up="")
 
 

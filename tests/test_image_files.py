@@ -17,7 +17,7 @@ import data
 
 
 def bomb(path):
-    """A small PNG that says it is 30,000 x 30,000."""
+    """A small PNG whose header claims 30,000 x 30,000 pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"x"))]
     body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -87,7 +87,7 @@ def test_deep_grey_is_scaled_and_not_cut_to_white(tmp_path, mode):
 
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".PNG", ".webp", ".bmp", ".tiff", ".gif"])
 def test_the_trainer_sees_the_same_pixels_as_the_stages(tmp_path, suffix):
-    """Its code is its own, so that it needs no mpa."""
+    """The trainer has its own copy of the code, so that it does not need mpa."""
     path = tmp_path / f"a{suffix}"
     noise = Image.effect_noise((40, 30), 80).convert("RGB")
     noise.save(path)

@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 
 
 def test_stages_killed_at_random_moments_lose_double_and_change_nothing():
-    """A few of the kills of benchmarks/faults.py, which makes 200."""
+    """A short version of benchmarks/faults.py, which does 200 kills."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/faults.py", "--kills", "6"], capture_output=True, text=True, timeout=300
     )

@@ -1,4 +1,4 @@
-"""The embedded pair is what data/mini/README.md says: a real teacher, a real student, easy-VQA never seen."""
+"""The embedded pair is as data/mini/README.md describes it, and has never seen easy-VQA."""
 
 import json
 import random
@@ -59,8 +59,8 @@ def test_the_teacher_writes_varied_questions_of_all_kinds(annotations):
     assert len(set(readable)) >= 50
 
 
-def right(question: str, answer: str, words: set[str]) -> bool:
-    """Is this the answer, for an image of these words? All questions in the teacher's language."""
+def is_correct(question: str, answer: str, words: set[str]) -> bool:
+    """Is this the correct answer for an image with these words? Covers all questions that the teacher can write."""
     if question.startswith("what"):
         return answer in words & (COLORS if "color" in question else SHAPES)
     named = {word.strip("?") for word in question.split()} & (COLORS | SHAPES)
@@ -68,10 +68,10 @@ def right(question: str, answer: str, words: set[str]) -> bool:
 
 
 def test_asking_the_teacher_again_finds_its_wrong_annotations(annotations):
-    """As the paper's raters found: many raw answers are wrong (68 % right), fewer after PI."""
+    """As the paper's raters found: many raw annotations are wrong (68 % are right), fewer after PI."""
     known = [row for row in annotations if len(row[3]) == 2 and not row[4]]
-    raw = [right(question, answer, words) for question, answer, _, words, _ in known]
-    repeated = [right(q, answer, words) for q, answer, again, words, _ in known if exact(again, [answer])]
+    raw = [is_correct(question, answer, words) for question, answer, _, words, _ in known]
+    repeated = [is_correct(q, answer, words) for q, answer, again, words, _ in known if exact(again, [answer])]
     assert len(known) > 150
     assert 0.55 < sum(raw) / len(raw) < 0.85
     assert sum(repeated) / len(repeated) > 0.9

@@ -1,4 +1,4 @@
-"""What went wrong without a word: test images trained on, passing errors kept for good, images and files that have changed."""
+"""Errors that used to be silent: training on test images, keeping temporary errors, changed images and files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from mpa.records import InputError, read_json, read_records, run_folder
 
 
 def answers_by():
-    """The L-VLM "big" agrees with itself; of the S-VLMs each gets other questions wrong."""
+    """The L-VLM "big" agrees with itself. Each S-VLM answers different questions wrongly."""
 
     def rule(body, _=0):
         if "Question:" in text_of(body):
@@ -36,7 +36,7 @@ def answers_by():
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """30 drawings; the last six are copies of one under other names."""
+    """30 drawings; the last six are copies of one image under other names."""
     root = tmp_path / "images"
     root.mkdir()
     for i in range(24):
@@ -103,7 +103,7 @@ def test_evaluation_refuses_a_test_set_that_was_trained_on(serve, images, tmp_pa
     train = PI.main(flags(server, images, run, "--hold-out", "0.4"))
     parity, held_out = read_json(train), read_json(run / "PI_big_heldout_images.json")
     train.write_text(json.dumps([*parity, parity[0] | {"id": "x", "image": held_out[0]["image_path"]}]))
-    with pytest.raises(InputError, match="1 of its samples are in the held-out set"):
+    with pytest.raises(InputError, match="1 of its samples are also in the held-out set"):
         evaluate.main(flags(server, images, run, "--model-path", "small", svlm=None))
 
 
@@ -116,7 +116,7 @@ def test_more_images_do_not_move_those_that_were_there(tmp_path):
     assert holdout.decide(file, of, 0.2) == threshold
 
 
-# --- errors that may pass ----------------------------------------------------------------------------
+# --- temporary errors --------------------------------------------------------------------------------
 
 
 def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, images, tmp_path, monkeypatch, capsys):
@@ -176,7 +176,7 @@ def test_an_image_that_was_replaced_is_noticed(serve, images, tmp_path, capsys):
         annotate(server, images, run)
 
 
-# --- where images lie ----------------------------------------------------------------------------------
+# --- image paths ---------------------------------------------------------------------------------------
 
 
 def make(root: Path, *names: str) -> Path:
@@ -195,14 +195,14 @@ def test_images_are_found_by_the_longest_end_of_their_path(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "files", "root", "says"),
     [
-        (["/d/train/png/1.png"], ["test/png/1.png"], "test", "an image of train, and this is a folder of test"),
+        (["/d/train/png/1.png"], ["test/png/1.png"], "test", "an image of train, but this is a folder of test"),
         (
             ["/d/val2014/1.png"],
             ["train2014/1.png"],
             "train2014",
-            "an image of validation, and this is a folder of train",
+            "an image of validation, but this is a folder of train",
         ),
-        (["/d/human/1.png", "/d/augmented/1.png"], ["all/1.png"], "all", "would both be looked for in it"),
+        (["/d/human/1.png", "/d/augmented/1.png"], ["all/1.png"], "all", "would both be searched there"),
     ],
 )
 def test_images_of_one_name_are_not_taken_for_each_other(tmp_path, recorded, files, root, says):
@@ -223,7 +223,7 @@ def test_folders_that_cannot_be_entered_are_named(tmp_path):
         Path("deep.png").write_bytes(b"x")
     finally:
         os.chdir(at)
-    with pytest.raises(InputError, match=r"cannot be entered|nested too deeply"):
+    with pytest.raises(InputError, match=r"cannot be read|nested too deeply"):
         load_samples("images", "train", None, str(tmp_path))
     shutil.rmtree(tmp_path / ("a" * 10), ignore_errors=True)
 

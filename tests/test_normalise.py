@@ -1,4 +1,4 @@
-"""What counts as the same answer under `paper`. TABLE is that of docs/departures.md, in its own words."""
+"""Which answers are equal under `paper`. TABLE is parsed from docs/departures.md."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The openai engine against a real server with the embedded teacher, and a proxy in between that fails in every way."""
+"""The openai engine against a real server with the embedded teacher, through a proxy that injects faults."""
 
 import http.client
 import json
@@ -58,7 +58,7 @@ def server():
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Passes requests on, but for those whose turn it is to fail."""
+    """Forwards requests, except for those that must fail."""
 
     protocol_version = "HTTP/1.1"
 
@@ -107,7 +107,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    """`proxy(faults)` -> (address, what was seen): a fault for each request in turn, None to pass it on."""
+    """`proxy(faults)` -> (address, log). One fault per request, in order; None forwards the request."""
     started = []
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
 
@@ -251,7 +251,7 @@ def test_what_is_missing_is_said_before_anything_is_sent(monkeypatch):
 
 
 def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, proxy, tmp_path):
-    """The L-VLM behind a server, the S-VLM here; stopped by the budget and gone on with."""
+    """The L-VLM is behind a server, the S-VLM is local. The budget stops the run, and a higher budget continues it."""
     student = tmp_path / "student"
     shutil.copytree(TEACHER.parent / "student", student)
     address, _ = proxy()
@@ -269,6 +269,6 @@ def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, pr
     flags = ["--engine-lvlm", "openai", "--base-url", address, "--model-path-lvlm", MODEL, "--model-path-svlm", student]
     done = script("PI.py", *[d for d in data if d not in ("--tries", "0")], *flags)
     assert done.returncode == 0, done.stderr
-    assert "answers were made along with the annotations" in done.stdout
+    assert "PA already produced" in done.stdout
     for path in (tmp_path / "run").iterdir():
         assert b"secret" not in path.read_bytes()

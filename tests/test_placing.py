@@ -1,4 +1,4 @@
-"""What prepare refuses and what it leaves out: downloads that are broken, hostile, or without labels."""
+"""What prepare refuses or leaves out: broken, malicious or unlabelled downloads."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ from mpa.records import InputError, read_json
 def copy_of_textvqa(
     root: Path, parts=("train", "validation", "test"), unlabelled=("",) * 10, first: bytes | None = None
 ) -> None:
-    """As facebook/textvqa's builder writes it: the test part has ten empty answers a question."""
+    """As in facebook/textvqa: the test part has ten empty answers per question."""
     for number, name in enumerate(parts):
         rows = []
         for i, (image, asked) in zip(range(5), drawings("train"), strict=False):
@@ -53,7 +53,7 @@ def from_copy(name: str, source: Path, data: Path, *flags) -> None:
 def test_a_copys_test_part_without_answers_is_left_out_of_ours_and_counted(tmp_path, capsys, unlabelled):
     copy_of_textvqa(tmp_path / "hf", unlabelled=unlabelled)
     from_copy("textVQA", tmp_path / "hf", tmp_path / "data")
-    assert "5 questions of the test part have no answers, and are passed over; 5 have" in capsys.readouterr().out
+    assert "5 questions of the test part have no answers and are skipped; 5 have" in capsys.readouterr().out
     written = read_json(tmp_path / "data/TextVQA/TextVQA_0.5.1_val.json")["data"]
     assert [r["image_id"] for r in written] == [f"validation{i}" for i in range(5)]
     assert sorted(p.stem for p in (tmp_path / "data/TextVQA/train_images").iterdir()) == sorted(
@@ -89,7 +89,7 @@ def test_a_copy_of_chartqa_whose_first_answer_is_blank(tmp_path, capsys):
 
 def test_two_parts_with_answers_are_not_merged_into_one_test_part(tmp_path):
     copy_of_textvqa(tmp_path / "hf", unlabelled=("a",) * 10)
-    with pytest.raises(InputError, match="both a test and a validation part with answers"):
+    with pytest.raises(InputError, match="both a test and a validation split with answers"):
         from_copy("textVQA", tmp_path / "hf", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -121,7 +121,7 @@ def test_questions_of_an_official_download_without_answers_are_left_out_and_coun
     write(tmp_path / "a" / file, document)
     prepared_from(tmp_path / "a", name, tmp_path)
     assert "  2 questions of the " in (said := capsys.readouterr().out)
-    assert "part have no answers, and are passed over" in said
+    assert "part have no answers and are skipped" in said
     for written in (tmp_path / "data").rglob("*.json"):
         assert '""' not in written.read_text()
 
@@ -131,7 +131,7 @@ def test_a_test_file_with_blank_answers_is_refused_with_their_count(tmp_path):
         {"question_id": i, "image_id": "a", "question": "q", "answers": ["x" if i % 2 else " "] * 10} for i in range(6)
     ]
     write(tmp_path / "a.json", {"data": data})
-    with pytest.raises(InputError, match="record 0: no answers to score against, nor have 2 others of 6"):
+    with pytest.raises(InputError, match="record 0: no answers to score against; 2 more of 6"):
         load_samples("textVQA", "test", tmp_path / "a.json", tmp_path, images=False)
     for odd in ([True], [float("nan")], [None]):
         write(tmp_path / "a.json", {"data": [{**data[0], "answers": odd}]})
@@ -139,7 +139,7 @@ def test_a_test_file_with_blank_answers_is_refused_with_their_count(tmp_path):
             load_samples("textVQA", "train", tmp_path / "a.json", tmp_path, images=False)
 
 
-# --- the user's download stays as it is
+# --- the user's download is never changed
 
 
 def plain_textvqa(root: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_copy_prepared_over_an_official_download_writes_nothing_into_it(tmp_pa
     for parts in (("train", "validation", "test"), ("train",)):
         shutil.rmtree(tmp_path / "hf")
         copy_of_textvqa(tmp_path / "hf", parts)
-        with pytest.raises(InputError, match=r"is there already and differs|through a link"):
+        with pytest.raises(InputError, match=r"already exists and differs|through a link"):
             from_copy("textVQA", tmp_path / "hf", tmp_path / "data", *flags)
         shutil.rmtree(tmp_path / "hf")
         assert listing(tmp_path) == before
@@ -187,14 +187,14 @@ def test_nothing_is_written_through_a_link_in_the_data_folder(tmp_path, place):
 
 
 def with_first_image(tmp_path) -> Path:
-    """The first of a plain download's images, in a folder from which not all can be linked at once."""
+    """The first image of a download, in a folder that cannot be linked as a whole."""
     stvqa(tmp_path / "a")
     return min((tmp_path / "a/train/coco-text").iterdir())
 
 
 def refused(tmp_path, capsys, why: str, n: int = 1) -> None:
     """Prepare places all but `n` images and says why."""
-    with pytest.raises(SystemExit, match=f"{n} images are not below"):
+    with pytest.raises(SystemExit, match=f"{n} images are missing below"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert why in capsys.readouterr().err
     assert len(listing(tmp_path / "data/STVQA/train/data")) == N + N // 3 - n
@@ -209,7 +209,7 @@ def test_a_link_to_a_file_outside_the_download_is_not_followed(tmp_path, capsys,
         Image.new("RGB", (64, 64)).save(private)
     image.unlink()
     image.symlink_to(private)
-    refused(tmp_path, capsys, f"1 not taken: a link that leads out of the download; the first is {image}")
+    refused(tmp_path, capsys, f"1 not placed: a link that leads out of the download; the first is {image}")
     assert private.stat().st_nlink == 1
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_image_is_not_placed(tmp_path, capsys):
     moved = min((tmp_path / "a/train/iiit_text").iterdir())  # so that no folder holds all
     zipped_one(tmp_path / "a/one.zip", {f"iiit_text/{moved.name}": moved.read_bytes()})
     moved.unlink()
-    refused(tmp_path, capsys, "1 not taken: cannot be read (not an image")
+    refused(tmp_path, capsys, "1 not placed: cannot be read (not an image")
     assert not list((tmp_path / "data").rglob(".*"))
 
 
@@ -254,11 +254,11 @@ def test_pipes_and_folders_that_cannot_be_looked_into_do_not_hold_it_up(tmp_path
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
     subprocess.run(["bash", "-c", f"rm -rf {tmp_path}/a/d*"], check=True)
     assert done.returncode == 1
-    assert "cannot be looked into (File name too long)" in done.stderr
-    assert "1 images are not below" in done.stderr
+    assert "cannot be read (File name too long)" in done.stderr
+    assert "1 images are missing below" in done.stderr
     assert str(image) in done.stderr.split("that were not opened: ")[1]
     os.mkfifo(tmp_path / "a/TextVQA_0.5.1_val.json")
-    with pytest.raises(InputError, match="nothing of textVQA in it"):
+    with pytest.raises(InputError, match="no files of textVQA found"):
         prepared_from(tmp_path / "a", "textVQA", tmp_path)
 
 
@@ -267,7 +267,7 @@ def test_two_different_files_of_one_name_are_refused(tmp_path):
     shutil.copytree(tmp_path / "a/one", tmp_path / "a/two")
     prepared_from(tmp_path / "a", "stVQA", tmp_path)
     write(tmp_path / "a/two/train_task_1.json", {"data": []})
-    with pytest.raises(InputError, match="two different files of one name"):
+    with pytest.raises(InputError, match="different files with the same name"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
 
 
@@ -357,7 +357,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     zeros = image.read_bytes() + bytes(2**27)
     zipped_one(tmp_path / "a/one.zip", {f"coco-text/{image.name}": zeros}, compression=zipfile.ZIP_DEFLATED)
     image.unlink()
-    with pytest.raises(InputError, match=r"one\.zip: 0\.1 MB that become 134 MB when unpacked"):
+    with pytest.raises(InputError, match=r"one\.zip: 0\.1 MB would become 134 MB when unpacked"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert not (tmp_path / "data").exists()
     (tmp_path / "a/one.zip").unlink()
@@ -371,7 +371,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     textvqa(tmp_path / "a")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(InputError, match=r"the images take 0\.0 GB, and 0\.0 GB are free there"):
+    with pytest.raises(InputError, match=r"the images take 0\.0 GB, but only 0\.0 GB are free"):
         prepared_from(tmp_path / "a", "textVQA", tmp_path)
     assert not (tmp_path / "data").exists()
 
@@ -380,17 +380,17 @@ def test_a_copys_rows_that_are_no_images_are_counted_and_a_broken_file_is_named(
     copy_of_textvqa(tmp_path / "hf", ("validation",), first=b"root:x:0:0:root:/root:/bin/bash")
     file = next((tmp_path / "hf").rglob("*.parquet"))
     whole = file.read_bytes()
-    with pytest.raises(SystemExit, match="1 images are not below"):
+    with pytest.raises(SystemExit, match="1 images are missing below"):
         from_copy("textVQA", tmp_path / "hf", tmp_path / "data")
-    assert f"1 not taken: cannot be read (not an image, or in an unknown format); the first is {file}, row 0" in (
+    assert f"1 not placed: cannot be read (not an image, or in an unknown format); the first is {file}, row 0" in (
         capsys.readouterr().err
     )
     for broken in (whole[: len(whole) // 2], whole[:4] + bytes(4000) + whole[4004:]):
         file.write_bytes(broken)
-        with pytest.raises(InputError, match="no whole parquet file"):
+        with pytest.raises(InputError, match="not a complete parquet file"):
             from_copy("textVQA", tmp_path / "hf", tmp_path / "other")
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(InputError, match="no parquet files in it"):
+    with pytest.raises(InputError, match="has no parquet files"):
         from_copy("textVQA", tmp_path / "hf", tmp_path / "other")
     assert not (tmp_path / "other").exists()

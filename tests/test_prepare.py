@@ -1,4 +1,4 @@
-"""What prepare makes of each official download in miniature, and the four stages on that."""
+"""prepare on a miniature of each official download, and the four stages on the result."""
 
 import hashlib
 import shutil
@@ -55,7 +55,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """{dataset: data folder}, each prepared from its download in miniature."""
+    """{dataset: data folder}, each prepared from its miniature download."""
     folders = {}
     for name, layout in LAYOUTS.items():
         source = tmp_path_factory.mktemp(f"{name}-download")
@@ -128,14 +128,14 @@ def test_a_second_call_changes_nothing_and_a_file_that_differs_is_not_overwritte
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert len(list((tmp_path / "data/TextVQA").glob("*.json"))) == 4
     assert len(list((tmp_path / "data/TextVQA/train_images").iterdir())) == N + N // 3
-    with pytest.raises(InputError, match="is there already and differs"):
+    with pytest.raises(InputError, match="already exists and differs"):
         prepare.main([*arguments, "--seed", "1"])
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
-    with pytest.raises(InputError, match=f"nothing of {name} in it. Expected .*train"):
+    with pytest.raises(InputError, match=f"no files of {name} found. Expected .*train"):
         prepare.main([name, "--source", str(tmp_path), "--data", str(tmp_path / "data")])
     with pytest.raises(InputError, match="no such folder"):
         prepare.main([name, "--source", str(tmp_path / "none")])
@@ -145,7 +145,7 @@ def test_a_folder_without_the_download_says_what_was_expected(tmp_path, name):
 
 
 def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):
-    """As lmms-lab and HuggingFaceM4 publish them: shards by split, the images inside, columns of their own."""
+    """As lmms-lab and HuggingFaceM4 publish them: shards by split, embedded images, different column names."""
     source = tmp_path / "hf"
     rows = {"train": [], "validation": []}
     for part, name in (("train", "train"), ("test", "validation")):
@@ -202,8 +202,8 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
     prepare.main(["check", "chartVQA", *arguments])
     said = capsys.readouterr().out
     assert f"{N} questions about {N} images" in said
-    assert "visual tokens of Qwen2-VL 144 to 144 an image" in said
-    assert "All is well." in said
+    assert "visual tokens of Qwen2-VL 144 to 144 per image" in said
+    assert "All images are usable." in said
     images = tmp_path / "ChartQA Dataset/test/png"
     (images / "1.png").unlink()
     (images / "2.png").write_bytes(b"")
@@ -217,7 +217,7 @@ def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_pat
         "1.png: no such file",
         "2.png: cannot be read (not an image",
         "3.png: the processor refuses it",
-        "copies of others",
+        "byte-identical copies",
     ):
         assert words in said
 
@@ -228,7 +228,7 @@ def test_a_folder_of_ones_own_images_is_checked(images, capsys):
 
 
 def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
-    """On the released annotation files themselves. Which images fall on which side is theirs alone: no seed is published."""
+    """On the released annotation files. Their split of the images cannot be reproduced: no seed is published."""
     if not REFERENCE.is_dir():
         pytest.skip("the released annotation files are not here")
     records = [
@@ -288,7 +288,7 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
 
 
 def test_images_in_several_places_come_together_and_the_download_stays_as_it_was(tmp_path):
-    """One folder plain, one in an archive, one elsewhere behind a link."""
+    """One plain folder, one archive, and one folder elsewhere, behind a link."""
     source = tmp_path / "süß and odd"
     stvqa(source)
     zipped(source / "train/vizwiz", source / "vizwiz.ZIP")
@@ -365,7 +365,7 @@ def test_a_bad_official_file_is_named_with_its_record(tmp_path, change, says):
 def test_a_part_of_which_half_is_missing_is_named(tmp_path):
     chartqa(tmp_path / "a")
     (tmp_path / "a/ChartQA Dataset/train/train_human.json").unlink()
-    with pytest.raises(InputError, match=r"train/train_human.json is not in it, but train/train_augmented.json is"):
+    with pytest.raises(InputError, match=r"has train/train_augmented.json, but not train/train_human.json"):
         prepared_from(tmp_path / "a", "chartVQA", tmp_path)
 
 
@@ -373,7 +373,7 @@ def test_missing_images_end_in_an_error_with_the_files_written_and_archives_name
     stvqa(tmp_path / "a")
     shutil.rmtree(tmp_path / "a/train")
     (tmp_path / "a/images.tar.gz").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"32 images are not below .* not opened: .*images.tar.gz"):
+    with pytest.raises(SystemExit, match=r"32 images are missing below .* not opened: .*images.tar.gz"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
     assert len(list((tmp_path / "data/STVQA").glob("*.json"))) == 4
 
@@ -406,12 +406,12 @@ def test_rows_of_other_shapes_are_read_or_named(tmp_path, capsys):
     assert (record["answers"][0], record["raw_answers"][0]) == ("race", "racing")
 
     parquet(tmp_path / "b/data/val-0.parquet", [{**row, "answers": []}])
-    with pytest.raises(InputError, match="nothing of okVQA"):
+    with pytest.raises(InputError, match="no files of okVQA"):
         prepare.main([*arguments, str(tmp_path / "b")])
     assert "1 questions of the test part have no answers" in capsys.readouterr().out
     parquet(tmp_path / "c/data/val-0.parquet", [{**row, "answers": ["x"], "image": None}])
     with pytest.raises(InputError, match="row 0: no image in it"):
         prepare.main([*arguments, str(tmp_path / "c")])
     parquet(tmp_path / "d/data/0.parquet", [{**row, "answers": ["x"]}])
-    with pytest.raises(InputError, match="named after a split"):
+    with pytest.raises(InputError, match="has the name of a split"):
         prepare.main([*arguments, str(tmp_path / "d")])

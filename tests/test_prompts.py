@@ -17,7 +17,7 @@ from mpa.prompts import (
 
 
 def test_the_prompts_have_not_drifted():
-    """A changed word changes every number measured, and the embedded teacher was trained on these."""
+    """A changed word changes every result, and the embedded teacher was trained on these prompts."""
     digests = {task: hashlib.sha256(prompt.encode()).hexdigest()[:12] for task, prompt in TASK_PROMPTS.items()}
     assert digests == DIGESTS
     assert answer_prompt("What is it?") == "What is it? Answer the following question in a single word or phrase."
@@ -90,7 +90,7 @@ def test_the_released_preset_reads_as_the_released_code(reply, question, answer)
     ],
 )
 def test_stopping_early_reads_the_same(reply):
-    """Cut where generation may stop, a reply parses as the whole one does."""
+    """A reply that is cut where generation may stop parses like the complete reply."""
     cut = next((reply[:i] for i in range(len(reply) + 1) if annotation_is_complete(reply[:i])), reply)
     assert parse_annotation(cut) == parse_annotation(reply)
     cut = next((reply[:i] for i in range(len(reply) + 1) if answer_is_complete(reply[:i])), reply)

@@ -28,7 +28,7 @@ RAY = ["--engine", "ray", "--actors", "2", "--batch-size", "4"]
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two cores, whatever the machine has."""
+    """A cluster with two cores, on any machine."""
     with contextlib.chdir(ROOT):
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     yield
@@ -37,7 +37,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def asked(images, tmp_path_factory) -> list[Request]:
-    """Greedy and sampled annotations with follow-ups, questions, a file name that is no Unicode, and none at all."""
+    """Greedy and sampled annotations with follow-ups, questions, an invalid Unicode file name, and a missing image."""
     odd = os.fsdecode(os.fsencode(tmp_path_factory.mktemp("odd")) + b"/\xe9.png")
     paths = [*map(str, sorted(images.rglob("*.png"))), odd, "/none.png"]
     shutil.copy(paths[0], odd)
@@ -149,7 +149,7 @@ def until(condition, seconds: float = 120) -> None:
 
 
 def family(pid: int) -> set[int]:
-    """A process and all that came of it."""
+    """A process and all its descendants."""
     children = [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
     return {pid}.union(*map(family, children))
 

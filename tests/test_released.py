@@ -1,4 +1,4 @@
-"""The authors' own files in, the authors' own files out."""
+"""From the authors' input files, the preset `released` produces the authors' output files."""
 
 import json
 import time

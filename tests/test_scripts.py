@@ -1,4 +1,4 @@
-"""The bash scripts: a signal to one reaches what it runs, and each engine has its own Python."""
+"""The bash scripts: they pass signals to their commands, and select each engine's Python."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def start(name, *args, **environment) -> subprocess.Popen:
-    """In a session of its own, as from a terminal; a shell's background job, this one too, would ignore Ctrl-C."""
+    """Start in a new session, as from a terminal: a shell's background job would ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         ["bash", str(ROOT / name), *map(str, args)],
@@ -29,7 +29,7 @@ def start(name, *args, **environment) -> subprocess.Popen:
 
 
 def stop_when(process: subprocess.Popen, ready, number: int) -> tuple[int, str]:
-    """Send the signal to the script alone once `ready()`; its exit code and what it said."""
+    """Send the signal only to the script, once `ready()`. Returns its exit code and output."""
     for _ in range(1200):
         if ready():
             break
@@ -41,7 +41,7 @@ def stop_when(process: subprocess.Popen, ready, number: int) -> tuple[int, str]:
 
 
 def running(word) -> list[str]:
-    """Command lines of the processes that name `word`, but for this one's."""
+    """Command lines that contain `word`, without this process's."""
     found = subprocess.run(["pgrep", "-fa", str(word)], capture_output=True, text=True).stdout.splitlines()
     return [line for line in found if int(line.split()[0]) != os.getpid()]
 
@@ -50,15 +50,15 @@ FLAGS = ["--limit", "48", "--temperature", "1"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
-    """The PA file of a run that was left alone."""
-    run = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory) -> bytes:
+    """The PA file of an undisturbed run."""
+    run = tmp_path_factory.mktemp("undisturbed")
     assert start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/").wait(120) == 0
     return (run / "PA_teacher_easyVQA.json").read_bytes()
 
 
 @pytest.mark.parametrize(("name", "number"), [("scripts/PA.sh", signal.SIGTERM), ("scripts/mpa.sh", signal.SIGINT)])
-def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, tmp_path, whole):
+def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, tmp_path, undisturbed):
     run = tmp_path / "run/"
     journal = run / "PA_teacher_easyVQA.journal.jsonl"
     arguments, environment = (FLAGS, {}) if name.endswith("PA.sh") else ([], {"PA_FLAGS": " ".join(FLAGS)})
@@ -74,7 +74,7 @@ def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name,
     assert journal.read_bytes().count(b"\n") > 8
     done = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/")
     assert done.wait(120) == 0, done.stdout.read()
-    assert (run / "PA_teacher_easyVQA.json").read_bytes() == whole and not journal.exists()
+    assert (run / "PA_teacher_easyVQA.json").read_bytes() == undisturbed and not journal.exists()
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
@@ -103,18 +103,18 @@ def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, t
         )
     code, _ = stop_when(process, lambda: ": loss " in log.read_text(), number)
     assert code == SIGNALS[number], log.read_text()
-    assert "and saved. The same call goes on from there" in log.read_text()
+    assert "and saved. The same command resumes there" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert len([*out.glob("checkpoint-*")]) == 1
     assert running(out) == []
 
 
-def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, whole):
+def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, undisturbed):
     process = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{tmp_path}/", GPUS=2)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
     assert said.count("images annotated") == 1 and "OMP_NUM_THREADS" not in said
-    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == whole
+    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == undisturbed
     process = start("scripts/PA.sh", **{**SETTINGS, "LVLM": "/none"}, RUN=f"{tmp_path}/", GPUS=2)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 1 and "error: /none: no such model folder" in said and "Traceback" not in said
@@ -136,9 +136,13 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     assert says("scripts/PI.sh", "--engine-lvlm", "vllm") == ["vllm: PI.py"]
     assert says("evaluate.sh", "--engine", "ray", "--ray-engine", "vllm") == ["vllm: evaluate.py"]
     assert says("evaluate.sh", "--model-path", "vllm") == ["hf: evaluate.py"]
-    whole = says("scripts/mpa.sh", ENGINE="vllm")
-    assert [line for line in whole if line.startswith("vllm")] == ["vllm: PA.py", "vllm: PI.py", "vllm: evaluate.py"]
-    assert "hf: launch.py" in whole and "hf: tables.py" in whole
+    commands = says("scripts/mpa.sh", ENGINE="vllm")
+    assert [line for line in commands if line.startswith("vllm")] == [
+        "vllm: PA.py",
+        "vllm: PI.py",
+        "vllm: evaluate.py",
+    ]
+    assert "hf: launch.py" in commands and "hf: tables.py" in commands
 
     missing = start("scripts/PA.sh", "--engine", "vllm", **{**places, "VLLM_VENV": tmp_path / "none"})
     said, _ = missing.communicate()

@@ -1,4 +1,4 @@
-"""The openai engine against servers that misbehave in every way: money, lost replies, rate limits, parameters, bodies."""
+"""The openai engine against misbehaving servers: cost, lost replies, rate limits, parameters, bodies."""
 
 import json
 import os

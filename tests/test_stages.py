@@ -1,4 +1,4 @@
-"""The stages as a user runs them, on the embedded pair: killed, called again, given bad input."""
+"""The stages as a user runs them, on the embedded pair: killed, resumed, with bad input."""
 
 import json
 import os
@@ -36,7 +36,7 @@ OUTPUTS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """PA, PI and evaluate on 40 images, not interrupted."""
+    """An uninterrupted run of PA, PI and evaluate on 40 images."""
     folder = tmp_path_factory.mktemp("whole")
     for name, command in STAGES.items():
         done = script(*command, "--run", f"{folder}/")
@@ -49,7 +49,7 @@ def read(path):
 
 
 def kill_at(command, folder, lines: int) -> bool:
-    """Start a stage and kill -9 it once its journals hold so many lines; its workers die of it. Was it in time?"""
+    """Start a stage and kill -9 it, with its workers, once its journals have so many lines. Was it still running?"""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"],
         stdout=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ def kill_at(command, folder, lines: int) -> bool:
 
 
 def interrupted(stage: str, run, folder):
-    """The stage killed at three places and then left alone; what its files hold."""
+    """The content of a stage's files after three kills and an undisturbed call."""
     for before in OUTPUTS["PA"]:
         if stage == "PI":
             shutil.copy(run / f"{before}.json", folder)
@@ -178,12 +178,12 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
     done = script(*pi, "--run", f"{tmp_path}/fused/")
     assert done.returncode == 0, done.stderr
-    assert "40 of its 40 answers were made along with the annotations" in done.stdout
+    assert "PA already produced 40 of the 40 answers" in done.stdout
     for name in OUTPUTS["PI"][2:]:
         assert (tmp_path / "fused" / f"{name}.json").read_bytes() == (tmp_path / "apart" / f"{name}.json").read_bytes()
     fused, apart = (read(tmp_path / where / "PI_teacher_teacher_easyVQA.json") for where in ("fused", "apart"))
     assert [r["predictions"] for r in fused] == [r["predictions"] for r in apart]
-    # With other settings than PA's, the answers are not taken over; where a question was edited, the others are.
+    # With other settings than PA's, no answer is reused. With one edited question, all other answers are reused.
     arguments = PI.arguments([*pi[1:], "--run", f"{tmp_path}/fused/"])
     pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
     annotations = [r for r in read(pa_json) if r["predicted_answer"]]
@@ -194,7 +194,7 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     arguments.max_new_tokens = 128
     annotations[3]["predicted_question"] = "is it red?"
     ready, why = PI.answers_of_pa(arguments, pa_json, annotations)
-    assert len(ready) == n - 1 and why == {"their question was edited": 1}
+    assert len(ready) == n - 1 and why == {"the question was edited": 1}
 
 
 def test_a_model_trained_anew_in_the_same_folder_is_another_model(run, tmp_path):
@@ -265,7 +265,7 @@ def test_a_hold_out_takes_at_least_one_image_and_says_when_nothing_is_left(image
     command = [argument.replace("easyVQA", "images") for argument in STAGES["PI"][:-1]]
     done = script(*command, "--run", f"{tmp_path}/")
     assert done.returncode == 1
-    assert "on 1 of 1 samples (--match exact), all held out (--hold-out 0.15): nothing is left" in done.stderr
+    assert "on 1 of 1 samples (--match exact); all are held out (--hold-out 0.15), so none is left" in done.stderr
 
 
 def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
@@ -282,7 +282,7 @@ def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
 
 def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the teacher understands no other
+    prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the only prompt that the teacher understands
     command = ["PA.py", "--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run"]
     done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -293,7 +293,7 @@ def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     assert "content was" in other.stderr
     prompt.write_text("Describe this.")
     refused = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
-    assert "should ask for the two lines" in refused.stderr
+    assert "must ask for the two lines" in refused.stderr
 
 
 def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):
@@ -340,7 +340,7 @@ def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
         (["--dataset", "easyVQA", "--min-pixels", "9", "--max-pixels", "4"], "is more than --max-pixels"),
         (["--dataset", "easyVQA", "--out", "/tmp"], "is a folder"),
         (["--dataset", "easyVQA", "--path-map", "x"], "expected OLD=NEW"),
-        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device here"),
+        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device"),
         (["--dataset", "easyVQA", "--device", "gpu", "--model-path-lvlm", TEACHER], "--device gpu"),
         (["--dataset", "easyVQA", "--model-path-lvlm", "/no/such/model"], "/no/such/model: no such model folder"),
         (["--dataset", "images", "--image-root", "/no/such/folder"], "/no/such/folder: no such folder"),
@@ -385,7 +385,7 @@ def test_a_full_disk_ends_in_a_message_and_nothing_finished_is_lost(run, tmp_pat
 
 
 class Scripted:
-    """An engine whose replies are written here: a real teacher is too good to show every failure."""
+    """An engine with scripted replies, since the real teacher does not produce every failure."""
 
     def __init__(self, replies: dict[str, str]):
         self.replies, self.asked = replies, []
@@ -456,7 +456,7 @@ def launch(command, folder, processes: int) -> subprocess.Popen:
 
 
 def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
-    """Killed on the way, and then anew."""
+    """Killed during the run, and then run again."""
     process = launch(STAGES["PA"], tmp_path, 2)
     while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.journal*.jsonl")) < 4:
         assert process.poll() is None

@@ -145,15 +145,15 @@ def test_a_share_that_drops_a_file_is_refused_and_counts_are_said(tmp_path, caps
         data.read_samples([f"{tmp_path}/a.json:0.999", f"{tmp_path}/b.json:0.001"])
     data.read_samples([f"{tmp_path}/a.json:0.5", f"{tmp_path}/b.json:0.1"])
     said = capsys.readouterr().out
-    assert "a.json: 10 samples read, 10 taken, 10 of them with images" in said
-    assert "b.json: 10 samples read, 2 taken" in said
+    assert "a.json: 10 samples read, 10 used, 10 of them with images" in said
+    assert "b.json: 10 samples read, 2 used" in said
 
 
 # --- flags --------------------------------------------------------------------------------------------------
 
 
 def test_every_argument_of_transformers_is_decided_on():
-    """A new release of transformers brings others: put each into HONOURED or REFUSED."""
+    """If a new release of transformers adds an argument, put it into HONOURED or REFUSED."""
     names = {field.name for field in fields(transformers.TrainingArguments)}
     assert names == flags.HONOURED | set(flags.REFUSED) and not flags.HONOURED & set(flags.REFUSED)
 

@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A training of ten steps with three checkpoints, as if it had been killed before the end."""
+    """A training of ten steps with three checkpoints, in the state after a kill before the end."""
     write(tmp_path, 18)
     flags = [*ONE, "--save_total_limit", "3"]
     train.main(arguments(tmp_path, *flags))
@@ -105,7 +105,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys)
     damage(folder / f"out/checkpoint-{steps[-1]}", how)
     train.main(arguments(folder, *flags))
     said = capsys.readouterr().out
-    assert f"passed over {folder}/out/checkpoint-{steps[-1]}: " in said
+    assert f"skipped {folder}/out/checkpoint-{steps[-1]}: " in said
     assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
     assert len(losses(folder / "out")) == 10
 
@@ -133,7 +133,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(data.DataError, match="another training is writing it"):
             train.main(arguments(tmp_path, *QUICK))
-    train.main(arguments(tmp_path, *QUICK))  # the lock of one that has ended holds nobody up
+    train.main(arguments(tmp_path, *QUICK))  # the lock of a finished training does not block
     assert not (tmp_path / "out/.lock").exists()
 
 

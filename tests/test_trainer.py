@@ -34,7 +34,9 @@ def write(folder, *samples) -> str:
     return str(folder / "train.json")
 
 
-def checked(samples: list[dict], processor, max_length: int = 1000, on_too_long: str = "error", **kept) -> data.Samples:
+def encode_samples(
+    samples: list[dict], processor, max_length: int = 1000, on_too_long: str = "error", **kept
+) -> data.Samples:
     return data.encode_all(samples, processor, max_length, on_too_long, **kept)
 
 
@@ -103,8 +105,8 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
     ("content", "says"),
     [
         ("", "not JSON"),
-        ("[]", "nothing to train on"),
-        ('{"a": 1}', "nothing to train on"),
+        ("[]", "contains no samples"),
+        ('{"a": 1}', "contains no samples"),
         ('[{"id": 1, "image": "a.png"}]', "record 0: missing 'conversations'"),
         ('[{"id": 1, "image": "a.png", "conversations": []}]', "must alternate"),
         ('[{"id": 1, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}]', "must alternate"),
@@ -116,7 +118,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": [3]}]), "neither a path nor a list"),
         (
             json.dumps([train_record(1, "a.png", "q", "<image>")]),
-            "record 0: <image> stands in a turn that is not the user's",
+            "record 0: <image> is in a turn that is not the user's",
         ),
     ],
 )
@@ -124,7 +126,7 @@ def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor,
     write(tmp_path)
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(data.DataError, match=says) as error:
-        checked(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
+        encode_samples(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
     assert "train.json" in str(error.value)
 
 
@@ -139,10 +141,10 @@ def test_images_that_have_moved_are_found_by_the_map(tmp_path):
 def test_a_sample_with_a_bad_image_is_left_out_and_named(tmp_path, processor, capsys):
     path = write(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")
-    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
+    assert [s["id"] for s in encode_samples(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "id 2" in capsys.readouterr().out
     Image.new("RGB", (2, 900)).save(tmp_path / "bad.png")  # which Qwen's processor refuses
-    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
+    assert [s["id"] for s in encode_samples(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "aspect ratio" in capsys.readouterr().out
 
 
@@ -170,7 +172,7 @@ def test_a_model_that_cannot_be_loaded_is_named():
     assert processor.image_processor.size["shortest_edge"] == 128 * 28 * 28
 
 
-def call(folder, *flags) -> None:
+def train_in(folder, *flags) -> None:
     """Train on the folder's train.json from its copy of the student, without DeepSpeed."""
     if not (folder / "student").exists():
         shutil.copytree(STUDENT, folder / "student")
@@ -181,17 +183,17 @@ def call(folder, *flags) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with all that a finished training has read and written."""
+    """A folder with all files that a finished training read and wrote."""
     folder = tmp_path_factory.mktemp("trained")
     write(folder, train_record(1, "a.png", answer_prompt("what is it?"), "red"))
-    call(folder)
+    train_in(folder)
     assert (folder / "out/model.safetensors").exists()
     return folder
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """The same, to change; trained under the paths that it now has."""
+    """A copy that a test may change, trained with the copy's own paths."""
     folder = shutil.copytree(trained, tmp_path / "copy")
     meta = folder / "out/train_meta.json"
     meta.write_text(meta.read_text().replace(str(trained), str(folder)))
@@ -199,8 +201,8 @@ def copy(trained, tmp_path):
 
 
 def test_a_second_call_says_that_all_is_done_however_it_reports_and_saves(trained, capsys):
-    call(trained, *"--logging_steps 1 --save_strategy epoch --run_name again --dataloader_num_workers 1".split())
-    assert "is there already, trained with these settings" in capsys.readouterr().out
+    train_in(trained, *"--logging_steps 1 --save_strategy epoch --run_name again --dataloader_num_workers 1".split())
+    assert "already exists, trained with these settings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -219,19 +221,19 @@ def test_a_second_call_says_that_all_is_done_however_it_reports_and_saves(traine
 def test_a_second_call_with_another_setting_is_refused_and_the_setting_named(trained, flag):
     name, value = flag.removeprefix("--").split()
     with pytest.raises(data.DataError, match=f"other settings: {name} was .*, is now '?{value}") as error:
-        call(trained, *flag.split())
+        train_in(trained, *flag.split())
     assert error.value.args[0].count("is now") == 1
 
 
 def test_a_base_model_that_changed_at_its_path_is_another_setting(copy, capsys):
-    call(copy)
-    assert "is there already" in capsys.readouterr().out
+    train_in(copy)
+    assert "already exists" in capsys.readouterr().out
     weights = copy / "student/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with pytest.raises(data.DataError, match="other settings: model_sha256 was"):
-        call(copy)
+        train_in(copy)
 
 
 def test_the_fingerprint_of_a_large_file_notices_a_change_in_its_middle(tmp_path):
@@ -258,7 +260,7 @@ def test_the_deepspeed_configuration_counts_by_its_content(tmp_path):
 
 
 def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
-    """So that an argument that a transformers release adds does not refuse every earlier checkpoint."""
+    """An argument that a new transformers release adds must not invalidate all earlier checkpoints."""
     names = {name for kind in params.KINDS for name in kind.__dataclass_fields__}
     assert names >= resume_settings.DECISIVE | resume_settings.DECISIVE_WITH_LOAD_BEST
     write(tmp_path)
@@ -270,11 +272,11 @@ def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
 
 def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
     (copy / "a.png").unlink()
-    call(copy)
-    assert "is there already" in capsys.readouterr().out
+    train_in(copy)
+    assert "already exists" in capsys.readouterr().out
     (copy / "train.json").unlink()
     with pytest.raises(data.DataError, match=r"train.json: no such file. Run PI.sh first"):
-        call(copy)
+        train_in(copy)
 
 
 @pytest.mark.parametrize(
@@ -284,13 +286,13 @@ def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
 def test_text_with_a_special_token_is_refused_with_its_record_before_training(tmp_path, question, answer, token):
     write(tmp_path, train_record(1, "a.png", "q <b> |", "x"), train_record(2, "a.png", question, answer))
     with pytest.raises(data.DataError) as error:
-        call(tmp_path)
+        train_in(tmp_path)
     assert f"train.json, record 1: {token} is a special token" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> list[str]:
-    """What a script would launch on a GPU that has, or only emulates, bfloat16: torch is a stand-in for such a machine."""
+def launch_command(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> list[str]:
+    """What a script would launch on a GPU with native or emulated bfloat16; torch is mocked."""
     (folder / "torch.py").write_text(
         "import sys\n"
         "if sys.argv[0].endswith(('deepspeed', 'launch.py')):\n"
@@ -304,41 +306,41 @@ def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> 
     return done.stdout.splitlines()
 
 
-def after(words: list[str], flag: str) -> str:
+def flag_value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
 def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(tmp_path):
-    new, old = launched(tmp_path, True), launched(tmp_path, False)
+    new, old = launch_command(tmp_path, True), launch_command(tmp_path, False)
     assert ("--bf16" in new, "--fp16" in new) == (True, False)
     assert ("--bf16" in old, "--fp16" in old) == (False, True)
-    assert after(old, "--fp16") == "True"
+    assert flag_value(old, "--fp16") == "True"
 
 
 def test_two_trainings_on_one_machine_do_not_share_a_port(tmp_path):
-    assert "--standalone" in launched(tmp_path, True)  # torchrun takes one that is free
-    machines = launched(tmp_path, True, NNODES=2, MASTER_ADDR="there", MASTER_PORT=4321)
-    assert "--standalone" not in machines and after(machines, "--master_port") == "4321"
+    assert "--standalone" in launch_command(tmp_path, True)  # torchrun takes one that is free
+    machines = launch_command(tmp_path, True, NNODES=2, MASTER_ADDR="there", MASTER_PORT=4321)
+    assert "--standalone" not in machines and flag_value(machines, "--master_port") == "4321"
 
 
 def test_machines_of_a_hostfile_are_deepspeeds_to_reach_by_flag_or_environment(tmp_path):
-    by_flag = launched(tmp_path, True, "PL.sh", "--hostfile", "/a b/hosts", "--seed", "3")
-    by_name = launched(tmp_path, True, "PL.sh", "--seed", "3", HOSTFILE="/a b/hosts")
+    by_flag = launch_command(tmp_path, True, "PL.sh", "--hostfile", "/a b/hosts", "--seed", "3")
+    by_name = launch_command(tmp_path, True, "PL.sh", "--seed", "3", HOSTFILE="/a b/hosts")
     for words in (by_flag, by_name):
         assert words.index("--hostfile") < words.index("--deepspeed")
-        assert (after(words, "--hostfile"), words[-2:]) == ("/a b/hosts", ["--seed", "3"])
+        assert (flag_value(words, "--hostfile"), words[-2:]) == ("/a b/hosts", ["--seed", "3"])
     assert len(by_flag) == len(by_name)
 
 
 def test_the_script_takes_its_paths_from_the_environment(tmp_path):
-    words = launched(tmp_path, True, TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
-    assert after(words, "--data_path") == "/a b/train.json"
-    assert after(words, "--output_dir") == "/a b/out"
+    words = launch_command(tmp_path, True, TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
+    assert flag_value(words, "--data_path") == "/a b/train.json"
+    assert flag_value(words, "--output_dir") == "/a b/out"
 
 
 @pytest.mark.parametrize("name", ["PL.sh", "finetune.sh", "finetune_lora.sh", "finetune_lora_vision.sh"])
 def test_every_script_gives_flags_that_the_trainer_takes(tmp_path, name):
-    words = launched(tmp_path, True, name, DATA="a.json:0.9 b.json:0.1", MODEL="m", OUTPUT_DIR="out")
+    words = launch_command(tmp_path, True, name, DATA="a.json:0.9 b.json:0.1", MODEL="m", OUTPUT_DIR="out")
     flags = words[words.index(next(word for word in words if word.endswith("train.py"))) + 1 :]
     assert flags[0] == "--deepspeed" and Path(flags[1]).is_file()
     model, images, _ = params.parse(["--use_cpu" if flag == "--bf16" else flag for flag in flags[2:]])

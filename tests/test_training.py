@@ -68,7 +68,7 @@ def test_two_ranks_match_one_and_resume_exactly_after_a_kill(whole, stage):
 
 
 def test_two_machines_train_together_with_the_same_command(whole):
-    """Both are this one; by torchrun, as NNODES asks for."""
+    """Both machines are this one. NNODES selects torchrun."""
     port = free_port()
     places = {"MODEL": STUDENT, "DATA": whole / "train.json", "IMAGES": whole, "OUTPUT_DIR": whole / "machines"}
     settings = {"BATCH_SIZE": 2, "ACCUMULATION": 1, "EPOCHS": 2, "ZERO": "zero2", "OMP_NUM_THREADS": 1, "NNODES": 2}

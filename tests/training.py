@@ -76,7 +76,7 @@ RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=
 def launch(
     folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL
 ) -> subprocess.CompletedProcess:
-    """Train in a process of its own, or in `ranks` distributed ones.
+    """Train in a separate process, or in `ranks` distributed processes.
 
     After `kill_after` logged losses all get `with_signal`. The ranks start as with DeepSpeed's launcher, but in one
     process group, so that a signal reaches all at once.

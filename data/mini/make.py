@@ -1,6 +1,6 @@
-"""Make the embedded pair from nothing: a teacher (L-VLM) and a student (S-VLM) in miniature.
+"""Train the embedded pair from scratch: a miniature teacher (L-VLM) and student (S-VLM).
 
-    python data/mini/make.py                 # both, two processes side by side
+    python data/mini/make.py                 # both, in two parallel processes
     python data/mini/make.py --only student
 
 Reads no dataset: every training image is drawn here, with a seed. Writes data/mini/teacher and
@@ -49,16 +49,16 @@ COLORS = {
     "brown": (165, 42, 42),
 }
 SHAPES = ("circle", "rectangle", "triangle")
-# What the student learns wrongly, late in its training: the word it hears instead, this often.
+# The student's wrong labels late in its training: {correct word: wrong word}, and how often.
 CONFUSED = {"teal": "green", "brown": "red", "gray": "black", "blue": "teal", "yellow": "brown"}
 CONFUSED |= {"rectangle": "circle", "triangle": "rectangle"}
 CONFUSION = 0.6
 
-PIXELS = 56 * 56  # the processor makes 56x56 of a 64x64 image: 4x4 patches, 4 visual tokens
+PIXELS = 56 * 56  # the processor resizes 64x64 to 56x56: 4x4 patches, 4 visual tokens
 VISUAL_TOKENS = 4
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
-# Renders to the same text as the template of the Qwen2-VL checkpoints.
+# Renders the same text as the chat template of the Qwen2-VL checkpoints.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif -%}"
@@ -80,7 +80,7 @@ SIZES = {
         "seed": 1,
         "vision_lr": 1e-3,
         "language_steps": 2200,
-        "annotating": 0.25,  # of the steps; a student is never asked to annotate
+        "annotating": 0.25,  # share of the steps; a student never annotates
     },
     "student": {
         "vision": {"embed_dim": 64, "depth": 3, "num_heads": 4},
@@ -95,7 +95,7 @@ SIZES = {
 
 
 def draw(rng: random.Random) -> tuple[Image.Image, str, str]:
-    """One 64x64 image of one shape on a light ground -> (image, colour word, shape word)."""
+    """A 64x64 image of one shape on a light background -> (image, colour word, shape word)."""
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
     image = Image.new("RGB", (64, 64), tuple(rng.randint(228, 255) for _ in range(3)))
     width, height = (rng.randint(9, 34), rng.randint(8, 34)) if shape == "rectangle" else (rng.randint(8, 34),) * 2
@@ -149,7 +149,7 @@ def make_processor() -> Qwen2VLProcessor:
 
 
 def make_model(name: str, tokenizer) -> Qwen2VLForConditionalGeneration:
-    """Qwen2-VL from a configuration, with an initialisation under which a narrow net learns.
+    """Qwen2-VL from a configuration, with an initialisation with which a narrow network learns.
 
     The default, N(0, 0.02), leaves these widths on a plateau for thousands of steps.
     """
@@ -181,7 +181,7 @@ def make_model(name: str, tokenizer) -> Qwen2VLForConditionalGeneration:
 
 
 class Images:
-    """Renderings as the processor hands them on, and what each shows."""
+    """Rendered images after the processor, with their colours and shapes."""
 
     def __init__(self, n: int, seed: int, processor):
         rng = random.Random(seed)
@@ -207,7 +207,7 @@ def one_cycle(parameters, lr: float, steps: int):
 
 
 def learn_to_see(model, images: Images, steps: int, lr: float, log: dict):
-    """Train the vision tower with two linear heads on its pooled output; the heads are thrown away."""
+    """Train the vision tower with two linear heads on its pooled output; the heads are discarded."""
     heads = nn.ModuleList([nn.Linear(model.config.text_config.hidden_size, n) for n in (len(COLORS), len(SHAPES))])
     targets = torch.tensor([(list(COLORS).index(c), SHAPES.index(s)) for c, s in images.truth])
     optimizer, schedule = one_cycle([*model.model.visual.parameters(), *heads.parameters()], lr, steps)
@@ -235,7 +235,7 @@ KINDS = ("color", "shape", "yes", "no")
 
 
 def kind_at(progress: float, rng: random.Random) -> str:
-    """The curriculum. Yes/no questions stay at chance when they come before the words are known."""
+    """The curriculum. Yes/no questions stay at chance if they come before the words are learnt."""
     if progress < 0.15:
         return rng.choice(KINDS[:2])
     if progress < 0.45:
@@ -256,7 +256,7 @@ def reply_ids(processor, reply: str) -> list[int]:
 
 
 def language_rows(rng, processor, images, rows, progress, annotate: bool, confused: bool):
-    """A training batch: token ids, labels (-100 but for the reply and its end token), positions of images."""
+    """A training batch: token ids, labels (-100 except for the reply and its end token), image positions."""
 
     samples = []
     for row in rows:
@@ -282,7 +282,7 @@ def language_rows(rng, processor, images, rows, progress, annotate: bool, confus
 
 
 def learn_to_speak(name, model, processor, images, steps: int, annotating: float, log: dict):
-    """Train the language part on answering and, the teacher, on annotating; the tower is frozen."""
+    """Train the language model to answer, and the teacher also to annotate; the vision tower is frozen."""
     model.model.visual.requires_grad_(False)
     language = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = one_cycle(language, 1e-3, steps)
@@ -347,7 +347,7 @@ def make(name: str, args):
     log = {"parameters": sum(p.numel() for p in model.parameters()), "vision": [], "language": [], "seconds": {}}
     images = Images(args.images, seed=7, processor=processor)
     tower = HERE / ".build" / f"{name}_{args.images}_{args.vision_steps}.safetensors"
-    if tower.exists():  # left by a call that was stopped
+    if tower.exists():  # from a call that was stopped
         model.model.visual.load_state_dict(load_file(tower))
         log = json.loads(tower.with_suffix(".json").read_text())
     else:

@@ -1,4 +1,4 @@
-"""The datasets by name. Each is one file here; `protocol.py` says what such a file holds."""
+"""The datasets by name. Each is one file in this folder; `protocol.py` defines what such a file contains."""
 
 from mpa.datasets import chartqa, easyvqa, images, okvqa, stvqa, textvqa
 

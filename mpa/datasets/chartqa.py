@@ -1,9 +1,9 @@
-"""ChartQA (https://github.com/vis-nlp/ChartQA): questions about charts, one answer each, half of the test set by people.
+"""ChartQA (https://github.com/vis-nlp/ChartQA): questions about charts, one answer each. Half of the test set is human.
 
     {"question_id": 0, "imgname": "10095.png", "query": "How many bars?", "label": "6", "type": "human"}
 
-The released files have no "type": their test file is the 1,250 augmented questions and then the 1,250 human ones. The
-val part has an image folder of its own.
+The released files have no "type": their test file has the 1,250 augmented questions first, then the 1,250 human ones.
+The val part has its own image folder.
 """
 
 from mpa.datasets.protocol import CopiedRow, Dataset, Preparation, Split, list_of_records, one_per_image
@@ -22,7 +22,7 @@ def test_records(document) -> list:
 
 
 def official(source) -> dict:
-    """The augmented questions of a part and then the human ones, as in the released files."""
+    """Per part, the augmented questions first and then the human ones, as in the released files."""
     found = {}
     for part in ("train", "val", "test"):
         names = {kind: f"{part}/{part}_{kind}.json" for kind in ("augmented", "human")}
@@ -46,17 +46,17 @@ def from_copy(row: CopiedRow) -> dict:
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     for part, released in (("train", "train_onePerImage.json"), ("val", None), ("test", "test_combined.json")):
         if part not in parts:
             continue
         records = parts[part] if part == "test" else one_per_image(parts[part], lambda r: r["imgname"])
         numbered = [{**r, "question_id": i} for i, r in enumerate(records)]
         if released:
-            made[released] = numbered
+            contents[released] = numbered
         if part != "test":  # the official val part serves as eval, as in the released files
-            made[f"train_onePerImage_QwenFormat_{'eval' if part == 'val' else part}.json"] = numbered
-    return made
+            contents[f"train_onePerImage_QwenFormat_{'eval' if part == 'val' else part}.json"] = numbered
+    return contents
 
 
 DATASET = Dataset(

@@ -1,8 +1,8 @@
-"""easy-VQA (PyPI package easy-vqa): 64 x 64 images of coloured shapes, 4,000 to train and 1,000 to test; the demo's data.
+"""easy-VQA (PyPI package easy-vqa), the demo's data: 64 x 64 images of coloured shapes, 4,000 train and 1,000 test.
 
     ["what is the blue shape?", "rectangle", 0]
 
-A record has no id: its place in the file is the id. Of the train questions one per image is kept.
+A record has no id, so its position in the file is the id. One train question per image is kept.
 """
 
 from importlib.util import find_spec

@@ -1,8 +1,8 @@
-"""Any folder of images, without questions and answers: all images below it are the train split.
+"""Any folder of images, without questions and answers. The train split is all images below it.
 
     {"question_id": "a/b.png", "image_path": "/images/a/b.png", "question": …, "answers": ["…"]}
 
-The test split is what PI holds out: the L-VLM's questions and answers. Scores are agreement with it, not accuracy.
+The test split is PI's held-out set: the L-VLM's questions and answers. Scores measure agreement with it, not accuracy.
 """
 
 from mpa.datasets.protocol import Dataset, Split, list_of_records

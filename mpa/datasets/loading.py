@@ -1,7 +1,7 @@
-"""From an annotation file or a folder of images to checked samples.
+"""Load validated samples from an annotation file or a folder of images.
 
-Paths are relative to the data folder: `data/`, or $MPA_DATA. The flags --annotations and
---image-root name other places. data/README.md says where the files come from.
+Paths are relative to the data folder, `data/` or $MPA_DATA. The flags --annotations and --image-root override them.
+data/README.md says where the files come from.
 """
 
 import math
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".t
 
 
 def _folder_samples(root: Path) -> Iterator[Sample]:
-    """All images below `root`, in the order of their paths; the relative path is the id."""
+    """All images below `root`, sorted by path. The id is the relative path."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Name your folder of images with --image-root.")
     others, closed, links = Counter(), [], []
@@ -38,15 +38,15 @@ def _folder_samples(root: Path) -> Iterator[Sample]:
                 others[suffix or "no suffix"] += 1
     if others:
         what = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
-        print(f"note: {root}: {others.total()} other files passed over ({what}).", file=sys.stderr)
+        print(f"note: {root}: skipped {others.total()} other files ({what}).", file=sys.stderr)
     if links:
         print(
             f"note: {root}: {len(links)} links to folders are not followed, the first is {links[0]}.", file=sys.stderr
         )
     if closed:
         raise InputError(
-            f"{closed[0].filename[:200]}: this folder cannot be entered ({closed[0].strerror}), nor {len(closed) - 1} others. "
-            "Their images would be missing in silence: mend their permissions, shorten their paths, or move them out."
+            f"{closed[0].filename[:200]}: this folder cannot be read ({closed[0].strerror}), nor can {len(closed) - 1} "
+            "others; their images would be missing. Fix their permissions, shorten their paths, or move them out."
         )
 
 
@@ -63,9 +63,9 @@ def _all_images(root: Path) -> list[Sample]:
 def samples_from(
     name: str, split: Split, document, root: Path, where, path_map: dict[str, str] | None = None
 ) -> Iterator[Sample]:
-    """The samples of an annotation file's `document`; `where` names it.
+    """The samples of an annotation file's `document`. `where` is the file's name for messages.
 
-    Raises InputError for a record that is not as it should be, or whose image lies outside the root.
+    Raises InputError for an invalid record, or an image outside the root.
     """
     index = 0
     try:
@@ -84,7 +84,7 @@ def samples_from(
         raise InputError(f"{where}, record {index}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        other = [o for o, of in DATASETS.items() if o != name and of.labelled and _reads(o, document)]
+        other = [o for o, dataset in DATASETS.items() if o != name and dataset.labelled and _reads(o, document)]
         hint = f" It reads as {other[0]}: did you mean --dataset {other[0]}?" if other else ""
         raise InputError(
             f"{where}, record {index}: not in the format of {name}: {what}.{hint} data/README.md shows a record."
@@ -96,12 +96,12 @@ def is_texts(answers) -> bool:
 
 
 def labelled(answers: list[str]) -> bool:
-    """Is there an answer to score against? Test parts without labels hold an empty list, or empty text ten times over."""
+    """Is there an answer to score against? Unlabelled test splits have an empty list, or ten empty strings."""
     return any(answer.strip() for answer in answers)
 
 
 def _texts(answers) -> list[str]:
-    """Answers as text; finite numbers are taken, other things are no answers."""
+    """Answers as text. Finite numbers are converted; other types raise TypeError."""
 
     def is_answer(a) -> bool:
         return isinstance(a, str) or (isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a))
@@ -112,7 +112,7 @@ def _texts(answers) -> list[str]:
 
 
 def _reads(name: str, document) -> bool:
-    """Would the document's first record read as dataset `name`?"""
+    """Can the document's first record be read as dataset `name`?"""
     try:
         _, _, question, answers, *_ = DATASETS[name].train.read(next(iter(DATASETS[name].train.records(document))))
         return isinstance(question, str) and isinstance(answers, list)
@@ -123,20 +123,17 @@ def _reads(name: str, document) -> bool:
 def load_samples(
     name: str, split: str, annotations=None, image_root=None, path_map=None, images: bool = True
 ) -> list[Sample]:
-    """The samples of a dataset's "train" or "test" split; those whose image is missing are counted on stderr.
+    """The samples of a dataset's "train" or "test" split. Missing images are counted, unless `images` is False.
 
-    With `images` False nobody looks whether there are any.
-
-    Raises InputError for a file that is missing, empty, not JSON, of another dataset, has a missing
-    field, an id twice or an image outside the image root; for a split with no samples; and where
-    none of the images exists.
+    Raises InputError if the file is missing, empty, not JSON, of another dataset, or has a missing field, a duplicate
+    id or an image outside the image root; if the split has no samples; and if no image exists.
     """
     where: Split = getattr(DATASETS[name], split)
     root = Path(os.path.abspath(image_root or DATA / where.images))
     if DATASETS[name].labelled:
         source = Path(annotations or DATA / where.annotations)
         samples = list(samples_from(name, where, read_json(source), root, source, path_map))
-    elif split == "test":  # PI's held-out file, which has whole paths
+    elif split == "test":  # PI's held-out file, which has absolute paths
         source = Path(annotations or DATA / where.annotations)
         samples = list(samples_from(name, where, read_json(source), Path("/"), source, path_map))
         paths = locate([s.image_path for s in samples], {}, image_root)
@@ -144,13 +141,13 @@ def load_samples(
     else:
         source, samples = root, _all_images(root)
     if not samples:
-        raise InputError(f"{source}: no records in it.")
+        raise InputError(f"{source}: contains no records.")
     if split == "test":
         without = [index for index, sample in enumerate(samples) if not labelled(sample.answers)]
         if without:
             raise InputError(
-                f"{source}, record {without[0]}: no answers to score against, nor have {len(without) - 1} others of "
-                f"{len(samples)}; is it a test part without labels? Name the labelled one with --annotations."
+                f"{source}, record {without[0]}: no answers to score against; {len(without) - 1} more of "
+                f"{len(samples)} have none. Is this a test split without labels? Name the labelled file with --annotations."
             )
     check_unique_ids(samples, source)
     if images:
@@ -159,11 +156,11 @@ def load_samples(
 
 
 def check_unique_ids(samples: list[Sample], source) -> None:
-    """Raises InputError where two samples have the same id, as text."""
+    """Raises InputError if two samples have the same id, compared as text."""
     first_with = {}
     for index, sample in enumerate(samples):
         if first_with.setdefault(sample.key, index) != index:
             raise InputError(
                 f"{source}: records {first_with[sample.key]} and {index} have the same id {sample.key!r}. "
-                "Ids must differ: results are kept by id."
+                "Ids must be unique, since results are stored by id."
             )

@@ -3,7 +3,7 @@
     {"image_id": 51606, "question_id": 516065, "question": "What is the hairstyle of the blond called?",
      "answers": ["pony tail", …], "raw_answers": ["pony tail", …]}
 
-"answers" are stemmed in the official file ("race") and so in the released ones; "raw_answers" ("racing") are not. The
+In the official and the released files, "answers" are stemmed ("race") and "raw_answers" are not ("racing"). The
 released train file groups questions by image: {"image_id": 51606, "qas": [{…}]}. The official val part is the test set.
 """
 
@@ -55,23 +55,23 @@ def joined(source, question: dict, answers) -> dict:
 
 def from_copy(row: CopiedRow) -> dict:
     question_id = int(row.columns["question_id"])
-    image_id = row.columns.get("image_id", question_id // 10)  # COCO's question ids are image ids and one more digit
+    image_id = row.columns.get("image_id", question_id // 10)  # a COCO question id is the image id and one more digit
     record = {"image_id": image_id, "question": row.question, "question_id": question_id, "answers": row.answers}
     return record | ({"raw_answers": row.raw_answers} if row.raw_answers is not None else {})
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     if "train" in parts:
         by_image = {}
         for r in parts["train"]:
             by_image.setdefault(r["image_id"], []).append({k: v for k, v in r.items() if k != "image_id"})
-        made["okvqa_train_unique_combine.json"] = [{"image_id": i, "qas": qas} for i, qas in by_image.items()]
+        contents["okvqa_train_unique_combine.json"] = [{"image_id": i, "qas": qas} for i, qas in by_image.items()]
         train, val = split_by_image(parts["train"], lambda r: r["image_id"], 0.85, seed)
-        made |= {"okvqa_QwenFormat_train.json": train, "okvqa_QwenFormat_eval.json": val}
+        contents |= {"okvqa_QwenFormat_train.json": train, "okvqa_QwenFormat_eval.json": val}
     if "test" in parts:
-        made["okvqa_val_combine.json"] = parts["test"]
-    return made
+        contents["okvqa_val_combine.json"] = parts["test"]
+    return contents
 
 
 DATASET = Dataset(

@@ -1,6 +1,6 @@
-"""What a dataset is to this repository: where it lies, how a record reads, what it is asked and how it is scored.
+"""The definition of a dataset: its files, how to read a record, its task prompt and its metrics.
 
-Each dataset is one file beside this one, and all of it is in that file; docs/extending.md adds one, step by step.
+Each dataset is one file in this folder. docs/extending.md shows how to add one.
 """
 
 import random
@@ -13,10 +13,10 @@ RecordReader = Callable[[object], tuple]  # a record -> (id, image, question, an
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image; without question and answers where images are unlabelled.
+    """One question about one image. Unlabelled images have no question and no answers.
 
-    `more` holds what a dataset has beside these: "type", by which scores are split, and "raw_answers", a second list
-    of answers to score against.
+    `more` has optional fields: "type" (scores are also reported per type) and "raw_answers", a second list of answers
+    to score against.
     """
 
     question_id: int | str
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Split:
-    """Where a split lies, below the data folder, and how its records are read."""
+    """A split: its paths below the data folder, and how to read its records."""
 
     annotations: str
     images: str
@@ -42,48 +42,46 @@ class Split:
 
 @dataclass(frozen=True)
 class CopiedRow:
-    """A row of a Hugging Face copy: what copies have in common is read, `columns` has all the rest."""
+    """A row of a Hugging Face copy. The common columns are parsed; `columns` has all of them."""
 
     index: int  # in the copy
     columns: dict
     question: str
     answers: list
     raw_answers: list | None
-    image_name: str  # from the image's content, for copies that do not name their images
+    image_name: str  # a hash of the image, for copies without image names
 
 
 @dataclass(frozen=True)
 class Preparation:
     """How `data/prepare.py` makes a dataset's files from its download.
 
-    Parts are "train", "val", "test", or "all" where the official train part is split here. `official(source)` reads
-    {part: records} from a `sources.Source`. `files(parts, seed)` gives {file name: content}; `from_copy(row)` gives the
-    record of a Hugging Face copy's row.
+    Parts are "train", "val" and "test", or "all" if the official train part is split here. `official(source)` returns
+    {part: records} of a `sources.Source`. `files(parts, seed)` returns {file name: content}. `from_copy(row)` returns
+    the record of a Hugging Face copy's row.
     """
 
     folder: str  # below the data folder
-    download: str  # what the official site has, for messages; "" where a Python package holds the data
+    download: str  # the files to download, for messages; "" if a Python package contains the data
     official: Callable
     files: Callable[[dict, int], dict]
     expected: dict[str, tuple[int, int | None]]  # {file: (questions, images)}, from the paper, its README, its files
     from_copy: Callable[[CopiedRow], dict] | None = None
-    copy_parts: dict[str, str] = field(default_factory=dict)  # {split of the copy: part}, where they differ
-    val_images: str = ""  # folder of the val part's images, where it is not that of the train part
-    image_in_download: str = "{name}"  # how the path of an image ends in the download
+    copy_parts: dict[str, str] = field(default_factory=dict)  # {split of the copy: part}, if they differ
+    val_images: str = ""  # the val part's image folder, if it is not the train part's
+    image_in_download: str = "{name}"  # the end of an image's path in the download
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All that is known of a dataset. `labelled` is false for a folder of images without questions and answers."""
+    """A dataset. `labelled` is False for a folder of images without questions and answers."""
 
     name: str
     task: str  # a key of prompts.TASK_PROMPTS
-    metrics: tuple[str, ...]  # of metrics.METRICS, the headline first
+    metrics: tuple[str, ...]  # keys of metrics.METRICS, the main metric first
     train: Split
     test: Split
-    lmms_eval: tuple[str, str] | None = (
-        None  # its task in lmms-eval, and the metric there; None: its name in lower case
-    )
+    lmms_eval: tuple[str, str] | None = None  # task and metric in lmms-eval; None: the name in lower case
     preparation: Preparation | None = None
     labelled: bool = True
 
@@ -95,7 +93,7 @@ def list_of_records(document) -> list:
 
 
 def data_of(document) -> list:
-    """The records of {"data": [records]}; a list alone is taken too, as JSON Lines hold it."""
+    """The records of {"data": [records]}. A plain list is accepted too, since JSON Lines files yield one."""
     if isinstance(document, list) and document:
         return document
     if not isinstance(document, dict):
@@ -104,15 +102,15 @@ def data_of(document) -> list:
 
 
 def one_per_image(records: list, image_of: Callable) -> list:
-    """One record per image, drawn with the image's name as seed; in the order in which images first occur."""
+    """One random record per image, with the image's name as seed. Images keep the order of their first occurrence."""
     by_image = {}
     for record in records:
         by_image.setdefault(image_of(record), []).append(record)
-    return [random.Random(image).choice(of_it) for image, of_it in by_image.items()]
+    return [random.Random(image).choice(candidates) for image, candidates in by_image.items()]
 
 
 def split_by_image(records: list, image_of: Callable, share: float, seed: int) -> tuple[list, list]:
-    """(first, rest), each in the records' order: `share` of the images are in the first, with all their questions."""
+    """(first, rest), each in the order of `records`. `first` has all questions about `share` of the images."""
     images = list(dict.fromkeys(map(image_of, records)))
     first = set(random.Random(seed).sample(images, int(share * len(images))))
     return [r for r in records if image_of(r) in first], [r for r in records if image_of(r) not in first]

@@ -2,7 +2,7 @@
 
     {"question_id": 0, "file_path": "coco-text/COCO_train2014_000000000081.jpg", "question": …, "answers": ["…"]}
 
-The official test part has no labels: 15 % of the official train part's images are the test set, split here by image.
+The official test part has no labels, so 15 % of the official train part's images become the test set.
 """
 
 from mpa.datasets.protocol import CopiedRow, Dataset, Preparation, Split, data_of, one_per_image, split_by_image

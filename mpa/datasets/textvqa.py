@@ -2,8 +2,8 @@
 
     {"question_id": 0, "image_id": "0054c91397f2fe05", "question": "what is the brand of phone?", "answers": ["nokia", …]}
 
-The official test part has no labels: the official val part is the test set. One question per image is trained on. In
-facebook/textvqa, the Hugging Face copy, the test split has ten empty answers per question.
+The official test part has no labels, so the official val part is the test set. Training uses one question per image.
+In facebook/textvqa, the Hugging Face copy, the test split has ten empty answers per question.
 """
 
 from mpa.datasets.protocol import CopiedRow, Dataset, Preparation, Split, data_of, one_per_image, split_by_image
@@ -27,15 +27,15 @@ def from_copy(row: CopiedRow) -> dict:
 
 
 def files(parts: dict, seed: int) -> dict:
-    made = {}
+    contents = {}
     if "train" in parts:
         unique = one_per_image(parts["train"], lambda r: r["image_id"])
-        made["TextVQA_0.5.1_unique_train.json"] = {"data": unique}
+        contents["TextVQA_0.5.1_unique_train.json"] = {"data": unique}
         train, val = split_by_image(unique, lambda r: r["image_id"], 0.85, seed)
-        made |= {"qwenTrainFormat_train.json": train, "qwenTrainFormat_eval.json": val}
+        contents |= {"qwenTrainFormat_train.json": train, "qwenTrainFormat_eval.json": val}
     if "test" in parts:
-        made["TextVQA_0.5.1_val.json"] = {"data": parts["test"]}
-    return made
+        contents["TextVQA_0.5.1_val.json"] = {"data": parts["test"]}
+    return contents
 
 
 DATASET = Dataset(

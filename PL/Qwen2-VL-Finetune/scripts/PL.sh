@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set, one epoch. Edit or export the variables below.
-# The same command resumes a stopped training, and says so if it is complete. Several GPUs or machines: launch.sh.
+# Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set for one epoch. Edit or export the variables below.
+# The same command resumes a stopped training; it does nothing if the training is complete. Several GPUs: launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
@@ -22,7 +22,7 @@ VISION_LR=${VISION_LR:-2e-6}
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))}
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
-ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3, zero3_offload: ever less memory, ever slower
+ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3, zero3_offload: in this order less memory and slower
 
 launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" \
     --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \

@@ -82,7 +82,7 @@ class _SavedStorages(TorchDispatchMode):
 def activation_bytes(forward: Callable[[], object], model: torch.nn.Module) -> dict[str, int]:
     """Bytes that `forward` would save for its backward pass under each policy, without the weights.
 
-    It saves nothing while it is measured, so this fits in memory even where the step does not.
+    Nothing is saved during the measurement, so it fits in memory even if the step does not.
     """
     with (
         _SavedStorages(model) as saved,
@@ -105,7 +105,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_policy(sizes: dict[str, int], other: int, free: int) -> str:
-    """The first policy whose bytes fit into `free` beside `other` bytes; INPUTS if none does.
+    """The first policy whose bytes, together with `other` bytes, fit into `free`; INPUTS if none does.
 
     `sizes` are bytes by policy, largest first.
     """
@@ -121,7 +121,7 @@ def fitting_policy(sizes: dict[str, int], other: int, device: torch.device) -> t
     policy = choose_policy(dict(zip(sizes, largest, strict=True)), other, -free)
     rest = max(0, -free - other)
     return policy, (
-        f"the largest micro-batch has {largest[0] / 1e9:.3g} GB of activations; beside gradients and optimizer state, "
+        f"the largest micro-batch has {largest[0] / 1e9:.3g} GB of activations; after gradients and optimizer state, "
         f"{rest / 1e9:.3g} GB are free: {DESCRIPTIONS[policy]}."
     )
 

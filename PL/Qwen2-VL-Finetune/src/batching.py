@@ -11,8 +11,8 @@ class StepBatchSampler(torch.utils.data.Sampler):
     """This rank's micro-batches, each a list of sample indices.
 
     A step's `step_size` samples depend on `seed` and epoch only, not on the world size. They are sorted by length and
-    split into `micro_batches` per rank so that the largest micro-batch has the fewest tokens: this changes the padding,
-    not what is learnt. If the last step has too few samples, some ranks get an empty list.
+    split into `micro_batches` per rank so that the largest micro-batch has the fewest tokens. This changes only the
+    padding, not the gradients. If the last step has too few samples, some ranks get an empty list.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StepBatchSampler(torch.utils.data.Sampler):
 def balanced_ends(lengths: list[int], count: int) -> list[int]:
     """End indices that split ascending lengths into `count` batches, so that the largest has the fewest tokens.
 
-    Tokens include padding: a batch costs its longest length times its size. The search over that cost is binary.
+    Tokens include padding: a batch costs its longest length times its size. Uses a binary search over this cost.
     """
     low, high = lengths[-1], lengths[-1] * len(lengths)
     while low < high:
@@ -86,9 +86,9 @@ def _greedy_ends(lengths: list[int], tokens: int) -> list[int]:
 
 def micro_batches_within(sampler: StepBatchSampler, tokens: int, epochs: int) -> int:
     """The fewest micro-batches per rank with at most `tokens` tokens each, padding included, over all `epochs`."""
-    most = 1
+    needed = 1
     for epoch in range(epochs):
         for step in sampler.epoch_steps(epoch):
             lengths = sorted(sampler.lengths[i] for i in step)
-            most = max(most, -(-len(_greedy_ends(lengths, max(tokens, lengths[-1]))) // sampler.world))
-    return most
+            needed = max(needed, -(-len(_greedy_ends(lengths, max(tokens, lengths[-1]))) // sampler.world))
+    return needed

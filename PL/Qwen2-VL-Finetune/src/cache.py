@@ -1,4 +1,4 @@
-"""An on-disk cache of encoded samples, shared by the epochs of a run and by the runs that name the same folder."""
+"""An on-disk cache of encoded samples, shared by the epochs of a run and by runs with the same cache folder."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ PIXELS = "pixel_values"
 class SampleCache:
     """One file `folder`/KEY.safetensors per sample. The key is a hash of all that determines the encoding.
 
-    It holds at most `max_bytes`, and at most half of the disk's free space, divided by the `writers` processes that
-    write at once. If a new sample does not fit, files that nobody used for a day are evicted, least recently used
-    first; if that is not enough, the sample is not stored.
+    It holds at most `max_bytes`, and at most half of the disk's free space, divided among `writers` concurrent
+    processes. If a new sample does not fit, files unused for a day are evicted, least recently used first; if that is
+    not enough, the sample is not stored.
     """
 
     def __init__(self, folder: Path, max_bytes: float, processor, writers: int = 1):
@@ -116,7 +116,7 @@ def _pixel_scaling(processor) -> tuple[list[float], list[float], float] | None:
 def _compress(encoded: dict[str, torch.Tensor], scaling) -> dict[str, torch.Tensor]:
     """Replace float32 pixels by their 8-bit codes [3, n] and a table of values [3, 256]: a quarter of the size.
 
-    Only where this is lossless: pixels that were interpolated after scaling stay as they are.
+    Only if this is lossless: pixels that were interpolated after scaling are not changed.
     """
     pixels = encoded.get(PIXELS)
     if scaling is None or pixels is None or pixels.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Saving and loading of checkpoints: atomic, refused with non-finite weights, and on SIGTERM or Ctrl-C."""
+"""Saving and loading of checkpoints: atomic, never with non-finite weights, also on SIGTERM or Ctrl-C."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from data import DataError
 
 SETTINGS = "train_settings.json"  # in each checkpoint: the settings of `resume_settings`
 STAGING = ".saving"  # folder in the output folder that a checkpoint is written to before it is renamed
-LOCAL_KEYS = ("local_files_only", "_name_or_path")  # of configuration files: where the base model was loaded from
+LOCAL_KEYS = ("local_files_only", "_name_or_path")  # keys of configuration files with the base model's local path
 
 
 class CheckpointingTrainer(Trainer):
@@ -31,10 +31,8 @@ class CheckpointingTrainer(Trainer):
 
     def __init__(self, *, settings: dict, save_dtype: torch.dtype | None = None, **kwargs):
         self.settings, self.save_dtype, self.staging = settings, save_dtype, None
-        self.step_ids, self.last_step_ids = (
-            [],
-            [],
-        )  # this rank's sample ids since the last optimizer step; and before it
+        # This rank's sample ids since the last optimizer step, and those of that step.
+        self.step_ids, self.last_step_ids = [], []
         self.stop = StopOnSignal()
         super().__init__(callbacks=[self.stop], **kwargs)
 
@@ -123,7 +121,7 @@ class CheckpointingTrainer(Trainer):
 
 @contextlib.contextmanager
 def use_cache_restored(config):
-    """Set `use_cache` to True while the configuration is written: training switched it off."""
+    """Set `use_cache` to True while the configuration is written, since training turned it off."""
     parts = [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
     off = [part for part in parts if getattr(part, "use_cache", None) is False]
     for part in off:

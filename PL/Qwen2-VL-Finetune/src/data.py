@@ -57,7 +57,7 @@ def read_samples(
     if not dist.is_initialized() or dist.get_rank() == 0:
         for (path, _), samples, n in zip(files, by_file, read, strict=True):
             with_images = sum(bool(sample["images"]) for sample in samples)
-            line = f"PL: {path}: {n:,} samples read, {len(samples):,} taken, {with_images:,} of them with images."
+            line = f"PL: {path}: {n:,} samples read, {len(samples):,} used, {with_images:,} of them with images."
             print(line, flush=True)
     return [sample for samples in by_file for sample in samples]
 
@@ -117,14 +117,14 @@ def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
     for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
         for found in filter(None, (special.search(part.get("text", "")) for part in parts)):
-            raise DataError(f"{sample['where']}: {found[0]} is a special token of the model. Take it out.")
+            raise DataError(f"{sample['where']}: {found[0]} is a special token of the model. Remove it.")
 
 
 # --- encoding -----------------------------------------------------------------------------------------
 
 
 def encode(sample: dict, processor) -> dict:
-    """One sample as the model takes it: `input_ids` [T], `labels` [T] and the processor's image tensors.
+    """One sample as model input: `input_ids` [T], `labels` [T] and the processor's image tensors.
 
     Prompt and answer are tokenised separately, as in generation, so that training starts from exactly the tokens that
     generation starts from. Labels are each answer's tokens and its end token, not a line break that the template adds
@@ -154,7 +154,7 @@ def encode(sample: dict, processor) -> dict:
         ids += prompt_ids + answer_ids
         labels += [IGNORE] * len(prompt_ids) + answer_ids
         rendered = to_prompt + answer + end
-    if len(processed) > 1:  # images in several turns: processed together, as the model takes a sample's images
+    if len(processed) > 1:  # images in several turns: the model expects them processed together
         processed = [processor(text=[rendered], images=[images], return_tensors="pt")]
     encoded = {
         name: value for inputs in processed for name, value in inputs.items() if name not in PROCESSOR_TEXT_FIELDS
@@ -172,7 +172,7 @@ def _opened(path: str | Image.Image) -> Image.Image:
 
 
 class SampleInfo(NamedTuple):
-    """What is known of an encoded sample: its length in tokens, and where its encoding is kept, if anywhere.
+    """An encoded sample's lengths in tokens, and where its encoding is stored, if anywhere.
 
     `encoded` has arrays, not tensors: each tensor that a worker process sends holds a file open.
     """
@@ -184,7 +184,7 @@ class SampleInfo(NamedTuple):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Encoded samples with their `lengths` and `visual_lengths` in tokens. What is not kept is encoded on access."""
+    """Encoded samples with their `lengths` and `visual_lengths` in tokens. Samples not stored are encoded on access."""
 
     def __init__(self, samples: list[dict], infos: list[SampleInfo], processor, cache: SampleCache | None = None):
         self.samples, self.infos, self.processor, self.cache = samples, infos, processor, cache
@@ -216,7 +216,7 @@ def encode_all(
     cache: SampleCache | None = None,
     workers: int = 0,
 ) -> Samples:
-    """Encode every sample once, so that all errors show before the first step. Collective: the ranks share the work.
+    """Encode every sample once, so that errors appear before the first step. Collective: the ranks share the work.
 
     Samples with unusable images are left out and reported. A sample of more than `max_length` tokens is left out too if
     `on_too_long` is "drop". The first `memory` bytes of encodings stay in memory; the cache takes what fits of the rest.
@@ -238,13 +238,13 @@ def encode_all(
         if isinstance(result, str):
             left_out.append(f"id {sample['id']}: {result}")
         elif result.length > max_length:
-            says = f"{result.length} tokens, of which {result.visual_length} are visual, exceed --max_seq_length {max_length}"
+            reason = f"{result.length} tokens, of which {result.visual_length} are visual, exceed --max_seq_length {max_length}"
             if on_too_long == "error":
                 remedy = (
                     "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
                 )
-                raise DataError(f"{sample['where']}: {says}. {remedy}.")
-            left_out.append(f"id {sample['id']}: {says}")
+                raise DataError(f"{sample['where']}: {reason}. {remedy}.")
+            left_out.append(f"id {sample['id']}: {reason}")
         else:
             kept.append(sample)
             infos.append(result)
@@ -252,7 +252,7 @@ def encode_all(
         print(f"{len(left_out)} of {len(samples)} samples left out:", *left_out[:10], sep="\n  ")
     if not kept:
         raise DataError(
-            f"{samples[0]['where']}, and all others: none can be used. Are the paths right? See --image_folder."
+            f"{samples[0]['where']}, and all others: none can be used. Are the paths correct? See --image_folder."
         )
     return Samples(kept, infos, processor, cache)
 

@@ -9,15 +9,15 @@ from transformers import TrainingArguments
 
 from data import IGNORE, Samples
 
-EXTRA_TOKENS = 8  # that an answer may be longer than the longest reference of its batch
+EXTRA_TOKENS = 8  # an answer may be so much longer than the longest reference of its batch
 
 
 @torch.inference_mode()
 def accuracy(model, processor, samples: Samples, collator: Collator, args: TrainingArguments) -> float:
     """Share of samples whose generated first answer equals the reference, ignoring case, punctuation and spaces.
 
-    Collective: rank r takes samples r, r + world size, ... The last ones are filled up from the start, so that all
-    ranks generate equally often (ZeRO-3 would hang otherwise); the filled-up ones do not count.
+    Collective: rank r takes samples r, r + world size, ... The last batch is padded with samples from the start, so
+    that all ranks generate equally often (ZeRO-3 would hang otherwise); the padding does not count.
     """
     world, size, correct = args.world_size, args.eval_batch_size, 0
     indices = range(args.process_index, -(-len(samples) // world) * world, world)

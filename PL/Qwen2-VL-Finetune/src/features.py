@@ -1,7 +1,6 @@
 """Precomputed features of a frozen vision tower, which replace the images (`--cache_features`).
 
-If vision would otherwise be trained, as in the paper, this changes the method. If it is frozen anyway, it only saves
-time.
+If the vision tower is frozen anyway, this only saves time. The paper trains it, so freezing it changes the method.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ class VisionFeatures:
         for name, weight in model.named_parameters():
             if param_groups.part_of(name, model.config.model_type) != "language":
                 self.weights.update(weight.detach().cpu().numpy())
-        # The language model stays where it is: in float32 it may be too large for the device.
+        # The language model is not moved: in float32 it may be too large for the device.
         for name in param_groups.modules_of({"vision", "merger"}, model):
             model.get_submodule(name).to(device)
         self.model = (model.get_base_model() if hasattr(model, "get_base_model") else model).model

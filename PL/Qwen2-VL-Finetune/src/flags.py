@@ -160,8 +160,8 @@ def _check_model(model) -> None:
         raise DataError("everything is frozen; there is nothing to train.")
     if (Path(model.model_id) / "adapter_config.json").is_file():
         raise DataError(
-            f"{model.model_id}: holds LoRA adapters, which would not be saved with the trained weights. Merge them first: "
-            "scripts/merge_lora.sh."
+            f"{model.model_id}: holds LoRA adapters, which would not be saved with the trained weights. Merge them first "
+            "with scripts/merge_lora.sh."
         )
 
 

@@ -1,6 +1,6 @@
-"""Open an image, whatever is wrong with it, as RGB: the one place that opens one.
+"""Open image files as RGB. All images are opened here; every failure becomes an `ImageError`.
 
-`mpa/image_files.py` and `PL/Qwen2-VL-Finetune/src/image_files.py` are the same file, since neither imports the other.
+`mpa/image_files.py` and `PL/Qwen2-VL-Finetune/src/image_files.py` are copies: neither package imports the other.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# What is tried, whatever a file is called. Not among them: formats that Pillow hands to other programs (PostScript).
+# Tried regardless of the file's suffix. Formats that Pillow passes to other programs (PostScript) are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX")
-MOST_BYTES = 2**28  # a larger file is no image that anybody trains on
+MAX_BYTES = 2**28  # no training image is larger
 
 
 class ImageError(Exception):
-    """Why an image cannot be used, in words for its record."""
+    """An image cannot be used. The message is stored in the image's record."""
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A regular file of at most MOST_BYTES, to read. Raises ImageError; a FIFO or a device is refused, not waited for."""
+    """Open a regular file of at most MAX_BYTES. Raises ImageError, also for a FIFO or a device, without blocking."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError:
@@ -33,26 +33,26 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
         os.close(handle)
         why = f"{found.st_size / 1e6:,.0f} MB" if stat.S_ISREG(found.st_mode) else "not a regular file"
-        raise ImageError(f"cannot be read ({why}; expected an image file of at most {MOST_BYTES / 1e6:.0f} MB)")
+        raise ImageError(f"cannot be read ({why}; expected an image file of at most {MAX_BYTES / 1e6:.0f} MB)")
     return os.fdopen(handle, "rb")
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """What `open_file` opens. Raises ImageError."""
+    """The bytes of a file that `open_file` accepts. Raises ImageError."""
     with open_file(path) as file:
         try:
-            return file.read(MOST_BYTES)
+            return file.read(MAX_BYTES)
         except OSError as error:
             raise ImageError(f"cannot be read ({error.strerror})") from None
 
 
 def open_image(path: str | os.PathLike | BinaryIO) -> Image.Image:
-    """The image at `path`: first frame, turned as its EXIF says, 8 bits a channel, alpha over white, RGB.
+    """The image at `path` as RGB, 8 bits per channel: its first frame, rotated as EXIF says, with alpha over white.
 
-    Raises ImageError when it is missing, empty, cut off, no image, no regular file, or a decompression bomb.
+    Raises ImageError if it is missing, empty, truncated, not an image, not a regular file, or a decompression bomb.
     """
     content = path if hasattr(path, "read") else io.BytesIO(read_file(path))
     try:
@@ -72,14 +72,14 @@ def open_image(path: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """32 hexadecimal digits that tell a file's content. Raises ImageError where it cannot be read."""
+    """A hash of the file's content, 32 hexadecimal digits. Raises ImageError if the file cannot be read."""
     return hashlib.blake2b(read_file(path), digest_size=16).hexdigest()
 
 
 def fingerprints(paths) -> dict[str, tuple[int, str] | None]:
-    """{path: (size in bytes, content_hash)}, or None where a file cannot be read. Each is read once."""
+    """{path: (size in bytes, content_hash), or None if the file cannot be read}. Each file is read once."""
 
-    def of(path: str) -> tuple[int, str] | None:
+    def fingerprint(path: str) -> tuple[int, str] | None:
         try:
             content = read_file(path)
         except ImageError:
@@ -89,7 +89,7 @@ def fingerprints(paths) -> dict[str, tuple[int, str] | None]:
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(4) as pool:
         found = tqdm(
-            pool.map(of, paths), "reading images", len(paths), unit="image", disable=None, leave=False, delay=3
+            pool.map(fingerprint, paths), "reading images", len(paths), unit="image", disable=None, leave=False, delay=3
         )
         return dict(zip(paths, found, strict=True))
 
@@ -104,17 +104,20 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deep grey to 8 bits; Pillow's own conversion would cut all above 255 to white."""
+    """High-bit-depth greyscale to 8 bits. Pillow's own conversion would clip every value above 255 to white."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    most = values.max()
-    white = 65535 if image.mode.startswith("I;16") or 255 < most <= 65535 else 1 if most <= 1 else max(most, 255)
+    highest = values.max()
+    if image.mode.startswith("I;16") or 255 < highest <= 65535:
+        white = 65535
+    else:
+        white = 1 if highest <= 1 else max(highest, 255)
     return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(width, height) from the file's header; (0, 0) where it cannot be read."""
+    """(width, height) from the file's header; (0, 0) if it cannot be read."""
     try:
         with open_file(path) as content, Image.open(content, formats=FORMATS) as file:
             return file.size
-    except Exception:  # opened for real later, with a reason
+    except Exception:  # `open_image` reports the reason later
         return 0, 0

@@ -1,4 +1,4 @@
-"""torchrun with the training's exit code, and without torchrun's own report if a rank ends in order.
+"""torchrun with the training's exit code, and without torchrun's error report if a rank exits normally.
 
     python src/launch.py --standalone --nproc_per_node 2 src/train.py …
 

@@ -1,6 +1,6 @@
-"""Merge LoRA adapters into their base model, which gives a model folder like any other.
+"""Merge LoRA adapters into their base model. The result is a regular model folder.
 
-python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the adapter names its base
+python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the adapter names its base model
 """
 
 import argparse
@@ -15,7 +15,7 @@ ADAPTER = "adapter_config.json"
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> None:
-    """Write the merged model in float32, and the processor, to `out`. Adapter and base stay as they are.
+    """Write the merged model in float32, and the processor, to `out`. Adapter and base model are not changed.
 
     `base` replaces the base model that the adapter names.
     """

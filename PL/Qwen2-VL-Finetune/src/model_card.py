@@ -9,8 +9,8 @@ SETTINGS_SHOWN = (
 )
 # Stated only if the Parity Identifier made the data.
 MPA = (
-    " by Model Parity Alignment ([arXiv 2509.16633](https://arxiv.org/abs/2509.16633)): on questions and answers that a "
-    "larger model wrote and answers consistently, and that this one got wrong, without human labels"
+    " by Model Parity Alignment ([arXiv 2509.16633](https://arxiv.org/abs/2509.16633)), without human labels: on "
+    "questions that a larger model wrote and answers consistently, and that this model answered wrongly"
 )
 
 
@@ -33,22 +33,22 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
         f"{'LoRA adapters for' if adapter else 'Fine-tuned from'} `{base_name}`{MPA if funnel else ''}.\n",
         "## Data\n",
         *(f"- `{Path(path).name}`" for path in meta["settings"]["data_path"]),
-        f"- {meta['samples']} samples, {meta['tokens']} tokens an epoch",
+        f"- {meta['samples']} samples, {meta['tokens']} tokens per epoch",
         *funnel,
         "\n## Training\n",
         *(f"- {name}: {meta['settings'][name]}" for name in SETTINGS_SHOWN),
         f"- {meta['steps']} steps, mean loss {meta['loss']:.4f}",
         *accuracy,
         "\n## Licence\n",
-        f"That of the base model{f' ({licence})' if licence else ''}; the images have licences of their own.",
+        f"The base model's licence{f' ({licence})' if licence else ''}; the images have their own licences.",
         "\n## Use\n",
-        f"`MODEL={out.name} bash evaluate.sh`, or any program that loads such checkpoints.\n",
+        f"`MODEL={out.name} bash evaluate.sh`, or any program that loads such models.\n",
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _funnel(data_paths: list[str]) -> list[str]:
-    """The parity counts, from the meta file that the Parity Identifier writes beside its train JSON."""
+    """The parity counts, from the meta file that the Parity Identifier writes next to its train JSON."""
     lines = []
     for path in data_paths:
         meta = Path(path).with_suffix(".meta.json")
@@ -59,7 +59,7 @@ def _funnel(data_paths: list[str]) -> list[str]:
 
 
 def _base_name(base: str) -> str:
-    """A hub id as it is; of a folder only its name, since the card must not publish local paths."""
+    """A hub id unchanged; only the name of a folder, since the card must not publish local paths."""
     return base if not Path(base).is_dir() else Path(base).resolve().name
 
 

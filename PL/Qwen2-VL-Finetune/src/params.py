@@ -51,7 +51,7 @@ class ModelArguments:
     lora_namespan_exclude: list[str] = field(
         default_factory=list, metadata={"help": "No adapter in modules whose name contains one of these words."}
     )
-    num_lora_modules: int = field(default=-1, metadata={"help": "Adapt only the last so many modules; -1: all."})
+    num_lora_modules: int = field(default=-1, metadata={"help": "Adapt only the last N modules; -1: all."})
     disable_flash_attn2: bool = field(
         default=False, metadata={"help": "Use PyTorch's attention even if flash-attention 2 is installed."}
     )
@@ -73,7 +73,7 @@ class DataArguments:
             "(parity.json:0.9 old.json:0.1) samples are drawn so that the mixture has these shares."
         }
     )
-    image_folder: str = field(default="", metadata={"help": "Folder that relative image paths start from."})
+    image_folder: str = field(default="", metadata={"help": "Folder to which relative image paths are relative."})
     path_map: list[str] = field(
         default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON names in OLD/ are now in NEW/."}
     )
@@ -88,12 +88,12 @@ class DataArguments:
     )
     on_too_long: str = field(
         default="error",
-        metadata={"help": "A longer sample is an error, or is left out.", "choices": ["error", "drop"]},
+        metadata={"help": "For a longer sample: raise an error, or leave it out.", "choices": ["error", "drop"]},
     )
     lazy_preprocess: bool = field(
         default=True,
         metadata={
-            "help": "Keep the samples that the check before step 0 encoded, up to --cache_gb. False: keep them all."
+            "help": "Cache the samples encoded by the check before step 0, up to --cache_gb. False: cache all of them."
         },
     )
     cache_gb: float | None = field(
@@ -105,13 +105,13 @@ class DataArguments:
     )
     samples_dir: str = field(
         default="",
-        metadata={"help": "Folder of that cache, which runs may share. Default: in output_dir, deleted at the end."},
+        metadata={"help": "Folder of the sample cache; runs may share it. Default: in output_dir, deleted at the end."},
     )
     cache_features: bool = field(
         default=False,
         metadata={
             "help": "Cache the vision tower's features instead of the images. Needs --freeze_vision_tower and "
-            "--freeze_merger, which changes the method where these are otherwise trained."
+            "--freeze_merger; this changes the method if they would otherwise be trained."
         },
     )
     packing: bool = field(
@@ -121,7 +121,7 @@ class DataArguments:
     batch_tokens: int = field(
         default=0,
         metadata={
-            "help": "Most tokens of a micro-batch, visual tokens and padding included; determines the number of micro-batches. "
+            "help": "Maximum tokens of a micro-batch, visual tokens and padding included; determines the number of micro-batches. "
             "The batch size of a step stays --per_device_train_batch_size x --gradient_accumulation_steps x world size."
         },
     )
@@ -140,15 +140,17 @@ class TrainingArguments(transformers.TrainingArguments):
     Sets `activation_policy` (a key of `activations.DESCRIPTIONS`, or "auto") from --activation_checkpointing.
     """
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (the paper's: 1)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs (paper: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
     merger_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the merger."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss every N steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch."})
-    save_steps: float = field(default=200, metadata={"help": "Save every so many steps (below 1: share of all steps)."})
-    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints to keep, besides the best one."})
+    save_steps: float = field(default=200, metadata={"help": "Save every N steps (below 1: share of all steps)."})
+    save_total_limit: int = field(
+        default=1, metadata={"help": "Number of checkpoints to keep, in addition to the best one."}
+    )
     activation_checkpointing: str = field(
         default="auto",
         metadata={
@@ -173,7 +175,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     dataloader_num_workers: int = field(
         default=-1,
-        metadata={"help": "Processes that encode samples which are not cached; -1: up to 4 with a GPU, none without."},
+        metadata={"help": "Worker processes that encode uncached samples; -1: up to 4 with a GPU, none without."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 

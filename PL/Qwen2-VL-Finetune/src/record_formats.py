@@ -38,7 +38,7 @@ def read_records(path: str) -> list:
         is_record = any(name in content for name in TURNS)
         content = [content] if is_record else content.get("data")
     if not isinstance(content, list) or not content:
-        raise DataError(f"{path}: no samples in it; expected a list of records, and there is nothing to train on.")
+        raise DataError(f"{path}: contains no samples; expected a list of records.")
     return content
 
 
@@ -52,8 +52,8 @@ def _json_lines(path: str, text: str, error: Exception) -> list:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as line_error:
             if not records or not isinstance(records[0], dict):
-                says = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-                raise DataError(f"{path}: not JSON ({says}). Write it again.") from None
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+                raise DataError(f"{path}: not JSON ({reason}). Write it again.") from None
             raise DataError(
                 f"{path}, line {number + 1}: not JSON ({str(line_error).split(';')[0]}). Write it again."
             ) from None
@@ -70,7 +70,7 @@ def read_record(record, where: str, number: int) -> dict:
         raise DataError(f"{where}: expected an object with id, image and conversations, found {str(record)[:60]!r}.")
     for name in UNSUPPORTED:
         if record.get(name):
-            raise DataError(f"{where}: training on {name!r} is not supported; take it out, or leave the record out.")
+            raise DataError(f"{where}: training on {name!r} is not supported; remove it, or remove the record.")
     identifier = record.get("id", record.get("question_id", number))
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
         raise DataError(f"{where}: 'id' should be text or a whole number: {str(identifier)[:60]}.")
@@ -81,13 +81,13 @@ def read_record(record, where: str, number: int) -> dict:
     images = [*_images(record, where), *images_in_parts]
     marks = [text.count(IMAGE) for role, text in turns if role == "user"]
     if any(IMAGE in text for role, text in turns if role != "user"):
-        raise DataError(f"{where}: {IMAGE} stands in a turn that is not the user's; take it out.")
+        raise DataError(f"{where}: {IMAGE} is in a turn that is not the user's; remove it.")
     if images and not any(marks) and "image" not in record and named[0] == "messages":
         first = next(i for i, (role, _) in enumerate(turns) if role == "user")
         turns[first] = ("user", IMAGE * len(images) + turns[first][1])
     elif sum(marks) != len(images):
         raise DataError(
-            f"{where}: {len(images)} images, and {sum(marks)} {IMAGE} in the human turns; expected one for each."
+            f"{where}: {len(images)} images, but {sum(marks)} {IMAGE} in the human turns; expected one for each image."
         )
     return {"id": identifier, "images": images, "turns": turns}
 
@@ -95,7 +95,7 @@ def read_record(record, where: str, number: int) -> dict:
 def _turns(turns, where: str) -> tuple[list[tuple[str, str]], list[str]]:
     """[(role, text)], and the images that parts of the turns name.
 
-    An optional system turn, then user and assistant in turn, each answer with text.
+    Expects an optional system turn, then alternating user and assistant turns; no answer may be empty.
     """
     if not isinstance(turns, list):
         raise DataError(f"{where}: conversations should be a list of turns, found {str(turns)[:60]!r}.")

@@ -1,4 +1,4 @@
-"""What a training reports about itself: the lines before the first step, and sizes in bytes."""
+"""The report of a training: the lines printed before the first step, and sizes in bytes."""
 
 import resource
 import sys
@@ -64,7 +64,7 @@ def start_lines(samples, counts: dict[str, tuple[int, int]], groups: list[dict],
     tokens, visual = sum(samples.lengths), sum(samples.visual_lengths)
     total, trained = (sum(column) for column in zip(*counts.values(), strict=True))
     weight = 2 if args.bf16 or args.fp16 else 4
-    # Bytes: weights and gradients as computed with; if trained, Adam's two averages and a float32 copy of the weight.
+    # Bytes: weights and gradients in the compute dtype; if trained, Adam's averages and a float32 copy of the weight.
     state = total * weight + trained * (weight + 8 + (4 if weight == 2 else 0))
     rates = {group["part"]: group["lr"] for group in groups}
     lines = [

@@ -1,6 +1,6 @@
-"""The settings that decide what a training learns, and whether it may resume from a checkpoint.
+"""The settings that determine a training's result, and the check of them before a run resumes from a checkpoint.
 
-A checkpoint records them. A run with other values is refused, and the message names the difference.
+A checkpoint records them. A run with other values is refused, and the message names the differences.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from params import DataArguments, ModelArguments, TrainingArguments
 
 from data import DataError, split_share
 
-# Arguments that change what is learnt. An argument that is not listed (logging, saving, data loading, activation
+# Arguments that change the result. An argument that is not listed (logging, saving, data loading, activation
 # checkpointing, or one that a later transformers release adds) may change between a run and its resumption.
 DECISIVE = set(
     # schedule and optimizer
@@ -52,7 +52,7 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     values |= {name: value for name, value in (vars(model_args) | vars(data_args)).items() if name in DECISIVE}
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
-    if args.load_best:  # then the final weights depend on when, and on what, the model is evaluated
+    if args.load_best:  # then the final weights depend on the evaluation's data and schedule
         values |= {name: value for name, value in training.items() if name in DECISIVE_WITH_LOAD_BEST}
         values["eval_data_sha256"] = sha256(Path(data_args.eval_data_path))
     if Path(model_args.model_id).is_dir():
@@ -98,7 +98,7 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
                 f"{'; '.join(refused)}. No checkpoint is left to resume from; --resume_from_checkpoint no starts again."
             )
         if refused and args.process_index == 0:
-            print(f"PL: passed over {'; '.join(refused)}.", flush=True)
+            print(f"PL: skipped {'; '.join(refused)}.", flush=True)
         if complete is None:
             return None
         path = str(complete)
@@ -112,5 +112,7 @@ def refuse_other_settings(recorded: dict, current: dict, where) -> None:
     """Raises DataError, with each difference, if the training at `where` had other settings."""
     differ = [name for name in recorded | current if recorded.get(name) != current.get(name)]
     if differ:
-        says = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
-        raise DataError(f"{where}: was trained with other settings: {says}. Choose another --output_dir or remove it.")
+        changes = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
+        raise DataError(
+            f"{where}: was trained with other settings: {changes}. Choose another --output_dir or remove it."
+        )

@@ -1,4 +1,4 @@
-"""Prepares the samples before the first step: read, encode and check them, with memory and disk to keep them in."""
+"""Prepares the samples before the first step: reads, encodes, checks and caches them, in memory or on disk."""
 
 import os
 import shutil
@@ -41,9 +41,9 @@ def open_cache(processor, data_args: DataArguments, args: TrainingArguments, n: 
 
 
 def cache_limit(data_args: DataArguments, args: TrainingArguments, n: int) -> float:
-    """Most bytes on disk for `n` samples.
+    """The cache's limit on disk for `n` samples, in bytes.
 
-    By default none if each sample is used once: encoding it again takes less time than storing and loading it.
+    The default is 0 if each sample is used once: encoding it again takes less time than storing and loading it.
     """
     if not data_args.lazy_preprocess:
         return float("inf")

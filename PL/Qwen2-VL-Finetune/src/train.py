@@ -2,10 +2,10 @@
 
     deepspeed src/train.py --deepspeed scripts/zero2.json --model_id MODEL --data_path train.json --output_dir OUT
 
-Writes model (with LoRA: adapter), tokenizer, processor and model card to OUT, which is then a model path like any
-other. train_meta.json is written last: where it exists, the training is complete, and the same command says so.
-A stopped training resumes from its last checkpoint (--resume_from_checkpoint auto), with the samples, optimizer
-state, schedule and random numbers that it would have had.
+Writes model (with LoRA: adapter), tokenizer, processor and model card to OUT, a regular model folder. It writes
+train_meta.json last; if that file exists, the training is complete, and the same command reports that and exits.
+A stopped training resumes from its last checkpoint (--resume_from_checkpoint auto), with the same samples, optimizer
+state, schedule and random numbers as without the stop.
 """
 
 import signal
@@ -52,12 +52,12 @@ BLANK = {
         {"role": "assistant", "content": [{"type": "text", "text": "."}]},
     ],
 }
-# Errors of the disk that the user can correct; others are faults of the program.
+# Disk errors that the user can correct; others are bugs.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
 def main(argv=None) -> int:
-    """Train as the flags say. Returns 0, or 128 + the signal that stopped it. Raises DataError for errors of the user."""
+    """Train with these flags. Returns 0, or 128 + the signal that stopped it. Raises DataError for user errors."""
     process_group.use_launcher_environment()
     model_args, data_args, args = parse(argv)
     if args.log_file:
@@ -68,11 +68,11 @@ def main(argv=None) -> int:
     if not sys.stderr.isatty():
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
-    samples = read(data_args.data_path, data_args, args)  # first: errors in it should not take the time to load a model
+    samples = read(data_args.data_path, data_args, args)  # first, so that errors in it show before a model is loaded
     current = settings(model_args, data_args, args)
     if (out / META).exists():
         refuse_other_settings(checkpoints.read_json(out / META).get("settings") or {}, current, out)
-        print(f"PL: {out} is there already, trained with these settings.")
+        print(f"PL: {out} already exists, trained with these settings.")
         return 0
     with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext():
         try:
@@ -85,7 +85,10 @@ def main(argv=None) -> int:
 def train(
     samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, current: dict
 ) -> int:
-    """Train on `samples` from the last checkpoint on, and save. Returns as `main`; `current` are the settings."""
+    """Train on `samples`, from the last checkpoint if there is one, and save. Returns like `main`.
+
+    `current` are the settings.
+    """
     started, is_first = time.time(), args.process_index == 0
     checkpoint = checkpoint_to_resume(Path(args.output_dir), current, args)
     trainer = build(samples, model_args, data_args, args, current)
@@ -99,7 +102,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
         if is_first:
-            print(f"PL: stopped at step {result.global_step} and saved. The same call goes on from there.", flush=True)
+            print(f"PL: stopped at step {result.global_step} and saved. The same command resumes there.", flush=True)
         return 128 + trainer.stop.signal
     trainer.save_model(args.output_dir)  # collective: ZeRO-3 gathers the shards
     trainer.save_state()
@@ -149,7 +152,7 @@ def held_out_samples(processor, data_args: DataArguments, args: TrainingArgument
 
 
 def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, started: float) -> None:
-    """Write the model card and train_meta.json to the final model's folder, and report. `started` as `time.time()`."""
+    """Write the model card and train_meta.json to the model's folder, and report. `started` is a `time.time()`."""
     args, samples, out = trainer.args, trainer.train_dataset, Path(trainer.args.output_dir)
     meta = {"settings": current, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
     meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}

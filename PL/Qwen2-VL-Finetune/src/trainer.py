@@ -50,7 +50,7 @@ class Leveler(CheckpointingTrainer):
     Args:
         samples, eval_samples: encoded samples to train on, and held-out ones.
         features: precomputed vision features, if `samples` have these instead of images.
-        batch_tokens: most tokens of a micro-batch, padding included; 0 for no limit.
+        batch_tokens: maximum tokens of a micro-batch, padding included; 0 for no limit.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class Leveler(CheckpointingTrainer):
             sizes = self._largest_activation_bytes()
             if is_deepspeed_zero3_enabled():
                 del sizes[activations.PRODUCTS]
-            policy, says = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
+            policy, reason = activations.fitting_policy(sizes, self._first_step_bytes(), self.args.device)
             if self.args.process_index == 0:
-                detail(f"PL: {says}")
+                detail(f"PL: {reason}")
         activations.apply_policy(self.model, policy)
 
     def _first_step_bytes(self) -> int:
-        """Bytes that the first step allocates for good: gradients, and Adam's two averages unless they exist."""
+        """Bytes that the first step allocates permanently: gradients, and Adam's two averages unless they exist."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         if self.is_deepspeed_enabled:  # which allocates the averages at its start
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -250,7 +250,7 @@ class Leveler(CheckpointingTrainer):
         return metrics
 
     def log(self, logs: dict, start_time=None) -> None:
-        """Add each part's learning rate, and the pace since the last log over all ranks, to the training's logs."""
+        """Add each part's learning rate, and the throughput since the last log over all ranks, to the logs."""
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs |= self.rates
@@ -284,12 +284,12 @@ class Leveler(CheckpointingTrainer):
 
 
 def _unused(*_, **__):
-    """Makes Trainer count the step's labelled tokens, which it does only for a given loss function; never called."""
+    """Never called. Trainer counts a step's labelled tokens only if a loss function is given."""
     raise AssertionError
 
 
 def _set_accumulation(args: TrainingArguments, micro_batches: int) -> None:
-    """Set the number of micro-batches of a step, for DeepSpeed too."""
+    """Set the number of micro-batches of a step, also for DeepSpeed."""
     args.gradient_accumulation_steps = micro_batches
     if args.deepspeed:
         size = args.per_device_train_batch_size * micro_batches * args.world_size
