@@ -15,7 +15,7 @@ from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_
 
 from mpa.engines import Request, open_engine
 from mpa.engines.budget import Budget
-from mpa.engines.servers import retry_after
+from mpa.engines.responses import retry_after
 from mpa.prompts import TASK_PROMPTS
 from mpa.records import InputError, read_json
 

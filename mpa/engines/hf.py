@@ -28,7 +28,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from mpa import distributed, models
 from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Chooser, Decoder, Stopper, line_breaks
-from mpa.engines.prefixes import Prefixes, forget_positions, spare_last_layer
+from mpa.engines.prefix_cache import Prefixes, forget_positions, spare_last_layer
 from mpa.image_files import ImageError, image_size, open_image
 from mpa.prompts import holds_mark
 from mpa.records import InputError

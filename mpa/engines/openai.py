@@ -25,7 +25,7 @@ from PIL import Image
 
 from mpa.engines import Request, following
 from mpa.engines.budget import Budget
-from mpa.engines.servers import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
+from mpa.engines.responses import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
 from mpa.image_files import ImageError, open_image
 from mpa.models import COMMON_MARKS
 from mpa.records import InputError, without_secrets

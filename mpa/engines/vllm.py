@@ -21,7 +21,7 @@ from PIL import Image
 from mpa import distributed, models
 from mpa.engines import MARK_IN_IT, Request, following
 from mpa.engines.decoding import Decoder
-from mpa.engines.feed import Feed, Row
+from mpa.engines.prefetch import Feed, Row
 from mpa.prompts import ANSWER_SUFFIX, STOPS, holds_mark
 from mpa.records import InputError
 from mpa.replies import opened_reasoning
