@@ -39,10 +39,10 @@ def follow(request: Request, text: str) -> Request:
 
 
 def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, images, monkeypatch):
-    def following(request, reply, _marks):
+    def follow_up_request(request, reply, _marks):
         return follow(request, reply["text"]) if request.follow_up else None
 
-    monkeypatch.setattr(hf, "following", following)
+    monkeypatch.setattr(hf, "follow_up_request", follow_up_request)
     monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the image's key-values are to serve both
     paths = sorted(map(str, images.rglob("*.png")))
     asked = [

@@ -55,7 +55,7 @@ def cut_off(reply: dict) -> str | None:
 MARK_IN_IT = "question: a mark of the prompt format"
 
 
-def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
+def follow_up_request(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
     """The request that a reply gives rise to (see `Request.follow_up`); None where it does not. `marks` are the model's."""
     text = reply.get("text")
     if not request.follow_up or text is None or (PRESETS[request.follow_up].checked and cut_off(reply)):
@@ -119,7 +119,7 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
     for request in filter(lambda request: request.key in journal, requests):
         reply = journal[request.key]
         if passing(reply.get("follow_up") or {}):
-            follow_up = following(request, reply, getattr(engine, "marks", frozenset()))
+            follow_up = follow_up_request(request, reply, getattr(engine, "marks", frozenset()))
             left += [replace(follow_up, key=follow_up_key(request.key))] if follow_up else []
     if left:
         for replies in engine.generate(left, journal):

@@ -23,7 +23,7 @@ from pathlib import Path
 import openai
 from PIL import Image
 
-from mpa.engines import Request, following
+from mpa.engines import Request, follow_up_request
 from mpa.engines.budget import Budget
 from mpa.engines.responses import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
 from mpa.image_files import ImageError, open_image
@@ -202,7 +202,7 @@ class OpenAIEngine:
         except InputError as error:
             self._end(error)
             return None
-        if asked := following(request, reply, self.marks):
+        if asked := follow_up_request(request, reply, self.marks):
             try:
                 reply["follow_up"] = await self._until_it_passes(asked, image)
             except Refused as error:  # PI asks again

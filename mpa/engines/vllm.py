@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from PIL import Image
 
 from mpa import distributed, models
-from mpa.engines import MARK_IN_IT, Request, following
+from mpa.engines import MARK_IN_IT, Request, follow_up_request
 from mpa.engines.decoding import Decoder
 from mpa.engines.prefetch import Feed, Row
 from mpa.prompts import ANSWER_SUFFIX, STOPS, holds_mark
@@ -383,7 +383,7 @@ class VLLMEngine:
         if row.follows:
             row.follows["follow_up"] = reply
             return [row.follows]
-        asked = following(row.request, reply, self.marks)
+        asked = follow_up_request(row.request, reply, self.marks)
         if not asked:
             return [reply]
         feed.push(Row(asked, follows=reply))
