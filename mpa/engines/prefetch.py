@@ -1,4 +1,4 @@
-"""Requests made ready in threads ahead of the model, in an order that follow-ups may enter: for the vllm engine."""
+"""Requests made ready in threads ahead of the model, for the `vllm` engine."""
 
 import itertools
 from collections import deque
@@ -11,95 +11,97 @@ from mpa.engines import Request
 from mpa.image_files import ImageError, open_image
 
 READERS = 4  # threads that open images
-AHEAD = 8  # requests made ready beyond those in flight; as many images again are open
+AHEAD = 8  # requests made ready beyond those in flight; as many more images are open
 
 
 @dataclass
-class Row:
-    """A request on its way."""
+class PendingRequest:
+    """A request, from its image file to the end of its reply."""
 
     request: Request
-    follows: dict | None = None  # the reply whose follow-up it is
-    opened: Future | None = None
-    processed: dict | None = None  # what vLLM takes
+    parent_reply: dict | None = None  # of a follow-up: the reply that it follows
+    image: Future | None = None
+    inputs: dict | None = None  # vLLM's
     error: str = ""
-    seen: int = 0  # characters of the reply
+    scanned: int = 0  # characters of the reply that were searched for its last line
 
 
-class Feed:
-    """Rows made ready ahead of the model, at most AHEAD of them; a follow-up comes before all that are not ready yet.
+class Prefetcher:
+    """Makes requests ready in their order, at most AHEAD of them; a follow-up goes first.
 
-    Threads open the images; one thread makes the rows ready, and they are taken in its order, which vLLM's
-    cache of images relies on. `left` are those still to be taken.
+    Threads open the images. One thread calls `prepare(request, image) -> (inputs, error)`, and `take` gives the requests
+    in that thread's order, which vLLM's cache of images relies on. `remaining` counts the requests still to be taken.
     """
 
     def __init__(self, requests: list[Request], prepare: Callable):
-        self.left, self.prepare = len(requests), prepare
-        self.coming, self.opening = iter(requests), deque()
-        self.pushed, self.ready = deque(), deque()
+        self.remaining, self.prepare = len(requests), prepare
+        self.unopened, self.opening = iter(requests), deque()
+        self.follow_ups, self.ready = deque(), deque()
         self.changed, self.closed = Condition(), False
-        self.pool = ThreadPoolExecutor(READERS, "images")
-        self.thread = Thread(target=self._work, name="feed", daemon=True)
+        self.readers = ThreadPoolExecutor(READERS, "images")
+        self.thread = Thread(target=self._prepare_all, name="prefetcher", daemon=True)
         self.thread.start()
 
-    def push(self, row: Row) -> None:
-        """Let a follow-up take its turn. Its image is opened again: to keep those of all that are in flight
-        would take gigabytes."""
-        row.opened = self.pool.submit(open_image, row.request.image_path)
+    def push(self, follow_up: PendingRequest) -> None:
+        """Add a follow-up. Its image is opened again: keeping the images of all requests in flight would take gigabytes."""
+        follow_up.image = self.readers.submit(open_image, follow_up.request.image_path)
         with self.changed:
-            self.left += 1
-            self.pushed.append(row)
+            self.remaining += 1
+            self.follow_ups.append(follow_up)
             self.changed.notify_all()
 
-    def take(self, wait: bool) -> Row | None:
-        """The next row, or None where it is not ready and `wait` is false."""
+    def take(self, wait: bool) -> PendingRequest | None:
+        """The next request; None where it is not ready and `wait` is false."""
         with self.changed:
             while wait and not self.ready:
                 self.changed.wait()
             if not self.ready:
                 return None
-            row = self.ready.popleft()
+            pending = self.ready.popleft()
             self.changed.notify_all()
-        if isinstance(row, BaseException):
-            raise row
-        self.left -= 1
-        return row
+        if isinstance(pending, BaseException):
+            raise pending
+        self.remaining -= 1
+        return pending
 
     def close(self) -> None:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
         self.thread.join()
-        self.pool.shutdown(cancel_futures=True)
+        self.readers.shutdown(cancel_futures=True)
 
-    def _work(self) -> None:
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _prepare_all(self) -> None:
         try:
-            while row := self._next():
-                self._make_ready(row)
-                with self.changed:
-                    self.ready.append(row)
-                    self.changed.notify_all()
-        except BaseException as error:  # to be raised where the replies are made
-            with self.changed:
-                self.ready.append(error)
-                self.changed.notify_all()
+            while pending := self._next():
+                self._prepare(pending)
+                self._add_ready(pending)
+        except BaseException as error:  # raised by `take`, in the caller's thread
+            self._add_ready(error)
 
-    def _next(self) -> Row | None:
-        """The row whose turn it is, once there is room for it; None when closed."""
-        for request in itertools.islice(self.coming, AHEAD - len(self.opening)):
-            self.opening.append(Row(request, opened=self.pool.submit(open_image, request.image_path)))
+    def _add_ready(self, pending: PendingRequest | BaseException) -> None:
         with self.changed:
-            while not (self.closed or self.pushed or (self.opening and len(self.ready) < AHEAD)):
+            self.ready.append(pending)
+            self.changed.notify_all()
+
+    def _next(self) -> PendingRequest | None:
+        """The next request to prepare, once there is room for it; None when closed."""
+        for request in itertools.islice(self.unopened, AHEAD - len(self.opening)):
+            self.opening.append(PendingRequest(request, image=self.readers.submit(open_image, request.image_path)))
+        with self.changed:
+            while not (self.closed or self.follow_ups or (self.opening and len(self.ready) < AHEAD)):
                 self.changed.wait()
             if self.closed:
                 return None
-            return self.pushed.popleft() if self.pushed else self.opening.popleft()
+            return self.follow_ups.popleft() if self.follow_ups else self.opening.popleft()
 
-    def _make_ready(self, row: Row) -> None:
+    def _prepare(self, pending: PendingRequest) -> None:
         try:
-            image = row.opened.result()
+            image = pending.image.result()
         except ImageError as error:
-            row.error = f"image: {error}"
+            pending.error = f"image: {error}"
         else:
-            row.processed, row.error = self.prepare(row.request, image)
-        row.opened = None
+            pending.inputs, pending.error = self.prepare(pending.request, image)
+        pending.image = None
