@@ -202,7 +202,7 @@ def test_what_concerns_every_request_ends_the_run_and_keeps_the_key_to_itself(im
 
 
 def test_a_server_that_is_not_there_ends_the_run_after_a_while(images, monkeypatch):
-    monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.05)
     with pytest.raises(InputError, match="keeps failing: APIConnectionError"):
         replies(requests(images)[:1], f"http://127.0.0.1:{free_port()}/v1")
 

@@ -142,7 +142,7 @@ class RayEngine:
                 if budget:
                     before = self.told.get(actor) or {}
                     names = ("requests", "tokens_in", "tokens_out", "cost")
-                    budget.settle(0.0, **{name: facts.get(name, 0) - before.get(name, 0) for name in names})
+                    budget.charge(0.0, **{name: facts.get(name, 0) - before.get(name, 0) for name in names})
                 self.told[actor] = facts
                 if replies:
                     yield replies
