@@ -26,9 +26,9 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from mpa import distributed, models
 from mpa.engines import Request, follow_up_request
 from mpa.engines.batch_plan import BatchPlan
-from mpa.engines.decoding import Chooser, Decoder, Stopper, line_breaks
+from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory, tokens_that_fit
-from mpa.engines.prefix_cache import Prefixes, forget_positions, spare_last_layer
+from mpa.engines.prefix_cache import PrefixCache, compute_last_column_only, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
 
@@ -60,7 +60,7 @@ class HFEngine:
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
-        self.model = self.preprocessor = self.pool = self.prefixes = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = None
 
     def __enter__(self):
         return self
@@ -70,7 +70,7 @@ class HFEngine:
         if self.pool:
             self.pool.close(kill=bool(failure))
         model = weakref.ref(self.model) if self.model else lambda: None
-        self.model = self.preprocessor = self.pool = self.prefixes = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = None
         if model() is not None:  # part of a reference cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -104,7 +104,8 @@ class HFEngine:
             cores = max(1, len(os.sched_getaffinity(0)) // distributed.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(MAX_GPU_WORKERS, cores)
         self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code)
-        self.line_breaks, self.decoder = line_breaks(self.preprocessor.tokenizer), Decoder(self.preprocessor.tokenizer)
+        tokenizer = self.preprocessor.tokenizer
+        self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
         # Workers on a CPU are forked with the model in them; workers of a GPU before the device is touched.
         if self.workers and self.device == "cpu":
             threads = torch.get_num_threads()
@@ -121,8 +122,8 @@ class HFEngine:
         self.dtype = getattr(torch, models.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust_remote_code)
         if self.model.config.model_type in models.SHORTCUTS:
-            spare_last_layer(self.model.get_decoder().layers[-1])
-            self.prefixes = Prefixes(self.model, self.preprocessor.processor)
+            compute_last_column_only(self.model.get_decoder().layers[-1])
+            self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens = tokens_that_fit(self)
 
@@ -182,7 +183,7 @@ class HFEngine:
                 raise
         if len(requests) == 1:
             return [*errors, {"key": requests[0].key, "error": OUT_OF_MEMORY, "permanent": False}]
-        forget_positions(self.model)
+        reset_rope_deltas(self.model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.plan.halve()
@@ -194,7 +195,7 @@ class HFEngine:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
-        inputs, cache = self.prefixes.with_head(inputs) if self.prefixes else (inputs, None)
+        inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
         replies, cache = self._generate(requests, inputs, cache)
 
         follow_ups = {}  # by row
@@ -210,10 +211,10 @@ class HFEngine:
         if not follow_ups:
             return []
         shared = None
-        if self.prefixes:
+        if self.prefix_cache:
             before = self.preprocessor.chat_text(requests[next(iter(follow_ups))].prompt)
             texts = [self.preprocessor.chat_text(follow_up.prompt) for follow_up in follow_ups.values()]
-            shared = self.prefixes.continued(inputs, cache, list(follow_ups), before, texts)
+            shared = self.prefix_cache.reuse_images(inputs, cache, list(follow_ups), before, texts)
         if shared:
             return self._generate(list(follow_ups.values()), *shared)[0]
         answers = {answer["key"]: answer for answer in self.answer(list(follow_ups.values()))}
@@ -222,25 +223,25 @@ class HFEngine:
     def _generate(self, requests: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
         """Replies, and the key-values that they leave; `cache` holds the key-values of the inputs' first columns."""
         prompt_length = inputs["input_ids"].shape[1]
-        chooser = Chooser(requests)
-        stopper = Stopper(requests, self.decoder, self.line_breaks, prompt_length, self.preprocessor.reasoning_tag)
+        sampler = TokenSampler(requests)
+        stopper = LineStopper(requests, self.decoder, self.line_breaks, prompt_length, self.preprocessor.reasoning_tag)
         out = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
             max_new_tokens=max(r.max_new_tokens for r in requests),
-            do_sample=False,  # `chooser` samples; the sampling settings of the checkpoint's generation_config are ignored
+            do_sample=False,  # `sampler` does; the sampling settings of the checkpoint's generation_config are ignored
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=LogitsProcessorList([chooser]),
+            logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([stopper]),
             return_dict_in_generate=True,
         )
         generated = out.sequences[:, prompt_length:]
-        logprobs = torch.stack(chooser.logprobs, dim=1).cpu()  # [B, T]
+        logprobs = torch.stack(sampler.logprobs, dim=1).cpu()  # [B, T]
         return self._cut_and_score(requests, generated, logprobs, stopper), out.past_key_values
 
-    def _cut_and_score(self, requests: list[Request], generated, logprobs, stopper: Stopper) -> list[dict]:
+    def _cut_and_score(self, requests: list[Request], generated, logprobs, stopper: LineStopper) -> list[dict]:
         """The reply in each row of `generated` [B, T]: cut behind its end token, or where `stopper` ended it.
 
         The length counts the end token; what follows it is padding.
