@@ -229,7 +229,7 @@ def test_the_account_adds_up_and_no_more_is_spent_than_allowed(images, proxy, tm
     poor = prices | {"ledger": tmp_path / "poor.json", "max_cost": most}
     with (
         open_engine("openai", model_path=MODEL, base_url=address, **poor) as engine,
-        pytest.raises(InputError, match="is all but spent"),
+        pytest.raises(InputError, match="is nearly spent"),
     ):
         for batch in engine.generate(asked):
             kept += batch
@@ -260,7 +260,7 @@ def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, pr
     pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
     poor = script(*pa, "--max-cost", "0.005")
     assert poor.returncode == 1
-    assert "the same command with more goes on" in poor.stderr
+    assert "raise it and run the same command" in poor.stderr
     done = script(*pa)
     assert done.returncode == 0, done.stderr
     assert "tokens in and" in done.stdout

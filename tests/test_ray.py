@@ -106,7 +106,7 @@ def test_a_batch_that_always_kills_its_actor_ends_the_run(cluster, asked, monkey
     monkeypatch.setattr(ray_engine, "Actor", Dying)
     with (
         open_engine("ray", model_path=str(TEACHER), actors=1, **SETTINGS) as engine,
-        pytest.raises(InputError, match="died 4 times, most likely for want of memory"),
+        pytest.raises(InputError, match="died 4 times, probably because the memory was full"),
     ):
         list(engine.generate(asked[:3]))
 
@@ -131,7 +131,7 @@ def test_how_a_cluster_is_divided(nodes, settings, actors, share):
 
 
 def test_more_actors_than_fit_are_refused():
-    with pytest.raises(InputError, match=r"--actors 9: the cluster has room for 8, .* each takes 1 gpus and 1 cpus"):
+    with pytest.raises(InputError, match=r"--actors 9: the cluster has room for 8: .* each takes 1 gpus and 1 cpus"):
         open_engine("ray", model_path=str(TEACHER), actors=9)._divide_cluster([64], [8])
 
 

@@ -48,7 +48,7 @@ def test_the_budget_of_a_run_is_never_exceeded(images, serve, tmp_path, concurre
     server, most = serve(rule, pause=0.01), 0.05
     prices = {"price_in": 1.0, "price_out": 10.0, "max_cost": most, "ledger": tmp_path / "spending.json"}
     found, failure, _ = collect(server, asked(images, follow_up="paper"), concurrency=concurrency, **prices)
-    assert "--max-cost 0.05 is all but spent" in str(failure)
+    assert "--max-cost 0.05 is nearly spent" in str(failure)
     assert server.billed >= 10 and len(found) >= 5
     assert server.billed * (1000 * 1 + 100 * 10) / 1e6 <= most  # each reply costs 0.002
     before = server.billed

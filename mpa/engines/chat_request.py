@@ -74,5 +74,5 @@ class Parameters:
         self.dropped[name] = "" if replacement in self.dropped else replacement
         what = f"is sent as {self.dropped[name]}" if self.dropped[name] else "is not sent"
         sampling = name in ("temperature", "top_p", "seed")
-        effect = " Replies are sampled as the server does by itself." if sampling else ""
+        effect = " Replies are sampled with the server's default." if sampling else ""
         self.note(f"{self.model} does not take {name}: it {what}.{effect}")

@@ -49,7 +49,7 @@ class Costs:
         """
         if usage is None:
             if any(self.prices):
-                self.note("the server does not say what a reply uses: each counts at its upper estimate.")
+                self.note("the server does not report token usage: each reply counts at its upper estimate.")
             return {"requests": 1, "cost": reservation.amount}
         tokens_in, tokens_out = usage
         self.tokens_out += tokens_out

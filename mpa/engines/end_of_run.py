@@ -47,7 +47,7 @@ class EndOfRun:
                 os._exit(130)
             self.signal = number
             self.event.set()
-            print("stopping: waiting for what is under way.", file=sys.stderr)
+            print("stopping: waiting for the requests under way, which are paid for.", file=sys.stderr)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread, not Unix

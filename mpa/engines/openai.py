@@ -196,7 +196,7 @@ class OpenAIEngine:
                 await self.pacer.release()
         if self.pacer.replies > replies_before:
             raise Refused(f"failed {failures} times while others went through: {last_failure}", permanent=False)
-        raise InputError(f"{self.server}: keeps failing: {last_failure}. What is finished is kept; call again later.")
+        raise InputError(f"{self.server}: keeps failing: {last_failure}. Finished replies are kept; run again later.")
 
     async def _reserve(self, request: Request, pixels: int) -> Reservation:
         """Waits until the request may be sent, and sets aside what it may cost. Raises Stopped where the run ends
@@ -210,8 +210,8 @@ class OpenAIEngine:
                 return Reservation(amount, prompt_tokens)
             if not self.pacer.in_flight:
                 raise InputError(
-                    f"--max-cost {self.max_cost:g} is all but spent: {self.budget.spent():.4f} by this run, and the next "
-                    f"request may cost {amount:.4f}. All replies are kept; the same command with more goes on."
+                    f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and the next "
+                    f"request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the same command."
                 )
             await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
 
@@ -223,7 +223,7 @@ class OpenAIEngine:
         except openai.APIStatusError as error:
             failure = classify_error(error, sent, self.key)
             if isinstance(failure, InputError):
-                failure = InputError(f"{self.model} at {self.server}: {failure}. What is finished is kept.")
+                failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
             raise failure from None
         except (openai.APIError, ValueError) as error:  # connections, time-outs, bodies that are no JSON
             says = without_secrets(f"{type(error).__name__}: {error}")

@@ -72,9 +72,7 @@ class Pacer:
         now = time.monotonic()
         if now - self.last_reply_at > RATE_LIMIT_PATIENCE:
             minutes = RATE_LIMIT_PATIENCE / 60
-            raise InputError(
-                f"{self.server}: too many requests for {minutes:.0f} minutes: {failure}. Call again later."
-            )
+            raise InputError(f"{self.server}: too many requests for {minutes:.0f} minutes: {failure}. Run again later.")
         if sent_at > self.slowed_at:  # of requests sent together, only the first rate limit counts
             self.slowed_at, self.limit = now, max(1.0, self.limit / 2)
             self.rate_limits += 1

@@ -96,7 +96,7 @@ class RayEngine:
                     )
             except ConnectionError as error:
                 raise InputError(
-                    f"RAY_ADDRESS={address}: no Ray cluster there, or it wants another token than ~/.ray/auth_token ({error})."
+                    f"RAY_ADDRESS={address}: no Ray cluster at this address, or its token is not the one in ~/.ray/auth_token ({error})."
                 ) from None
             self.started_cluster = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -117,7 +117,7 @@ class RayEngine:
         if not 0 < self.actors <= most:
             needs = " and ".join(f"{n} {name[4:]}" for name, n in self.actor_resources.items())
             raise InputError(
-                f"--actors {self.actors}: the cluster has room for {most}, with {sum(cores)} CPUs and {sum(gpus)} GPUs "
+                f"--actors {self.actors}: the cluster has room for {most}: {sum(cores)} CPUs and {sum(gpus)} GPUs, "
                 f"of which each takes {needs}."
             )
 
@@ -194,8 +194,8 @@ class Actor:
         try:
             if attempt > MAX_ATTEMPTS:
                 raise InputError(
-                    f"a batch's actors died {MAX_ATTEMPTS} times, most likely for want of memory. Try a smaller --batch-size; "
-                    "what is finished is kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
+                    f"a batch's actors died {MAX_ATTEMPTS} times, probably because the memory was full. Try a smaller --batch-size. "
+                    "Finished replies are kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
                 )
             self.engine = self.engine or open_engine(self.name, **self.settings).__enter__()
             for finished in self.engine.generate(pickle.loads(row["packed"]) if attempt else ()):

@@ -51,7 +51,7 @@ class VLLMEngine:
             raise InputError(INSTALL)
         if distributed.WORLD > 1:
             raise InputError(
-                "--engine vllm shares the work among GPUs by itself: start it once, without accelerate launch, "
+                "--engine vllm distributes the work over GPUs itself: start it once, without accelerate launch, "
                 "with --tensor-parallel-size or --pipeline-parallel-size."
             )
         self.model_path, self.trust_remote_code, self.pixels = model_path, trust_remote_code, (min_pixels, max_pixels)
@@ -79,7 +79,7 @@ class VLLMEngine:
         return self.preprocessor.marks if self.preprocessor else frozenset()
 
     def facts(self) -> dict:
-        """Device, dtype, tokens written, the share of the time in which the model had nothing to do for want of
+        """Device, dtype, tokens written, the share of the time in which the model waited for
         images, mean requests per step, and the share of the prompts' tokens found in vLLM's prefix cache."""
         return {
             "device": self.model.device,
@@ -99,7 +99,7 @@ class VLLMEngine:
         if models.adapted(self.model_path):
             raise InputError(
                 f"{self.model_path}: holds LoRA adapters. For vllm, merge them first: "
-                "PL/Qwen2-VL-Finetune/scripts/merge_lora.sh; --engine hf takes them as they are."
+                "PL/Qwen2-VL-Finetune/scripts/merge_lora.sh; --engine hf loads adapters directly."
             )
         if not self.preprocessor:
             self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code)
@@ -148,7 +148,7 @@ class VLLMEngine:
                 try:
                     outputs = self.model.engine.step()
                 except Exception as error:
-                    raise InputError(f"vLLM failed: {reason(error)}. What is finished is kept.") from error
+                    raise InputError(f"vLLM failed: {reason(error)}. Finished replies are kept.") from error
                 for output in outputs:
                     pending = in_flight.get(output.request_id)
                     if pending and (reply := self._reply(pending, output)):

@@ -10,8 +10,8 @@ from mpa.records import InputError
 MAX_IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
 
 INSTALL = (
-    "--engine vllm needs vLLM, in an environment of its own: `bash scripts/setup.sh vllm` makes .venv-vllm, in which the "
-    "scripts run it; to call a Python file yourself: .venv-vllm/bin/python scripts/PA.py …"
+    "--engine vllm needs vLLM, in a separate environment. `bash scripts/setup.sh vllm` makes .venv-vllm, which the bash "
+    "scripts use. To run a Python file yourself: .venv-vllm/bin/python scripts/PA.py …"
 )
 
 
@@ -46,7 +46,7 @@ class VLLMModel:
             from vllm import LLM
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise InputError(f"vLLM is there, but cannot be imported: {error}. {INSTALL}") from None
+            raise InputError(f"vLLM is installed but cannot be imported: {error}. {INSTALL}") from None
         on_cpu = current_platform.is_cpu()
         gpus = self.parallel[0] * self.parallel[1]
         self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")

@@ -40,8 +40,8 @@ class WorkerPool:
                 yield first, future.result()
         except BrokenProcessPool:
             raise InputError(
-                "a worker process died, most likely for want of memory. Try a smaller --batch-size or fewer "
-                "--workers; what is finished is kept."
+                "a worker process died, probably because the memory was full. Try a smaller --batch-size or fewer "
+                "--workers. Finished replies are kept."
             ) from None
 
     def close(self, kill: bool) -> None:
