@@ -260,7 +260,7 @@ def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, pr
     pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
     poor = script(*pa, "--max-cost", "0.005")
     assert poor.returncode == 1
-    assert "raise it and run the same command" in poor.stderr
+    assert "raise it and run the same" in poor.stderr
     done = script(*pa)
     assert done.returncode == 0, done.stderr
     assert "tokens in and" in done.stdout

@@ -5,12 +5,13 @@ each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error"
 read costs one request. Requests whose key is in `done` need no reply.
 
 - `logprob` is the sum over the generated `tokens`, including the end token.
-- `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit), "content_filter".
+- `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit) or
+  "content_filter".
 - An error is `permanent` where asking again cannot help; other errors are temporary.
 - `follow_up`: the reply to the request's follow-up. Where it is missing or an error, PI asks that question.
 
-`facts()` goes into the meta file. `status()` is shown in the progress bar, for example the share of the time in which the
-model waited for images.
+`facts()` goes into the meta file. `status()` is shown in the progress bar, for example the share of the time in which
+the model waited for images.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """What a run has spent on servers: one account on disk for all its stages, calls and processes.
 
-Money is reserved before a request is sent and charged when its reply arrives. So --max-cost is not exceeded, provided the
-reservation covers what the server bills. A killed process's reservations count as spent: the server may bill them.
+Money is reserved before a request is sent and charged when its reply arrives. So --max-cost is not exceeded, provided
+the reservation covers what the server bills. A killed process's reservations count as spent: the server may bill them.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Budget:
 
 
 def _is_ledger(ledger) -> bool:
-    """{"spent": {stage: account}, "reserved": {process: amount}, "most": {figure: value}}, where all values are numbers."""
+    """{"spent": {stage: account}, "reserved": {process: amount}, "most": {figure: value}}, all values numbers."""
     try:
         accounts = [EMPTY_ACCOUNT | account for account in ledger["spent"].values()]
         parts = (*accounts, ledger["reserved"], ledger.get("most", {}))

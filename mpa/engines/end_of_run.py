@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class EndOfRun:
-    """Whether the run is ending, and why. Then nothing new is sent, and requests under way are awaited: they are paid for."""
+    """Whether the run is ending, and why. Then nothing new is sent. Requests under way are awaited, as they are paid."""
 
     def __init__(self):
         self.failure: BaseException | None = None
@@ -36,7 +36,7 @@ class EndOfRun:
 
     @contextlib.contextmanager
     def watch(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        """Within this block, SIGINT and SIGTERM end the run in order, and a second Ctrl-C ends the process at once.
+        """Within this block, SIGINT and SIGTERM end the run cleanly, and a second Ctrl-C ends the process at once.
 
         After it, the signal is handled as it would have been, and KeyboardInterrupt or the failure is raised.
         """

@@ -3,7 +3,7 @@
 The path of a request, in the order of the methods of HFEngine:
 
     generate         requests are grouped into batches of similar length
-    prepare          images are opened, and the processor makes the model's inputs of them and the prompts
+    prepare          images are opened, and the processor turns them and the prompts into the model's inputs
     answer_prepared  the batch goes through the model, in halves where it does not fit into memory
     reply            first replies, then the follow-ups that they give rise to, each attached to its reply
     _generate        transformers' generate; each row stops at the line that ends its answer
@@ -172,7 +172,7 @@ class HFEngine:
         return self.preprocessor.prepare(batch)
 
     def answer_prepared(self, prepared: PreparedBatch) -> list[dict]:
-        """Replies to a prepared batch, errors included. A request too large for the memory alone is an error of its own."""
+        """Replies to a prepared batch, errors included. A request that does not fit into memory alone gets an error."""
         requests, inputs, errors = prepared
         if not requests:
             return errors

@@ -39,7 +39,7 @@ MAX_REFUSALS = 5  # without a single reply: then the images are not the reason
 class OpenAIEngine:
     """A model behind a server; see `mpa.engines`. `model_path` is the server's name for it.
 
-    Prices are for a million tokens, in any currency. `max_cost` covers the whole run, whose account is the file `ledger`.
+    Prices are for a million tokens, in any currency. `max_cost` covers the whole run, whose account is in `ledger`.
     Images with more than `max_pixels` are made smaller before they are sent. The key comes from $OPENAI_API_KEY alone.
     """
 
@@ -156,7 +156,7 @@ class OpenAIEngine:
         return reply
 
     async def _answer_follow_up(self, follow_up: Request, image: EncodedImage) -> dict:
-        """Its reply, or an error: the reply that it follows is paid for and is kept, and a later call or PI asks again."""
+        """Its reply, or an error: its parent is paid for and is kept. A later call or PI asks the follow-up again."""
         try:
             return await self._ask_with_retries(follow_up, image)
         except Refused as error:
@@ -210,8 +210,9 @@ class OpenAIEngine:
                 return Reservation(amount, prompt_tokens)
             if not self.pacer.in_flight:
                 raise InputError(
-                    f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and the next "
-                    f"request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the same command."
+                    f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
+                    f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the same "
+                    "command."
                 )
             await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
 

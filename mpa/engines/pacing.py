@@ -68,7 +68,7 @@ class Pacer:
         self.limit = min(float(self.concurrency), self.limit + 1 / self.limit)
 
     def rate_limited(self, failure: Retryable, sent_at: float) -> None:
-        """Fewer requests at a time, after a pause for all. Raises InputError after RATE_LIMIT_PATIENCE without a reply."""
+        """Fewer requests at a time, after a pause for all. InputError after RATE_LIMIT_PATIENCE without a reply."""
         now = time.monotonic()
         if now - self.last_reply_at > RATE_LIMIT_PATIENCE:
             minutes = RATE_LIMIT_PATIENCE / 60

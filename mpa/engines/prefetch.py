@@ -29,8 +29,8 @@ class PendingRequest:
 class Prefetcher:
     """Makes requests ready in their order, at most AHEAD of them; a follow-up goes first.
 
-    Threads open the images. One thread calls `prepare(request, image) -> (inputs, error)`, and `take` gives the requests
-    in that thread's order, which vLLM's cache of images relies on. `remaining` counts the requests still to be taken.
+    Threads open the images. One thread calls `prepare(request, image) -> (inputs, error)`, and `take` returns the
+    requests in that thread's order, which vLLM's cache of images relies on. `remaining` counts those not yet taken.
     """
 
     def __init__(self, requests: list[Request], prepare: Callable):
@@ -43,7 +43,7 @@ class Prefetcher:
         self.thread.start()
 
     def push(self, follow_up: PendingRequest) -> None:
-        """Add a follow-up. Its image is opened again: keeping the images of all requests in flight would take gigabytes."""
+        """Add a follow-up. Its image is opened again: to keep the images of all requests in flight takes gigabytes."""
         follow_up.image = self.readers.submit(open_image, follow_up.request.image_path)
         with self.changed:
             self.remaining += 1

@@ -1,7 +1,7 @@
 """The `ray` engine: another engine in each actor of a Ray Data pool, over all nodes of a cluster.
 
-Paths and prompts are sent, not images: the actors read them, so repository, images and model must have the same paths on
-every node. With $RAY_ADDRESS the engine joins a cluster, else it starts one on this machine.
+Paths and prompts are sent, not images: the actors read them, so repository, images and model must have the same paths
+on every node. With $RAY_ADDRESS the engine joins a cluster, else it starts one on this machine.
 An actor that dies is started again and its batch is done again. Replies come as batches finish, in any order.
 """
 
@@ -96,14 +96,15 @@ class RayEngine:
                     )
             except ConnectionError as error:
                 raise InputError(
-                    f"RAY_ADDRESS={address}: no Ray cluster at this address, or its token is not the one in ~/.ray/auth_token ({error})."
+                    f"RAY_ADDRESS={address}: no Ray cluster at this address, or its token is not the one in "
+                    f"~/.ray/auth_token ({error})."
                 ) from None
             self.started_cluster = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._divide_cluster([int(n.get("CPU", 0)) for n in nodes], [int(n.get("GPU", 0)) for n in nodes])
 
     def _divide_cluster(self, cores: list[int], gpus: list[int]) -> None:
-        """Set `actors` and `actor_resources`, for nodes with these cores and GPUs. Raises InputError if they do not fit."""
+        """Set `actors` and `actor_resources` for nodes with these cores and GPUs. InputError where they do not fit."""
         if not ENGINES[self.inner_engine].local:
             self.actors, most, self.actor_resources = self.actors or len(cores), sum(cores), {"num_cpus": 1}
         elif sum(gpus) and self.settings.get("device") != "cpu":
@@ -194,8 +195,8 @@ class Actor:
         try:
             if attempt > MAX_ATTEMPTS:
                 raise InputError(
-                    f"a batch's actors died {MAX_ATTEMPTS} times, probably because the memory was full. Try a smaller --batch-size. "
-                    "Finished replies are kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
+                    f"a batch's actors died {MAX_ATTEMPTS} times, probably because the memory was full. Try a smaller "
+                    "--batch-size. Finished replies are kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
                 )
             self.engine = self.engine or open_engine(self.name, **self.settings).__enter__()
             for finished in self.engine.generate(pickle.loads(row["packed"]) if attempt else ()):

@@ -18,8 +18,10 @@ MAX_RETRY_AFTER = 3600.0  # seconds
 # No request of this account will succeed.
 _ACCOUNT_FAILURE = re.compile(
     r"insufficient[_ ]quota|exceeded your current quota|billing|payment required|(?:insufficient|not enough|out of|no) "
-    r"(?:credits?|funds|balance)|credit balance|spend(?:ing)? limit|hard[_ ]limit|account.{0,30}(?:deactivated|disabled|suspended|terminated)"
-    r"|access[_ ]terminated|invalid[_ ]api[_ ]key|incorrect api key|model[_ ]not[_ ]found|does not exist or you do not have access",
+    r"(?:credits?|funds|balance)|credit balance|spend(?:ing)? limit|hard[_ ]limit"
+    r"|account.{0,30}(?:deactivated|disabled|suspended|terminated)"
+    r"|access[_ ]terminated|invalid[_ ]api[_ ]key|incorrect api key|model[_ ]not[_ ]found"
+    r"|does not exist or you do not have access",
     re.IGNORECASE,
 )
 # This one request is refused, and will be refused again.
@@ -34,8 +36,8 @@ RENAMED = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_
 
 
 class Retryable(Exception):
-    """A temporary failure. `retry_after`: seconds that the server asks to wait, or None; `rate_limit`: too many requests;
-    `billed`: the request was sent and may have to be paid; `usage`: its tokens (in, out), where they are known."""
+    """A temporary failure. `retry_after`: seconds that the server asks for, or None. `rate_limit`: too many requests.
+    `billed`: the request was sent and may have to be paid. `usage`: its tokens (in, out), where they are known."""
 
     def __init__(self, what: str, retry_after: float | None = None, rate_limit: bool = False, billed=False, usage=None):
         super().__init__(what)
@@ -88,7 +90,7 @@ def _refused_parameter(param: str, message: str, options: dict) -> str | None:
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait, above 0 and at most an hour; None where it does not say or makes no sense."""
+    """Seconds that the server asks to wait, above 0 and at most an hour; None where it names no such time."""
     value = headers.get("retry-after")
     try:
         seconds = float(value)

@@ -1,4 +1,4 @@
-"""From requests to vLLM's inputs: how long they are, how vLLM renders them, and whether it sees the processor's tokens."""
+"""From requests to vLLM's inputs: their length, how vLLM renders them, and whether it sees the processor's tokens."""
 
 import contextlib
 from collections.abc import Sequence
@@ -110,6 +110,6 @@ class VLLMInputs:
         if counts[0] != counts[1]:
             least, most = self.preprocessor.pixels
             raise InputError(
-                f"{self.preprocessor.model_path}: vLLM makes {counts[1]} visual tokens of {request.image_path}, its processor "
-                f"{counts[0]} with --min-pixels {least} --max-pixels {most}. Use --engine hf."
+                f"{self.preprocessor.model_path}: vLLM makes {counts[1]} visual tokens of {request.image_path}, "
+                f"its processor {counts[0]} with --min-pixels {least} --max-pixels {most}. Use --engine hf."
             )

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into vLLM and frees it: the settings, the errors, and what of the checkpoint vLLM must be told."""
+"""Loads a checkpoint into vLLM and frees it; and vLLM's errors in one line."""
 
 import gc
 import os
@@ -10,8 +10,8 @@ from mpa.records import InputError
 MAX_IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
 
 INSTALL = (
-    "--engine vllm needs vLLM, in a separate environment. `bash scripts/setup.sh vllm` makes .venv-vllm, which the bash "
-    "scripts use. To run a Python file yourself: .venv-vllm/bin/python scripts/PA.py …"
+    "--engine vllm needs vLLM, in a separate environment. `bash scripts/setup.sh vllm` makes .venv-vllm, which the "
+    "bash scripts use. To run a Python file yourself: .venv-vllm/bin/python scripts/PA.py …"
 )
 
 

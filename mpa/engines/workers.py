@@ -28,7 +28,7 @@ class WorkerPool:
         self.pool.submit(int).result()  # fork them now
 
     def run_ahead(self, method: Callable, batches: Iterable[list]) -> Iterator[tuple]:
-        """(batch, method(engine, batch)) in order, a few batches ahead of the caller. `method` is of the engine's class."""
+        """(batch, method(engine, batch)) in order, a few batches ahead of the caller; `method` is the engine's."""
         submitted = deque()
         try:
             for batch in batches:
