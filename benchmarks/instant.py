@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from mpa import engines
-from mpa.engines import Request, following
+from mpa.engines import Request, follow_up_request
 
 
 class InstantEngine:
@@ -40,7 +40,7 @@ class InstantEngine:
         text = f"Question: is it number {chance % 9}?\nAnswer: yes" if "Question:" in request.prompt else "yes"
         text = "nothing to say" if chance % 7 == 0 else text
         reply = {"key": request.key, "text": text, "logprob": -(chance % 999) / 100, "tokens": len(text.split())}
-        if following(request, reply):
+        if follow_up_request(request, reply):
             reply["follow_up"] = {
                 "key": request.key,
                 "text": "yes" if chance % 3 else "no",

@@ -122,9 +122,9 @@ class Forced(hf.HFEngine):
         super()._load_model()
         self.model.generation_config.eos_token_id = NEVER
 
-    def _generate(self, batch, inputs, cache=None):
-        tokens = ANSWER if batch[0].prompt == QUESTION else ANNOTATION
-        return super()._generate([replace(r, max_new_tokens=tokens, stop="") for r in batch], inputs, cache)
+    def _generate(self, requests, inputs, cache=None):
+        tokens = ANSWER if requests[0].prompt == QUESTION else ANNOTATION
+        return super()._generate([replace(r, max_new_tokens=tokens, stop="") for r in requests], inputs, cache)
 
 
 def ours(

@@ -7,6 +7,7 @@ from PIL import Image
 
 from mpa import models
 from mpa.engines import Request, open_engine
+from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.hf import HFEngine
 from mpa.image_files import open_image
 from mpa.prompts import TASK_PROMPTS, answer_prompt, follow_up_prompt
@@ -188,14 +189,14 @@ def test_a_follow_up_on_the_kept_image_is_what_asking_anew_replies(images, batch
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(images, one_by_one, monkeypatch, rows):
     asked = requests(images)[:7]
-    run = HFEngine._run
+    reply = HFEngine.reply
 
-    def small_memory(self, batch, good, inputs, errors):
-        if len(good) > rows - 1:
+    def small_memory(self, requests, inputs):
+        if len(requests) > rows - 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return run(self, batch, good, inputs, errors)
+        return reply(self, requests, inputs)
 
-    monkeypatch.setattr(HFEngine, "_run", small_memory)
+    monkeypatch.setattr(HFEngine, "reply", small_memory)
     got = replies(asked, batch_size=7, workers=0)
     assert set(got) == {r.key for r in asked}
     if rows == 1:  # nothing fits, not even one
@@ -205,11 +206,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_no_reply_is_lost(images, one_by
 
 
 def test_batches_keep_to_the_budget_of_tokens(images):
-    engine = HFEngine(str(TEACHER), batch_size=8, batch_tokens=600, min_pixels=3136, max_pixels=12544)
-    batches = list(engine._plan(iter(requests(images, max_new_tokens=100))))
+    plan = BatchPlan(batch_size=8, batch_tokens=600, pixels=(3136, 12544))
+    batches = list(plan.batches(iter(requests(images, max_new_tokens=100))))
     assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests(images))
     assert max(map(len, batches)) < 6
-    assert all(len(b) == 1 or len(b) * (engine._length(b[-1]) + 100) <= 600 for b in batches)
+    assert all(len(b) == 1 or len(b) * (plan.estimated_length(b[-1]) + 100) <= 600 for b in batches)
 
 
 def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(images):

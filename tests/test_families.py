@@ -39,10 +39,10 @@ def follow(request: Request, text: str) -> Request:
 
 
 def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, images, monkeypatch):
-    def following(request, reply, _marks):
+    def follow_up_request(request, reply, _marks):
         return follow(request, reply["text"]) if request.follow_up else None
 
-    monkeypatch.setattr(hf, "following", following)
+    monkeypatch.setattr(hf, "follow_up_request", follow_up_request)
     monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the image's key-values are to serve both
     paths = sorted(map(str, images.rglob("*.png")))
     asked = [
@@ -51,7 +51,7 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, i
     ]
     with open_engine("hf", model_path=checkpoint, batch_size=5, workers=0, **PIXELS) as engine:
         got = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
-        assert engine.prefixes
+        assert engine.prefix_cache
     expected = plain(checkpoint, [(r.image_path, r.prompt) for r in asked], 8)
     assert [got[r.key]["text"] for r in asked] == expected
     assert len(set(expected)) > 6  # the images make a difference

@@ -120,7 +120,7 @@ def test_more_images_do_not_move_those_that_were_there(tmp_path):
 
 
 def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.001)
+    monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.001)
     (images / "05.png").write_text("no image")
     down = [True]
     good = answers_by()

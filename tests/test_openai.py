@@ -202,7 +202,7 @@ def test_what_concerns_every_request_ends_the_run_and_keeps_the_key_to_itself(im
 
 
 def test_a_server_that_is_not_there_ends_the_run_after_a_while(images, monkeypatch):
-    monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.05)
     with pytest.raises(InputError, match="keeps failing: APIConnectionError"):
         replies(requests(images)[:1], f"http://127.0.0.1:{free_port()}/v1")
 
@@ -229,7 +229,7 @@ def test_the_account_adds_up_and_no_more_is_spent_than_allowed(images, proxy, tm
     poor = prices | {"ledger": tmp_path / "poor.json", "max_cost": most}
     with (
         open_engine("openai", model_path=MODEL, base_url=address, **poor) as engine,
-        pytest.raises(InputError, match="is all but spent"),
+        pytest.raises(InputError, match="is nearly spent"),
     ):
         for batch in engine.generate(asked):
             kept += batch
@@ -260,7 +260,7 @@ def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, pr
     pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
     poor = script(*pa, "--max-cost", "0.005")
     assert poor.returncode == 1
-    assert "the same command with more goes on" in poor.stderr
+    assert "raise it and run the same" in poor.stderr
     done = script(*pa)
     assert done.returncode == 0, done.stderr
     assert "tokens in and" in done.stdout

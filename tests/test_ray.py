@@ -62,7 +62,7 @@ def test_two_actors_give_the_replies_of_hf(cluster, asked, of_hf):
     with open_engine("ray", model_path=str(TEACHER), actors=2, batch_size=4, **SETTINGS) as engine:
         batches = list(engine.generate(asked, done={asked[0].key}))
         facts = engine.facts()
-        assert engine.share == {"num_cpus": 1}
+        assert engine.actor_resources == {"num_cpus": 1}
         assert "tokens/s, 2 actors" in engine.status()
     replies = [reply for batch in batches for reply in batch]
     assert {r["key"] for r in replies} == {r.key for r in asked[1:]}
@@ -79,10 +79,10 @@ def test_a_killed_actors_batches_are_done_again_and_nothing_is_lost_or_doubled(c
     with open_engine("ray", model_path=str(TEACHER), actors=2, batch_size=2, **SETTINGS) as engine:
         for batch in engine.generate(asked):
             if not replies:
-                (victim,) = engine.told
+                (victim,) = engine.actor_facts
                 os.kill(int(victim.split(":")[1]), signal.SIGKILL)
             replies += batch
-        assert len(engine.told) == 3  # two, and the one that took the victim's place
+        assert len(engine.actor_facts) == 3  # two, and the one that took the victim's place
     assert sorted(reply["key"] for reply in replies) == sorted(of_hf)
     assert texts(replies) == of_hf
 
@@ -106,7 +106,7 @@ def test_a_batch_that_always_kills_its_actor_ends_the_run(cluster, asked, monkey
     monkeypatch.setattr(ray_engine, "Actor", Dying)
     with (
         open_engine("ray", model_path=str(TEACHER), actors=1, **SETTINGS) as engine,
-        pytest.raises(InputError, match="died 4 times, most likely for want of memory"),
+        pytest.raises(InputError, match="died 4 times, probably because the memory was full"),
     ):
         list(engine.generate(asked[:3]))
 
@@ -126,13 +126,13 @@ def test_a_batch_that_always_kills_its_actor_ends_the_run(cluster, asked, monkey
 )
 def test_how_a_cluster_is_divided(nodes, settings, actors, share):
     engine = open_engine("ray", model_path=str(TEACHER), **settings)
-    engine._divide(*map(list, zip(*nodes, strict=True)))
-    assert (engine.actors, engine.share) == (actors, share)
+    engine._divide_cluster(*map(list, zip(*nodes, strict=True)))
+    assert (engine.actors, engine.actor_resources) == (actors, share)
 
 
 def test_more_actors_than_fit_are_refused():
-    with pytest.raises(InputError, match=r"--actors 9: the cluster has room for 8, .* each takes 1 gpus and 1 cpus"):
-        open_engine("ray", model_path=str(TEACHER), actors=9)._divide([64], [8])
+    with pytest.raises(InputError, match=r"--actors 9: the cluster has room for 8: .* each takes 1 gpus and 1 cpus"):
+        open_engine("ray", model_path=str(TEACHER), actors=9)._divide_cluster([64], [8])
 
 
 def start(folder: Path, *more) -> subprocess.Popen:

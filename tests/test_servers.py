@@ -15,7 +15,7 @@ from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_
 
 from mpa.engines import Request, open_engine
 from mpa.engines.budget import Budget
-from mpa.engines.servers import retry_after
+from mpa.engines.responses import retry_after
 from mpa.prompts import TASK_PROMPTS
 from mpa.records import InputError, read_json
 
@@ -48,7 +48,7 @@ def test_the_budget_of_a_run_is_never_exceeded(images, serve, tmp_path, concurre
     server, most = serve(rule, pause=0.01), 0.05
     prices = {"price_in": 1.0, "price_out": 10.0, "max_cost": most, "ledger": tmp_path / "spending.json"}
     found, failure, _ = collect(server, asked(images, follow_up="paper"), concurrency=concurrency, **prices)
-    assert "--max-cost 0.05 is all but spent" in str(failure)
+    assert "--max-cost 0.05 is nearly spent" in str(failure)
     assert server.billed >= 10 and len(found) >= 5
     assert server.billed * (1000 * 1 + 100 * 10) / 1e6 <= most  # each reply costs 0.002
     before = server.billed
@@ -62,10 +62,10 @@ def test_the_budget_of_a_run_is_never_exceeded(images, serve, tmp_path, concurre
 def test_what_a_killed_process_had_reserved_counts_as_spent(tmp_path):
     book = {"spent": {}, "reserved": {f"{os.uname().nodename}:999999999": 0.75, "elsewhere:1": 0.1}}
     (tmp_path / "spending.json").write_text(json.dumps(book))
-    budget = Budget(tmp_path / "spending.json", "PA m", most=1.0)
+    budget = Budget(tmp_path / "spending.json", "PA m", max_cost=1.0)
     assert budget.spent() == pytest.approx(0.75)
     assert not budget.reserve(0.2) and budget.reserve(0.1)
-    budget.settle(0.1, requests=1, cost=0.05)
+    budget.charge(0.1, requests=1, cost=0.05)
     assert budget.account()["cost"] == pytest.approx(0.05)
 
 
@@ -313,7 +313,7 @@ def test_a_reply_of_an_odd_shape_is_read(images, serve, document, text):
     ids=str,
 )
 def test_what_is_no_reply_is_asked_again(images, serve, document, monkeypatch):
-    monkeypatch.setattr("mpa.engines.openai.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.01)
 
     def rule(body, number):
         return (200, document) if number <= 2 else annotate_or_answer(body)

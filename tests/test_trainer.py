@@ -61,7 +61,7 @@ def test_the_prompt_is_token_for_token_what_the_model_is_evaluated_with(tmp_path
     encoded = data.encode(data.read_samples([path], str(tmp_path))[0], processor)
     engine = HFEngine(str(STUDENT), min_pixels=3136, max_pixels=3136, dtype="float32")
     engine.load()
-    _, asked, _ = engine.prepare([Request("1", str(tmp_path / "a.png"), prompt)])
+    asked = engine.prepare([Request("1", str(tmp_path / "a.png"), prompt)]).inputs
     length = asked["input_ids"].shape[1]
     assert encoded["input_ids"][:length].tolist() == asked["input_ids"][0].tolist()
     assert (encoded["labels"][:length] == data.IGNORE).all()

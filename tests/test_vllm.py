@@ -110,7 +110,7 @@ def test_a_sampled_reply_depends_on_seed_and_key_alone(teacher, sizes, monkeypat
     asked = requests(sizes, temperature=1.0, top_p=0.95)
     together = by_key(teacher.generate(asked))
     assert texts(by_key(teacher.generate(asked[-1:]))) == texts({asked[-1].key: together[asked[-1].key]})
-    monkeypatch.setattr(teacher, "in_flight", 5)
+    monkeypatch.setattr(teacher.model, "max_in_flight", 5)
     assert texts(by_key(teacher.generate(asked[::-1]))) == texts(together)
     reseeded = by_key(teacher.generate(requests(sizes, temperature=1.0, top_p=0.95, seed=1)))
     assert texts(reseeded) != texts(together)
@@ -118,8 +118,8 @@ def test_a_sampled_reply_depends_on_seed_and_key_alone(teacher, sizes, monkeypat
 
 
 def test_replies_come_as_they_finish_and_a_bounded_number_is_in_flight(teacher, sizes, monkeypatch):
-    monkeypatch.setattr(teacher, "in_flight", 3)
-    asked, engine, most = requests(sizes), teacher.llm.llm_engine, 0
+    monkeypatch.setattr(teacher.model, "max_in_flight", 3)
+    asked, engine, most = requests(sizes), teacher.model.engine, 0
     batches = teacher.generate(asked)
     for replies in batches:
         assert len(replies) <= 3
@@ -179,7 +179,7 @@ def test_per_image_is_computed_once_for_a_prompt_and_what_follows_it(alone, size
     monkeypatch.setattr("mpa.engines.cut_off", lambda reply: None)  # random weights end no line
     with open_engine("vllm", model_path=str(TEACHER), **LARGE) as engine:
         got = by_key(engine.generate(asked))
-        shared, facts = engine.cached / engine.prompted, engine.facts()
+        shared, facts = engine.cached_tokens / engine.prompt_tokens, engine.facts()
     alone = [replace(r, prompt=answer_prompt(QUESTIONS[0]), stop="answer", follow_up="") for r in asked]
     with open_engine("hf", model_path=str(TEACHER), workers=0, **LARGE) as engine:
         assert {k: r["text"] for k, r in by_key(engine.generate(alone)).items()} == {
@@ -199,9 +199,9 @@ def test_a_length_that_the_user_gives_is_kept_to(alone, sizes):
         got = by_key(engine.generate([replace(asked[0], key="long", prompt="shape " * 75), fits]))
         assert "too long for --max-model-len 128" in got["long"]["error"]
         assert got["fits"] == prompt  # the image is not held for sent because the prompt before was refused
-        processed, _ = engine.prepare(asked[0], Image.open(path).convert("RGB"))
-        engine.max_model_len = len(processed["prompt_token_ids"]) + 3
-        engine._unload()
+        inputs, _ = engine.inputs.prepare(asked[0], Image.open(path).convert("RGB"))
+        engine.max_model_len = len(inputs["prompt_token_ids"]) + 3
+        engine.model.unload()
         assert "does not fit in --max-model-len" in next(iter(engine.generate(asked)))[0]["error"]
 
 
@@ -209,17 +209,17 @@ def test_the_length_is_that_of_the_data_and_longer_data_load_the_model_anew(alon
     short = [Request("a", str(sizes / "00.png"), QUESTIONS[0], stop="answer")]
     with open_engine("vllm", model_path=str(STUDENT), **PIXELS) as engine:
         first = by_key(engine.generate(short))
-        assert engine.length == 1024
+        assert engine.model.length == 1024
         both = by_key(engine.generate([*short, Request("b", str(sizes / "00.png"), "shape " * 1500)]))
-        assert engine.length == min(2048, models_limit())
+        assert engine.model.length == min(2048, models_limit())
         assert both["a"] == first["a"]
 
 
 def test_visual_tokens_that_differ_from_the_processors_are_an_error(alone, sizes, monkeypatch):
-    from mpa.engines.vllm import VLLMEngine
+    from mpa.engines.vllm_inputs import VLLMInputs
 
     other = {"size": {"shortest_edge": 3136, "longest_edge": 3136}}
-    monkeypatch.setattr(VLLMEngine, "_limits", lambda self: other)
+    monkeypatch.setattr(VLLMInputs, "processor_settings", lambda self: other)
     with (
         pytest.raises(InputError, match=r"vLLM makes 4 visual tokens of .* its processor"),
         open_engine("vllm", model_path=str(TEACHER), **LARGE) as engine,
@@ -232,7 +232,7 @@ def test_when_one_model_is_freed_the_next_has_its_memory(alone, sizes):
     for model in (TEACHER, STUDENT, TEACHER):
         with open_engine("vllm", model_path=str(model), **PIXELS) as engine:
             assert len(by_key(engine.generate(asked))) == 8
-            held = weakref.ref(engine.llm.llm_engine.model_executor)
+            held = weakref.ref(engine.model.engine.model_executor)
         left.append(held())
     assert left == [None] * 3
 

@@ -1,15 +1,17 @@
 """Engines: requests in, replies out as they finish. The stages know no more than this.
 
-An engine is a context manager with `generate(requests, done) -> Iterator[list[dict]]`. It yields
-lists of replies, each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error", "permanent"}`:
-one image that cannot be read costs one request. `logprob` is the sum over the `tokens` written, end token
-included. `finish_reason` says why the reply ended: "stop" (the end token, or the line that was waited for), "length"
-(the token limit), "content_filter". An error is `permanent` where asking again cannot help; others may pass.
-Requests whose key is in `done` need no reply. The reply to a request with a `follow_up` holds, under that name, the
-reply to the prompt that followed; where it is missing or an error, PI asks that question.
+An engine is a context manager with `generate(requests, done) -> Iterator[list[dict]]`. It yields lists of replies,
+each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error", "permanent"}`: an image that cannot be
+read costs one request. Requests whose key is in `done` need no reply.
 
-`facts()` tells for the meta file how it went. `status()` is what the progress bar shows beside rate and
-time left, such as the share of the time in which the model waited for images.
+- `logprob` is the sum over the generated `tokens`, including the end token.
+- `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit) or
+  "content_filter".
+- An error is `permanent` where asking again cannot help; other errors are temporary.
+- `follow_up`: the reply to the request's follow-up. Where it is missing or an error, PI asks that question.
+
+`facts()` goes into the meta file. `status()` is shown in the progress bar, for example the share of the time in which
+the model waited for images.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,12 @@ from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
 @dataclass(frozen=True)
 class Request:
-    """One image and one prompt. A sampled reply depends on `seed` and `key` alone."""
+    """One image and one prompt. A sampled reply depends on `seed` and `key` alone.
+
+    `stop`, "annotation" or "answer" (a key of prompts.STOPS): the reply may end where that is complete; "": at the end
+    token. `follow_up`, a preset or "": the annotation in the reply is asked as a question at once, greedily, while the
+    image is still in memory.
+    """
 
     key: str
     image_path: str
@@ -36,16 +43,12 @@ class Request:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     seed: int = 0
-    stop: str = (
-        ""  # "answer", "annotation": may end where this is complete (a key of prompts.STOPS); "": at the end token
-    )
-    # A preset: an annotation in the reply is put to the model as a question at once, greedily, while the
-    # image is still at hand. "": it is not.
+    stop: str = ""
     follow_up: str = ""
 
 
 def cut_off(reply: dict) -> str | None:
-    """Why an annotation is not whole; None where it is: what follows the line of its answer may be missing."""
+    """Why an annotation is incomplete; None where it is complete. Text after the line of its answer may be missing."""
     why = {"length": "cut off at the token limit", "content_filter": "stopped by the content filter"}
     reason = why.get(reply.get("finish_reason", "stop"))
     text = reply["text"]
@@ -55,8 +58,8 @@ def cut_off(reply: dict) -> str | None:
 MARK_IN_IT = "question: a mark of the prompt format"
 
 
-def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
-    """The request that a reply gives rise to (see `Request.follow_up`); None where it does not. `marks` are the model's."""
+def follow_up_request(request: Request, reply: dict, marks: frozenset[str] = frozenset()) -> Request | None:
+    """The follow-up of a reply (see `Request.follow_up`), or None. `marks` are the prompt format's own tokens."""
     text = reply.get("text")
     if not request.follow_up or text is None or (PRESETS[request.follow_up].checked and cut_off(reply)):
         return None
@@ -69,9 +72,10 @@ def following(request: Request, reply: dict, marks: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Engine:
-    """Where an engine is, and which arguments of the stages it takes, beside `model_path`.
+    """Where an engine is (module:class), and which of the stages' arguments it takes besides `model_path`.
 
-    `packages`: a group of requirements and what must be there of it. `local`: its model is a folder or a hub id, whose files are read here; else a name that a server knows.
+    `local`: the model is a folder or a hub id whose files are read here; else a name that a server knows. `packages`: a
+    requirements file, by its group, and the packages of it that must be installed.
     """
 
     where: str
@@ -100,13 +104,13 @@ ENGINES = {
         packages=("openai", "openai"),
     ),
 }
-# Runs any of these in its actors, and takes what they take.
-_OF_ANY = dict.fromkeys(name for engine in ENGINES.values() for name in engine.settings)
-ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_OF_ANY), packages=("ray", "ray"))
+# Runs one of these in its actors, and takes the arguments of all.
+_ALL_SETTINGS = dict.fromkeys(name for engine in ENGINES.values() for name in engine.settings)
+ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_ALL_SETTINGS), packages=("ray", "ray"))
 
 
 def open_engine(name: str, **settings):
-    """The engine called `name`; its model is loaded when the first reply is asked for."""
+    """The engine called `name`. Its model is loaded with the first request."""
     module, cls = ENGINES[name].where.split(":")
     if ENGINES[name].packages:
         require(f"--engine {name}", *ENGINES[name].packages)
@@ -114,25 +118,26 @@ def open_engine(name: str, **settings):
 
 
 def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> None:
-    """The follow-ups that an earlier call was stopped before, or that failed for reasons that may pass."""
-    left = []
+    """Ask the follow-ups that an earlier call did not send, or whose error was temporary."""
+    follow_ups = []
     for request in filter(lambda request: request.key in journal, requests):
         reply = journal[request.key]
         if passing(reply.get("follow_up") or {}):
-            follow_up = following(request, reply, getattr(engine, "marks", frozenset()))
-            left += [replace(follow_up, key=follow_up_key(request.key))] if follow_up else []
-    if left:
-        for replies in engine.generate(left, journal):
+            follow_up = follow_up_request(request, reply, getattr(engine, "marks", frozenset()))
+            if follow_up:
+                follow_ups.append(replace(follow_up, key=follow_up_key(request.key)))
+    if follow_ups:
+        for replies in engine.generate(follow_ups, journal):
             journal.append(replies)
 
 
 def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
-    """See to it that every request's reply is in the journal; of several processes each asks for its part."""
+    """Put the reply to every request into the journal. Of several processes, each asks for its part."""
     ours = requests[distributed.RANK :: distributed.WORLD]
     _ask_follow_ups(engine, ours, journal)
     missing = sum(request.key not in journal for request in ours)
     if missing:
-        quiet = None if distributed.FIRST else True  # None: where there is no terminal
+        quiet = None if distributed.FIRST else True  # None: without a terminal
         with tqdm(total=len(ours), initial=len(ours) - missing, desc=label, unit="sample", disable=quiet) as bar:
             for replies in engine.generate(ours, journal):
                 new = sum(reply["key"] not in journal for reply in replies)

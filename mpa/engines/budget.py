@@ -1,7 +1,7 @@
-"""What a run has spent on servers, kept on disk: one account for all its stages, calls and processes.
+"""What a run has spent on servers: one account on disk for all its stages, calls and processes.
 
-Money is reserved before a request is sent and settled when its reply arrives, so that --max-cost is never exceeded, as far as
-the reservation covers what the server bills. What a process that was killed had reserved counts as spent: it may be billed.
+Money is reserved before a request is sent and charged when its reply arrives. So --max-cost is not exceeded, provided
+the reservation covers what the server bills. A killed process's reservations count as spent: the server may bill them.
 """
 
 import contextlib
@@ -14,71 +14,64 @@ from pathlib import Path
 
 from mpa.records import InputError, read_json, write_json
 
-ACCOUNT = {"requests": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0, "seconds": 0.0}
-CUT_OFF = "requests whose reply was lost"
+EMPTY_ACCOUNT = {"requests": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0, "seconds": 0.0}
+LOST_REPLIES = "requests whose reply was lost"  # the account of killed processes
 
 
 class Budget:
-    """The account of one stage in `path` (None: in memory), and a limit on what all of the run may cost (None: no limit).
+    """The account of one stage in `path` (None: in memory), and the most that the whole run may cost (None: no limit).
 
     Costs are in the currency of the prices. Raises InputError where the file is damaged.
     """
 
-    def __init__(self, path: Path | None, stage: str, most: float | None = None):
-        self.path, self.stage, self.most = path, stage, most
+    def __init__(self, path: Path | None, stage: str, max_cost: float | None = None):
+        self.path, self.stage, self.max_cost = path, stage, max_cost
         self.owner, self.memory = f"{socket.gethostname()}:{os.getpid()}", {"spent": {}, "reserved": {}}
-        with self._book() as book:
-            for owner, amount in list(book["reserved"].items()):
-                if not _alive(owner):
-                    self._charge(book, CUT_OFF, cost=amount)
-                    del book["reserved"][owner]
+        with self._open() as ledger:
+            for owner, amount in list(ledger["reserved"].items()):
+                if not _is_running(owner):
+                    _add(ledger, LOST_REPLIES, cost=amount)
+                    del ledger["reserved"][owner]
 
     def reserve(self, amount: float) -> bool:
-        """Whether `amount` may still be spent; then it is set aside."""
-        with self._book() as book:
-            if self.most is not None and self._total(book) + amount > self.most:
+        """Set `amount` aside; False where the run may not spend it any more."""
+        with self._open() as ledger:
+            committed = _total_cost(ledger) + sum(ledger["reserved"].values())
+            if self.max_cost is not None and committed + amount > self.max_cost:
                 return False
-            book["reserved"][self.owner] = book["reserved"].get(self.owner, 0.0) + amount
+            ledger["reserved"][self.owner] = ledger["reserved"].get(self.owner, 0.0) + amount
             return True
 
-    def settle(self, reserved: float, most: dict | None = None, **spent) -> None:
-        """Give a reservation back, and book what was spent of it (fields of ACCOUNT); `most` are figures to `remember`."""
-        with self._book() as book:
-            seen = book.setdefault("most", {})
-            for name, value in (most or {}).items():
-                seen[name] = max(value, seen.get(name, 0))
-            left = book["reserved"].get(self.owner, 0.0) - reserved
-            book["reserved"][self.owner] = left
+    def charge(self, reserved: float, peaks: dict | None = None, **spent) -> None:
+        """Give a reservation back and add what was spent (fields of EMPTY_ACCOUNT). `peaks` are figures for `peak`."""
+        with self._open() as ledger:
+            known = ledger.setdefault("most", {})
+            for name, value in (peaks or {}).items():
+                known[name] = max(value, known.get(name, 0))
+            left = ledger["reserved"].get(self.owner, 0.0) - reserved
+            ledger["reserved"][self.owner] = left
             if left <= 1e-12:
-                book["reserved"].pop(self.owner)
-            self._charge(book, self.stage, **spent)
+                ledger["reserved"].pop(self.owner)
+            _add(ledger, self.stage, **spent)
 
     def account(self) -> dict:
         """What this stage has asked for and spent, over all its calls."""
-        with self._book() as book:
-            return ACCOUNT | book["spent"].get(self.stage, {})
+        with self._open() as ledger:
+            return EMPTY_ACCOUNT | ledger["spent"].get(self.stage, {})
 
-    def remember(self, name: str) -> float:
-        """The most that was ever told of a figure, by any stage; 0 for none."""
-        with self._book() as book:
-            return book.get("most", {}).get(name, 0)
+    def peak(self, name: str) -> float:
+        """The largest value of a figure that any stage has recorded; 0 for none."""
+        with self._open() as ledger:
+            return ledger.get("most", {}).get(name, 0)
 
     def spent(self) -> float:
-        """By the whole run."""
-        with self._book() as book:
-            return sum(account["cost"] for account in book["spent"].values())
-
-    def _charge(self, book: dict, stage: str, **spent) -> None:
-        account = book["spent"].setdefault(stage, dict(ACCOUNT))
-        for name, amount in spent.items():
-            account[name] = round(account[name] + amount, 9) if isinstance(amount, float) else account[name] + amount
-
-    def _total(self, book: dict) -> float:
-        return sum(account["cost"] for account in book["spent"].values()) + sum(book["reserved"].values())
+        """The cost of the whole run."""
+        with self._open() as ledger:
+            return _total_cost(ledger)
 
     @contextlib.contextmanager
-    def _book(self):
-        """The book, ours alone; written back, whole or not at all."""
+    def _open(self):
+        """The ledger, locked; written back if it was changed, whole or not at all."""
         if self.path is None:
             yield self.memory
             return
@@ -91,26 +84,37 @@ class Budget:
                     f"warning: {self.path}: cannot be locked ({error.strerror}); run one stage at a time.",
                     file=sys.stderr,
                 )
-            book = read_json(self.path) if self.path.exists() else {"spent": {}, "reserved": {}}
-            before = json.dumps(book)
-            try:
-                accounts = [ACCOUNT | account for account in book["spent"].values()]
-                whole = all(
-                    isinstance(n, int | float)
-                    for a in (*accounts, book["reserved"], book.get("most", {}))
-                    for n in a.values()
-                )
-            except (KeyError, TypeError, AttributeError):
-                whole = False
-            if not whole:
-                raise InputError(f"{self.path}: no account of a run. Mend it, or choose another --run.")
-            yield book
-            if json.dumps(book) != before:
-                write_json(self.path, book)
+            ledger = read_json(self.path) if self.path.exists() else {"spent": {}, "reserved": {}}
+            before = json.dumps(ledger)
+            if not _is_ledger(ledger):
+                raise InputError(f"{self.path}: not a spending file. Repair it, or choose another --run.")
+            yield ledger
+            if json.dumps(ledger) != before:
+                write_json(self.path, ledger)
 
 
-def _alive(owner: str) -> bool:
-    """Whether the process runs that has reserved; one of another machine is taken to run."""
+def _is_ledger(ledger) -> bool:
+    """{"spent": {stage: account}, "reserved": {process: amount}, "most": {figure: value}}, all values numbers."""
+    try:
+        accounts = [EMPTY_ACCOUNT | account for account in ledger["spent"].values()]
+        parts = (*accounts, ledger["reserved"], ledger.get("most", {}))
+        return all(isinstance(n, int | float) for part in parts for n in part.values())
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _add(ledger: dict, stage: str, **spent) -> None:
+    account = ledger["spent"].setdefault(stage, dict(EMPTY_ACCOUNT))
+    for name, amount in spent.items():
+        account[name] = round(account[name] + amount, 9) if isinstance(amount, float) else account[name] + amount
+
+
+def _total_cost(ledger: dict) -> float:
+    return sum(account["cost"] for account in ledger["spent"].values())
+
+
+def _is_running(owner: str) -> bool:
+    """Whether the process "host:pid" runs; one on another machine is assumed to."""
     host, _, pid = owner.rpartition(":")
     if host != socket.gethostname():
         return True

@@ -1,54 +1,49 @@
-"""The `openai` engine: GPT-4o, or any server that speaks its protocol (`vllm serve`, `transformers serve`).
+"""The `openai` engine: GPT-4o, or any server with its protocol (`vllm serve`, `transformers serve`).
 
-As many requests at a time as the server lets through. What may pass is asked again after a while; what concerns one request
-costs only that; what concerns all (the key, the model's name, the quota, the budget) ends the run with everything kept: nothing
-new is sent, and what is under way is awaited, since it is paid for.
+The path of a request, in the order of the methods of OpenAIEngine:
+
+    generate           keeps as many requests under way as the server lets through
+    _answer            one request: its image is encoded, its reply, its follow-up's reply attached
+    _ask_with_retries  attempts until there is a reply, with money reserved before each
+    _reserve           waits until the next attempt may be sent and paid
+    _send              one HTTP call; its failure is classified
+
+A failure that concerns one request costs only that request. A failure that concerns all (the key, the model's name,
+the quota, the budget) ends the run: nothing new is sent, requests under way are awaited, and all replies are kept.
 """
 
 import asyncio
-import base64
-import contextlib
-import hashlib
-import io
-import json
-import math
 import os
-import random
-import signal
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import openai
-from PIL import Image
 
-from mpa.engines import Request, following
+from mpa.engines import Request, follow_up_request
 from mpa.engines.budget import Budget
-from mpa.engines.servers import RENAMED, Passing, Refused, Unsupported, meaning, read_reply
-from mpa.image_files import ImageError, open_image
+from mpa.engines.chat_request import EncodedImage, Parameters, encode_image
+from mpa.engines.costs import Costs, Reservation
+from mpa.engines.end_of_run import EndOfRun, Stopped
+from mpa.engines.pacing import MAX_RETRIES, Pacer, backoff
+from mpa.engines.responses import Refused, Retryable, Unsupported, classify_error, read_reply
+from mpa.image_files import ImageError
 from mpa.models import COMMON_MARKS
 from mpa.records import InputError, without_secrets
 
-RETRIES = 8  # more tries of a request, before it is given up; too many requests at a time are no failed try
-LONGEST_WAIT = 60.0  # seconds between two, unless the server asks for more
-PATIENCE = 1800.0  # seconds without any reply, while the server says that there are too many requests
 TIMEOUT = 300.0  # seconds for a reply
-MANY = 5  # refusals without a single reply: then it is not the images
-# An upper estimate of an image's tokens, until replies tell: so many, and one for so many pixels.
-IMAGE_TOKENS, PIXELS_A_TOKEN = 1000, 300
-
-
-class Stopped(Exception):
-    """The run ends before this request was sent."""
+MAX_REFUSALS = 5  # without a single reply: then the images are not the reason
 
 
 class OpenAIEngine:
-    """`generate` through a server; see `mpa.engines`. `model_path` is the name that the server knows the model by.
+    """A model behind a server; see `mpa.engines`. `model_path` is the server's name for it.
 
-    Prices are for a million tokens, in any currency; `max_cost` is of the whole run, whose account is the file `ledger`. Images
-    with more than `max_pixels` are made smaller before they travel. The key comes from $OPENAI_API_KEY alone.
+    Prices are for a million tokens, in any currency. `max_cost` covers the whole run, whose account is in `ledger`.
+    Images with more than `max_pixels` are made smaller before they are sent. The key comes from $OPENAI_API_KEY alone.
     """
+
+    marks = COMMON_MARKS  # the model's own tokenizer is not known here
 
     def __init__(
         self,
@@ -69,23 +64,15 @@ class OpenAIEngine:
             raise InputError(
                 "OPENAI_API_KEY is not set: export your key, or name a server of your own with --base-url."
             )
-        self.where = without_secrets(self.base_url) if self.base_url else "OpenAI"
-        self.model, self.concurrency, self.max_pixels = model_path, concurrency, max_pixels
-        self.max_cost, self.prices, self.detail = max_cost, (price_in, price_out), image_detail
+        self.server = without_secrets(self.base_url) if self.base_url else "OpenAI"
+        self.model, self.max_pixels, self.max_cost = model_path, max_pixels, max_cost
         self.budget = Budget(Path(ledger) if ledger else None, f"{Path(sys.argv[0]).stem} {model_path}", max_cost)
-        self.replied = self.refused = 0
-        self.dropped: dict[str, str] = {}  # parameters that the model does not take: by what they were replaced, or ""
-        # Of estimates; the most tokens of a prompt and of a reply: of the calls before, too.
-        names = (f"{model_path}: {what}" for what in ("factor", "prompt", "reply"))
-        self.seen = {name: self.budget.remember(name) for name in names}
-        self.limit, self.under_way = float(concurrency), 0  # requests at a time: allowed, sent
-        self.resume_at = self.slowed_at = 0.0
-        self.crowded = 0  # refusals for too many requests, one after the other
-        self.progress = self.started = time.monotonic()
-        self.written, self.said = 0, set()
-        self.fatal: BaseException | None = None
-        self.signal = 0
-        self.client = None
+        self.costs = Costs(self.budget, model_path, (price_in, price_out), self._note)
+        self.parameters = Parameters(model_path, image_detail, self._note)
+        self.end = EndOfRun()
+        self.pacer = Pacer(concurrency, self.server, self.end)
+        self.refusals, self.notes = 0, set()
+        self.started = time.monotonic()
 
     def __enter__(self):
         return self
@@ -93,321 +80,163 @@ class OpenAIEngine:
     def __exit__(self, *_):
         pass
 
-    marks = COMMON_MARKS  # the model's own are not known here
-
     def facts(self) -> dict:
-        """The account of this stage over all calls, and what the model did not take."""
+        """The account of this stage over all calls, and the parameters that the model did not take."""
         account = self.budget.account()
         facts = {name: account[name] for name in ("requests", "tokens_in", "tokens_out")}
         facts |= {"cost": round(account["cost"], 6), "server_seconds": round(account["seconds"], 1)}
-        dropped = {"dropped_parameters": dict(sorted(self.dropped.items()))} if self.dropped else {}
-        return {"device": self.where, "dtype": None, **facts, **dropped}
+        if self.parameters.dropped:
+            facts["dropped_parameters"] = dict(sorted(self.parameters.dropped.items()))
+        return {"device": self.server, "dtype": None, **facts}
 
     def status(self) -> str:
-        pace = self.written / max(time.monotonic() - self.started, 1e-9)
-        return f"{pace:.0f} tokens/s" + (f", cost {self.budget.spent():.2f}" if any(self.prices) else "")
+        pace = self.costs.tokens_out / max(time.monotonic() - self.started, 1e-9)
+        return f"{pace:.0f} tokens/s" + (f", cost {self.budget.spent():.2f}" if any(self.costs.prices) else "")
 
-    # --- the run ------------------------------------------------------------------------------------
+    def _note(self, what: str) -> None:
+        """Tell the user once."""
+        if what not in self.notes:
+            self.notes.add(what)
+            print(f"note: {what}", file=sys.stderr)
+
+    # --- the path of a request --------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
-        """Replies as they come. Raises InputError when the server cannot be used, or `max_cost` is reached, and
-        KeyboardInterrupt after a signal; each after what was under way has come in."""
-        waiting, pending = (r for r in requests if r.key not in done), set()
-        self.started = self.progress = time.monotonic()
+        """Replies as they come. Raises InputError when the server cannot be used or `max_cost` is reached, and
+        KeyboardInterrupt after a signal; each after the requests under way were answered."""
+        waiting, tasks = (r for r in requests if r.key not in done), set()
+        self.started = time.monotonic()
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            self.ending, self.changed = asyncio.Event(), asyncio.Condition()
             self.client = openai.AsyncOpenAI(
                 api_key=self.key or "none", base_url=self.base_url, max_retries=0, timeout=TIMEOUT
             )
-            with self._signals(loop) as before:
+            self.pacer.start()
+            with self.end.watch(loop):
                 try:
                     while True:
-                        while not self._ends() and len(pending) < self._at_a_time():
-                            request = next(waiting, None)
-                            if request is None:
-                                break
-                            pending.add(loop.create_task(self._answer(request)))
-                        if not pending:
+                        while not self.end and len(tasks) < self._max_tasks() and (request := next(waiting, None)):
+                            tasks.add(loop.create_task(self._answer(request)))
+                        if not tasks:
                             break
-                        finished, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
+                        finished, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
                         replies = [reply for task in finished if (reply := task.result())]
                         if replies:
                             yield replies
                 finally:
-                    for task in pending:
+                    for task in tasks:
                         task.cancel()
                     runner.run(self.client.close())
-                    self.budget.settle(0.0, seconds=time.monotonic() - self.started)
-            if self.signal:
-                handler = before.get(self.signal)
-                if callable(handler):
-                    handler(self.signal, None)
-                raise KeyboardInterrupt
-        if self.fatal:
-            raise self.fatal
+                    self.budget.charge(0.0, seconds=time.monotonic() - self.started)
 
-    def _ends(self) -> bool:
-        return bool(self.fatal or self.signal)
-
-    def _end(self, failure: BaseException) -> None:
-        self.fatal = self.fatal or failure
-        self.ending.set()
-
-    @contextlib.contextmanager
-    def _signals(self, loop):
-        """SIGINT and SIGTERM end the run in order; a second Ctrl-C ends it at once. Yields the handlers of before."""
-        before = {}
-
-        def hear(number: int) -> None:
-            if self.signal and number == signal.SIGINT:
-                os._exit(130)
-            self.signal = number
-            self.ending.set()
-            print("stopping: waiting for what is under way.", file=sys.stderr)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # no main thread, no Unix
-                before[number] = signal.getsignal(number)
-                loop.add_signal_handler(number, hear, number)
-        try:
-            yield before
-        finally:
-            for number, handler in before.items():
-                with contextlib.suppress(ValueError, RuntimeError):
-                    loop.remove_signal_handler(number)
-                    signal.signal(number, handler)
-
-    def _at_a_time(self) -> int:
-        """One until it is known what a reply costs, where that matters."""
-        return self.concurrency if self.replied or self.max_cost is None else 1
-
-    # --- a request ----------------------------------------------------------------------------------
+    def _max_tasks(self) -> int:
+        """One until it is known what a reply costs, where there is a budget."""
+        return self.pacer.concurrency if self.pacer.replies or self.max_cost is None else 1
 
     async def _answer(self, request: Request) -> dict | None:
-        """A request's reply, and that to what follows from it; None where the run ended before it was sent."""
+        """The reply to a request, with its follow-up's attached; None where the run ended before it was sent."""
         try:
-            image = await asyncio.to_thread(self._encoded, request.image_path)
-            reply = await self._until_it_passes(request, image)
+            image = await asyncio.to_thread(encode_image, request.image_path, self.max_pixels)
+            reply = await self._ask_with_retries(request, image)
         except ImageError as error:
             return {"key": request.key, "error": f"image: {error}", "permanent": True}
         except Refused as error:
-            self.refused += 1
-            if not self.replied and self.refused >= MANY:
-                self._end(InputError(f"{self.model}: the server refuses every request: {error}"))
+            self.refusals += 1
+            if not self.pacer.replies and self.refusals >= MAX_REFUSALS:
+                self.end.fail(InputError(f"{self.model}: the server refuses every request: {error}"))
                 return None
             return {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
         except Stopped:
             return None
         except InputError as error:
-            self._end(error)
+            self.end.fail(error)
             return None
-        if asked := following(request, reply, self.marks):
-            try:
-                reply["follow_up"] = await self._until_it_passes(asked, image)
-            except Refused as error:  # PI asks again
-                reply["follow_up"] = {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
-            except Stopped:
-                reply["follow_up"] = {"key": request.key, "error": "stopped before it was asked", "permanent": False}
-            except InputError as error:
-                reply["follow_up"] = {"key": request.key, "error": str(error), "permanent": False}
-                self._end(error)
+        if follow_up := follow_up_request(request, reply, self.marks):
+            reply["follow_up"] = await self._answer_follow_up(follow_up, image)
         return reply
 
-    def _encoded(self, path: str) -> tuple[str, int]:
-        """The image as a data URL, without loss, no larger than `max_pixels`, and its pixels."""
-        image = open_image(path)
-        shrink = math.sqrt(self.max_pixels / (image.width * image.height))
-        if shrink < 1:
-            size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        content = io.BytesIO()
-        image.save(content, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-        return url, image.width * image.height
+    async def _answer_follow_up(self, follow_up: Request, image: EncodedImage) -> dict:
+        """Its reply, or an error: its parent is paid for and is kept. A later call or PI asks the follow-up again."""
+        try:
+            return await self._ask_with_retries(follow_up, image)
+        except Refused as error:
+            return {"key": follow_up.key, "error": f"server: {error}", "permanent": error.permanent}
+        except Stopped:
+            return {"key": follow_up.key, "error": "stopped before it was asked", "permanent": False}
+        except InputError as error:
+            self.end.fail(error)
+            return {"key": follow_up.key, "error": str(error), "permanent": False}
 
-    async def _until_it_passes(self, request: Request, image: tuple[str, int]) -> dict:
-        attempt, wait, last = 0, 0.5, ""
-        replied_before = self.replied
-        while attempt <= RETRIES:
-            reserved, estimate = await self._turn(request, image[1])
-            sent, spent = time.monotonic(), {}
+    async def _ask_with_retries(self, request: Request, image: EncodedImage) -> dict:
+        """The reply. Raises Refused for this request, Stopped, or InputError for the run."""
+        failures, last_failure, replies_before = 0, "", self.pacer.replies
+        while failures <= MAX_RETRIES:
+            reservation = await self._reserve(request, image.pixels)
+            sent_at, charge = time.monotonic(), {}
             try:
-                reply = await self._ask(request, image[0])
-                spent = self._cost(reply.pop("usage"), reserved, estimate)
-                self._goes_well()
+                reply = await self._send(request, image.url)
+                charge = self.costs.charge(reply.pop("usage"), reservation)
+                self.pacer.replied()
                 return reply
-            except (Passing, Refused) as failure:
-                usage = getattr(failure, "usage", None)
-                if usage or getattr(failure, "billed", False):
-                    spent = self._cost(usage, reserved, estimate)
+            except (Retryable, Refused) as failure:
+                if failure.usage or failure.billed:
+                    charge = self.costs.charge(failure.usage, reservation)
                 if isinstance(failure, Refused):
                     raise
-                last = str(failure)
-                if failure.rate:
-                    await self._crowded(failure, sent)
+                if failure.rate_limit:
+                    self.pacer.rate_limited(failure, sent_at)
                     continue
-                attempt += 1
-                if attempt <= RETRIES:
-                    pause = max(min(wait, LONGEST_WAIT) * random.uniform(0.75, 1.25), failure.after or 0.0)
-                    wait *= 2
-                    await self._sleep(pause)
+                failures, last_failure = failures + 1, str(failure)
+                if failures <= MAX_RETRIES:
+                    await self.end.sleep(backoff(failures - 1, failure.retry_after))
             except Unsupported as failure:
-                self._drop(str(failure), request)
+                self.parameters.drop(str(failure))
             finally:
-                self.budget.settle(reserved, **spent)
-                self.under_way -= 1
-                async with self.changed:
-                    self.changed.notify_all()
-        if self.replied > replied_before:
-            raise Refused(f"failed {RETRIES + 1} times while others went through: {last}", permanent=False)
-        raise InputError(f"{self.where}: keeps failing: {last}. What is finished is kept; call again later.")
+                self.budget.charge(reservation.amount, **charge)
+                await self.pacer.release()
+        if self.pacer.replies > replies_before:
+            raise Refused(f"failed {failures} times while others went through: {last_failure}", permanent=False)
+        raise InputError(f"{self.server}: keeps failing: {last_failure}. Finished replies are kept; run again later.")
 
-    async def _turn(self, request: Request, pixels: int) -> tuple[float, float]:
-        """Waits until this request may be sent: (the money set aside for it, its prompt's tokens as estimated). Raises Stopped
-        where the run ends before, InputError where the budget does not allow it."""
-        estimate = self._estimate(request, pixels)
+    async def _reserve(self, request: Request, pixels: int) -> Reservation:
+        """Waits until the request may be sent, and sets aside what it may cost. Raises Stopped where the run ends
+        before, InputError where the budget does not allow the request."""
+        prompt_tokens = self.costs.prompt_tokens(request, pixels)
         while True:
-            if self._ends():
-                raise Stopped
-            now = time.monotonic()
-            if now < self.resume_at:  # each at a moment of its own, not all at once
-                await self._sleep(self.resume_at - now + random.uniform(0, min(2.0, 0.1 * self.concurrency)))
-                continue
-            if self.under_way < max(1, int(self.limit)):
-                amount = self._upper_cost(request, estimate)
-                if self.budget.reserve(amount):
-                    self.under_way += 1
-                    return amount, estimate
-                if not self.under_way:
-                    spent = self.budget.spent()
-                    raise InputError(
-                        f"--max-cost {self.max_cost:g} is all but spent: {spent:.4f} by this run, and the next request may cost "
-                        f"{amount:.4f}. All replies are kept; the same command with more goes on."
-                    )
-            async with self.changed:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), 1.0)
+            await self.pacer.wait_for_slot()
+            amount = self.costs.upper_bound(request, prompt_tokens)
+            if self.budget.reserve(amount):
+                self.pacer.in_flight += 1
+                return Reservation(amount, prompt_tokens)
+            if not self.pacer.in_flight:
+                raise InputError(
+                    f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
+                    f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the same "
+                    "command."
+                )
+            await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
 
-    async def _sleep(self, seconds: float) -> None:
-        """Or until the run ends."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ending.wait(), seconds)
-        if self._ends():
-            raise Stopped
-
-    def _goes_well(self) -> None:
-        self.replied += 1
-        self.crowded, self.progress = 0, time.monotonic()
-        self.limit = min(float(self.concurrency), self.limit + 1 / self.limit)
-
-    async def _crowded(self, failure: Passing, sent: float) -> None:
-        """Too many requests: fewer at a time, after a pause for all. Raises InputError where none has passed for PATIENCE."""
-        now = time.monotonic()
-        if now - self.progress > PATIENCE:
-            raise InputError(
-                f"{self.where}: too many requests for {PATIENCE / 60:.0f} minutes: {failure}. Call again later."
-            )
-        if sent > self.slowed_at:  # of those sent together, the first counts
-            self.slowed_at, self.limit = now, max(1.0, self.limit / 2)
-            self.crowded += 1
-        floor = min(LONGEST_WAIT, 0.5 * 2 ** min(self.crowded, 10)) * random.uniform(0.75, 1.25)
-        self.resume_at = max(self.resume_at, now + max(floor, failure.after or 0.0))
-
-    # --- money --------------------------------------------------------------------------------------
-
-    def _estimate(self, request: Request, pixels: int) -> float:
-        """Prompt tokens, from above: a byte of text is a token at most."""
-        return IMAGE_TOKENS + pixels / PIXELS_A_TOKEN + len(request.prompt.encode("utf-8", "surrogatepass"))
-
-    def _upper_cost(self, request: Request, estimate: float) -> float:
-        factor, most_in, most_out = self.seen.values()
-        tokens_in = max(1.25 * factor * estimate, most_in) if factor else estimate
-        tokens_out = max(request.max_new_tokens, most_out)
-        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
-
-    def _cost(self, usage: tuple[int, int] | None, reserved: float, estimate: float) -> dict:
-        """What a reply adds to the account. One that does not say what it used counts as much as was set aside."""
-        if usage is None:
-            if any(self.prices):
-                self._say("the server does not say what a reply uses: each counts at its upper estimate.")
-            return {"requests": 1, "cost": reserved}
-        read, written = usage
-        self.written += written
-        now = dict(zip(self.seen, (read / estimate, read, written), strict=True))
-        self.seen = {name: max(self.seen[name], value) for name, value in now.items()}
-        cost = (read * self.prices[0] + written * self.prices[1]) / 1e6
-        return {"requests": 1, "tokens_in": read, "tokens_out": written, "cost": cost, "most": self.seen}
-
-    # --- the wire -----------------------------------------------------------------------------------
-
-    async def _ask(self, request: Request, data_url: str) -> dict:
-        """One call. Raises Passing, Refused, Unsupported or InputError, by what the failure concerns."""
-        options = self._options(request)
-        image = {"url": data_url} | ({"detail": options.pop("detail")} if "detail" in options else {})
-        content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": request.prompt}]
-        sent = {**options, "image_url": {name: "" for name in image}}
-        messages = [{"role": "user", "content": json.loads(json.dumps(content).encode("utf-8", "replace"))}]
+    async def _send(self, request: Request, image_url: str) -> dict:
+        """One call. Raises Retryable, Refused, Unsupported or InputError, by what the failure concerns."""
+        arguments, sent = self.parameters.chat_completion(request, image_url)
         try:
-            raw = await self.client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, **options
-            )
+            raw = await self.client.chat.completions.with_raw_response.create(**arguments)
         except openai.APIStatusError as error:
-            raise self._placed(meaning(error, sent, self.key)) from None
-        except (openai.APIError, ValueError) as error:  # connections, time-outs, garbage
+            failure = classify_error(error, sent, self.key)
+            if isinstance(failure, InputError):
+                failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
+            raise failure from None
+        except (openai.APIError, ValueError) as error:  # connections, time-outs, bodies that are no JSON
             says = without_secrets(f"{type(error).__name__}: {error}")
-            raise Passing(
-                says, billed=not isinstance(error.__cause__, ConnectionRefusedError) and _was_sent(error)
-            ) from None
+            raise Retryable(says, billed=_may_have_arrived(error)) from None
         reply = read_reply(raw.http_response.text)
-        usage = reply.pop("usage")
-        tokens = usage[1] if usage else None
-        return {"key": request.key, **reply, "tokens": tokens, "usage": usage}
-
-    def _placed(self, failure: Exception) -> Exception:
-        if isinstance(failure, InputError):
-            return InputError(f"{self.model} at {self.where}: {failure}. What is finished is kept.")
-        return failure
-
-    def _options(self, request: Request) -> dict:
-        options = {
-            "temperature": request.temperature,
-            "max_completion_tokens": request.max_new_tokens,
-            "logprobs": True,
-        }
-        if request.temperature:
-            seed = hashlib.sha256(f"{request.seed}:{request.key}".encode("utf-8", "surrogatepass")).digest()
-            options |= {"top_p": request.top_p, "seed": int.from_bytes(seed[:4]) // 2}
-        if self.detail != "auto":
-            options["detail"] = self.detail
-        for name, instead in self.dropped.items():
-            value = options.pop(name, None)
-            if instead and value is not None:
-                options[instead] = value
-        return options
-
-    def _drop(self, name: str, request: Request) -> None:
-        """Send a parameter under its other name, or no more; said once, and told in the meta file."""
-        if name in self.dropped:  # another request was first
-            return
-        instead = RENAMED.get(name, "")
-        self.dropped[name] = "" if instead in self.dropped else instead
-        what = f"is sent as {self.dropped[name]}" if self.dropped[name] else "is not sent"
-        effect = (
-            " Replies are sampled as the server does by itself." if name in ("temperature", "top_p", "seed") else ""
-        )
-        self._say(f"{self.model} does not take {name}: it {what}.{effect}")
-
-    def _say(self, what: str) -> None:
-        if what not in self.said:
-            self.said.add(what)
-            print(f"note: {what}", file=sys.stderr)
+        return {"key": request.key, **reply, "tokens": reply["usage"][1] if reply["usage"] else None}
 
 
-def _was_sent(error: Exception) -> bool:
-    """Whether a request may have reached the server before its connection failed."""
+def _may_have_arrived(error: Exception) -> bool:
+    """Whether a request may have reached the server, and be billed, before its connection failed."""
     causes, cause = [], error
     while cause is not None:
         causes.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
-    return not any(name.startswith("Connect") and name not in ("ConnectionResetError",) for name in causes[1:])
+    return not any(name.startswith("Connect") and name != "ConnectionResetError" for name in causes[1:])

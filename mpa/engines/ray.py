@@ -1,8 +1,8 @@
-"""The `ray` engine: another engine in every actor of a Ray Data pool, over all nodes of a cluster.
+"""The `ray` engine: another engine in each actor of a Ray Data pool, over all nodes of a cluster.
 
-Paths and prompts travel, no pixels: the actors read the images, so that repository, images and model lie at the
-same places on every node. With $RAY_ADDRESS it joins a cluster, else it starts one of this machine alone.
-A dead actor is started anew and its batch done again; replies come as batches finish, in any order.
+Paths and prompts are sent, not images: the actors read them, so repository, images and model must have the same paths
+on every node. With $RAY_ADDRESS the engine joins a cluster, else it starts one on this machine.
+An actor that dies is started again and its batch is done again. Replies come as batches finish, in any order.
 """
 
 import contextlib
@@ -21,45 +21,65 @@ from mpa.engines.budget import Budget
 from mpa.records import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIES = 4  # of a batch whose actors die, before it is held to be the cause
-AT_ONCE = 32  # times the batch size is what an engine gets that makes its own batches
+MAX_ATTEMPTS = 4  # of a batch whose actors die, before the batch is held to be the cause
+CHUNK = 32  # batch sizes sent at a time to an engine that makes its own batches
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # send nothing home
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what fails is raised, too
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # failures are raised as exceptions, too
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning
 }
 
 
 class RayEngine:
-    """`generate` by `actors` engines `ray_engine`, which take `settings` and load the model once each.
+    """A pool of `actors`, each with an engine called `ray_engine` that takes `settings` and loads the model once.
 
-    An actor has a GPU to itself (with tensor parallelism, several) where the cluster has GPUs, else two cores. None is
-    as many actors as that gives; for a model behind a server, one a node.
+    An actor has one GPU (with tensor or pipeline parallelism, several) where the cluster has GPUs, else two cores.
+    `actors` None: as many as fit; for a model behind a server, one per node.
     """
 
     def __init__(self, model_path: str, ray_engine: str = "hf", actors: int | None = None, batch_size=8, **settings):
         settings |= {"batch_size": batch_size, "workers": 0}
-        self.inner, self.actors, self.batch_size = ray_engine, actors, batch_size
+        self.inner_engine, self.actors, self.batch_size = ray_engine, actors, batch_size
         self.settings = {name: settings[name] for name in ENGINES[ray_engine].settings if name in settings}
         self.settings["model_path"] = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path
-        self.gpus = self.settings.get("tensor_parallel_size", 1) * self.settings.get("pipeline_parallel_size", 1)
-        self.told: dict[str, dict] = {}  # by host and process: the facts of its engine
-        self.share, self.ours, self.started = {}, False, 0.0
+        parallel = ("tensor_parallel_size", "pipeline_parallel_size")
+        self.gpus_per_actor = self.settings.get(parallel[0], 1) * self.settings.get(parallel[1], 1)
+        self.actor_facts: dict[str, dict] = {}  # by host and process
+        self.actor_resources, self.started_cluster, self.started = {}, False, 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        """End the cluster that was started here; from one that was joined, take the actors away."""
-        if self.ours:
+        """End a cluster that was started here, or leave one that was joined, which ends the actors."""
+        if self.started_cluster:
             import ray
 
             ray.shutdown()
-            self.ours = False
+            self.started_cluster = False
+
+    def facts(self) -> dict:
+        """The facts of the actors' engines: sums of counts and costs, means of shares."""
+        known = [facts for facts in self.actor_facts.values() if facts]  # none where the engine did not open
+        combined = dict(known[0]) if known else {}
+        for name, value in combined.items():
+            if isinstance(value, (int, float)):
+                total = sum(facts.get(name) or 0 for facts in known)
+                is_share = isinstance(value, float) and name != "cost"
+                combined[name] = round(total / len(known), 4) if is_share else total
+        return {**combined, "engine": self.inner_engine, "actors": self.actors}
+
+    def status(self) -> str:
+        facts, seconds = self.facts(), max(time.perf_counter() - self.started, 1e-9)
+        cost = f", cost {facts['cost']:.2f}" if facts.get("cost") else ""
+        tokens = facts.get("tokens", facts.get("tokens_out", 0))
+        return f"{tokens / seconds:.0f} tokens/s, {len(self.actor_facts)} actors{cost}"
+
+    # --- the cluster ------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Start or join the cluster, and see how many actors fit in it."""
-        if self.share:
+        """Start or join the cluster, and divide it among the actors."""
+        if self.actor_resources:
             return
         import ray
 
@@ -68,155 +88,153 @@ class RayEngine:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
-            alone = {"include_dashboard": False, "object_store_memory": 200 * 2**20}  # replies are small
+            local = {"include_dashboard": False, "object_store_memory": 200 * 2**20}  # replies are small
             try:
-                with _silent(), contextlib.chdir(ROOT):  # the actors import from where it was called
+                with _silent(), contextlib.chdir(ROOT):  # the actors import from the working directory
                     ray.init(
-                        address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else alone)
+                        address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else local)
                     )
             except ConnectionError as error:
                 raise InputError(
-                    f"RAY_ADDRESS={address}: no Ray cluster there, or it wants another token than ~/.ray/auth_token ({error})."
+                    f"RAY_ADDRESS={address}: no Ray cluster at this address, or its token is not the one in "
+                    f"~/.ray/auth_token ({error})."
                 ) from None
-            self.ours = True
+            self.started_cluster = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._divide([int(n.get("CPU", 0)) for n in nodes], [int(n.get("GPU", 0)) for n in nodes])
+        self._divide_cluster([int(n.get("CPU", 0)) for n in nodes], [int(n.get("GPU", 0)) for n in nodes])
 
-    def _divide(self, cores: list[int], gpus: list[int]) -> None:
-        """`actors`, and what each takes of the nodes that have these cores and GPUs. Raises InputError if too little."""
-        if not ENGINES[self.inner].local:
-            self.actors, most, self.share = self.actors or len(cores), sum(cores), {"num_cpus": 1}
+    def _divide_cluster(self, cores: list[int], gpus: list[int]) -> None:
+        """Set `actors` and `actor_resources` for nodes with these cores and GPUs. InputError where they do not fit."""
+        if not ENGINES[self.inner_engine].local:
+            self.actors, most, self.actor_resources = self.actors or len(cores), sum(cores), {"num_cpus": 1}
         elif sum(gpus) and self.settings.get("device") != "cpu":
-            most, self.share = sum(n // self.gpus for n in gpus), {"num_gpus": self.gpus, "num_cpus": 1}
+            most = sum(n // self.gpus_per_actor for n in gpus)
+            self.actor_resources = {"num_gpus": self.gpus_per_actor, "num_cpus": 1}
             self.actors = self.actors or most
         else:
             self.actors, most = self.actors or sum(max(1, n // 2) for n in cores if n), sum(cores)
-            fits = [n for n in range(1, max(cores) + 1) if sum(here // n for here in cores) >= self.actors]
-            self.share = {"num_cpus": max(fits, default=1)}  # Ray sets OMP_NUM_THREADS to it
+            fits = [n for n in range(1, max(cores) + 1) if sum(node // n for node in cores) >= self.actors]
+            self.actor_resources = {"num_cpus": max(fits, default=1)}  # Ray sets OMP_NUM_THREADS to it
         if not 0 < self.actors <= most:
+            needs = " and ".join(f"{n} {name[4:]}" for name, n in self.actor_resources.items())
             raise InputError(
-                f"--actors {self.actors}: the cluster has room for {most}, with {sum(cores)} CPUs and {sum(gpus)} GPUs "
-                f"of which each takes {' and '.join(f'{n} {name[4:]}' for name, n in self.share.items())}."
+                f"--actors {self.actors}: the cluster has room for {most}: {sum(cores)} CPUs and {sum(gpus)} GPUs, "
+                f"of which each takes {needs}."
             )
 
+    # --- the path of a request --------------------------------------------------------------------
+
     def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[list[dict]]:
-        """Replies a batch at a time. An actor has one batch under way and one to follow."""
+        """Replies, a batch at a time. An actor has one batch in work and one queued."""
         left = [replace(r, image_path=os.path.abspath(r.image_path)) for r in requests if r.key not in done]
         if not left:
             return
         self.load()
+        size = self.batch_size
+        if self.inner_engine != "hf":
+            size = max(size, min(CHUNK * size, len(left) // (2 * self.actors)))
+        # Pickled, as Arrow takes only Unicode text. A batch is one row, one block, and so one task.
+        rows = [{"number": i, "packed": pickle.dumps(left[i : i + size])} for i in range(0, len(left), size)]
+        attempts = _attempt_counter()
+        actors, settings = min(self.actors, len(rows)), dict(self.settings)
+        ledger = settings.pop("ledger", None)
+        budget = Budget(Path(ledger), f"ray {settings['model_path']}") if ledger else None
+        if budget and settings.get("max_cost") is not None:  # each actor gets an equal part of what is left
+            settings["max_cost"] = max(0.0, settings["max_cost"] - budget.spent()) / actors
+        self.started, failure = time.perf_counter(), ""
+        for actor, replies, facts, error in self._results(rows, actors, settings, attempts):
+            if budget:
+                before = self.actor_facts.get(actor) or {}
+                names = ("requests", "tokens_in", "tokens_out", "cost")
+                budget.charge(0.0, **{name: facts.get(name, 0) - before.get(name, 0) for name in names})
+            self.actor_facts[actor] = facts
+            if replies:
+                yield replies
+            failure = failure or error
+            if failure and ENGINES[self.inner_engine].local:
+                break
+            if failure:  # replies that the other actors wait for may be paid for: let them finish
+                attempts.stop.remote()
+        if failure:
+            raise InputError(failure)
+
+    def _results(self, rows: list[dict], actors: int, settings: dict, attempts) -> Iterator[tuple]:
+        """What `Actor` returns for each row, unpickled, as the rows finish."""
         import ray
         from ray.data import ActorPoolStrategy, DataContext
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        n = self.batch_size
-        if self.inner != "hf":
-            n = max(n, min(AT_ONCE * n, len(left) // (2 * self.actors)))
-        # Pickled, as Arrow takes no text that is no Unicode. One batch is one block, and so one task.
-        rows = [{"number": i, "packed": pickle.dumps(left[i : i + n])} for i in range(0, len(left), n)]
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        alive = {"max_restarts": -1, "max_task_retries": -1}  # begun anew with its counts at 0
-        tries = ray.remote(Tries).options(num_cpus=0, scheduling_strategy=here, **alive).remote()
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # none: a batch may take long
-        size, settings = min(self.actors, len(rows)), dict(self.settings)
-        ledger = settings.pop("ledger", None)
-        budget = Budget(Path(ledger), f"ray {settings['model_path']}") if ledger else None
-        if budget and settings.get("max_cost") is not None:  # to each its part of what is left of the run's
-            settings["max_cost"] = max(0.0, settings["max_cost"] - budget.spent()) / size
         finished = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map(
                 Actor,
-                fn_constructor_args=(self.inner, settings, tries),
-                compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-                **self.share,
+                fn_constructor_args=(self.inner_engine, settings, attempts),
+                compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+                **self.actor_resources,
             )
             .iter_batches(batch_size=None, prefetch_batches=0)
         )
-        self.started, failure = time.perf_counter(), ""
         for block in finished:
-            for packed in block["packed"]:
-                actor, replies, facts, error = pickle.loads(packed)
-                if budget:
-                    before = self.told.get(actor) or {}
-                    names = ("requests", "tokens_in", "tokens_out", "cost")
-                    budget.settle(0.0, **{name: facts.get(name, 0) - before.get(name, 0) for name in names})
-                self.told[actor] = facts
-                if replies:
-                    yield replies
-                failure = failure or error
-            if failure and ENGINES[self.inner].local:
-                break
-            if failure:  # what the other actors have asked a server for may have been paid for
-                tries.stop.remote()
-        if failure:
-            raise InputError(failure)
-
-    def facts(self) -> dict:
-        """What the actors' engines tell: counts and cost summed up, the mean of shares."""
-        told = [facts for facts in self.told.values() if facts]  # an actor whose engine did not open has none
-        of_all = dict(told[0]) if told else {}
-        for name, value in of_all.items():
-            if isinstance(value, (int, float)):
-                total = sum(facts.get(name) or 0 for facts in told)
-                share = isinstance(value, float) and name != "cost"
-                of_all[name] = round(total / len(told), 4) if share else total
-        return {**of_all, "engine": self.inner, "actors": self.actors}
-
-    def status(self) -> str:
-        facts, seconds = self.facts(), max(time.perf_counter() - self.started, 1e-9)
-        cost = f", cost {facts['cost']:.2f}" if facts.get("cost") else ""
-        tokens = facts.get("tokens", facts.get("tokens_out", 0))
-        return f"{tokens / seconds:.0f} tokens/s, {len(self.told)} actors{cost}"
+            yield from map(pickle.loads, block["packed"])
 
 
 class Actor:
-    """Holds one engine, opened with the first batch. What a user can mend comes back as text, so that Ray does not retry."""
+    """Holds one engine, opened with the first batch. An InputError is returned as text, so that Ray does not retry."""
 
-    def __init__(self, name: str, settings: dict, tries):
-        self.name, self.settings, self.tries, self.engine = name, settings, tries, None
-        self.place = f"{socket.gethostname()}:{os.getpid()}"
+    def __init__(self, name: str, settings: dict, attempts):
+        self.name, self.settings, self.attempts, self.engine = name, settings, attempts, None
+        self.process = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, row: dict) -> dict:
         import ray
 
         replies, error = [], ""
-        tried = ray.get(self.tries.begin.remote(int(row["number"])))
+        attempt = ray.get(self.attempts.begin.remote(int(row["number"])))
         try:
-            if tried > TRIES:
+            if attempt > MAX_ATTEMPTS:
                 raise InputError(
-                    f"a batch's actors died {TRIES} times, most likely for want of memory. Try a smaller --batch-size; "
-                    "what is finished is kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
+                    f"a batch's actors died {MAX_ATTEMPTS} times, probably because the memory was full. Try a smaller "
+                    "--batch-size. Finished replies are kept. Ray's logs: /tmp/ray/session_latest/logs on each node."
                 )
             self.engine = self.engine or open_engine(self.name, **self.settings).__enter__()
-            for finished in self.engine.generate(pickle.loads(row["packed"]) if tried else ()):
+            for finished in self.engine.generate(pickle.loads(row["packed"]) if attempt else ()):
                 replies += finished
         except InputError as failure:
             error = str(failure)
         facts = self.engine.facts() if self.engine else {}
-        return {"packed": pickle.dumps((self.place, replies, facts, error))}
+        return {"packed": pickle.dumps((self.process, replies, facts, error))}
 
 
-class Tries:
-    """How often each batch has been begun: Ray repeats what died without end, and counts a lost connection, too."""
+class AttemptCounter:
+    """Counts the attempts at each batch: Ray repeats without end what died, and counts a lost connection as a death."""
 
     def __init__(self):
-        self.begun, self.stopped = Counter(), False
+        self.attempts, self.stopped = Counter(), False
 
     def begin(self, batch: int) -> int:
-        """Which try of the batch this is; 0: leave it."""
-        self.begun[batch] += 1
-        return 0 if self.stopped else self.begun[batch]
+        """The number of this attempt; 0: skip the batch."""
+        self.attempts[batch] += 1
+        return 0 if self.stopped else self.attempts[batch]
 
     def stop(self) -> None:
         self.stopped = True
 
 
+def _attempt_counter():
+    """An AttemptCounter as a Ray actor on this node, restarted with counts of 0 if it dies."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": this_node, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(AttemptCounter).options(**options).remote()
+
+
 @contextlib.contextmanager
 def _silent():
-    """Nothing reaches file descriptor 2: Ray's C++ tells there that it has been told to log less."""
+    """Discards what is written to file descriptor 2: there Ray's C++ code reports that its log level was lowered."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)

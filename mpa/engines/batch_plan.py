@@ -1,0 +1,47 @@
+"""Which requests share a batch of the `hf` engine."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from mpa.engines import Request
+from mpa.image_files import image_size
+
+WINDOW = 64  # batches within which requests are sorted by length
+
+
+class BatchPlan:
+    """Groups requests of similar length, so that a batch holds little padding.
+
+    A batch has at most `batch_size` rows and `batch_tokens` tokens, padding and replies included (None: no limit).
+    `pixels` are the processor's limits (min, max).
+    """
+
+    def __init__(self, batch_size: int, batch_tokens: int | None, pixels: tuple[int, int]):
+        self.batch_size, self.batch_tokens, self.pixels = batch_size, batch_tokens, pixels
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """All requests, in batches sorted by length within a window of WINDOW batches."""
+        requests = iter(requests)
+        while window := list(islice(requests, WINDOW * self.batch_size)):
+            batch, lengths = [], [self.estimated_length(request) for request in window]
+            for index in sorted(range(len(window)), key=lengths.__getitem__):
+                request = window[index]
+                # Sorted: this request is the longest so far, and the others are padded to its length.
+                tokens = (len(batch) + 1) * (lengths[index] + request.max_new_tokens)
+                if batch and (len(batch) == self.batch_size or tokens > (self.batch_tokens or math.inf)):
+                    yield batch
+                    batch = []
+                batch.append(request)
+            yield batch
+
+    def estimated_length(self, request: Request) -> float:
+        """Tokens of the prompt, estimated from the resized image's area and the number of characters."""
+        least, most = self.pixels
+        width, height = (0, 0) if least == most else image_size(request.image_path)
+        return min(max(width * height, least), most) / 28**2 + len(request.prompt) / 4
+
+    def halve(self) -> None:
+        """Halve the token limit after a batch did not fit into memory."""
+        if self.batch_tokens:
+            self.batch_tokens //= 2

@@ -1,0 +1,62 @@
+"""What a request of the `openai` engine costs: an upper estimate before it is sent, and the account after its reply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpa.engines import Request
+from mpa.engines.budget import Budget
+
+# An upper estimate of an image's tokens, until replies say how many they are: constant, and one per so many pixels.
+IMAGE_TOKENS, PIXELS_PER_TOKEN = 1000, 300
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Money set aside for a request, and the estimate of its prompt's tokens that it is based on."""
+
+    amount: float
+    prompt_tokens: float
+
+
+class Costs:
+    """Estimates and costs of one model's requests. `prices` (in, out) are for a million tokens.
+
+    The estimates follow the largest figures that the run has seen, which the budget's file keeps over calls.
+    """
+
+    def __init__(self, budget: Budget, model: str, prices: tuple[float, float], note: Callable[[str], None]):
+        self.prices, self.note = prices, note
+        # Tokens of a prompt as a share of its estimate; most tokens of a prompt, and of a reply.
+        self.peaks = {
+            name: budget.peak(name) for name in (f"{model}: {what}" for what in ("factor", "prompt", "reply"))
+        }
+        self.tokens_out = 0
+
+    def prompt_tokens(self, request: Request, pixels: int) -> float:
+        """An upper estimate: a byte of text is at most one token."""
+        return IMAGE_TOKENS + pixels / PIXELS_PER_TOKEN + len(request.prompt.encode("utf-8", "surrogatepass"))
+
+    def upper_bound(self, request: Request, prompt_tokens: float) -> float:
+        """The most that the request may cost."""
+        factor, max_prompt, max_reply = self.peaks.values()
+        tokens_in = max(1.25 * factor * prompt_tokens, max_prompt) if factor else prompt_tokens
+        return self._price(tokens_in, max(request.max_new_tokens, max_reply))
+
+    def charge(self, usage: tuple[int, int] | None, reservation: Reservation) -> dict:
+        """What a billed request adds to the account: arguments of `Budget.charge`.
+
+        Without a `usage` (tokens in, tokens out) it counts as much as was reserved.
+        """
+        if usage is None:
+            if any(self.prices):
+                self.note("the server does not report token usage: each reply counts at its upper estimate.")
+            return {"requests": 1, "cost": reservation.amount}
+        tokens_in, tokens_out = usage
+        self.tokens_out += tokens_out
+        seen = dict(zip(self.peaks, (tokens_in / reservation.prompt_tokens, tokens_in, tokens_out), strict=True))
+        self.peaks = {name: max(self.peaks[name], value) for name, value in seen.items()}
+        cost = self._price(tokens_in, tokens_out)
+        return {"requests": 1, "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost, "peaks": self.peaks}
+
+    def _price(self, tokens_in: float, tokens_out: float) -> float:
+        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
