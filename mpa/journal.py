@@ -8,9 +8,7 @@ import fcntl
 import glob
 import json
 import os
-import sqlite3
 import sys
-from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -56,15 +54,10 @@ def follow_up_key(key: str) -> str:
     return f"{key}#follow_up"
 
 
-def _text(key: str) -> bytes:
-    """A key as bytes for SQLite: it may contain a file name that is not valid Unicode."""
-    return key.encode("utf-8", "surrogatepass")
-
-
 class Journal:
     """Replies by key, stored on disk next to their result: `journal[key]`, `key in journal`.
 
-    Replies stay on disk; an SQLite index has their positions. In a distributed run (`mpa.distributed`) each process
+    Replies stay on disk; memory holds their positions, some 140 bytes a reply. In a distributed run (`mpa.distributed`) each process
     writes its own file and reads all files. Temporary errors are kept during this call only: the next call asks again.
     Raises InputError if a journal has other settings, is damaged, or is being written by another process.
     """
@@ -74,8 +67,7 @@ class Journal:
         self.path = self.result.with_suffix(
             f".journal-{distributed.RANK}.jsonl" if distributed.RANK else ".journal.jsonl"
         )
-        self._index = sqlite3.connect("")  # a private temporary database; SQLite moves it to disk if it grows large
-        self._index.execute("CREATE TABLE places (key BLOB PRIMARY KEY, file INTEGER, start INTEGER) WITHOUT ROWID")
+        self._positions: dict[str, tuple[int, int]] = {}  # of each reply: number of its file, first byte
         self._files: list[BinaryIO] = []  # open for reading
         if restart and not distributed.FIRST:
             distributed.wait()  # until rank 0 has removed the old files
@@ -119,7 +111,7 @@ class Journal:
     def _read(self, path: Path, earlier: bool) -> int:
         """Index the replies in a file. Returns the length in bytes of its complete lines."""
         self._files.append(open(path, "rb"))  # noqa: SIM115
-        end, number, places, failed = 0, len(self._files) - 1, [], []
+        end, number, failed = 0, len(self._files) - 1, {}
         for index, line in enumerate(self._files[-1]):
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
@@ -141,19 +133,11 @@ class Journal:
                     "Use the same settings, or start again with --restart."
                 )
             if end:
-                (failed if passing(entry) else places).append((entry["key"], end))
+                (failed if passing(entry) else self._positions).setdefault(entry["key"], (number, end))
             end += len(line)
-        self._add_to_index(places, number)
         if not earlier:
-            self._add_to_index(failed, number)
+            self._positions = failed | self._positions
         return end
-
-    def _add_to_index(self, places: Iterable[tuple[str, int]], file: int = 0) -> None:
-        rows = ((_text(key), file, at) for key, at in places)
-        self._index.executemany("INSERT OR IGNORE INTO places VALUES (?, ?, ?)", rows)
-
-    def _place(self, key: str) -> tuple[int, int] | None:
-        return self._index.execute("SELECT file, start FROM places WHERE key = ?", (_text(key),)).fetchone()
 
     def _write(self, entries: list[dict]) -> list[int]:
         """Append one line per entry, all or none. Returns the offset of each line."""
@@ -174,10 +158,10 @@ class Journal:
         for reply in replies:
             if reply["key"] not in self:
                 new.setdefault(reply["key"], reply)
-        self._add_to_index(zip(new, self._write(list(new.values())), strict=True))
+        self._positions |= {key: (0, start) for key, start in zip(new, self._write(list(new.values())), strict=True)}
 
     def __contains__(self, key: str) -> bool:
-        return self._place(key) is not None
+        return key in self._positions
 
     def __getitem__(self, key: str) -> dict:
         reply = self._entry(key)
@@ -186,19 +170,16 @@ class Journal:
         return reply
 
     def _entry(self, key: str) -> dict:
-        place = self._place(key)
-        if place is None:
-            raise KeyError(key)
-        file, start = place
+        file, start = self._positions[key]
         self._files[file].seek(start)
         return json.loads(self._files[file].readline())
 
     def __len__(self) -> int:
-        return self._index.execute("SELECT count(*) FROM places").fetchone()[0]
+        return len(self._positions)
 
     def close(self, remove: bool = False) -> None:
         """Close the files; with `remove`, delete them, since the result has been written."""
         for path in (self.path, *self._others()) if remove else ():
             path.unlink(missing_ok=True)
-        for resource in (self._file, *self._files, self._index):
-            resource.close()
+        for file in (self._file, *self._files):
+            file.close()
