@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class EndOfRun:
-    """Whether the run is ending, and why. Then nothing new is sent. Requests under way are awaited, as they are paid."""
+    """Whether the run ends, and why. Then nothing new is sent. Requests under way are awaited, as they are paid."""
 
     def __init__(self):
         self.failure: BaseException | None = None

@@ -211,8 +211,8 @@ class OpenAIEngine:
             if not self.pacer.in_flight:
                 raise InputError(
                     f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
-                    f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the same "
-                    "command."
+                    f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the "
+                    "same command."
                 )
             await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
 
