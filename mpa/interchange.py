@@ -213,7 +213,7 @@ def _question_of(line: dict, question_id, samples: list[Sample], by_id: dict[str
         targets = {_folded(t) for t in _listed(target)}
         if targets.isdisjoint(map(_folded, sample.answers + sample.more.get("raw_answers", []))):
             raise ValueError(
-                f"no answers in it, and the answers of {where} in the dataset are not {target!r}. {remedy}"
+                f"no answers in it, and {where} has other answers in the dataset than {target!r}. {remedy}"
             )
     if not checked and question_id is None:
         raise ValueError(f"no answers in it, only {where}, and no prompt or target to identify the question. {remedy}")

@@ -147,7 +147,7 @@ def test_two_runs_in_folders_of_one_name_each_load_as_what_they_are(tmp_path, to
     export.main([str(parity_set_with(tmp_path, "run-a", "red")), "--to", to])
     (default,) = (path for path in (tmp_path / "run-a").iterdir() if path.is_dir())
     assert "run-a" in default.name
-    assert f"wrote {default}" in capsys.readouterr().out
+    assert f"Wrote 1 samples to {default}" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
@@ -159,7 +159,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(parity_set):
     assert (out / "README.md").read_text() == "mine"
     (out / "README.md").write_text(exports.MADE_BY)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"notes\.txt in it"):
+    with pytest.raises(InputError, match=r"it holds notes\.txt"):
         exported(parity_set, "hf")
     (out / "notes.txt").unlink()
     exported(parity_set, "hf")
@@ -180,7 +180,7 @@ def test_llama_factorys_registry_keeps_what_it_has(parity_set):
         assert {**mine, "out-sharegpt": read_json(registry)["out-sharegpt"]} == read_json(registry)
     for broken, says in (
         ("{", "not JSON"),
-        ("[]", "should be an object"),
+        ("[]", "should map dataset names"),
         ("", "the file is empty"),
         ('{"out-sharegpt": {"file_name": "another.json"}}', "another dataset named 'out-sharegpt'"),
         ('{"out-sharegpt": null}', "another dataset named 'out-sharegpt'"),
@@ -209,7 +209,7 @@ def test_only_images_go_into_a_folder_that_is_published(parity_set, to, tmp_path
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     for image in ("/etc/passwd", *(str(tmp_path / f"{name}.png") for name in ("key", "empty", "folder", "cut"))):
         with_image(parity_set, image)
-        with pytest.raises(InputError, match=f"{image}: cannot be read .* nor can 0 others"):
+        with pytest.raises(InputError, match=f"{image}: cannot be read .* 0 other images cannot be used"):
             exported(parity_set, to)
         assert not (tmp_path / f"out-{to}").exists()
 

@@ -364,7 +364,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     content = b'{"data": [' + bytes(2**27) + b"]}"
     (tmp_path / "a/train_task_1.json").unlink()
     zipped_one(tmp_path / "a/task.zip", {"train_task_1.json": content}, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match="that become 134 MB when unpacked"):
+    with pytest.raises(InputError, match="would become 134 MB when unpacked"):
         prepared_from(tmp_path / "a", "stVQA", tmp_path)
 
 
