@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import STUDENT, TEACHER, script
+from conftest import STUDENT, TEACHER, bash
 
 from mpa.metrics import bootstrap_interval
 
@@ -25,7 +25,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     for sample in load_samples("easyVQA", "train")[:60]:
         shutil.copy(sample.image_path, folder / f"{sample.question_id}.png")
     environment = {"IMAGES": folder, "LVLM": TEACHER, "SVLM": STUDENT, "RUN": f"{tmp_path}/run", "ACCUMULATION": 1}
-    done = script("scripts/mpa.sh", **environment, **MINI, PA_FLAGS="--temperature 1")
+    done = bash("scripts/mpa.sh", **environment, **MINI, PA_FLAGS="--temperature 1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "agreement with the L-VLM, not accuracy" in done.stdout
 
@@ -47,7 +47,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
 @pytest.mark.slow
 def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path):
     settings = {"RUN": f"{tmp_path}/demo", "PICTURES": 96, "QUESTIONS": 64}
-    done = script("scripts/demo.sh", **settings)
+    done = bash("scripts/demo.sh", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "demo"
     summary = read(run / "summary.json")
@@ -72,7 +72,7 @@ def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path)
         assert summary["rows"][row]["n"] == 64
     assert set(summary["seconds"]) == {"PA", "PI", "PL", "evaluate", "baselines"}
 
-    again = script("scripts/demo.sh", **settings)
+    again = bash("scripts/demo.sh", **settings)
     assert again.returncode == 0
     assert "PA_teacher_easyVQA.json is there already" in again.stdout
     assert again.stdout.count("is there already, trained with these settings") == 5
@@ -80,7 +80,7 @@ def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path)
 
 
 def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path):
-    done = script("PL/Qwen2-VL-Finetune/scripts/PL.sh", RUN=f"{tmp_path}/", DATASET="easyVQA")
+    done = bash("PL/Qwen2-VL-Finetune/scripts/PL.sh", RUN=f"{tmp_path}/", DATASET="easyVQA")
     assert done.returncode != 0
     assert "no such file. Run PI.sh first" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import evaluate
 import pytest
-from conftest import DATA, ROOT, script
+from conftest import DATA, ROOT, python
 
 from mpa import interchange, scoring
 from mpa.datasets.protocol import Sample
@@ -64,7 +64,7 @@ def test_evaluate_scores_compares_and_writes_all_these_files(tmp_path):
     interchange.write_lmms_eval(tmp_path, RESULT, "chartVQA", "paper", "m")
     for file in (ours, tmp_path / "samples_chartqa.jsonl"):
         out = tmp_path / "scores.json"
-        done = script("evaluate.py", "--dataset", "chartVQA", "--predictions", file, "--out", out)
+        done = python("evaluate.py", "--dataset", "chartVQA", "--predictions", file, "--out", out)
         assert done.returncode == 0, done.stderr
         scores = read_json(out)
         assert list(scores)[:3] == ["relaxed", "relaxed, augmented", "relaxed, human"]
@@ -72,7 +72,7 @@ def test_evaluate_scores_compares_and_writes_all_these_files(tmp_path):
         assert {"relaxed", "tolerant", "exact", "contains", "anls", "accuracy"} <= set(scores)
     better = tmp_path / "Eval_b_chartVQA.json"
     better.write_text(json.dumps([{**r, "predictions": "12"} for r in RESULT[1:]]))
-    done = script("evaluate.py", "--compare", ours, better)
+    done = python("evaluate.py", "--compare", ours, better)
     assert done.returncode == 0, done.stderr
     assert "relaxed +66.7 points 95 % interval +0.0 to +100.0 better on 2, worse on 0 of 3" in " ".join(
         done.stdout.split()
@@ -84,7 +84,7 @@ def test_evaluate_scores_compares_and_writes_all_these_files(tmp_path):
         ([{**RESULT[0], "answers": [5, 6]}], "'answers' should be a list of text"),
     ):
         better.write_text(json.dumps(bad))
-        done = script("evaluate.py", "--predictions", better)
+        done = python("evaluate.py", "--predictions", better)
         assert done.returncode == 1
         assert f"record 0: {says}" in done.stderr
 

@@ -10,7 +10,7 @@ import evaluate
 import PA
 import PI
 import pytest
-from conftest import STUDENT, TEACHER, script
+from conftest import STUDENT, TEACHER, python
 from fake_server import completion, text_of
 from PIL import Image
 
@@ -150,7 +150,7 @@ def test_a_result_with_nothing_in_it_is_never_there_already(tmp_path):
         (tmp_path / f"images/{i}.png").write_text("no image")
     command = ["PA.py", "--dataset", "images", "--image-root", tmp_path / "images", "--run", f"{tmp_path}/run/"]
     command += ["--model-path-lvlm", TEACHER]
-    assert [script(*command).returncode for _ in range(2)] == [1, 1]
+    assert [python(*command).returncode for _ in range(2)] == [1, 1]
 
 
 def test_answers_that_are_paid_for_are_not_asked_for_again_because_of_one_that_changed(serve, images, tmp_path):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, script
+from conftest import ROOT, STUDENT, TEACHER, bash
 from downloads import (
     LAYOUTS,
     NAMES,
@@ -265,7 +265,7 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         settings = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16, "ACCUMULATION": 1}
         settings |= {"LVLM": TEACHER, "SVLM": STUDENT, "DATASET": name, "RUN": f"{tmp_path}/{name}"}
         flags = {"PA_FLAGS": "--temperature 1 --task general", "EVALUATE_FLAGS": "--log-samples"}
-        return script("scripts/mpa.sh", MPA_DATA=prepared[name], **settings, **flags)
+        return bash("scripts/mpa.sh", MPA_DATA=prepared[name], **settings, **flags)
 
     for name in NAMES:
         prepare.main(["check", name, "--data", str(prepared[name])])

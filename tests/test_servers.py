@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, python
 from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_of
 
 from mpa.engines import Request, open_engine
@@ -132,7 +132,7 @@ def test_what_is_under_way_at_a_signal_is_awaited_and_kept(images, serve, tmp_pa
     assert process.returncode == 128 + number and "Traceback" not in said, said
     journal = (run / "PA_m_images.journal.jsonl").read_text().splitlines()
     assert len(journal) - 1 == server.billed < 12
-    assert script(*[str(c) for c in command[1:]][0:0], "PA.py", *map(str, command[2:])).returncode == 0
+    assert python(*[str(c) for c in command[1:]][0:0], "PA.py", *map(str, command[2:])).returncode == 0
     assert server.billed == 12  # each image once
     meta = read_json(run / "PA_m_images.meta.json")
     assert (meta["requests"], meta["tokens_in"]) == (12, 12_000)  # of both calls
@@ -148,7 +148,7 @@ def test_a_follow_up_that_a_signal_came_before_is_asked_by_the_next_call(images,
     def annotations() -> int:
         return sum("Question:" in text_of(body) for body in server.bodies)
 
-    assert script("PA.py", *command(tmp_path / "whole")).returncode == 0
+    assert python("PA.py", *command(tmp_path / "whole")).returncode == 0
     asked = server.billed
     for _ in range(2):
         before = annotations()
@@ -160,7 +160,7 @@ def test_a_follow_up_that_a_signal_came_before_is_asked_by_the_next_call(images,
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     assert "stopped before it was asked" in (tmp_path / "run/PA_m_images.journal.jsonl").read_text()
-    assert script("PA.py", *command(tmp_path / "run")).returncode == 0
+    assert python("PA.py", *command(tmp_path / "run")).returncode == 0
     assert (tmp_path / "run/PA_m_images.json").read_bytes() == (tmp_path / "whole/PA_m_images.json").read_bytes()
     assert server.billed == 2 * asked  # nothing was paid for twice
 
@@ -349,7 +349,7 @@ def test_a_reply_that_was_cut_is_no_annotation(images, serve, tmp_path):
         server.url,
     ]
     flags += ["--model-path-lvlm", "m", "--concurrency", "1", "--no-fused", "--run", f"{tmp_path}/"]
-    done = script("PA.py", *flags, "--tries", "0")
+    done = python("PA.py", *flags, "--tries", "0")
     assert done.returncode == 0 and "2 cut off at the token limit" in done.stdout, done.stderr
     records = read_json(tmp_path / "PA_m_images.json")
     assert [r["predicted_answer"] for r in records] == [None, "red", None, "red"]
@@ -373,10 +373,10 @@ def test_no_password_of_an_address_is_written(images, serve, tmp_path, monkeypat
         "--model-path-lvlm",
         "m",
     ]
-    done = script("PA.py", *flags, "--run", f"{tmp_path}/a/", "--base-url", address.split("?")[0])
+    done = python("PA.py", *flags, "--run", f"{tmp_path}/a/", "--base-url", address.split("?")[0])
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("OPENAI_BASE_URL", address.split("?")[0])
-    done = script("PA.py", *flags, "--run", f"{tmp_path}/b/")
+    done = python("PA.py", *flags, "--run", f"{tmp_path}/b/")
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "b/PA_m_images.meta.json")["device"] == server.url
     for path in tmp_path.rglob("*.json*"):

@@ -12,7 +12,7 @@ import resume_settings
 import torch
 import train
 from collator import Collator
-from conftest import STUDENT, script
+from conftest import STUDENT, bash
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -299,7 +299,7 @@ def launched(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> 
         "    device_count = lambda: 1\n"
         f"    is_bf16_supported = lambda including_emulation=True: including_emulation or {bf16}\n"
     )
-    done = script(f"PL/Qwen2-VL-Finetune/scripts/{name}", *flags, PYTHONPATH=folder, **environment)
+    done = bash(f"PL/Qwen2-VL-Finetune/scripts/{name}", *flags, PYTHONPATH=folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -9,7 +9,7 @@ import param_groups
 import pytest
 import torch
 import train
-from conftest import STUDENT, script
+from conftest import STUDENT, bash
 from trainer import Leveler
 from training import MINI, ONE, TWO, arguments, build, conversation, free_port, launch, losses, weights, write, zero
 
@@ -76,7 +76,7 @@ def test_two_machines_train_together_with_the_same_command(whole):
 
     def machine(rank: int):
         where = {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return script("PL/Qwen2-VL-Finetune/scripts/finetune.sh", *flags, **places, **settings, **where)
+        return bash("PL/Qwen2-VL-Finetune/scripts/finetune.sh", *flags, **places, **settings, **where)
 
     with ThreadPoolExecutor(2) as pool:
         done = [*pool.map(machine, range(2))]
