@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each process of the tests; read when torch is imported
+
 
 def bash(name: str, *args, **environment) -> subprocess.CompletedProcess:
     """Run a bash script to its end, as a user does."""
@@ -104,6 +106,32 @@ def easy_run(tmp_path_factory) -> Path:
         done = python(*command, "--run", f"{folder}/")
         assert done.returncode == 0, f"{name}: {done.stderr}"
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> dict[str, Path]:
+    """{dataset: data folder}, each prepared from its download in miniature."""
+    from downloads import LAYOUTS, prepare
+
+    folders = {}
+    for name, layout in LAYOUTS.items():
+        source = tmp_path_factory.mktemp(f"{name}-download")
+        layout(source)
+        folders[name] = tmp_path_factory.mktemp(f"{name}-data")
+        prepare.main([name, "--source", str(source), "--data", str(folders[name])])
+    return folders
+
+
+@pytest.fixture
+def copied_images(tmp_path) -> Path:
+    """30 drawings; the last six are copies of one under other names."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(24):
+        Image.new("RGB", (32 + i, 32), (i * 9, 99, 200 - i)).save(root / f"{i:02}.png")
+    for i in range(24, 30):
+        shutil.copy(root / "07.png", root / f"copy{i}.png")
+    return root
 
 
 @pytest.fixture

@@ -39,6 +39,13 @@ def write(folder: Path, n: int = 20) -> Path:
     return folder / "train.json"
 
 
+def write_records(folder: Path, *records: dict) -> str:
+    """A train JSON of these records about one image, a.png."""
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    (folder / "train.json").write_text(json.dumps(records))
+    return str(folder / "train.json")
+
+
 def arguments(folder: Path, *flags, model=STUDENT, out="out") -> list[str]:
     paths = ["--model_id", model, "--data_path", folder / "train.json", "--image_folder", folder]
     return [*map(str, paths), "--output_dir", str(folder / out), *MINI, *flags]
