@@ -1,4 +1,9 @@
+import contextlib
+import io
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -7,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_server import Handler
+from killed_stage import die_at
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,18 +25,59 @@ sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each process of the tests; read when torch is imported
 
 
-def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
-    """Run scripts/<name> (or any .sh) to completion, as a user does."""
-    command = ["bash", ROOT / name] if name.endswith(".sh") else [sys.executable, ROOT / "scripts" / name]
+def bash(name: str, *args, **environment) -> subprocess.CompletedProcess:
+    """Run a bash script to its end, as a user does."""
     return subprocess.run(
-        [*map(str, command), *map(str, args)],
+        ["bash", ROOT / name, *map(str, args)],
         capture_output=True,
         text=True,
         env={**os.environ, **{k: str(v) for k, v in environment.items()}},
         timeout=600,
     )
+
+
+def python(name: str, *args) -> subprocess.CompletedProcess:
+    """Run scripts/<name> as `python scripts/<name>` does, but in this process, which has torch loaded."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    argv, sys.argv = sys.argv, [name, *map(str, args)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code or 0
+        if isinstance(code, str):
+            print(code, file=err)
+            code = 1
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err)]
+    return subprocess.CompletedProcess([name, *args], code, *said)
+
+
+def killed(name: str, *args, replies: int) -> None:
+    """Run scripts/<name> in a fork of this process that is killed once its journal holds so many replies.
+
+    Returns when its workers have died of it, too: each holds the end of a pipe.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        die_at(replies)
+        try:
+            python(name, *args)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert os.read(read_end, 1) == b""
+    os.close(read_end)
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +93,44 @@ def images(tmp_path_factory) -> Path:
         pen = ImageDraw.Draw(image)
         (pen.ellipse if i % 2 else pen.rectangle)(box, fill=colors[i % 6])
         image.save(root / (f"more/{i:02}.png" if i % 4 == 0 else f"{i:02}.png"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def easy_run(tmp_path_factory) -> Path:
+    """The folder of a run of `easy_run.STAGES` that nothing interrupted: not to be changed."""
+    from easy_run import STAGES
+
+    folder = tmp_path_factory.mktemp("easy_run")
+    for name, command in STAGES.items():
+        done = python(*command, "--run", f"{folder}/")
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> dict[str, Path]:
+    """{dataset: data folder}, each prepared from its miniature download."""
+    from downloads import LAYOUTS, prepare
+
+    folders = {}
+    for name, layout in LAYOUTS.items():
+        source = tmp_path_factory.mktemp(f"{name}-download")
+        layout(source)
+        folders[name] = tmp_path_factory.mktemp(f"{name}-data")
+        prepare.main([name, "--source", str(source), "--data", str(folders[name])])
+    return folders
+
+
+@pytest.fixture
+def copied_images(tmp_path) -> Path:
+    """30 drawings; the last six are copies of one image under other names."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(24):
+        Image.new("RGB", (32 + i, 32), (i * 9, 99, 200 - i)).save(root / f"{i:02}.png")
+    for i in range(24, 30):
+        shutil.copy(root / "07.png", root / f"copy{i}.png")
     return root
 
 

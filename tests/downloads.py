@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
 from conftest import ROOT
 
 from mpa.datasets import DATASETS
 from mpa.datasets.easyvqa import EASY
+from mpa.datasets.loading import load_samples
 from mpa.records import read_json
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -125,3 +127,28 @@ def listing(folder: Path) -> dict[str, bytes]:
 def prepared_from(source: Path, name: str, tmp_path: Path) -> Path:
     prepare.main([name, "--source", str(source), "--data", str(tmp_path / "data")])
     return tmp_path / "data" / DATASETS[name].preparation.folder
+
+
+def with_first_image(tmp_path) -> Path:
+    """The first image of a download, in a folder that cannot be linked as a whole."""
+    stvqa(tmp_path / "a")
+    return min((tmp_path / "a/train/coco-text").iterdir())
+
+
+def refused(tmp_path, capsys, why: str, n: int = 1) -> None:
+    """Prepare places all but `n` images and says why."""
+    with pytest.raises(SystemExit, match=f"{n} images are missing below"):
+        prepared_from(tmp_path / "a", "stVQA", tmp_path)
+    assert why in capsys.readouterr().err
+    assert len(listing(tmp_path / "data/STVQA/train/data")) == N + N // 3 - n
+
+
+def zipped_one(path: Path, files: dict[str, bytes], **how) -> None:
+    with zipfile.ZipFile(path, "w", **how) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def samples_of(prepared, name, split):
+    where = getattr(DATASETS[name], split)
+    return load_samples(name, split, prepared[name] / where.annotations, prepared[name] / where.images)

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import STUDENT, TEACHER, script
+from conftest import STUDENT, TEACHER, bash
+from downloads import NAMES, prepare, samples_of
 
 from mpa.metrics import bootstrap_interval
+from mpa.records import read_json, read_records
 
 MINI = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16}
 LEVELLED = "PL_teacher_student"
@@ -25,7 +28,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     for sample in load_samples("easyVQA", "train")[:60]:
         shutil.copy(sample.image_path, folder / f"{sample.question_id}.png")
     environment = {"IMAGES": folder, "LVLM": TEACHER, "SVLM": STUDENT, "RUN": f"{tmp_path}/run", "ACCUMULATION": 1}
-    done = script("scripts/mpa.sh", **environment, **MINI, PA_FLAGS="--temperature 1")
+    done = bash("scripts/mpa.sh", **environment, **MINI, PA_FLAGS="--temperature 1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "agreement with the L-VLM, not accuracy" in done.stdout
 
@@ -47,7 +50,7 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
 @pytest.mark.slow
 def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path):
     settings = {"RUN": f"{tmp_path}/demo", "PICTURES": 96, "QUESTIONS": 64}
-    done = script("scripts/demo.sh", **settings)
+    done = bash("scripts/demo.sh", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "demo"
     summary = read(run / "summary.json")
@@ -72,15 +75,43 @@ def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path)
         assert summary["rows"][row]["n"] == 64
     assert set(summary["seconds"]) == {"PA", "PI", "PL", "evaluate", "baselines"}
 
-    again = script("scripts/demo.sh", **settings)
+    again = bash("scripts/demo.sh", **settings)
     assert again.returncode == 0
     assert "PA_teacher_easyVQA.json is there already" in again.stdout
     assert again.stdout.count("already exists, trained with these settings") == 5
     assert read(run / "summary.json") == summary
 
 
+@pytest.mark.slow
+def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, tmp_path):
+    def run(name: str):
+        settings = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16, "ACCUMULATION": 1}
+        settings |= {"LVLM": TEACHER, "SVLM": STUDENT, "DATASET": name, "RUN": f"{tmp_path}/{name}"}
+        flags = {"PA_FLAGS": "--temperature 1 --task general", "EVALUATE_FLAGS": "--log-samples"}
+        return bash("scripts/mpa.sh", MPA_DATA=prepared[name], **settings, **flags)
+
+    for name in NAMES:
+        prepare.main(["check", name, "--data", str(prepared[name])])
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(NAMES, pool.map(run, NAMES), strict=True))
+    for name, done in results.items():
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = tmp_path / name
+        summary = read_json(folder / "summary.json")
+        assert set(summary["rows"]) == {"base", "mpa", "lvlm"}
+        assert summary["funnel"]["parity"] > 0
+        files = [file for file in folder.glob("*_*.json") if not file.name.endswith(".meta.json")]
+        read_back = {}
+        for file in files:
+            kind = "train" if "_train_" in file.name else file.name.split("_")[0]
+            read_back.setdefault(kind, []).append(read_records(file, kind))
+        assert {kind: len(found) for kind, found in read_back.items()} == {"PA": 1, "PI": 2, "train": 1, "Eval": 3}
+        assert {len(found) for found in read_back["Eval"]} == {len(samples_of(prepared, name, "test"))}
+        assert len(list(folder.glob("lmms-eval/*/samples_*.jsonl"))) == 3
+
+
 def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path):
-    done = script("PL/Qwen2-VL-Finetune/scripts/PL.sh", RUN=f"{tmp_path}/", DATASET="easyVQA")
+    done = bash("PL/Qwen2-VL-Finetune/scripts/PL.sh", RUN=f"{tmp_path}/", DATASET="easyVQA")
     assert done.returncode != 0
     assert "no such file. Run PI.sh first" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import MINI, TEACHER, script
+from conftest import MINI, TEACHER, python
 from test_engine import QUESTIONS
 from test_engine import replies as hf_replies
 
@@ -258,16 +258,16 @@ def test_pa_by_a_server_is_taken_over_by_pi_and_no_key_is_in_any_file(images, pr
     data = ["--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run", "--tries", "0"]
     server = ["--engine", "openai", "--base-url", address, "--price-in", "10", "--price-out", "10"]
     pa = ["PA.py", *data, *server, "--model-path-lvlm", MODEL]
-    poor = script(*pa, "--max-cost", "0.005")
+    poor = python(*pa, "--max-cost", "0.005")
     assert poor.returncode == 1
     assert "raise it and run the same" in poor.stderr
-    done = script(*pa)
+    done = python(*pa)
     assert done.returncode == 0, done.stderr
     assert "tokens in and" in done.stdout
     annotations = read_json(tmp_path / "run/PA_teacher_images.json")
     assert sum(bool(r["predicted_question"]) for r in annotations) >= 11
     flags = ["--engine-lvlm", "openai", "--base-url", address, "--model-path-lvlm", MODEL, "--model-path-svlm", student]
-    done = script("PI.py", *[d for d in data if d not in ("--tries", "0")], *flags)
+    done = python("PI.py", *[d for d in data if d not in ("--tries", "0")], *flags)
     assert done.returncode == 0, done.stderr
     assert "PA already produced" in done.stdout
     for path in (tmp_path / "run").iterdir():

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MINI, ROOT, TEACHER, script
+from conftest import MINI, ROOT, TEACHER, python
 
 from mpa.engines import Request, open_engine
 from mpa.prompts import TASK_PROMPTS, answer_prompt
@@ -162,7 +162,7 @@ def alive(pid: int) -> bool:
 
 
 def test_pa_killed_and_called_again_writes_the_bytes_that_hf_writes(tmp_path):
-    whole = script(*PA, "--run", f"{tmp_path}/hf/")
+    whole = python(*PA, "--run", f"{tmp_path}/hf/")
     assert whole.returncode == 0, whole.stderr
     process = start(tmp_path / "ray")
     journal = tmp_path / "ray/PA_teacher_easyVQA.journal.jsonl"

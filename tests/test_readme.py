@@ -5,7 +5,7 @@ import subprocess
 
 import params
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, python
 
 READMES = subprocess.run(
     ["git", "-C", ROOT, "ls-files", "*.md"], capture_output=True, text=True, check=True
@@ -42,7 +42,7 @@ def test_the_readme_is_short():
 
 def test_every_flag_and_variable_in_the_readme_is_known():
     text = (ROOT / "README.md").read_text()
-    helps = "".join(script(name, "--help").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
+    helps = "".join(python(name, "--help").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
     helps += "".join(f"--{field}" for kind in params.KINDS for field in kind.__dataclass_fields__)
     assert {flag for flag in re.findall(r"`(--[\w-]+)", text) if flag not in helps} - {"--help"} == set()
     scripts = "".join(

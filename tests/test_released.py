@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import PI
 import pytest
-from conftest import DATA, ROOT, script
+from conftest import DATA, ROOT, python
 
 from mpa.records import read_records
 
@@ -17,7 +17,7 @@ LVLM, SVLM = "Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"
 @pytest.mark.parametrize("dataset", ["textVQA", "chartVQA"])
 def test_the_released_parity_set_comes_out_to_the_record(tmp_path, dataset):
     out = tmp_path / "train.json"
-    done = script(
+    done = python(
         *("PI.py", "--preset", "released", "--dataset", dataset, "--out", out),
         *("--lvlm-json", OFFICIAL / f"PI_Qwen2vl7b_{LVLM}_{dataset}.json"),
         *("--svlm-json", OFFICIAL / f"PI_Qwen2vl7b_{SVLM}_{dataset}.json"),
@@ -29,7 +29,7 @@ def test_the_released_parity_set_comes_out_to_the_record(tmp_path, dataset):
 
 def test_the_paper_preset_trains_on_the_prompt_that_is_evaluated(tmp_path):
     out = tmp_path / "train.json"
-    script(
+    python(
         *("PI.py", "--dataset", "textVQA", "--out", out),
         *("--lvlm-json", OFFICIAL / f"PI_Qwen2vl7b_{LVLM}_textVQA.json"),
         *("--svlm-json", OFFICIAL / f"PI_Qwen2vl7b_{SVLM}_textVQA.json"),
@@ -46,7 +46,7 @@ def test_the_paper_preset_trains_on_the_prompt_that_is_evaluated(tmp_path):
 )
 def test_a_released_result_file_is_scored_without_a_model(preset, dataset, says):
     file = OFFICIAL / f"Eval_{SVLM}_{dataset}.json"
-    done = script("evaluate.py", "--dataset", dataset, "--preset", preset, "--predictions", file)
+    done = python("evaluate.py", "--dataset", dataset, "--preset", preset, "--predictions", file)
     assert done.returncode == 0, done.stderr
     headline = next(line for line in done.stdout.splitlines() if "headline" in line)
     assert says in " ".join(headline.split())

@@ -1,18 +1,14 @@
-"""The stages as a user runs them, on the embedded pair: killed, resumed, with bad input."""
+"""What PA, PI and evaluate write, on the embedded pair: records, parity set, images and replies left out."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import PA
 import PI
 import pytest
-from conftest import MINI, ROOT, STUDENT, TEACHER, script
+from conftest import MINI, ROOT, STUDENT, TEACHER, python
+from easy_run import OUTPUTS, STAGES, read
 
 from mpa import holdout
 from mpa.datasets.paths import locate
@@ -21,118 +17,21 @@ from mpa.journal import Journal
 from mpa.prompts import TASK_PROMPTS
 from mpa.stage import Model, Stage, counted
 
-EASY = ["--dataset", "easyVQA", "--batch-size", "8", *MINI]
-STAGES = {
-    "PA": ["PA.py", *EASY, "--limit", "40", "--model-path-lvlm", str(TEACHER), "--temperature", "1"],
-    "PI": ["PI.py", *EASY, "--model-path-lvlm", str(TEACHER), "--model-path-svlm", str(STUDENT), "--answer-all"],
-    "evaluate": ["evaluate.py", *EASY, "--limit", "48", "--model-path", str(STUDENT)],
-}
-OUTPUTS = {
-    "PA": ["PA_teacher_easyVQA"],
-    "PI": ["PI_teacher_teacher_easyVQA", "PI_teacher_student_easyVQA", "PI_teacher_train_teacher_student_easyVQA"],
-    "evaluate": ["Eval_student_easyVQA"],
-}
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """An uninterrupted run of PA, PI and evaluate on 40 images."""
-    folder = tmp_path_factory.mktemp("whole")
-    for name, command in STAGES.items():
-        done = script(*command, "--run", f"{folder}/")
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-    return folder
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-def kill_at(command, folder, lines: int) -> bool:
-    """Start a stage and kill -9 it, with its workers, once its journals have so many lines. Was it still running?"""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if sum(p.read_bytes().count(b"\n") for p in folder.glob("*.journal.jsonl")) >= lines:
-            process.kill()
-            break
-        time.sleep(0.002)
-    return process.wait() == -signal.SIGKILL
-
-
-def interrupted(stage: str, run, folder):
-    """The content of a stage's files after three kills and an undisturbed call."""
-    for before in OUTPUTS["PA"]:
-        if stage == "PI":
-            shutil.copy(run / f"{before}.json", folder)
-    killed = [kill_at(STAGES[stage], folder, lines) for lines in (2, 18, 34)]
-    assert killed[:2] == [True, True]  # the last may just have finished
-    done = script(*STAGES[stage], "--run", f"{folder}/")
-    assert done.returncode == 0, done.stderr
-    return {name: (folder / f"{name}.json").read_bytes() for name in OUTPUTS[stage]}
-
-
-def test_killed_at_three_places_and_called_again_the_bytes_are_the_same(run, tmp_path):
-    folders = {stage: tmp_path / stage for stage in STAGES}
-    for folder in folders.values():
-        folder.mkdir()
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda stage: interrupted(stage, run, folders[stage]), STAGES)
-    for stage, files in zip(STAGES, results, strict=True):
-        for name, content in files.items():
-            assert content == (run / f"{name}.json").read_bytes(), name
-        assert not list(folders[stage].glob("*.journal.jsonl"))
-        assert not list(folders[stage].glob(".*"))
-
-
-def test_ctrl_c_ends_at_once_with_a_word_on_how_to_go_on(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/PA.py"),
-        *STAGES["PA"][1:],
-        "--limit",
-        "4000",
-        "--run",
-        f"{tmp_path}/",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # what runs the tests may ignore it
-    )
-    while process.poll() is None and not list(tmp_path.glob("*.jsonl")):
-        time.sleep(0.05)
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert said.strip().splitlines()[-1] == "stopped. Run the same command again to go on."
-    assert "Traceback" not in said
-
-
-def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run):
-    annotations = read(run / "PA_teacher_easyVQA.json")
+def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(easy_run):
+    annotations = read(easy_run / "PA_teacher_easyVQA.json")
     assert len(annotations) == 40
     assert list(annotations[0])[:6] == [
         *("question_id", "image_path", "ground_truth_question", "ground_truth_answer"),
         *("predicted_question", "predicted_answer"),
     ]
     assert all(r["follow_up"]["text"] for r in annotations)
-    assert list(read(run / "PI_teacher_student_easyVQA.json")[0])[:5] == [
+    assert list(read(easy_run / "PI_teacher_student_easyVQA.json")[0])[:5] == [
         *("question_id", "image_path", "PA_question", "PA_answer", "predictions")
     ]
-    evaluated = read(run / "Eval_student_easyVQA.json")
+    evaluated = read(easy_run / "Eval_student_easyVQA.json")
     assert list(evaluated[0])[:5] == ["question_id", "image_path", "GT_question", "GT_answer", "predictions"]
-    meta = read(run / "Eval_student_easyVQA.meta.json")
+    meta = read(easy_run / "Eval_student_easyVQA.meta.json")
     assert meta["model_path"] == str(STUDENT)
     assert (meta["device"], meta["dtype"]) == ("cpu", "float32")
     assert meta["settings"]["model"].startswith("student@")
@@ -141,10 +40,10 @@ def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(run)
     assert meta["scores"]["exact"]["score"] == pytest.approx(right / 48)
 
 
-def test_the_parity_set_is_what_the_teacher_repeats_and_the_student_does_not(run):
-    teacher = {r["question_id"]: r for r in read(run / "PI_teacher_teacher_easyVQA.json")}
-    student = {r["question_id"]: r for r in read(run / "PI_teacher_student_easyVQA.json")}
-    parity = read(run / "PI_teacher_train_teacher_student_easyVQA.json")
+def test_the_parity_set_is_what_the_teacher_repeats_and_the_student_does_not(easy_run):
+    teacher = {r["question_id"]: r for r in read(easy_run / "PI_teacher_teacher_easyVQA.json")}
+    student = {r["question_id"]: r for r in read(easy_run / "PI_teacher_student_easyVQA.json")}
+    parity = read(easy_run / "PI_teacher_train_teacher_student_easyVQA.json")
     expected = {
         i
         for i, r in teacher.items()
@@ -157,26 +56,26 @@ def test_the_parity_set_is_what_the_teacher_repeats_and_the_student_does_not(run
         assert sample["conversations"][0]["value"].startswith("<image>\n" + teacher[sample["id"]]["PA_question"])
 
 
-def test_the_student_is_asked_only_where_the_teacher_agrees_with_itself(run, tmp_path):
-    shutil.copy(run / "PA_teacher_easyVQA.json", tmp_path)
+def test_the_student_is_asked_only_where_the_teacher_agrees_with_itself(easy_run, tmp_path):
+    shutil.copy(easy_run / "PA_teacher_easyVQA.json", tmp_path)
     command = [argument for argument in STAGES["PI"] if argument != "--answer-all"]
-    assert script(*command, "--run", f"{tmp_path}/").returncode == 0
+    assert python(*command, "--run", f"{tmp_path}/").returncode == 0
     teacher = read(tmp_path / "PI_teacher_teacher_easyVQA.json")
     agreed = [r["question_id"] for r in teacher if r["predictions"].lower() == r["PA_answer"].lower()]
     assert [r["question_id"] for r in read(tmp_path / "PI_teacher_student_easyVQA.json")] == agreed
     train = "PI_teacher_train_teacher_student_easyVQA.json"
-    assert (tmp_path / train).read_bytes() == (run / train).read_bytes()
+    assert (tmp_path / train).read_bytes() == (easy_run / train).read_bytes()
 
 
-def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_asked_anew(run, tmp_path):
+def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_asked_anew(easy_run, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(TEACHER, teacher)
     at = [str(teacher) if argument == str(TEACHER) else argument for argument in STAGES["PA"]]
-    assert script(*at, "--run", f"{tmp_path}/fused/").returncode == 0
-    assert script(*at, "--run", f"{tmp_path}/apart/", "--no-fused").returncode == 0
+    assert python(*at, "--run", f"{tmp_path}/fused/").returncode == 0
+    assert python(*at, "--run", f"{tmp_path}/apart/", "--no-fused").returncode == 0
     pi = [str(teacher) if argument == str(TEACHER) else argument for argument in STAGES["PI"]]
-    assert script(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
-    done = script(*pi, "--run", f"{tmp_path}/fused/")
+    assert python(*pi, "--run", f"{tmp_path}/apart/").returncode == 0
+    done = python(*pi, "--run", f"{tmp_path}/fused/")
     assert done.returncode == 0, done.stderr
     assert "PA already produced 40 of the 40 answers" in done.stdout
     for name in OUTPUTS["PI"][2:]:
@@ -197,54 +96,21 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     assert len(ready) == n - 1 and why == {"the question was edited": 1}
 
 
-def test_a_model_trained_anew_in_the_same_folder_is_another_model(run, tmp_path):
-    model = tmp_path / "student"
-    shutil.copytree(STUDENT, model)
-    command = [str(model) if argument == str(STUDENT) else argument for argument in STAGES["evaluate"]]
-    assert script(*command, "--run", f"{tmp_path}/").returncode == 0
-    (model / "train_log.json").write_text("{}")  # says nothing about the model
-    assert "is there already" in script(*command, "--run", f"{tmp_path}/").stdout
-    shutil.copy(TEACHER / "model.safetensors", model)
-    other = script(*command, "--run", f"{tmp_path}/")
-    assert other.returncode == 1
-    assert "model was 'student@" in other.stderr
-
-
-def test_a_restart_that_is_killed_does_not_bring_the_old_result_back(run, tmp_path):
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    command = [*STAGES["evaluate"], "--preset", "released", "--restart"]
-    assert kill_at(command, tmp_path, 10)
-    assert not (tmp_path / "Eval_student_easyVQA.json").exists()
-    assert not (tmp_path / "Eval_student_easyVQA.meta.json").exists()
-    assert script(*command[:-1], "--run", f"{tmp_path}/").returncode == 0
-    assert read(tmp_path / "Eval_student_easyVQA.meta.json")["settings"]["preset"] == "released"
-
-
-def test_answers_that_were_edited_are_not_taken_for_those_that_were_asked_about(run, tmp_path):
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    annotations = read(tmp_path / "PA_teacher_easyVQA.json")
-    next(r for r in annotations if r["predicted_answer"])["predicted_answer"] = "nothing"
-    (tmp_path / "PA_teacher_easyVQA.json").write_text(json.dumps(annotations))
-    done = script(*STAGES["PI"], "--run", f"{tmp_path}/")
-    assert done.returncode == 1
-    assert "content was" in done.stderr
-
-
 def test_the_released_codes_own_command_needs_no_data_set_and_overwrites_nothing(tmp_path):
     official = ROOT / "tests/data/official"
     files = [official / f"PI_Qwen2vl7b_Qwen2-VL-{size}-Instruct_textVQA.json" for size in ("7B", "2B")]
     command = ["PI.py", "--lvlm-json", files[0], "--svlm-json", files[1], "--run", f"{tmp_path}/"]
-    done = script(*command, "--preset", "released", "--path-map", "/workspace/data=/mnt/data")
+    done = python(*command, "--preset", "released", "--path-map", "/workspace/data=/mnt/data")
     assert done.returncode == 0, done.stderr
     train = "PI_Qwen2-VL-7B-Instruct_train_Qwen2-VL-7B-Instruct_Qwen2-VL-2B-Instruct_textVQA.json"
     (sample,) = read(tmp_path / train)
     assert sample["image"].startswith("/mnt/data/")
-    other = script(*command, "--preset", "paper")
+    other = python(*command, "--preset", "paper")
     assert other.returncode == 1
     assert "preset was 'released', is now 'paper'" in other.stderr
 
 
-def test_images_that_have_moved_are_found_below_the_image_root(run, tmp_path, images):
+def test_images_that_have_moved_are_found_below_the_image_root(easy_run, tmp_path, images):
     (moved,) = locate([f"/old/place/{next(images.glob('more/*.png')).relative_to(images)}"], {}, str(images))
     assert os.path.exists(moved)
     assert locate(["/old/place/none.png"], {"/old": "/new"}, str(images)) == ["/new/place/none.png"]
@@ -263,7 +129,7 @@ def test_a_hold_out_takes_at_least_one_image_and_says_when_nothing_is_left(image
     annotations = [annotation | {"ground_truth_question": None, "ground_truth_answer": None}]
     (tmp_path / "PA_teacher_images.json").write_text(json.dumps(annotations))
     command = [argument.replace("easyVQA", "images") for argument in STAGES["PI"][:-1]]
-    done = script(*command, "--run", f"{tmp_path}/")
+    done = python(*command, "--run", f"{tmp_path}/")
     assert done.returncode == 1
     assert "on 1 of 1 samples (--match exact); all are held out (--hold-out 0.15), so none is left" in done.stderr
 
@@ -275,7 +141,7 @@ def test_file_names_that_are_no_unicode_go_through(images, tmp_path):
         shutil.copy(path, os.fsencode(folder) + f"/{i}".encode() + b"\xe9.png")
     command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
     for _ in range(2):
-        done = script("PA.py", *command, "--model-path-lvlm", TEACHER)
+        done = python("PA.py", *command, "--model-path-lvlm", TEACHER)
         assert done.returncode == 0, done.stderr
     assert len(read(tmp_path / "run/PA_teacher_images.json")) == 4
 
@@ -284,28 +150,16 @@ def test_a_task_prompt_of_ones_own_is_what_the_model_sees(images, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(f"\ufeff{TASK_PROMPTS['general']}\n")  # the only prompt that the teacher understands
     command = ["PA.py", "--dataset", "images", "--image-root", images, *MINI, "--run", f"{tmp_path}/run"]
-    done = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
+    done = python(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert done.returncode == 0, done.stderr
     meta = read(tmp_path / "run/PA_teacher_images.meta.json")
     assert meta["prompt"] == TASK_PROMPTS["general"]
     prompt.write_text("Say nothing.\nQuestion: Answer:")
-    other = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
+    other = python(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt, "--limit", "2")
     assert "content was" in other.stderr
     prompt.write_text("Describe this.")
-    refused = script(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
+    refused = python(*command, "--model-path-lvlm", TEACHER, "--prompt-file", prompt)
     assert "must ask for the two lines" in refused.stderr
-
-
-def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(run):
-    before = (run / "PA_teacher_easyVQA.json").stat()
-    again = script(*STAGES["PA"], "--run", f"{run}/")
-    assert again.returncode == 0
-    assert "is there already" in again.stdout
-    assert (run / "PA_teacher_easyVQA.json").stat().st_mtime_ns == before.st_mtime_ns
-    other = script(*STAGES["PA"], "--run", f"{run}/", "--seed", "5")
-    assert other.returncode == 1
-    assert "seed was 0, is now 5" in other.stderr
-    assert "Traceback" not in other.stderr
 
 
 def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
@@ -316,7 +170,7 @@ def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
     whole = (folder / "01.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     command = ["--dataset", "images", "--image-root", folder, *MINI, "--run", f"{tmp_path}/run"]
-    done = script("PA.py", *command, "--model-path-lvlm", TEACHER)
+    done = python("PA.py", *command, "--model-path-lvlm", TEACHER)
     assert done.returncode == 0, done.stderr
     assert "3 left out" in done.stdout
     annotations = {r["question_id"]: r for r in read(tmp_path / "run/PA_teacher_images.json")}
@@ -326,62 +180,6 @@ def test_bad_images_among_good_ones_are_counted_and_explained(images, tmp_path):
         assert annotations[name]["predicted_question"] is None
     assert sum(r["left_out"] is None for r in annotations.values()) >= 11
     assert all(r["ground_truth_answer"] is None for r in annotations.values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--dataset", "nonsense"], "textVQA"),
-        (["--dataset", "easyVQA", "--preset", "nonsense"], "released"),
-        ([], "--dataset is required: one of textVQA"),
-        (["--dataset", "easyVQA", "--limit", "0"], "must be at least 1"),
-        (["--dataset", "easyVQA", "--workers", "-1"], "must be at least 0"),
-        (["--dataset", "easyVQA", "--top-p", "0"], "must be more than 0 and at most 1"),
-        (["--dataset", "easyVQA", "--min-pixels", "9", "--max-pixels", "4"], "is more than --max-pixels"),
-        (["--dataset", "easyVQA", "--out", "/tmp"], "is a folder"),
-        (["--dataset", "easyVQA", "--path-map", "x"], "expected OLD=NEW"),
-        (["--dataset", "easyVQA", "--device", "cuda:99", "--model-path-lvlm", TEACHER], "no such device"),
-        (["--dataset", "easyVQA", "--device", "gpu", "--model-path-lvlm", TEACHER], "--device gpu"),
-        (["--dataset", "easyVQA", "--model-path-lvlm", "/no/such/model"], "/no/such/model: no such model folder"),
-        (["--dataset", "images", "--image-root", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["--dataset", "textVQA", "--annotations", "/no/such.json"], "/no/such.json: no such file"),
-        (["--dataset", "easyVQA", "--run", "/dev/null/x", "--model-path-lvlm", TEACHER], "cannot be written"),
-    ],
-)
-def test_bad_arguments_end_in_one_line_and_not_in_a_traceback(arguments, says):
-    done = script("PA.py", *arguments)
-    assert done.returncode != 0
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_an_unknown_matcher_lists_the_known_ones():
-    done = script("PI.py", "--dataset", "easyVQA", "--match", "nonsense")
-    assert done.returncode != 0
-    assert "anls" in done.stderr
-    missing = script("PI.py", "--dataset", "textVQA", "--run", "/tmp/none/")
-    assert "Run PA.sh first, or name the file with --pa-json" in missing.stderr
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_ends_in_a_message_and_nothing_finished_is_lost(run, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("tmpfs cannot be mounted here")
-    try:
-        full = script(*STAGES["PA"], "--run", f"{small}/")
-        assert full.returncode == 1
-        assert "no space left" in full.stderr
-        assert "Traceback" not in full.stderr
-        kept = (small / "PA_teacher_easyVQA.journal.jsonl").read_text().splitlines()
-        assert len(kept) > 1
-        assert [json.loads(line) for line in kept]
-        subprocess.run(["mount", "-o", "remount,size=1m", small], check=True)
-        assert script(*STAGES["PA"], "--run", f"{small}/").returncode == 0
-        assert (small / "PA_teacher_easyVQA.json").read_bytes() == (run / "PA_teacher_easyVQA.json").read_bytes()
-    finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 class Scripted:
@@ -426,67 +224,3 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     assert counted(r["left_out"] for r in result if r["left_out"]) == (
         "2 left out: 1 two questions, 1 image: no such file"
     )
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, tmp_path, stage):
-    for name in OUTPUTS["PA"] if stage == "PI" else ():
-        shutil.copy(run / f"{name}.json", tmp_path)
-    before = sorted(tmp_path.iterdir())
-    done = script(*STAGES[stage], "--dry-run", "--run", f"{tmp_path}/")
-    assert done.returncode == 0, done.stderr
-    n = len(read(run / f"{OUTPUTS[stage][0]}.json"))
-    assert f"{n} requests about" in done.stdout
-    assert f"visual tokens of Qwen2-VL, some: {n * 4}" in done.stdout
-    assert "time, by the pace of" in done.stdout
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def launch(command, folder, processes: int) -> subprocess.Popen:
-    flags = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    flags += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    stage = [str(ROOT / "scripts" / command[0]), *command[1:], "--run", f"{folder}/"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *flags, *stage],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_two_processes_share_a_stage_and_write_what_one_would(run, tmp_path):
-    """Killed during the run, and then run again."""
-    process = launch(STAGES["PA"], tmp_path, 2)
-    while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.journal*.jsonl")) < 4:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    whole = launch(STAGES["PA"], tmp_path, 2)
-    said, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
-    assert said.count("images annotated") == 1
-    (name,) = OUTPUTS["PA"]
-    assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
-    assert not list(tmp_path.glob("*.journal*.jsonl"))
-    parity = launch(STAGES["PI"], tmp_path, 2)  # the L-VLM's answers are there, the S-VLM's are shared
-    _, errors = parity.communicate(timeout=300)
-    assert parity.returncode == 0, errors
-    for name in OUTPUTS["PI"]:
-        assert (tmp_path / f"{name}.json").read_bytes() == (run / f"{name}.json").read_bytes()
-
-
-def test_a_run_that_several_began_one_finishes_alone(run, tmp_path):
-    settings = read(run / "Eval_student_easyVQA.meta.json")["settings"]
-    answers = {str(r["question_id"]): r for r in read(run / "Eval_student_easyVQA.json")}
-    for rank, keys in (("", list(answers)[:3]), ("-1", list(answers)[3:5]), ("-7", list(answers)[5:6])):
-        replies = [
-            {"key": k, "text": answers[k]["predictions"], "logprob": answers[k]["logprob"], "tokens": 2} for k in keys
-        ]
-        lines = [json.dumps(line) + "\n" for line in ({"settings": settings}, *replies)]
-        (tmp_path / f"Eval_student_easyVQA.journal{rank}.jsonl").write_text("".join(lines) + '{"torn')
-    done = script(*STAGES["evaluate"], "--run", f"{tmp_path}/")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "Eval_student_easyVQA.json").read_bytes() == (run / "Eval_student_easyVQA.json").read_bytes()
-    assert not list(tmp_path.glob("*.journal*.jsonl"))

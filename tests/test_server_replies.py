@@ -1,0 +1,115 @@
+"""The openai engine: replies of odd shapes, replies cut short; and no secret in a file."""
+
+import json
+
+import pytest
+from conftest import python
+from fake_server import annotate_or_answer, completion
+from server_requests import asked, collect
+
+from mpa.records import read_json
+
+
+def with_message(**message) -> dict:
+    return completion() | {
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **message}}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        (with_message(content=[{"type": "text", "text": "re"}, {"type": "text", "text": "d"}]), "red"),
+        (completion(usage=None), "red"),
+        (completion(usage={"prompt_tokens": "many"}), "red"),
+        (completion(usage={"prompt_tokens": -1, "completion_tokens": None}), "red"),
+        (
+            completion() | {"choices": [completion()["choices"][0] | {"logprobs": {"content": [{"logprob": None}]}}]},
+            "red",
+        ),
+        (completion() | {"choices": [completion()["choices"][0] | {"logprobs": 3}]}, "red"),
+        (json.dumps(completion("RED")).replace("RED", "red\\ud800").encode(), "red\ufffd"),
+        (completion() | {"choices": [completion()["choices"][0] | {"finish_reason": None}]}, "red"),
+    ],
+)
+def test_a_reply_of_an_odd_shape_is_read(images, serve, document, text):
+    found, failure, _ = collect(serve(lambda *_: (200, document)), asked(images, 1, prompt="q"))
+    assert failure is None and found["q0"]["text"] == text and found["q0"]["finish_reason"] == "stop"
+    json.dumps(found).encode()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        *(with_message(content=content) for content in (None, 3, [], {"a": 1}, [{"type": "image"}])),
+        *(completion() | {"choices": choices} for choices in (None, [], [None], [{"message": None}], "x")),
+        *(b"null", b"[]", b"3", b"", b"{", b"[" * 10_000, b"\xff\xfe"),
+    ],
+    ids=str,
+)
+def test_what_is_no_reply_is_asked_again(images, serve, document, monkeypatch):
+    monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.01)
+
+    def rule(body, number):
+        return (200, document) if number <= 2 else annotate_or_answer(body)
+
+    found, failure, _ = collect(serve(rule), asked(images, 1, prompt="q"))
+    assert failure is None and found["q0"]["text"] == "red"
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_why_a_reply_ended_is_told(images, serve, reason):
+    document = completion() | {"choices": [completion("Grand Central Sta")["choices"][0] | {"finish_reason": reason}]}
+    found, _, _ = collect(serve(lambda *_: (200, document)), asked(images, 1))
+    assert found["q0"]["finish_reason"] == reason
+
+
+def test_a_reply_that_was_cut_is_no_annotation(images, serve, tmp_path):
+    cut = completion() | {
+        "choices": [
+            completion("Question: where?\nAnswer: Grand Central Sta")["choices"][0] | {"finish_reason": "length"}
+        ]
+    }
+    server = serve(lambda body, number: (200, cut) if number % 2 else annotate_or_answer(body))
+    flags = [
+        "--dataset",
+        "images",
+        "--image-root",
+        images,
+        "--limit",
+        "4",
+        "--engine",
+        "openai",
+        "--base-url",
+        server.url,
+    ]
+    flags += ["--model-path-lvlm", "m", "--concurrency", "1", "--no-fused", "--run", f"{tmp_path}/"]
+    done = python("PA.py", *flags, "--tries", "0")
+    assert done.returncode == 0 and "2 cut off at the token limit" in done.stdout, done.stderr
+    records = read_json(tmp_path / "PA_m_images.json")
+    assert [r["predicted_answer"] for r in records] == [None, "red", None, "red"]
+
+
+def test_no_password_of_an_address_is_written(images, serve, tmp_path, monkeypatch):
+    server = serve(annotate_or_answer)
+    address = server.url.replace("http://", "http://me:hunter2@") + "?api-key=hunter2"
+    flags = [
+        "--dataset",
+        "images",
+        "--image-root",
+        images,
+        "--limit",
+        "2",
+        "--engine",
+        "openai",
+        "--model-path-lvlm",
+        "m",
+    ]
+    done = python("PA.py", *flags, "--run", f"{tmp_path}/a/", "--base-url", address.split("?")[0])
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("OPENAI_BASE_URL", address.split("?")[0])
+    done = python("PA.py", *flags, "--run", f"{tmp_path}/b/")
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "b/PA_m_images.meta.json")["device"] == server.url
+    for path in tmp_path.rglob("*.json*"):
+        assert b"hunter2" not in path.read_bytes() and b"very-secret" not in path.read_bytes()

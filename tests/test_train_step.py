@@ -1,0 +1,152 @@
+"""A training step of every model family: loss, gradients and memory, packed or not."""
+
+import json
+
+import activations
+import families
+import param_groups
+import pytest
+import torch
+import train
+from torch.profiler import ProfilerActivity, profile
+from trainer import Leveler
+from training import arguments, build, conversation, losses, write
+from transformers import AutoModelForImageTextToText
+
+import data
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return families.make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def step(trainer: Leveler, batches: list[list[dict]]) -> tuple[float, dict]:
+    """The loss and the gradients of one step over these batches."""
+    trainer.model.zero_grad()
+    made = [trainer.data_collator(batch) for batch in batches]
+    count, total = sum((batch["labels"] != data.IGNORE).sum() for batch in made), 0.0
+    for batch in made:
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, tmp_path):
+    write(tmp_path, 5)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records.append(conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two things"))
+    records.append(conversation(None, "what is red?", "a color"))
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    trainer = build(tmp_path, model=checkpoint)
+    trainer.model.eval()
+    samples = [trainer.train_dataset[i] for i in range(7)]
+
+    whole = trainer.data_collator(samples)
+    del whole["samples"]
+    plain = trainer.model(**whole).loss
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    for packing in (False, True):
+        trainer.data_collator.packing = packing
+        for batches in ([samples], [samples[:3], samples[3:]]):
+            loss, gradients = step(trainer, batches)
+            assert loss == pytest.approx(plain.item(), abs=2e-5)
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                assert torch.allclose(gradient, expected[name], atol=2e-4 * expected[name].abs().max() + 1e-7), name
+
+
+def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoint, tmp_path):
+    write(tmp_path, 4)
+    records = json.loads((tmp_path / "train.json").read_text())
+    records += [conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two"), conversation(None, "red?", "yes")]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    flags, seen = "--freeze_vision_tower True --freeze_merger True".split(), []
+    trainers = [build(tmp_path, *flags, *more, model=checkpoint) for more in ([], ["--cache_features", "True"])]
+    for trainer in trainers:
+        trainer.model.eval()
+        samples = [trainer.train_dataset[i] for i in range(6)]
+        seen.append(step(trainer, [samples[:2], samples[2:5], samples[5:]]))
+    assert "pixel_values" not in samples[0] and "features" in samples[0]
+    (loss, expected), (same, gradients) = seen
+    assert same == pytest.approx(loss, abs=1e-5) and gradients.keys() == expected.keys()
+    assert all(torch.allclose(gradients[name], expected[name], atol=1e-5) for name in expected)
+    trainer.data_collator.packing = True
+    assert step(trainer, [samples])[0] == pytest.approx(loss, abs=2e-5)
+
+
+def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    counts = param_groups.counts(model)
+    assert all(total > 0 for total, _ in counts.values())
+    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_logits_are_computed_only_for_labelled_tokens(tmp_path):
+    write(tmp_path, 4)
+    trainer = build(tmp_path)
+    seen, (*others, last) = [], trainer.model.get_decoder().layers
+    assert others
+    for module in (trainer.model.get_output_embeddings(), last.mlp.down_proj, last.self_attn.k_proj):
+        module.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1]))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labelled = int((batch["labels"] != data.IGNORE).sum())
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
+    assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
+
+
+def test_recomputation_and_smaller_micro_batches_change_no_loss(tmp_path, capsys):
+    write(tmp_path, 12)
+    flags = "--per_device_train_batch_size 6 --learning_rate 1e-3 --save_strategy no".split()
+    train.main(arguments(tmp_path, *flags))
+    assert "are free: all activations are saved" in capsys.readouterr().out
+    for way in ("products", "True"):
+        train.main(arguments(tmp_path, *flags, "--activation_checkpointing", way, out=way))
+        assert losses(tmp_path / way) == losses(tmp_path / "out")
+    train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="micro_batches"))
+    assert "2 steps of 6 (micro-batches per device: 2)" in capsys.readouterr().out
+    assert losses(tmp_path / "micro_batches") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+
+
+def test_activation_bytes_are_those_that_the_step_allocates(checkpoint, tmp_path):
+    """Compared with what PyTorch's allocator holds after a forward pass."""
+    write(tmp_path, 12)
+    trainer = build(tmp_path, model=checkpoint)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
+
+    def forward():
+        copied = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+        return trainer.compute_loss(trainer.model, copied, num_items_in_batch=1)
+
+    trainer.model.train()
+    counted, allocated = activations.activation_bytes(forward, trainer.model), {}
+    for policy in activations.DESCRIPTIONS:
+        activations.apply_policy(trainer.model, policy)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+            loss = forward()
+        allocated[policy] = sum(event.self_cpu_memory_usage for event in events.key_averages())
+        del loss
+    assert counted == pytest.approx(allocated, rel=0.15)
+    assert allocated["True"] < allocated["products"] < 0.8 * allocated["False"]
+
+
+def test_the_policy_that_saves_the_most_of_what_fits_is_chosen():
+    kept = {"False": 100, "products": 50}
+    assert [activations.choose_policy(kept, 60, free) for free in (200, 199, 138, 137, 0)] == [
+        "False",
+        "products",
+        "products",
+        "True",
+        "True",
+    ]
+
+
+def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
+    write(tmp_path, 8)
+    flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
+    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
+        train.main(arguments(tmp_path, *flags.split()))
+    assert not (tmp_path / "out/train_meta.json").exists()
