@@ -2,8 +2,10 @@
 # The whole method in a few minutes on two CPU cores: MPA with the embedded pair on easy-VQA images, without
 # their labels, and then the baselines. The same command continues a stopped demo.
 # SEEDS="0 1 2" runs three seeds and reports the spread. Remove results/demo to start again.
+# Details go to results/demo/log.txt; `-v` prints them too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+[[ ${1:-} != -v ]] || export VERBOSE=1
 run bash "$ROOT/scripts/setup.sh"
 
 BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
@@ -30,10 +32,12 @@ for SEED in $SEEDS; do
         --train-json "$RUN/PI_teacher_train_$NAMES.json" --seed "$SEED"
     MODELS=()
     for BASELINE in all_pseudo random_pseudo human_n human; do
+        title "Baseline: the same training on $BASELINE"
         MODELS+=("$RUN/PL_${NAMES}_$BASELINE")
         TRAIN_JSON="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT_DIR="$RUN/PL_${NAMES}_$BASELINE" \
             run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
     done
+    title "evaluate: the baselines"
     run bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"
 done
 run python "$ROOT/scripts/tables.py" --dataset easyVQA --lvlm "$LVLM" --svlm "$SVLM" "${RUNS[@]}"

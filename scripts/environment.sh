@@ -5,6 +5,9 @@ VENV=${VENV:-$ROOT/.venv}                # made by setup.sh; if it is missing, t
 VLLM_VENV=${VLLM_VENV:-$ROOT/.venv-vllm} # made by `setup.sh vllm`
 export PATH="$VENV/bin:$PATH"
 
+# title TEXT: the header of a stage.
+title() { printf '\n== %s\n' "$1"; }
+
 # python_for FLAGS…: use the python of $VLLM_VENV if a stage's flags select the engine vllm.
 python_for() {
     [[ " ${*//=/ } " =~ " --"(engine|engine-lvlm|ray-engine)" vllm " ]] || return 0

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run the four stages for one dataset (DATASET=) or one folder of images (IMAGES=).
-# Edit or export the variables below. The same command continues a stopped run.
+# Edit or export the variables below. The same command continues a stopped run. Details go to results/$RUN/log.txt;
+# `-v` prints them too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+[[ ${1:-} != -v ]] || export VERBOSE=1
 
 IMAGES=${IMAGES:-}                                  # a folder of your own images, without labels
 export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
@@ -24,12 +26,16 @@ LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 # Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
 PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
+title "PA: $(basename "$LVLM") annotates the images of $DATASET"
 # shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
     ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
+title "PI: keep what $(basename "$LVLM") answers consistently and $(basename "$SVLM") gets wrong"
 # shellcheck disable=SC2086
 run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $PI_FLAGS
+title "PL: fine-tune $(basename "$SVLM") on the parity set"
 run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+title "evaluate: before, after, and the L-VLM"
 # shellcheck disable=SC2086
 run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
     --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $EVALUATE_FLAGS
