@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -74,67 +74,65 @@ def test_a_follow_up_that_fails_leaves_the_annotation(images, serve, status, err
     assert (failure is not None) == (status == 429) and (failure or len(found) == 12)
 
 
+def stopped(command: list[str], ready: threading.Semaphore, blocked: int, gate: threading.Event, number: int) -> str:
+    """Stop the command with `blocked` requests under way, which are replied to when it has heard -> what it said."""
+    command = [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(blocked):
+        assert ready.acquire(timeout=120)
+    process.send_signal(number)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("stopping: "):
+            gate.set()
+    assert process.wait() == 128 + number and "Traceback" not in said, said
+    return said
+
+
+def pa(images, server, run: Path, *more) -> list[str]:
+    flags = ["--dataset", "images", "--image-root", images, "--engine", "openai", "--base-url", server.url]
+    return ["PA.py", *map(str, flags), "--model-path-lvlm", "m", "--concurrency", "4", "--run", f"{run}/", *more]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_under_way_at_a_signal_is_awaited_and_kept(images, serve, tmp_path, number):
-    server = serve(annotate_or_answer, pause=0.5)
-    run = tmp_path / "run"
-    command = [
-        sys.executable,
-        ROOT / "scripts/PA.py",
-        "--dataset",
-        "images",
-        "--image-root",
-        images,
-        "--run",
-        f"{run}/",
-    ]
-    command += [
-        "--engine",
-        "openai",
-        "--base-url",
-        server.url,
-        "--model-path-lvlm",
-        "m",
-        "--concurrency",
-        "4",
-        "--no-fused",
-    ]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while server.billed < 4:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in said, said
+    """Four replies have come, four are under way, four are not sent yet."""
+    ready, gate = threading.Semaphore(0), threading.Event()
+
+    def rule(body, nth):
+        if nth > 4:
+            ready.release()
+            gate.wait()
+        return annotate_or_answer(body)
+
+    server, run = serve(rule), tmp_path / "run"
+    stopped(pa(images, server, run, "--no-fused"), ready, 4, gate, number)
     journal = (run / "PA_m_images.journal.jsonl").read_text().splitlines()
-    assert len(journal) - 1 == server.billed < 12
-    assert python(*[str(c) for c in command[1:]][0:0], "PA.py", *map(str, command[2:])).returncode == 0
+    assert len(journal) - 1 == server.billed == 8
+    assert python(*pa(images, server, run, "--no-fused")).returncode == 0
     assert server.billed == 12  # each image once
     meta = read_json(run / "PA_m_images.meta.json")
     assert (meta["requests"], meta["tokens_in"]) == (12, 12_000)  # of both calls
 
 
 def test_a_follow_up_that_a_signal_came_before_is_asked_by_the_next_call(images, serve, tmp_path):
-    server = serve(annotate_or_answer, pause=0.3)
+    ready, gate = threading.Semaphore(0), threading.Event()
+    gate.set()
 
-    def command(run: Path) -> list[str]:
-        flags = ["--dataset", "images", "--image-root", images, "--engine", "openai", "--base-url", server.url]
-        return [*map(str, flags), "--model-path-lvlm", "m", "--concurrency", "4", "--run", f"{run}/"]
+    def rule(body, _):
+        if "Question:" in text_of(body) and not gate.is_set():
+            ready.release()
+            gate.wait()
+        return annotate_or_answer(body)
 
-    def annotations() -> int:
-        return sum("Question:" in text_of(body) for body in server.bodies)
-
-    assert python("PA.py", *command(tmp_path / "whole")).returncode == 0
+    server = serve(rule)
+    assert python(*pa(images, server, tmp_path / "whole")).returncode == 0
     asked = server.billed
     for _ in range(2):
-        before = annotations()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/PA.py"), *command(tmp_path / "run")], start_new_session=True
-        )
-        while annotations() < before + 2:  # they are under way
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+        gate.clear()
+        stopped(pa(images, server, tmp_path / "run"), ready, 4, gate, signal.SIGTERM)
     assert "stopped before it was asked" in (tmp_path / "run/PA_m_images.journal.jsonl").read_text()
-    assert python("PA.py", *command(tmp_path / "run")).returncode == 0
+    assert python(*pa(images, server, tmp_path / "run")).returncode == 0
     assert (tmp_path / "run/PA_m_images.json").read_bytes() == (tmp_path / "whole/PA_m_images.json").read_bytes()
     assert server.billed == 2 * asked  # nothing was paid for twice

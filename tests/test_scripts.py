@@ -3,10 +3,11 @@
 import os
 import signal
 import subprocess
-import time
+import threading
 
 import pytest
-from conftest import ROOT, STUDENT, TEACHER
+from conftest import MINI, ROOT, STUDENT, TEACHER, python
+from fake_server import annotate_or_answer
 from training import MINI as TRAINER_FLAGS
 from training import write
 
@@ -28,95 +29,102 @@ def start(name, *args, **environment) -> subprocess.Popen:
     )
 
 
-def stop_when(process: subprocess.Popen, ready, number: int) -> tuple[int, str]:
-    """Send the signal to the script alone once `ready()`; its exit code and what it said."""
-    for _ in range(1200):
-        if ready():
-            break
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
-    return process.returncode, said
-
-
 def running(word) -> list[str]:
     """Command lines of the processes that name `word`, but for this one's."""
     found = subprocess.run(["pgrep", "-fa", str(word)], capture_output=True, text=True).stdout.splitlines()
     return [line for line in found if int(line.split()[0]) != os.getpid()]
 
 
-FLAGS = ["--limit", "48", "--temperature", "1"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
-    """The PA file of a run that was left alone."""
-    run = tmp_path_factory.mktemp("whole")
-    assert start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/").wait(120) == 0
-    return (run / "PA_teacher_easyVQA.json").read_bytes()
-
-
 @pytest.mark.parametrize(("name", "number"), [("scripts/PA.sh", signal.SIGTERM), ("scripts/mpa.sh", signal.SIGINT)])
-def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, tmp_path, whole):
-    run = tmp_path / "run/"
-    journal = run / "PA_teacher_easyVQA.journal.jsonl"
-    arguments, environment = (FLAGS, {}) if name.endswith("PA.sh") else ([], {"PA_FLAGS": " ".join(FLAGS)})
+def test_a_signal_to_a_script_stops_the_stage_and_nothing_finished_is_lost(name, number, images, serve, tmp_path):
+    """Four replies have come, four are under way, four are not sent yet."""
+    ready, gate = threading.Semaphore(0), threading.Event()
 
-    def some_replies() -> bool:
-        return journal.exists() and journal.read_bytes().count(b"\n") > 8
+    def rule(body, nth):
+        if nth > 4:
+            ready.release()
+            gate.wait()
+        return annotate_or_answer(body)
 
-    process = start(name, *arguments, **SETTINGS, RUN=f"{run}/", **environment)
-    code, said = stop_when(process, some_replies, number)
-    assert code == SIGNALS[number], said
+    server, run = serve(rule), tmp_path / "run/"
+    flags = ["--base-url", server.url, "--concurrency", "4", "--no-fused"]
+    by_flag = ["--engine", "openai", "--image-root", images, *flags]
+    settings = {**SETTINGS, "DATASET": "images", "LVLM": "big"}
+    if name.endswith("PA.sh"):
+        process = start(name, *by_flag, **settings, RUN=f"{run}/")
+    else:
+        more = {"IMAGES": images, "LVLM_ENGINE": "openai", "PA_FLAGS": " ".join(flags)}
+        process = start(name, **settings, **more, RUN=f"{run}/")
+    for _ in range(4):
+        assert ready.acquire(timeout=240), process.stdout.read()
+    process.send_signal(number)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("stopping: "):
+            gate.set()
+    assert process.wait() == SIGNALS[number], said
     assert "Run the same command again to go on" in said and "Traceback" not in said
     assert running(run) == []
-    assert journal.read_bytes().count(b"\n") > 8
-    done = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{run}/")
-    assert done.wait(120) == 0, done.stdout.read()
-    assert (run / "PA_teacher_easyVQA.json").read_bytes() == whole and not journal.exists()
+    journal = run / "PA_big_images.journal.jsonl"
+    assert journal.read_bytes().count(b"\n") == 9  # with that of the settings
+    for folder in (run, tmp_path / "whole"):
+        done = start("scripts/PA.sh", *by_flag, **settings, RUN=f"{folder}/")
+        said, _ = done.communicate()
+        assert done.returncode == 0, said
+    assert not journal.exists()
+    assert (run / "PA_big_images.json").read_bytes() == (tmp_path / "whole/PA_big_images.json").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "ranks"), [pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow), (signal.SIGINT, 1)]
+)
 def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, tmp_path):
     write(tmp_path, 40)
-    out, log = tmp_path / "out", tmp_path / "log"
+    out = tmp_path / "out"
     places = {"MODEL": STUDENT, "DATA": tmp_path / "train.json", "IMAGES": tmp_path, "OUTPUT_DIR": out}
-    with open(log, "w") as said:
-        process = subprocess.Popen(
-            [
-                "bash",
-                str(ROOT / "PL/Qwen2-VL-Finetune/scripts/finetune.sh"),
-                *TRAINER_FLAGS[2:],
-                "--num_train_epochs",
-                "9",
-            ],
-            env={
-                **os.environ,
-                **{k: str(v) for k, v in places.items()},
-                "BATCH_SIZE": "2",
-                "CPU_PROCESSES": str(ranks),
-            },
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    code, _ = stop_when(process, lambda: "'loss'" in log.read_text(), number)
-    assert code == SIGNALS[number], log.read_text()
-    assert "and saved. The same call goes on from there" in log.read_text()
-    assert "Traceback" not in log.read_text()
+    flags = [*TRAINER_FLAGS[2:], "--num_train_epochs", "999"]
+    process = start("PL/Qwen2-VL-Finetune/scripts/finetune.sh", *flags, **places, BATCH_SIZE=2, CPU_PROCESSES=ranks)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "'loss'" in line and number:
+            process.send_signal(number)
+            sent, number = number, None
+    assert process.wait() == SIGNALS[sent], said
+    assert "and saved. The same call goes on from there" in said
+    assert "Traceback" not in said
     assert len([*out.glob("checkpoint-*")]) == 1
     assert running(out) == []
 
 
-def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, whole):
-    process = start("scripts/PA.sh", *FLAGS, **SETTINGS, RUN=f"{tmp_path}/", GPUS=2)
-    said = process.communicate(timeout=240)[0]
+def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, monkeypatch):
+    flags = ["--limit", "24", "--temperature", "1"]
+    assert (
+        python(
+            "PA.py",
+            "--dataset",
+            "easyVQA",
+            "--batch-size",
+            "4",
+            *MINI,
+            *flags,
+            "--model-path-lvlm",
+            TEACHER,
+            "--run",
+            f"{tmp_path}/one/",
+        ).returncode
+        == 0
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS")  # the script sets it
+    process = start("scripts/PA.sh", *flags, **SETTINGS, RUN=f"{tmp_path}/two/", GPUS=2)
+    said, _ = process.communicate()
     assert process.returncode == 0, said
     assert said.count("images annotated") == 1 and "OMP_NUM_THREADS" not in said
-    assert (tmp_path / "PA_teacher_easyVQA.json").read_bytes() == whole
-    process = start("scripts/PA.sh", **{**SETTINGS, "LVLM": "/none"}, RUN=f"{tmp_path}/", GPUS=2)
-    said = process.communicate(timeout=240)[0]
+    name = "PA_teacher_easyVQA.json"
+    assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    process = start("scripts/PA.sh", **{**SETTINGS, "LVLM": "/none"}, RUN=f"{tmp_path}/none/", GPUS=2)
+    said, _ = process.communicate()
     assert process.returncode == 1 and "error: /none: no such model folder" in said and "Traceback" not in said
 
 

@@ -40,6 +40,7 @@ def test_a_non_finite_gradient_stops_before_the_step_and_names_the_samples(tmp_p
     assert not (tmp_path / "out").exists()  # nothing was written, nothing is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_non_finite_gradient_stops_two_ranks(tmp_path, stage):
     write(tmp_path, 16)

@@ -81,40 +81,31 @@ RANKS = 'for ((r = 0; r < WORLD_SIZE; r++)); do RANK=$r LOCAL_RANK=$r "$@" & P+=
 
 
 def launch(
-    folder: Path, *flags, ranks: int = 0, out="out", kill_after: int = 0, with_signal=signal.SIGKILL
+    folder: Path, *flags, ranks: int = 0, out="out", stop_at: int = 0, with_signal=signal.SIGKILL
 ) -> subprocess.CompletedProcess:
     """Train in a process of its own, or in `ranks` distributed ones.
 
-    After `kill_after` logged losses all get `with_signal`. The ranks start as with DeepSpeed's launcher, but in one
-    process group, so that a signal reaches all at once.
+    At step `stop_at` all get `with_signal`. The ranks start as with DeepSpeed's launcher, but in one process group, so
+    that a signal reaches all at once.
     """
-    command, environment = (
-        [sys.executable, "-u", str(TRAINER / "src/train.py")],
-        {**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
+    file = [ROOT / "tests/stopped_training.py", stop_at, int(with_signal)] if stop_at else [TRAINER / "src/train.py"]
+    command, environment = [sys.executable, "-u", *map(str, file)], {**os.environ, "DS_ACCELERATOR": "cpu"}
     if ranks:
         port = free_port()
-        environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "E": "0"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": str(ranks)}
+        environment |= {"WORLD_SIZE": str(ranks), "E": "0", "LOCAL_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = ["bash", "-c", RANKS, "bash", *command]
-    process = subprocess.Popen(
+    done = subprocess.run(
         [*command, *arguments(folder, *flags, out=out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env=environment,
+        timeout=600,
     )
-    output, seen = [], 0
-    for line in process.stdout:
-        output.append(line)
-        seen += "'loss'" in line
-        if kill_after and seen == kill_after:
-            os.killpg(process.pid, with_signal)
-            kill_after = 0
-    process.wait(300)
     assert not ranks or not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
-    return subprocess.CompletedProcess(command, process.returncode, "".join(output))
+    return done
 
 
 ONE = "--per_device_train_batch_size 4 --save_steps 3 --num_train_epochs 2 --learning_rate 1e-3".split()
