@@ -15,6 +15,7 @@ Writes the annotation files of the released MPA code under data/<Name>/. A folde
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -131,17 +132,9 @@ def prepare(args) -> None:
         if path not in unchanged:
             records.write_json(path, content)
         print(f"  {path}: {'exists' if path in unchanged else 'written'}")
-    if copy:
-        of_row = {
-            row: sample.image_path
-            for part in samples
-            for row, sample in zip(copy.rows[part], samples[part], strict=True)
-        }
-        rows = enumerate(sources.hf_rows(args.source))
-        images = ((where, of_row[i], image) for i, (where, _, _, image) in rows if i in of_row)
-        lost = placing.place_copy(roots, images)
-    else:
-        lost = placing.place_download(roots)
+    lost = (
+        placing.place_copy(roots, copied_images(args.source, copy, samples)) if copy else placing.place_download(roots)
+    )
     official = samples.get("train", samples.get("all"))
     report(dataset, count(official) if official else None, counts)
     if lost:
@@ -149,6 +142,16 @@ def prepare(args) -> None:
         unopened = f" Archives and other files that were not opened: {', '.join(map(str, closed))}." if closed else ""
         sys.exit(f"\n{lost:,} images are missing below {args.source}, or broken.{unopened} Add them and run again.")
     print(f"\nNext: python data/prepare.py check {dataset}")
+
+
+def copied_images(source, copy, samples: dict[str, list[Sample]]) -> Iterator[tuple]:
+    """(where it is, its new path, image) of each row of a Hugging Face copy that is a sample."""
+    of_row = {
+        row: sample.image_path for part in samples for row, sample in zip(copy.rows[part], samples[part], strict=True)
+    }
+    for i, (where, _, _, image) in enumerate(sources.hf_rows(source)):
+        if i in of_row:
+            yield where, of_row[i], image
 
 
 def check(args) -> None:

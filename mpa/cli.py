@@ -22,8 +22,16 @@ SVLM = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with what every stage takes; see `parse`. `doc`, the script's docstring, is its help text."""
+    """A parser with the flags that all stages share; see `parse`. `doc`, the script's docstring, is the help text."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _data_flags(p)
+    _result_flags(p)
+    _model_flags(p)
+    _engine_flags(p)
+    return p
+
+
+def _data_flags(p: argparse.ArgumentParser) -> None:
     data = p.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, help="which dataset")
     data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the dataset's, under data/)")
@@ -33,11 +41,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         type=path_map,
         action="append",
         metavar="OLD=NEW",
-        help="where files say OLD/…, the images now lie in NEW/…; may be given several times",
+        help="images that the files name in OLD/… are now in NEW/…; can be repeated",
     )
     some = data.add_mutually_exclusive_group()
     some.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples (default: all)")
     some.add_argument("--sample", type=number(1), metavar="N", help="only N samples, drawn at random with --seed")
+
+
+def _result_flags(p: argparse.ArgumentParser) -> None:
     out = p.add_argument_group("results")
     out.add_argument(
         "--run",
@@ -45,16 +56,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="results go to results/RUN, or to RUN itself if it has a slash (default: $RUN, or today's date)",
     )
     out.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
-    out.add_argument("--restart", action="store_true", help="begin anew: drop what an earlier call has finished")
+    out.add_argument("--restart", action="store_true", help="start again: delete the results of earlier calls")
     out.add_argument(
-        "--dry-run", action="store_true", help="try a few samples, say how long all would take, and write nothing"
+        "--dry-run", action="store_true", help="run a few samples, estimate the time of all, and write nothing"
     )
     out.add_argument(
         "-v",
         "--verbose",
         action="store_true",
         default=bool(os.environ.get("VERBOSE")),
-        help="print all; otherwise details go only to results/RUN/log.txt, which always has all",
+        help="also print the details that otherwise go only to results/RUN/log.txt",
     )
     method = p.add_argument_group("method")
     method.add_argument(
@@ -63,18 +74,26 @@ def parser(doc: str) -> argparse.ArgumentParser:
         choices=PRESETS,
         help="paper: as the paper says. released: as the released code does, to the letter (default: %(default)s)",
     )
-    method.add_argument("--seed", type=int, default=0, help="of everything that is sampled (default: %(default)s)")
-    method.add_argument("--max-new-tokens", type=number(1), default=128, help="longest reply (default: %(default)s)")
+    method.add_argument("--seed", type=int, default=0, help="random seed for all sampling (default: %(default)s)")
+    method.add_argument(
+        "--max-new-tokens", type=number(1), default=128, help="longest reply, in tokens (default: %(default)s)"
+    )
+
+
+def _model_flags(p: argparse.ArgumentParser) -> None:
     model = p.add_argument_group("model")
     model.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
     model.add_argument(
-        "--batch-size", type=number(1), default=8, help="most samples a batch, memory permitting (default: %(default)s)"
+        "--batch-size",
+        type=number(1),
+        default=8,
+        help="maximum samples per batch, if memory allows (default: %(default)s)",
     )
     model.add_argument(
         "--batch-tokens",
         type=number(1),
         metavar="N",
-        help="most tokens a batch, prompts and replies (default: what fits in a GPU's memory, by trying; else no limit)",
+        help="maximum tokens per batch, prompts and replies (default: on a GPU what fits in memory, measured; else no limit)",
     )
     model.add_argument(
         "--device", default="auto", help="cpu, cuda:0, mps …; auto: the first GPU, else the CPU (default: auto)"
@@ -83,7 +102,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: the one this device is quick in, by measuring (default: auto)",
+        help="auto: the fastest dtype on this device (default: auto)",
     )
     model.add_argument(
         "--min-pixels", type=number(1), default=MIN_PIXELS, help="enlarge images to this area (default: 128*28*28)"
@@ -95,16 +114,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--workers",
         type=number(0),
         metavar="N",
-        help="processes that read images ahead of a GPU, or share the model's work on a CPU, a core each; "
-        "0: none (default: 4, or a CPU's cores)",
+        help="processes that prepare images for a GPU, or that run the model on a CPU, one core each; "
+        "0: none (default: 4, or a CPU's number of cores)",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
-    _engine_flags(p)
-    return p
 
 
 def _engine_flags(p: argparse.ArgumentParser) -> None:
-    """What single engines take beside."""
+    """Flags of single engines."""
     vllm = p.add_argument_group("model, with --engine vllm (bash scripts/setup.sh vllm)")
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
@@ -119,36 +136,36 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
         help="share of the GPU's memory to take (default: %(default)s)",
     )
     vllm.add_argument(
-        "--max-model-len", type=number(1), help="longest prompt and reply, tokens (default: from the data)"
+        "--max-model-len", type=number(1), help="longest prompt plus reply, in tokens (default: from the data)"
     )
     openai = p.add_argument_group(
         "model, with --engine openai (bash scripts/setup.sh openai; its key from $OPENAI_API_KEY)"
     )
     openai.add_argument("--base-url", help="of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
-    openai.add_argument("--concurrency", type=number(1), default=16, help="requests at a time (default: %(default)s)")
+    openai.add_argument("--concurrency", type=number(1), default=16, help="concurrent requests (default: %(default)s)")
     openai.add_argument(
         "--max-cost",
         type=number(0, kind=float),
         metavar="MONEY",
-        help="stop before the run, all its stages and calls, has cost more (default: never)",
+        help="stop before the run costs more, all stages and calls together (default: no limit)",
     )
-    openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="of a million prompt tokens")
-    openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="of a million reply tokens")
+    openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="price of a million prompt tokens")
+    openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="price of a million reply tokens")
     openai.add_argument(
-        "--image-detail", choices=("auto", "low", "high"), default="auto", help="how closely images are looked at"
+        "--image-detail", choices=("auto", "low", "high"), default="auto", help="the API's image detail (default: auto)"
     )
     ray = p.add_argument_group("model, with --engine ray (bash scripts/setup.sh ray; joins $RAY_ADDRESS)")
     ray.add_argument(
         "--ray-engine",
         default="hf",
         choices=[name for name in ENGINES if name != "ray"],
-        help="what runs the model in each actor (default: %(default)s)",
+        help="engine of each actor (default: %(default)s)",
     )
     ray.add_argument(
         "--actors",
         type=number(1),
         metavar="N",
-        help="how many, over all nodes (default: one a GPU, else one for two cores; of openai one a node)",
+        help="number of actors on all nodes (default: one per GPU, else one per two cores; for openai one per node)",
     )
 
 
@@ -176,14 +193,14 @@ def path_map(text: str) -> tuple[str, str]:
 
 
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
-    """The arguments, checked against each other. `named_by` are those whose files may name the dataset."""
+    """The checked arguments. `named_by` are the arguments whose file names may imply --dataset."""
     args = p.parse_args(argv)
     if not args.dataset:
         named = [getattr(args, name) or () for name in named_by]
         files = [path for value in named for path in (value if isinstance(value, list | tuple) else [value])]
         of_file = set(filter(None, map(_dataset_of, files)))
         if len(of_file) > 1:
-            p.error(f"the files are of several datasets: {', '.join(sorted(of_file))}; compare like with like")
+            p.error(f"the files are from several datasets: {', '.join(sorted(of_file))}; give files of one dataset")
         if not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
         (args.dataset,) = of_file
@@ -205,12 +222,12 @@ def open_log(args) -> None:
 
 
 def _dataset_of(file: Path) -> str | None:
-    """The dataset that a result file's name ends with, ours or lmms-eval's."""
+    """The dataset at the end of a result file's name, ours or lmms-eval's."""
     return next((name for name in DATASETS if f"_{name}." in file.name), None) or interchange.dataset_of(file.name)
 
 
 def selected(items: list, args) -> list:
-    """The first --limit of the items, or --sample of them drawn with --seed, in their order."""
+    """The first --limit items, or --sample random items in their original order."""
     if args.sample and args.sample < len(items):
         drawn = random.Random(args.seed).sample(range(len(items)), args.sample)
         return [items[i] for i in sorted(drawn)]
@@ -218,9 +235,9 @@ def selected(items: list, args) -> list:
 
 
 def run(main, remedy: str = "Choose another --run or --out.") -> None:
-    """Run a script's `main()`; what a user can mend ends in one line, not in a traceback.
+    """Run a script's `main()`. An error that the user can correct is one line, not a traceback.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, with exit code 143, 129 or 130. `remedy` is for a place that cannot be written.
+    SIGTERM, SIGHUP and Ctrl-C end it with exit code 143, 129 and 130. `remedy` is the advice for a path that cannot be written.
     """
     log_file.install()
     heard = [signal.SIGINT]

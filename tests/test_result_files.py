@@ -88,7 +88,7 @@ def test_files_of_two_data_sets_are_not_compared(capsys):
     for names in (("samples_mmmu_val.jsonl", "x.json"), ("Eval_a_textVQA.json", "samples_chartqa.jsonl")):
         with pytest.raises(SystemExit):
             evaluate.arguments(["--compare", *names])
-    assert "the files are of several datasets: chartVQA, textVQA" in capsys.readouterr().err
+    assert "the files are from several datasets: chartVQA, textVQA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
