@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     for name, samples in train_sets(annotations, n, args.seed, meta["settings"]["preset"]).items():
         out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
         records.write_json(out, samples)
-        print(f"{name}: {len(samples)} samples, wrote {out}")
+        print(f"{name}: wrote {len(samples)} samples to {out}")
 
 
 if __name__ == "__main__":

@@ -88,12 +88,12 @@ GOOD = {"id": 1, "image": "a.png", "conversations": LLAVA}
             (GOOD | {"image": image}, "neither a path nor a list of paths")
             for image in (3, True, {"bytes": "x"}, [3], {"path": 3})
         ),
-        *((GOOD | {"image": image}, "0 images, and 1 <image>") for image in (None, "", [])),
+        *((GOOD | {"image": image}, "0 images, but 1 <image>") for image in (None, "", [])),
         (GOOD | {"image": "https://x/a.png"}, "Write the image to a file"),
         (GOOD | {"images": ["a.png"]}, "both 'image' and 'images'"),
         (
             {"id": 1, "images": ["a.png"], "conversations": [LLAVA[0] | {"value": "q"}, LLAVA[1]]},
-            "1 images, and 0 <image>",
+            "1 images, but 0 <image>",
         ),
         (GOOD | {"video": "a.mp4"}, "training on 'video' is not supported"),
         (GOOD | {"videos": ["a.mp4"]}, "training on 'videos' is not supported"),

@@ -104,8 +104,8 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
         (json.dumps([train_record(1, "a.png", "q", " ")]), "an answer is empty"),
         (json.dumps([train_record(1, "gone.png", "q", "x")]), "record 0, and all others: none can be used"),
         (json.dumps([train_record(1, "a.png", "q", "x"), train_record(2, "a.png", "q", 2013)]), "record 1: .* string"),
-        (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: 1 images, and 2 <image>"),
-        (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "2 images, and 1 <image>"),
+        (json.dumps([train_record(1, "a.png", "q <image>", "x")]), "record 0: 1 images, but 2 <image>"),
+        (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": ["a.png", "b.png"]}]), "2 images, but 1 <image>"),
         (json.dumps([{**train_record(1, "a.png", "q", "x"), "image": [3]}]), "neither a path nor a list"),
         (
             json.dumps([train_record(1, "a.png", "q", "<image>")]),
