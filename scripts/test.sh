@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Install what is missing and run all checks: ruff, shellcheck, pytest. Arguments are passed to pytest.
-# The slow tests are left out: whole trainings, the demo, whole runs that are killed. `bash scripts/test.sh -m ''` runs all.
+# Set up what is missing and run the linters and the tests. Arguments go to pytest:
+#   bash scripts/test.sh             all but the slow tests: minutes on two cores
+#   bash scripts/test.sh -m slow     whole trainings, runs of all stages, and kills of several processes
+#   bash scripts/test.sh -m ''       all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
@@ -9,4 +11,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-python -m pytest -n 2 --dist loadfile -m "not slow" "$@" # two workers, whole files each
+python -m pytest -n 2 --dist loadfile -m 'not slow' "$@" # a file at a time on each of two cores

@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,14 +178,6 @@ def test_missing_images_are_counted_before_a_model_is_loaded(root, tmp_path, cap
     (tmp_path / "a.json").write_text(json.dumps({"data": records}))
     assert len(load_samples("textVQA", "train", tmp_path / "a.json", root)) == 2
     assert "1 of 2 images do not exist, e.g." in capsys.readouterr().err
-
-
-def test_chartqa_says_who_asked_also_of_the_released_file():
-    file = Path(__file__).parents[2] / "shared/reference/annotations/chartqa_test_combined.json"
-    if not file.exists():
-        pytest.skip("the released annotation files are not here")
-    samples = load_samples("chartVQA", "test", file, "/", images=False)
-    assert [s.more["type"] for s in samples] == ["augmented"] * 1250 + ["human"] * 1250
 
 
 def test_the_longest_folder_that_fits_says_where_per_image_has_moved():

@@ -1,24 +1,24 @@
 """What prepare makes of each official download in miniature."""
 
+import json
+import lzma
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import DATA
 from downloads import (
     NAMES,
     N,
     prepare,
     samples_of,
     textvqa,
+    write,
 )
 from PIL import Image
 
 from mpa.datasets import DATASETS, okvqa
 from mpa.datasets.loading import load_samples
 from mpa.records import InputError, read_json, read_records
-
-REFERENCE = ROOT.parent / "shared/reference/annotations"
-
 
 FILES = {
     "textVQA": [
@@ -107,28 +107,47 @@ def test_a_second_call_changes_nothing_and_a_file_that_differs_is_not_overwritte
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
-def test_one_question_per_image_and_splits_by_image_have_the_released_counts():
-    """On the released annotation files. Their split of the images cannot be reproduced: no seed is published."""
-    if not REFERENCE.is_dir():
-        pytest.skip("the released annotation files are not here")
-    records = [
-        {"image_id": r["image_id"], **qa}
-        for r in read_json(REFERENCE / "okvqa_train_unique_combine.json")
-        for qa in r["qas"]
-    ]
-    files = okvqa.files({"train": records, "test": read_json(REFERENCE / "okvqa_val_combine.json")}, 0)
+def released_records() -> dict[str, list]:
+    """The released annotation files by name, with their ids, and texts that stand for their questions and answers."""
+    ids = json.loads(lzma.decompress((DATA / "annotations/released_ids.json.xz").read_bytes()))
+
+    def question(question_id: int) -> dict:
+        return {"question_id": question_id, "question": "what?", "answers": ["x"] * 10}
+
+    def chart(i: int, name: str) -> dict:
+        return {"imgname": name, "query": "what?", "label": "x", "question_id": i}
+
+    train, val = "okvqa_train_unique_combine", "okvqa_val_combine"  # a question's id is its image's and a digit
+    return {
+        train: [{"image_id": of_image[0] // 10, "qas": [*map(question, of_image)]} for of_image in ids[train]],
+        val: [{"image_id": i // 10, **question(i)} for i in ids[val]],
+        **{name: [{"id": i} for i in ids[name]] for name in ("okvqa_QwenFormat_train", "okvqa_QwenFormat_eval")},
+        **{
+            name: [chart(*r) for r in enumerate(ids[f"chartqa_{name}"])]
+            for name in ("train_onePerImage", "test_combined")
+        },
+    }
+
+
+def test_one_question_per_image_and_splits_by_image_have_the_released_counts(tmp_path):
+    """Of the released annotation files. Which images fall on which side is theirs alone: no seed is published."""
+    released = released_records()
+    unique = released["okvqa_train_unique_combine"]
+    records = [{"image_id": r["image_id"], **qa} for r in unique for qa in r["qas"]]
+    files = okvqa.files({"train": records, "test": released["okvqa_val_combine"]}, 0)
     train, val = (files[f"okvqa_QwenFormat_{part}.json"] for part in ("train", "eval"))
     assert {len({r["image_id"] for r in part}) for part in (train, val)} == {7648, 1350}
-    assert files["okvqa_train_unique_combine.json"] == read_json(REFERENCE / "okvqa_train_unique_combine.json")
-    theirs = [read_json(REFERENCE / f"okvqa_QwenFormat_{part}.json") for part in ("train", "eval")]
+    assert files["okvqa_train_unique_combine.json"] == unique
+    theirs = [released[f"okvqa_QwenFormat_{part}"] for part in ("train", "eval")]
     assert [len(part) for part in theirs] == [7659, 1350]
     assert {r["id"] for part in theirs for r in part} == {r["question_id"] for r in records}
     for name, split in (("okVQA", "train"), ("okVQA", "test"), ("chartVQA", "train"), ("chartVQA", "test")):
         file = Path(getattr(DATASETS[name], split).annotations).name
-        expected = DATASETS[name].preparation.expected[file]
-        reference = REFERENCE / (file if name == "okVQA" else f"chartqa_{file}")
-        samples = load_samples(name, split, reference, "/", images=False)
-        assert prepare.count(samples) == expected
+        write(tmp_path / file, released[file.removesuffix(".json")])
+        samples = load_samples(name, split, tmp_path / file, "/", images=False)
+        assert prepare.count(samples) == DATASETS[name].preparation.expected[file]
+        if file == "test_combined.json":  # which does not say who asked
+            assert [s.more["type"] for s in samples] == ["augmented"] * 1250 + ["human"] * 1250
 
 
 def test_easy_vqa_needs_no_download_and_keeps_the_ids_that_pa_has(tmp_path, capsys):
