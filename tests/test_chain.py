@@ -1,13 +1,16 @@
 """The four stages together, with the README's commands, on little data."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import STUDENT, TEACHER, bash
+import train
+from conftest import STUDENT, TEACHER, bash, python
 from downloads import NAMES, prepare, samples_of
+from easy_run import STAGES, read
+from training import MINI as TRAINER_FLAGS
 
+from mpa.datasets.loading import load_samples
 from mpa.metrics import bootstrap_interval
 from mpa.records import read_json, read_records
 
@@ -15,14 +18,8 @@ MINI = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE"
 LEVELLED = "PL_teacher_student"
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 @pytest.mark.slow
 def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
-    from mpa.datasets.loading import load_samples
-
     folder = tmp_path / "my images"
     folder.mkdir()
     for sample in load_samples("easyVQA", "train")[:60]:
@@ -108,6 +105,34 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         assert {kind: len(found) for kind, found in read_back.items()} == {"PA": 1, "PI": 2, "train": 1, "Eval": 3}
         assert {len(found) for found in read_back["Eval"]} == {len(samples_of(prepared, name, "test"))}
         assert len(list(folder.glob("lmms-eval/*/samples_*.jsonl"))) == 3
+
+
+def test_the_stages_one_after_the_other_add_up_to_the_summary(easy_run, tmp_path):
+    """Without the bash scripts, on 40 images."""
+    run = tmp_path / "run"
+    shutil.copytree(easy_run, run)
+    levelled, parity = run / f"{LEVELLED}_easyVQA", run / "PI_teacher_train_teacher_student_easyVQA.json"
+    paths = ["--model_id", STUDENT, "--data_path", parity, "--output_dir", levelled]
+    assert train.main([*map(str, paths), *TRAINER_FLAGS, "--per_device_train_batch_size", "4"]) == 0
+    done = python(*STAGES["evaluate"][:-1], levelled, TEACHER, "--run", f"{run}/")
+    assert done.returncode == 0, done.stderr
+    done = python("tables.py", "--dataset", "easyVQA", "--lvlm", TEACHER, "--svlm", STUDENT, run)
+    assert done.returncode == 0, done.stderr
+    assert "S-VLM before" in done.stdout and "MPA gains" in done.stdout
+    summary, kept = read(run / "summary.json"), len(read(parity))
+    assert {row: cells["train_samples"] for row, cells in summary["rows"].items()} == {
+        "base": 0,
+        "mpa": kept,
+        "lvlm": 0,
+    }
+    assert (
+        summary["funnel"]["parity"] == kept < summary["funnel"]["L-consistent"] <= summary["funnel"]["pictures"] == 40
+    )
+    for row, name in (("base", "student"), ("mpa", levelled.name), ("lvlm", "teacher")):
+        records = read(run / f"Eval_{name}_easyVQA.json")
+        right = [float(r["predictions"] == r["GT_answer"]) for r in records]
+        assert summary["rows"][row]["accuracy"] == pytest.approx(sum(right) / 48)
+        assert tuple(summary["rows"][row]["ci95"]) == pytest.approx(bootstrap_interval(right))
 
 
 def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path):

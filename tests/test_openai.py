@@ -45,11 +45,11 @@ def server():
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     try:
-        for _ in range(600):
+        while True:
+            assert process.poll() is None
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert process.poll() is None
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

@@ -93,7 +93,7 @@ def test_pipes_and_folders_that_cannot_be_looked_into_do_not_hold_it_up(tmp_path
         "--data",
         tmp_path / "data",
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     subprocess.run(["bash", "-c", f"rm -rf {tmp_path}/a/d*"], check=True)
     assert done.returncode == 1
     assert "cannot be read (File name too long)" in done.stderr

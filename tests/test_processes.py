@@ -34,9 +34,7 @@ def test_two_processes_share_a_stage_and_write_what_one_would(easy_run, tmp_path
     assert (tmp_path / f"{output}.json").read_bytes() == (easy_run / f"{output}.json").read_bytes()
     assert not list(tmp_path.glob("*.journal*.jsonl"))
     name, *arguments = STAGES["PI"]
-    parity = launch(
-        tmp_path, ROOT / "scripts" / name, *arguments
-    )  # the L-VLM's answers are there, the S-VLM's are shared
+    parity = launch(tmp_path, ROOT / "scripts" / name, *arguments)  # the L-VLM's answers are there
     assert parity.returncode == 0, parity.stderr
     for output in OUTPUTS["PI"]:
         assert (tmp_path / f"{output}.json").read_bytes() == (easy_run / f"{output}.json").read_bytes()

@@ -57,7 +57,7 @@ def test_ctrl_c_ends_at_once_with_a_word_on_how_to_go_on(tmp_path):
     while process.poll() is None and sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.jsonl")) < 9:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "stopped. Run the same command again to go on."
     assert "Traceback" not in said

@@ -21,6 +21,7 @@ from transformers import AutoProcessor
 import data
 
 QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
+KEPT = [*ONE, "--save_total_limit", "3"]
 
 
 # --- non-finite numbers --------------------------------------------------------------------------------
@@ -66,15 +67,24 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 # --- checkpoints ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(tmp_path):
-    """A training of ten steps with three checkpoints, in the state after a kill before the end."""
-    write(tmp_path, 18)
-    flags = [*ONE, "--save_total_limit", "3"]
-    train.main(arguments(tmp_path, *flags))
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory):
+    """A folder with a training of ten steps and three checkpoints, as if it had been killed before the end."""
+    folder = tmp_path_factory.mktemp("ten_steps")
+    write(folder, 18)
+    train.main(arguments(folder, *KEPT))
     for name in ("train_meta.json", "model.safetensors"):
-        (tmp_path / "out" / name).unlink()
-    return tmp_path, flags
+        (folder / "out" / name).unlink()
+    (folder / "out").rename(folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def stopped(ten_steps):
+    """The same folder, with all that a test before has changed put back."""
+    shutil.rmtree(ten_steps / "out", ignore_errors=True)
+    shutil.copytree(ten_steps / "kept", ten_steps / "out")
+    return ten_steps
 
 
 def damage(folder, how: str) -> None:
@@ -100,11 +110,11 @@ def damage(folder, how: str) -> None:
     ],
 )
 def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys):
-    folder, flags = stopped
+    folder = stopped
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("out/checkpoint-*"))
     assert len(steps) == 3
     damage(folder / f"out/checkpoint-{steps[-1]}", how)
-    train.main(arguments(folder, *flags))
+    train.main(arguments(folder, *KEPT))
     said = capsys.readouterr().out
     assert f"skipped {folder}/out/checkpoint-{steps[-1]}: " in said
     assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
