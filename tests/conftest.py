@@ -44,6 +44,7 @@ def python(name: str, *args) -> subprocess.CompletedProcess:
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     argv, sys.argv = sys.argv, [name, *map(str, args)]
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # left by a training in this process: a launcher's mark
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

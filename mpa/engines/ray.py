@@ -85,7 +85,6 @@ class RayEngine:
 
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
             local = {"include_dashboard": False, "object_store_memory": 200 * 2**20}  # replies are small
@@ -163,6 +162,7 @@ class RayEngine:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its import sets another level
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # none: a batch may take long
