@@ -26,7 +26,7 @@ from mpa.records import InputError, read_json, read_records, run_folder
 )
 def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines):
     (tmp_path / "PA_a_b.journal.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match=r"journal\.jsonl, line \d+: no line of a journal"):
+    with pytest.raises(InputError, match=r"journal\.jsonl, line \d+: not a line of a journal"):
         Journal(tmp_path / "PA_a_b.json", {})
 
 

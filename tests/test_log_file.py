@@ -1,10 +1,11 @@
 """results/<run>/log.txt has all that a command prints; the screen has what a person can follow."""
 
 import io
+import subprocess
 import sys
 
 import pytest
-from conftest import MINI, ROOT, TEACHER, script
+from conftest import MINI, ROOT, TEACHER, python
 
 from mpa import log_file
 
@@ -91,11 +92,12 @@ def test_where_the_disk_is_full_the_log_ends_and_the_command_goes_on(install, tm
 
 def test_a_stage_writes_its_log_beside_its_result_and_a_dry_run_none(images, tmp_path):
     common = ("--dataset", "images", "--image-root", images, "--model-path-lvlm", TEACHER, "--limit", 2, *MINI)
-    assert script("PA.py", *common, "--run", f"{tmp_path}/dry", "--dry-run").returncode == 0
+    assert python("PA.py", *common, "--run", f"{tmp_path}/dry", "--dry-run").returncode == 0
     assert not (tmp_path / "dry").exists()
-    done = script("PA.py", *common, "--run", f"{tmp_path}/run")
+    done = python("PA.py", *common, "--run", f"{tmp_path}/run")
     assert done.returncode == 0 and "PA.py" in (tmp_path / "run/log.txt").read_text()
     assert set(done.stdout.splitlines()) <= set(lines(tmp_path / "run/log.txt"))
-    failed = script("PA.py", *common, "--run", f"{tmp_path}/run", "--seed", 1)
+    command = [sys.executable, ROOT / "scripts/PA.py", *common, "--run", f"{tmp_path}/run", "--seed", 1]
+    failed = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == lines(tmp_path / "run/log.txt")[-1]

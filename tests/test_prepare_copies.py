@@ -80,7 +80,7 @@ def test_rows_of_other_shapes_are_read_or_named(tmp_path, capsys):
         prepare.main([*arguments, str(tmp_path / "b")])
     assert "1 questions of the test part have no answers" in capsys.readouterr().out
     parquet(tmp_path / "c/data/val-0.parquet", [{**row, "answers": ["x"], "image": None}])
-    with pytest.raises(InputError, match="row 0: no image in it"):
+    with pytest.raises(InputError, match="row 0: has no image"):
         prepare.main([*arguments, str(tmp_path / "c")])
     parquet(tmp_path / "d/data/0.parquet", [{**row, "answers": ["x"]}])
     with pytest.raises(InputError, match="has the name of a split"):

@@ -94,7 +94,7 @@ def edited(content: dict, change) -> dict:
         (lambda d: d["data"][3].update(answers=[{"answer": "x"}]), "record 3: .*should be a list of text"),
         (lambda d: d["data"][3].update(question=None), "record 3: .*'question' should be text"),
         (lambda d: d["data"][3].update(question_id=2), "records 2 and 3 have the same id"),
-        (lambda d: d.pop("data"), "no field 'data' in it; is it the official file"),
+        (lambda d: d.pop("data"), "has no field 'data'; is it the official file"),
         (lambda d: d.update(data=[1]), "expected a list of records"),
     ],
 )

@@ -39,9 +39,10 @@ def test_an_id_twice_is_refused_even_as_text_and_number(tmp_path):
 
 
 def test_the_released_files_read():
-    for name in os.listdir(DATA / "official"):
+    for path in (DATA / "official").glob("*.json"):
+        name = path.name
         kind = "train" if "_train_" in name else name.split("_")[0]
-        assert read_records(DATA / "official" / name, kind)
+        assert read_records(path, kind)
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):

@@ -244,6 +244,7 @@ def test_kept_pixels_are_bytes_and_come_back_to_the_bit(tmp_path):
     assert cache.put("odd", odd) and torch.equal(cache.get("odd")["pixel_values"], odd["pixel_values"])
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_that_fails_does_not_leave_the_other_waiting(tmp_path):
     write(tmp_path, 8)
     shutil.copytree(STUDENT, tmp_path / "bad")

@@ -117,6 +117,7 @@ def test_each_part_moves_at_its_own_rate(tmp_path, stage):
     assert moved == pytest.approx({"language": 1e-3, "merger": 3e-4, "vision": 1e-4}, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_batches_without_images_do_not_hang_zero3(tmp_path):
     write(tmp_path, 2)
     records = json.loads((tmp_path / "train.json").read_text())

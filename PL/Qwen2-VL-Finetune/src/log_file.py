@@ -64,7 +64,7 @@ _log: _Log | None = None
 def install() -> None:
     """Copy stdout and stderr from now on; `open_log` says where to. For commands, not for calls within a process."""
     global _log
-    if _log is None:
+    if not isinstance(sys.stdout, _Tee):
         _log = _Log()
         sys.stdout, sys.stderr = _Tee(sys.stdout, _log), _Tee(sys.stderr, _log)
 
