@@ -18,7 +18,6 @@ def install(monkeypatch):
 
     def replace() -> io.StringIO:
         shown = io.StringIO()
-        monkeypatch.setattr(log_file, "_log", None)
         monkeypatch.setattr(sys, "stdout", shown)
         monkeypatch.setattr(sys, "stderr", shown)
         log_file.install()

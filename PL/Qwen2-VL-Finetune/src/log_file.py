@@ -58,15 +58,15 @@ def _last_state(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-_log: _Log | None = None
-
-
 def install() -> None:
     """Copy stdout and stderr from now on; `open_log` says where to. For commands, not for calls within a process."""
-    global _log
-    if not isinstance(sys.stdout, _Tee):
-        _log = _Log()
-        sys.stdout, sys.stderr = _Tee(sys.stdout, _log), _Tee(sys.stderr, _log)
+    if _current() is None:
+        log = _Log()
+        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+
+
+def _current() -> _Log | None:
+    return sys.stderr.log if isinstance(sys.stderr, _Tee) else None
 
 
 def open_log(path: Path, verbose: bool = False) -> None:
@@ -74,25 +74,27 @@ def open_log(path: Path, verbose: bool = False) -> None:
 
     A file that cannot be written is a warning.
     """
-    if _log is None:
+    log = _current()
+    if log is None:
         return
-    _log.verbose = verbose
+    log.verbose = verbose
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _log.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        log.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     except OSError as error:
         print(f"warning: {path}: cannot be written ({error.strerror}). This run has no log.", file=sys.stderr)
         return
     if os.environ.get("RANK", "0") == "0":  # not the arguments: an address may hold a password
-        _log.add(f"\n{time.strftime('%F %T')} {Path(sys.argv[0]).name}")
-    while _log.early:
-        _log.add(_log.early.popleft())
+        log.add(f"\n{time.strftime('%F %T')} {Path(sys.argv[0]).name}")
+    while log.early:
+        log.add(log.early.popleft())
 
 
 def detail(*lines: str) -> None:
     """Print lines that most users do not need: only to the log, if there is one and the user did not ask for all."""
-    if _log is None or _log.file is None or _log.verbose:
+    log = _current()
+    if log is None or log.file is None or log.verbose:
         print(*lines, sep="\n", flush=True)
     else:
         for line in lines:
-            _log.add(line)
+            log.add(line)
