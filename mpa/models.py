@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from mpa import distributed
+from mpa import conversion, distributed
 from mpa.records import InputError, read_json
 
 # The paper's limits of pixels per image, passed to every processor that accepts such limits.
@@ -36,6 +36,9 @@ def check_model_path(path: str) -> None:
         if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir():
             return
         raise InputError(f"{path}: no such model folder. Give a folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.")
+    if conversion.original_type(path):
+        conversion.check_original(folder)
+        return
     if base := adapted(path):
         try:
             check_model_path(base)
@@ -188,7 +191,7 @@ def _is_mark(token: str, special: bool | None) -> bool:
 
 def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):
     """The model's own processor, with left padding, and with pixel limits if it accepts them."""
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -197,6 +200,8 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
         raise InputError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
     if not hasattr(processor, "tokenizer"):
         raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
+    if getattr(processor.image_processor, "original_backend", "") == "pil":  # set by a conversion (mpa.conversion)
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     images = processor.image_processor
     if hasattr(images, "merge_size"):  # Qwen-style processors: the two "edges" are in fact areas in pixels
         images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from mpa import distributed, records
+from mpa.conversion import native
 from mpa.engines import ENGINES, Request, open_engine
 from mpa.image_files import image_size
 from mpa.journal import Journal, finished
@@ -47,13 +48,18 @@ class Model:
     @property
     def marks(self) -> frozenset[str]:
         """What the model's prompt format takes for its own: no question or answer may hold it."""
-        return format_marks(self.path if self.local else None, self.args.trust_remote_code)
+        return format_marks(self.folder if self.local else None, self.args.trust_remote_code)
+
+    @property
+    def folder(self) -> str:
+        """What is loaded: an original checkpoint's conversion, which is made when it is first needed, or `path` itself."""
+        return native(self.path) if self.local else self.path
 
     def engine(self):
         """The engine, ready to load the model when it is first asked."""
         self.check()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
-        return open_engine(self.engine_name, model_path=self.path, **settings)
+        return open_engine(self.engine_name, model_path=self.folder, **settings)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
         """Print how much there is to ask and how long it would take, from the pace of a few requests. Keeps nothing."""

@@ -3,6 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import originals
 import pytest
 import train
 from conftest import STUDENT, TEACHER, bash, python
@@ -140,3 +141,20 @@ def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_pa
     assert done.returncode != 0
     assert "no such file. Run PI.sh first" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("original", [originals.internvl, originals.tinyllava])
+def test_an_original_checkpoint_goes_through_all_stages(original, tmp_path):
+    """Its weights are random: nothing is learnt, everything runs."""
+    source = original(tmp_path / "small")
+    settings = {"DATASET": "easyVQA", "LVLM": TEACHER, "SVLM": source, "RUN": f"{tmp_path}/run", "LIMIT": 24}
+    settings |= {"MPA_CACHE": tmp_path / "cache", "ACCUMULATION": 1, "EVALUATE_FLAGS": "--limit 12"}
+    done = bash("scripts/mpa.sh", **settings, **MINI)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    assert len(read(run / "PI_teacher_train_teacher_small_easyVQA.json")) > 5
+    assert len(read(run / "Eval_PL_teacher_small_easyVQA_easyVQA.json")) == 12
+    meta = read(run / "PL_teacher_small_easyVQA" / "train_meta.json")
+    assert meta["converted_from"] == str(source)
+    assert "Fine-tuned from `small`" in (run / "PL_teacher_small_easyVQA" / "README.md").read_text()

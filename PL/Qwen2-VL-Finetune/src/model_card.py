@@ -20,7 +20,8 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     `meta` is the content of train_meta.json, `base` the base model's folder or hub id, `adapter` whether `out` holds
     LoRA adapters.
     """
-    funnel, licence, base_name = _funnel(meta["settings"]["data_path"]), _licence(base), _base_name(base)
+    funnel, licence = _funnel(meta["settings"]["data_path"]), _licence(base)
+    base_name = _base_name(converted_from(base) or base)
     accuracy = [f"- accuracy on held-out samples: {meta['accuracy']:.1%}"] if "accuracy" in meta else []
     lines = [
         "---",
@@ -45,6 +46,12 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
         f"`MODEL={out.name} bash evaluate.sh`, or any program that loads such models.\n",
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def converted_from(base: str) -> str | None:
+    """The original checkpoint that scripts/convert.py made the folder `base` from; None for any other model."""
+    record = Path(base) / "conversion.json"
+    return json.loads(record.read_text())["source"] if record.is_file() else None
 
 
 def _funnel(data_paths: list[str]) -> list[str]:

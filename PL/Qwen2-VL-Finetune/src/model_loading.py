@@ -4,7 +4,7 @@ import param_groups
 import torch
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -12,6 +12,8 @@ from transformers.utils import is_flash_attn_2_available
 def load_processor(model_args: ModelArguments, data_args: DataArguments):
     """The model's processor with the pixel limits of `data_args`. Raises DataError if it cannot be loaded."""
     processor = _from_pretrained(AutoProcessor, model_args)
+    if getattr(processor.image_processor, "original_backend", "") == "pil":  # set by scripts/convert.py
+        processor.image_processor = _from_pretrained(AutoImageProcessor, model_args, backend="pil")
     image_processor = processor.image_processor
     if hasattr(image_processor, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
         image_processor.size = {

@@ -32,7 +32,7 @@ import transformers
 from collator import Collator
 from features import VisionFeatures, precompute
 from log_file import detail
-from model_card import write_card
+from model_card import converted_from, write_card
 from model_loading import compute_dtype, load_model, load_processor, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
@@ -157,6 +157,8 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
     meta = {"settings": current, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
     meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
     meta |= trainer.pace() | {"peak_bytes": report.peak_bytes(args.device)}
+    if original := converted_from(model_args.model_id):
+        meta["converted_from"] = original
     if trainer.eval_dataset:
         scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
         meta["accuracy"] = max(scores) if args.load_best else scores[-1]

@@ -1,0 +1,183 @@
+"""Converted checkpoints compute what the original code computed, from weights of which none is left over."""
+
+import json
+import shutil
+
+import originals
+import pytest
+import torch
+from originals import ORIGINALS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from mpa import conversion
+from mpa.conversion import writing
+from mpa.records import InputError
+
+# Absolute, of tests/data/originals/README.md: two orders of evaluation differ by up to 4e-5.
+LOGITS, FEATURES = 1e-4, 5e-5
+NAMES = ["internvl2_2b_like", "internvl2_4b_like", "internvl2_8b_like", "tinyllava_2_0b_like"]
+
+
+def inputs(reference: dict, case: str) -> dict:
+    """The input of the native model: an unused id stands where the image's features go."""
+    prefix = "expanded_" if f"{case}.expanded_input_ids" in reference else ""
+    found = {name: reference[f"{case}.{prefix}{name}"] for name in ("input_ids", "attention_mask")}
+    pixels = reference.get("batch.pixel_values" if case == "batch_left" else f"{case}.pixel_values")
+    return found | ({} if pixels is None else {"pixel_values": pixels})
+
+
+def check(model, reference: dict, head_bias=0.0) -> None:
+    cases = sorted({name.split(".")[0] for name in reference})
+    assert len(cases) >= 3
+    for case in cases:
+        given, expected = inputs(reference, case), lambda name, case=case: reference.get(f"{case}.{name}")
+        with torch.inference_mode():
+            logits = model(**given).logits
+            if (features := expected("image_features")) is not None:
+                got = torch.stack(list(model.get_image_features(pixel_values=given["pixel_values"]).pooler_output))
+                assert (got - features).abs().max() < FEATURES, case
+            if expected("logits") is not None:
+                difference = (logits + head_bias - expected("logits")).abs().amax(-1)
+                assert (difference * given["attention_mask"]).max() < LOGITS, case
+            if expected("logits_tail") is not None:
+                assert (logits[:, -32:] - expected("logits_tail")).abs().max() < LOGITS, case
+            if expected("generated") is not None and isinstance(head_bias, float):
+                new = model.generate(**given, max_new_tokens=12, do_sample=False, eos_token_id=10**6, pad_token_id=0)
+                assert torch.equal(new[:, given["input_ids"].shape[1] :], expected("generated")), case
+
+
+def load(folder, attention="eager"):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_features_logits_and_greedy_tokens_are_the_originals(name, attention, tmp_path):
+    out = conversion.convert(ORIGINALS / name, tmp_path / "out", originals.image_token_id(name))
+    check(load(out, attention), load_file(ORIGINALS / name / "reference.safetensors"))
+
+
+def test_the_factory_layout_but_for_the_bias_of_its_head(tmp_path):
+    """Phi-2's head has a bias that the native class has no place for; without it, all else is the original's."""
+    name, source = "tinyllava_factory_phi2_like", tmp_path / "source"
+    with pytest.raises(InputError, match=r"1 not in the model: language_model\.lm_head\.bias.*head has a bias"):
+        conversion.convert(ORIGINALS / name, tmp_path / "out", 310)
+    shutil.copytree(ORIGINALS / name, source)
+    weights = load_file(source / "model.safetensors")
+    bias = weights.pop("language_model.lm_head.bias")
+    save_file(weights, source / "model.safetensors")
+    out = conversion.convert(source, tmp_path / "out", originals.image_token_id(name))
+    check(load(out), load_file(ORIGINALS / name / "reference.safetensors"), bias)
+
+
+def test_shards_are_read_and_written_one_by_one(tmp_path, monkeypatch):
+    """Three shards in, several of at most 400 kB out: the same model, under the names that save_pretrained writes."""
+    name, source = "internvl2_8b_like", tmp_path / "source"
+    shutil.copytree(ORIGINALS / name, source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    table = {}
+    for part in range(3):
+        shard = {key: weights[key] for key in sorted(weights)[part::3]}
+        save_file(shard, source / f"m-{part}.safetensors")
+        table |= dict.fromkeys(shard, f"m-{part}.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    monkeypatch.setattr(writing, "SHARD_BYTES", 400_000)
+    out = conversion.convert(source, tmp_path / "out", 512)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
+    assert all((out / file).stat().st_size < 420_000 for file in files)
+    model = load(out)
+    check(model, load_file(ORIGINALS / name / "reference.safetensors"))
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert sorted(again) == sorted(index["weight_map"])
+
+
+def test_a_head_that_is_not_tied_stays_apart(tmp_path):
+    out = conversion.convert(ORIGINALS / "internvl2_2b_like", tmp_path / "out", 592)
+    model = load(out)
+    assert not model.config.tie_word_embeddings and not model.config.text_config.tie_word_embeddings
+    stored = load_file(ORIGINALS / "internvl2_2b_like" / "model.safetensors")
+    assert torch.equal(model.get_output_embeddings().weight, stored["language_model.output.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, stored["language_model.model.tok_embeddings.weight"])
+
+
+def refused(source, tmp_path, match, **options):
+    with pytest.raises(InputError, match=match):
+        conversion.convert(source, tmp_path / "out", 592, **options)
+    assert not list(tmp_path.glob("out*"))  # nothing half-made
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"ps_version": "v1"}, "ps_version is 'v1'; the native class shuffles pixels as v2"),
+        ({"select_layer": -4}, "select_layer is -4; the native class takes the last"),
+        ({"use_llm_lora": 128}, "use_llm_lora is 128; merge the adapter"),
+        ({"use_backbone_lora": 16}, "use_backbone_lora is 16; merge the adapter"),
+        ({"template": "vicuna"}, "template is 'vicuna'; known are internlm2-chat"),
+        ({"use_thumbnail": False}, "use_thumbnail is False"),
+        ({"vision_config__qk_normalization": True}, "qk_normalization is True"),
+        ({"llm_config__model_type": "mamba"}, "llm_config.model_type is 'mamba'"),
+        ({"llm_config__num_hidden_layers": 10**9}, "says 1000000000 layers, the weights hold 2"),
+        ({"llm_config__hidden_size": "wide"}, "no model can be made of it"),
+        ({"llm_config__vocab_size": 601}, r"2 of another shape: .*\[600, 64\] instead of \[601, 64\]"),
+        ({"llm_config": None}, "config.json: a field has no usable value"),
+        ({"downsample_ratio": {}}, "config.json: a field has no usable value"),
+        ({"model_type": "llama"}, "model_type 'llama' is not one that is converted"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(change, match, tmp_path):
+    source = shutil.copytree(ORIGINALS / "internvl2_2b_like", tmp_path / "source")
+    refused(originals.changed(source, **change), tmp_path, match)
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    source = shutil.copytree(ORIGINALS / "internvl2_2b_like", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    norm = weights.pop("language_model.model.norm.weight")
+    save_file(weights | {"mlp2.0.weight": norm}, source / "model.safetensors")
+    refused(
+        source, tmp_path, r"1 not in the model: mlp2.0.weight; 1 missing: model.language_model.norm.weight. Nothing"
+    )
+    weights["language_model.model.norm.weight"] = norm
+    weights["language_model.model.layers.0.attention.wqkv.weight"] = torch.zeros(126, 64)
+    save_file(weights, source / "model.safetensors")
+    refused(source, tmp_path, r"wqkv.weight has the shape \[126, 64\]")
+
+
+def test_damaged_partial_and_pickled_weights(tmp_path):
+    source = shutil.copytree(ORIGINALS / "internvl2_2b_like", tmp_path / "source")
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-100])
+    refused(source, tmp_path, "damaged, or not yet downloaded whole")
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path, "model.safetensors is missing. Download")
+    (source / "pytorch_model.bin").write_bytes(b"")
+    refused(source, tmp_path, "only there as pickles.*safetensors.torch.save_file")
+
+
+def test_the_vision_tower_is_found_beside_or_named(tmp_path):
+    name, tower = "tinyllava_2_0b_like", "TinyLLaVA-2.0B-SigLIP"
+    source = shutil.copytree(ORIGINALS / name, tmp_path / "source")
+    (source / tower).rename(tmp_path / tower)  # beside
+    beside = conversion.convert(source, tmp_path / "beside", 310)
+    (tmp_path / tower).rename(tmp_path / "tower")
+    with pytest.raises(InputError, match=f"its vision tower, bczhou/{tower}, is needed.*--vision-tower"):
+        conversion.convert(source, tmp_path / "out", 310)
+    named = conversion.convert(source, tmp_path / "named", 310, vision_tower=str(tmp_path / "tower"))
+    assert (beside / "model.safetensors").read_bytes() == (named / "model.safetensors").read_bytes()
+
+
+def test_the_towers_own_weights_are_taken_and_a_differing_copy_is_said(tmp_path, capsys):
+    source = shutil.copytree(ORIGINALS / "tinyllava_2_0b_like", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    copied = "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.bias"
+    weights[copied] = weights[copied] + 1
+    save_file(weights, source / "model.safetensors")
+    out = conversion.convert(source, tmp_path / "out", 310)
+    assert "1 of 37 tensors of the vision tower differ" in capsys.readouterr().out
+    check(load(out), load_file(ORIGINALS / "tinyllava_2_0b_like" / "reference.safetensors"))

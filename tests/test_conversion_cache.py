@@ -1,0 +1,110 @@
+"""A stage given an original converts it once, into the cache, and says so; nothing half-made stays."""
+
+import json
+import multiprocessing
+import os
+
+import originals
+import pytest
+from conftest import MINI, STUDENT, TEACHER, python
+from easy_run import read
+
+from mpa import conversion, models
+from mpa.conversion import writing
+from mpa.records import InputError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPA_CACHE", str(tmp_path / "cache"))
+    conversion.native.cache_clear()
+    return tmp_path / "cache"
+
+
+def folders(cache) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if not path.name.startswith("."))
+
+
+def test_an_original_is_converted_once_and_another_content_anew(tmp_path, cache, capsys):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    out = conversion.native(str(source))
+    said = capsys.readouterr().out
+    assert said.startswith(f"Converted {source} into {out} (0.00") and said.count("\n") == 1
+    assert conversion.original_name(out) == str(source)
+    conversion.native.cache_clear()
+    assert conversion.native(str(source)) == out and capsys.readouterr().out == ""
+    originals.changed(source, max_dynamic_patch=6)
+    conversion.native.cache_clear()
+    assert conversion.native(str(source)) != out
+    assert len(folders(cache)) == 2 and all(name.startswith("InternVL2-2B-") for name in folders(cache))
+    assert conversion.native(str(STUDENT)) == str(STUDENT)
+
+
+def test_two_processes_convert_once(tmp_path, cache):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(conversion.native, [str(source)] * 2, chunksize=1)
+    assert len(set(found)) == 1 and len(folders(cache)) == 1
+
+
+def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache, monkeypatch):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(writing, "_names_on_disk", lambda _: os.kill(os.getpid(), 9))
+        conversion.native(str(source))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    assert [".partial-" in name for name in folders(cache)] == [True]
+    conversion.native(str(source))
+    assert [".partial-" in name for name in folders(cache)] == [False]
+
+
+def test_a_stage_names_the_original_in_what_it_writes(tmp_path, cache):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    args = [
+        *("--dataset", "easyVQA", "--limit", 4, "--run", tmp_path / "run", "--max-new-tokens", 8, "--workers", 0),
+        *MINI,
+    ]
+    done = python("evaluate.py", "--model-path", source, *args)
+    assert done.returncode == 0, done.stderr
+    assert "Converted" in done.stdout
+    meta = read(tmp_path / "run" / "Eval_InternVL2-2B_easyVQA.meta.json")
+    assert meta["model_path"] == str(source) and meta["settings"]["model"].startswith("InternVL2-2B@")
+    assert len(read(tmp_path / "run" / "Eval_InternVL2-2B_easyVQA.json")) == 4
+    assert "already" in python("evaluate.py", "--model-path", source, *args).stdout
+
+
+def test_an_originals_folder_is_checked_before_anything_is_loaded(tmp_path):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    models.check_model_path(str(source))
+    (source / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match="no tokenizer in it"):
+        models.check_model_path(str(source))
+    (source / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        models.check_model_path(str(source))
+
+
+def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
+    source = originals.tinyllava(tmp_path / "TinyLLaVA-2.0B")
+    done = python("convert.py", source, "--out", tmp_path / "out")
+    assert done.returncode == 0 and f"Wrote {tmp_path}/out (0.00" in done.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
+        "LlavaForConditionalGeneration"
+    ]
+    again = python("convert.py", source, "--out", tmp_path / "out")
+    assert again.returncode == 1 and "exists already" in again.stderr
+    cached = python("convert.py", "--cached", source)
+    assert cached.stdout == f"{conversion.native(str(source))}\n" and "Converted" in cached.stderr
+    assert python("convert.py", "--cached", TEACHER).stdout == f"{TEACHER}\n"
+    assert "cannot be downloaded" in python("convert.py", "no/such-model", "--out", tmp_path / "x").stderr
+
+
+def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):
+    """The image processor on PIL, which transformers selects only when asked to."""
+    folder = conversion.native(str(originals.internvl(tmp_path / "InternVL2-2B")))
+    processor = models.load_processor(folder, 1, 10**9)
+    assert type(processor.image_processor).__name__ == "GotOcr2ImageProcessorPil"
+    processor.save_pretrained(tmp_path / "saved")  # as a training does
+    assert type(models.load_processor(str(tmp_path / "saved"), 1, 10**9).image_processor).__name__.endswith("Pil")
