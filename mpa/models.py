@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from mpa import conversion, distributed
+from mpa.loading_errors import explain, incomplete
 from mpa.records import InputError, read_json
 
 # The paper's limits of pixels per image, passed to every processor that accepts such limits.
@@ -34,6 +35,7 @@ def check_model_path(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir():
+            conversion.original_type(path)  # asks the hub for config.json: a misspelt or gated id is an error here
             return
         raise InputError(f"{path}: no such model folder. Give a folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.")
     if conversion.original_type(path):
@@ -197,7 +199,7 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
+        raise InputError(explain(path, error)) from None
     if not hasattr(processor, "tokenizer"):
         raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
     if getattr(processor.image_processor, "original_backend", "") == "pil":  # set by a conversion (mpa.conversion)
@@ -216,6 +218,7 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
 
     LoRA adapters are merged into their base model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -223,15 +226,22 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
         logging.disable_progress_bar()
     base = adapted(path)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            base or path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            base or path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `incomplete` reports them
         )
+        if wrong := incomplete(base or path, info):
+            raise InputError(wrong)
         if base:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(explain(path, error)) from None
     return model.to(device).eval()
 
 

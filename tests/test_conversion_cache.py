@@ -98,7 +98,7 @@ def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
     cached = python("convert.py", "--cached", source)
     assert cached.stdout == f"{conversion.native(str(source))}\n" and "Converted" in cached.stderr
     assert python("convert.py", "--cached", TEACHER).stdout == f"{TEACHER}\n"
-    assert "cannot be downloaded" in python("convert.py", "no/such-model", "--out", tmp_path / "x").stderr
+    assert "not in the cache of the hub" in python("convert.py", "no/such-model", "--out", tmp_path / "x").stderr
 
 
 def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):

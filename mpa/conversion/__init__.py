@@ -31,13 +31,11 @@ VERSION = 1
 
 
 def original_type(path: str | Path) -> str | None:
-    """The `model_type` of an original that can be converted; None for any other folder or hub id."""
-    folder = Path(path)
-    if not folder.is_dir():
-        config = hub.config_file(str(path))
-        if config is None:
-            return None
-        folder = config.parent
+    """The `model_type` of an original that can be converted; None for any other folder or hub id.
+
+    Raises InputError for a hub id that cannot be reached, and says why.
+    """
+    folder = Path(path) if Path(path).is_dir() else hub.config_file(str(path)).parent
     if not (folder / "config.json").is_file():
         return None
     kind = read_config(folder).get("model_type")

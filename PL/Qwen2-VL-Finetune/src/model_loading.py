@@ -2,8 +2,10 @@
 
 import param_groups
 import torch
+from loading_errors import explain, incomplete
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
@@ -30,9 +32,17 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     """
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
-    model = _from_pretrained(
-        AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText,
+        model_args,
+        dtype="float32",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `incomplete` reports them
+        **attention,
     )
+    if wrong := incomplete(model_args.model_id, info):
+        raise DataError(wrong)
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
@@ -60,5 +70,5 @@ def _from_pretrained(auto_class, model_args: ModelArguments, **options):
     source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
     try:
         return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(explain(source, error)) from None
