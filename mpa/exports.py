@@ -14,6 +14,7 @@ from pathlib import Path
 from mpa import records
 from mpa.image_files import read_file
 from mpa.packages import require
+from mpa.parity import funnel_line
 from mpa.records import InputError
 
 MARK = "<image>"
@@ -178,7 +179,7 @@ def size_category(n: int) -> str:
 
 def data_card(train_json: Path, meta: dict, n: int, file: str) -> str:
     """The dataset card: what the dataset is and how it was made. `meta` is the parity set's meta file."""
-    funnel = " → ".join(f"{count} {what}" for what, count in meta.get("funnel", {}).items()) or "not known"
+    funnel = funnel_line(meta.get("funnel", {})) or "not known"
     lvlm, svlm = (records.short_name(meta.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
     return f"""---
 task_categories:

@@ -39,3 +39,8 @@ class ParityRule:
                 prompt = train_prompt(s["PA_question"], self.preset)
                 parity.append(records.train_record(s["question_id"], s["image_path"], prompt, s["PA_answer"]))
         return parity
+
+
+def funnel_line(funnel: dict[str, int]) -> str:
+    """ "1000 images → 990 parsed → 685 L-consistent → 239 parity"; the key `pictures` is older than the word."""
+    return " → ".join(f"{n} {'images' if what == 'pictures' else what}" for what, n in funnel.items())

@@ -102,7 +102,7 @@ class Stage:
         """Whether the result is there, made with these settings; said to the user."""
         there = finished(self.out, self.settings, self.model.args.restart)
         if there:
-            print(f"{self.label}: {self.out} is there already, made with these settings (--restart makes it anew).")
+            print(f"{self.label}: {self.out} already exists, made with these settings (--restart makes it anew).")
         return there
 
     @contextlib.contextmanager

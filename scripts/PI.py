@@ -28,7 +28,7 @@ from mpa.engines import ENGINES
 from mpa.image_files import fingerprints
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.parity import ParityRule
+from mpa.parity import ParityRule, funnel_line
 from mpa.presets import PRESETS
 from mpa.prompts import holds_mark, parse_annotation, with_question_mark
 from mpa.records import InputError
@@ -283,7 +283,7 @@ def main(argv=None) -> Path:
         facts["matched_within_words"] = wrapped
     out = write_parity(args, parity, lvlm_answers, svlm_answers, **facts)
 
-    print("PI: " + " → ".join(f"{n} {what}" for what, n in funnel.items()))
+    print("PI: " + funnel_line(funnel))
     if any(wrapped.values()):
         what = " and ".join(f"{n} of the {who}'s" for who, n in wrapped.items())
         print(f"PI: answers that match only without the words around them, such as 'The answer is …': {what}.")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, log_file, records, scoring
 from mpa.datasets import DATASETS
 from mpa.matching import Match
+from mpa.parity import funnel_line
 
 ROWS = {
     "base": "S-VLM before",
@@ -179,7 +180,7 @@ def main(argv=None) -> None:
         result = summary(run)
         records.write_json(folder / "summary.json", result)
         results.append(result)
-        print(f"\n{folder}: " + " → ".join(f"{n} {what}" for what, n in result["funnel"].items()))
+        print(f"\n{folder}: " + funnel_line(result["funnel"]))
         print("\n".join(["Examples:", *examples(run), ""]))
         print("\n".join(table(result, what)))
         if not DATASETS[args.dataset].labelled:

@@ -35,7 +35,7 @@ def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, copied_imag
     assert sum(bool(r["predicted_question"]) for r in second) == 29
     assert not list(run.glob("*.journal*"))
     annotate(server, copied_images, run, "--no-fused")
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 def test_a_result_with_nothing_in_it_is_never_there_already(tmp_path):

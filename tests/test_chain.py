@@ -75,7 +75,7 @@ def test_the_demo_in_small_writes_the_summary_that_its_files_add_up_to(tmp_path)
 
     again = bash("scripts/demo.sh", **settings)
     assert again.returncode == 0
-    assert "PA_teacher_easyVQA.json is there already" in again.stdout
+    assert "PA_teacher_easyVQA.json already exists" in again.stdout
     assert again.stdout.count("already exists, trained with these settings") == 5
     assert read(run / "summary.json") == summary
 

@@ -94,7 +94,7 @@ def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
         "LlavaForConditionalGeneration"
     ]
     again = python("convert.py", source, "--out", tmp_path / "out")
-    assert again.returncode == 1 and "exists already" in again.stderr
+    assert again.returncode == 1 and "already exists" in again.stderr
     cached = python("convert.py", "--cached", source)
     assert cached.stdout == f"{conversion.native(str(source))}\n" and "Converted" in cached.stderr
     assert python("convert.py", "--cached", TEACHER).stdout == f"{TEACHER}\n"

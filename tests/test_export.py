@@ -74,7 +74,7 @@ def test_the_hugging_face_folder_loads_and_its_card_says_what_it_is(parity_set, 
     assert (loaded["id"][:], loaded["answer"][:]) == (["7", "x/8"], ["red", "blau"])
     assert loaded[1]["image"].getpixel((0, 0))[2] > 250
     card = (folder / "README.md").read_text()
-    assert "9 pictures → 2 parity" in card
+    assert "9 images → 2 parity" in card
     assert "visual-question-answering" in card
 
 

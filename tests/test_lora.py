@@ -59,7 +59,7 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
     model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     card = (tmp_path / "README.md").read_text()
-    assert "9 pictures → 4 parity" in card
+    assert "9 images → 4 parity" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
     assert "without human labels" in card

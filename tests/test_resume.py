@@ -69,7 +69,7 @@ def test_a_model_trained_anew_in_the_same_folder_is_another_model(easy_run, tmp_
     command = [str(model) if argument == str(STUDENT) else argument for argument in STAGES["evaluate"]]
     assert python(*command, "--run", f"{tmp_path}/").returncode == 0
     (model / "train_log.json").write_text("{}")  # says nothing about the model
-    assert "is there already" in python(*command, "--run", f"{tmp_path}/").stdout
+    assert "already exists" in python(*command, "--run", f"{tmp_path}/").stdout
     shutil.copy(TEACHER / "model.safetensors", model)
     other = python(*command, "--run", f"{tmp_path}/")
     assert other.returncode == 1
@@ -100,7 +100,7 @@ def test_a_second_call_says_that_all_is_done_and_other_settings_are_refused(easy
     before = (easy_run / "PA_teacher_easyVQA.json").stat()
     again = python(*STAGES["PA"], "--run", f"{easy_run}/")
     assert again.returncode == 0
-    assert "is there already" in again.stdout
+    assert "already exists" in again.stdout
     assert (easy_run / "PA_teacher_easyVQA.json").stat().st_mtime_ns == before.st_mtime_ns
     other = python(*STAGES["PA"], "--run", f"{easy_run}/", "--seed", "5")
     assert other.returncode == 1

@@ -58,7 +58,7 @@ def convert(
     """
     out = Path(out)
     if out.exists():
-        raise InputError(f"{out}: exists already. Name a new folder with --out, or remove it.")
+        raise InputError(f"{out}: already exists. Name a new folder with --out, or remove it.")
     folder = Path(source) if Path(source).is_dir() else hub.download(str(source))
     kind = original_type(folder)
     if kind is None:

@@ -36,11 +36,14 @@ def bench_layout(checkpoint: Checkpoint, image_token_id: int | None = None, visi
         # Given as `rope_pct`, it would be ignored without a word.
         "rope_parameters": rope(config) | {"partial_rotary_factor": config.get("rope_pct", 0.25)},
     }
-    aspect = config.get("image_aspect_ratio") or "square"
-    means = _means(tower.folder, tower.config)
     return _llava(
         [(checkpoint, _bench_name), (tower, _tower_name)],
-        *(text, vision, "full", aspect, means, image_token_id, config),
+        text,
+        vision,
+        strategy="full",
+        layer=-1,
+        means=_means(tower.folder, tower.config),
+        image_token_id=image_token_id,
         notes=_differing_copy(checkpoint, tower),
     )
 
@@ -69,18 +72,22 @@ def factory_layout(
         native.pop("partial_rotary_factor", None)
     # "patch" drops the first patch, as if it were a class token: transformers' "default".
     strategy = "default" if config.get("vision_feature_select_strategy", "patch") == "patch" else "full"
-    aspect, means = config.get("image_aspect_ratio") or "square", _means(checkpoint.folder, config["vision_config"])
-    layer = config.get("vision_feature_layer", -2)
     return _llava(
-        [(checkpoint, _factory_name)], native, vision, strategy, aspect, means, image_token_id, text, vision_layer=layer
+        [(checkpoint, _factory_name)],
+        native,
+        vision,
+        strategy=strategy,
+        layer=config.get("vision_feature_layer", -2),
+        means=_means(checkpoint.folder, config["vision_config"]),
+        image_token_id=image_token_id,
     )
 
 
-def _llava(
-    sources, text, vision, strategy, aspect, means, image_token_id, original: dict, vision_layer=-1, notes=()
-) -> Layout:
+def _llava(sources, text, vision, *, strategy, layer, means, image_token_id, notes=()) -> Layout:
+    checkpoint = sources[0][0]
+    aspect = checkpoint.config.get("image_aspect_ratio") or "square"
     if aspect not in ("pad", "square"):
-        refuse(sources[0][0], "image_aspect_ratio", aspect, "known are pad and square")
+        refuse(checkpoint, "image_aspect_ratio", aspect, "known are pad and square")
     side = vision["image_size"] // vision["patch_size"]
     config = {
         "model_type": "llava",
@@ -88,7 +95,7 @@ def _llava(
         "vision_config": vision,
         "image_seq_length": side**2 - (strategy == "default"),
         "projector_hidden_act": "gelu",
-        "vision_feature_layer": vision_layer,
+        "vision_feature_layer": layer,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
@@ -100,7 +107,7 @@ def _llava(
         end_of_turn=None,
         chat_template=lambda end: dialogue_template(SYSTEM, end, IMAGE_TOKEN),
         processor=lambda tokenizer, template: _processor(vision, strategy, aspect, means, tokenizer, template),
-        end_token_id=original.get("eos_token_id"),
+        end_token_id=text.get("eos_token_id"),
         notes=notes,
     )
 

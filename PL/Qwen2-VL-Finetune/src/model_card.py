@@ -61,7 +61,9 @@ def _funnel(data_paths: list[str]) -> list[str]:
         meta = Path(path).with_suffix(".meta.json")
         if meta.exists():
             counts = json.loads(meta.read_text()).get("funnel", {})
-            lines.append("- " + " → ".join(f"{count} {name}" for name, count in counts.items()))
+            lines.append(
+                "- " + " → ".join(f"{n} {'images' if what == 'pictures' else what}" for what, n in counts.items())
+            )
     return lines
 
 
