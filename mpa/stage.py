@@ -1,4 +1,4 @@
-"""What PA, PI and evaluate share: a model, the engine that runs it, the settings that decide the outcome, the result."""
+"""What PA, PI and evaluate share: a model with its engine, and a stage with its settings, journal and result file."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_to
 
 
 class Model:
-    """A model as the arguments say to run it: the L-VLM may have an engine of its own."""
+    """A model and the engine that the arguments select for it; the L-VLM may have its own engine."""
 
     def __init__(self, args, path: str):
         self.args, self.path = args, path
@@ -31,7 +31,7 @@ class Model:
         self.local = ENGINES[self.replies_from].local
 
     def check(self) -> None:
-        """Raise InputError for a folder that holds no whole model, before anything heavy is imported."""
+        """Raise InputError if the model's folder is incomplete, before anything slow is imported."""
         if self.local:
             check_model_path(self.path)
 
@@ -42,12 +42,12 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """The dtype that "auto" comes down to here: it is another one on another machine."""
+        """The dtype; "auto" is resolved for this machine's device."""
         return resolved_dtype(self.args.dtype, self.args.device) if self.local else self.args.dtype
 
     @property
     def marks(self) -> frozenset[str]:
-        """What the model's prompt format takes for its own: no question or answer may hold it."""
+        """The special tokens of the model's prompt format. No question or answer may hold one."""
         return format_marks(self.folder if self.local else None, self.args.trust_remote_code)
 
     @property
@@ -56,13 +56,13 @@ class Model:
         return native(self.path) if self.local else self.path
 
     def engine(self):
-        """The engine, ready to load the model when it is first asked."""
+        """The engine. It loads the model at the first request."""
         self.check()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
         return open_engine(self.engine_name, model_path=self.folder, **settings)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
-        """Print how much there is to ask and how long it would take, from the pace of a few requests. Keeps nothing."""
+        """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
         with self.engine() as engine:
             list(engine.generate(requests[:1]))  # loads the model
             at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
@@ -87,8 +87,8 @@ class Stage:
         ask(engine, requests, stage.journal, stage.label)
     stage.write(result, passing=…, usable=…)
 
-    `content` is all that goes into the records beside the replies, as JSON can hold it; `choices` are further settings
-    that decide the outcome. Raises InputError where `out` or its journal was made with other settings.
+    `content` is what the records hold besides the replies, as JSON; `choices` are further settings that decide the
+    outcome. Raises InputError if `out` or its journal was made with other settings.
     """
 
     def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
@@ -99,7 +99,7 @@ class Stage:
         self.facts = {}
 
     def finished(self) -> bool:
-        """Whether the result is there, made with these settings; said to the user."""
+        """Whether the result exists, made with these settings. Prints a line if it does."""
         there = finished(self.out, self.settings, self.model.args.restart)
         if there:
             print(f"{self.label}: {self.out} already exists, made with these settings (--restart makes it anew).")
@@ -107,16 +107,16 @@ class Stage:
 
     @contextlib.contextmanager
     def running(self) -> Iterator:
-        """The engine; and `journal`, which keeps each reply as it comes."""
+        """The engine, with an open `journal`, which stores each reply as it arrives."""
         with self.model.engine() as engine:
             self.journal = Journal(self.out, self.settings, self.model.args.restart)
             yield engine
             self.facts = engine.facts()
 
     def write(self, result: list[dict], passing: int, usable: int, **facts) -> None:
-        """Write the result and its meta file. The journal goes when nothing is left to ask.
+        """Write the result and its meta file. The journal is removed when no request is left.
 
-        `passing` is how many replies failed for reasons that may pass, `usable` how many did not fail.
+        `passing` is the number of replies that failed with a temporary error, `usable` of those that did not fail.
         """
         unfinished = passing or (0 if usable else len(result))
         facts = {"model_path": self.model.path, **self.facts, **facts, "unfinished": unfinished}
@@ -127,13 +127,13 @@ class Stage:
         if cut := short_replies(result):
             print(f"{self.label}: {cut}.")
         if passing:
-            print(f"{self.label}: {passing} replies failed for reasons that may pass. The same command asks again.")
+            print(f"{self.label}: {passing} replies failed with a temporary error. The same command asks again.")
         if self.journal:
             self.journal.close(remove=distributed.FIRST and not unfinished)
 
 
 def account_line(facts: dict) -> str:
-    """What a server was asked for and what it cost; "" where nothing is counted."""
+    """Requests, tokens and cost of a server's replies; "" for an engine that does not count them."""
     if "tokens_in" not in facts:
         return ""
     cost = f", cost {facts['cost']:.4f}" if facts["cost"] else ""
@@ -141,7 +141,7 @@ def account_line(facts: dict) -> str:
 
 
 def short_replies(result: list[dict]) -> str:
-    """ "2 answers cut off at the token limit, 1 stopped by the content filter": of records whose answer was cut."""
+    """ "2 answers cut off at the token limit, 1 stopped by the content filter": for the records whose answer was cut."""
     why = {"length": "cut off at the token limit (--max-new-tokens)", "content_filter": "stopped by the content filter"}
     reasons = Counter(r["finish_reason"] for r in result if "predictions" in r and r.get("finish_reason"))
     return ", ".join(f"{n} answers {why.get(reason, f'ended by {reason!r}')}" for reason, n in reasons.most_common())

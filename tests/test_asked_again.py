@@ -27,7 +27,7 @@ def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, copied_imag
     out = annotate(server, copied_images, run, "--no-fused")
     first = read_json(out)
     failed = [r for r in first if (r["left_out"] or "").startswith("server: ")]
-    assert 3 < len(failed) < 25 and "failed for reasons that may pass" in capsys.readouterr().out
+    assert 3 < len(failed) < 25 and "failed with a temporary error" in capsys.readouterr().out
     assert next(r["left_out"] for r in first if r["image_path"].endswith("05.png")).startswith("image: ")
     down[0], before = False, server.number
     second = read_json(annotate(server, copied_images, run, "--no-fused"))
