@@ -176,7 +176,9 @@ def check(args) -> None:
                 paths = locate([r["image"] for r in found], args.path_map, args.image_root)
                 groups[file] = [Sample(r["id"], path) for r, path in zip(found, paths, strict=True)]
     for file, samples in groups.items():
-        found = checking.check(samples[: args.limit], args.workers, args.min_pixels, args.max_pixels)
+        found = checking.check(
+            samples[: args.limit], args.workers, args.min_pixels, args.max_pixels, args.max_tiles, args.model_path
+        )
         print("\n".join([f"{file}:", *found.lines()]))
         lost += found.lost
     for file in missing:
@@ -215,6 +217,8 @@ def arguments(argv=None):
     c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: one per core)")
     c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="used to count visual tokens")
     c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="used to count visual tokens")
+    c.add_argument("--max-tiles", type=cli.number(1), metavar="N", help="used to count visual tokens")
+    c.add_argument("--model-path", metavar="MODEL", help="whose visual tokens to count (default: a Qwen2-VL's)")
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):
         p.error("check needs the name of a dataset; the other commands take none")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mpa.datasets.protocol import Sample
 from mpa.distributed import signals_held
 from mpa.image_files import ImageError, open_image, read_file
+from mpa.visual_tokens import Counter as TokenCounter
 
 EXAMPLES = 10  # broken images listed by name
 
@@ -24,6 +25,7 @@ class Found:
     images: int
     sizes: list[tuple[int, int]] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
+    whose: str = "Qwen2-VL"  # tokens these are
     broken: dict[str, str] = field(default_factory=dict)  # image -> reason
     lost: int = 0  # samples whose image is broken
     duplicates: list[list[str]] = field(default_factory=list)  # groups of images with the same bytes
@@ -39,7 +41,7 @@ class Found:
             )
             tokens = self.visual_tokens
             lines.append(
-                f"  visual tokens of Qwen2-VL {min(tokens)} to {max(tokens)} per image, "
+                f"  visual tokens of {self.whose} {min(tokens)} to {max(tokens)} per image, "
                 f"mean {statistics.fmean(tokens):.0f}, total {sum(tokens):,}"
             )
         if self.duplicates:
@@ -68,27 +70,37 @@ def inspect(path: str) -> tuple[tuple[int, int], str, str | None]:
     return size, hashlib.blake2b(content, digest_size=16).hexdigest(), None
 
 
-def check(samples: list[Sample], workers: int, min_pixels: int, max_pixels: int) -> Found:
-    """Open every image once, in `workers` processes. `min_pixels` and `max_pixels` limit the area after resizing."""
+def check(
+    samples: list[Sample],
+    workers: int,
+    min_pixels: int,
+    max_pixels: int,
+    max_tiles: int | None = None,
+    model_path: str | None = None,
+) -> Found:
+    """Open every image once, in `workers` processes, and count the visual tokens of the model; None: of a Qwen2-VL.
+
+    `min_pixels` and `max_pixels` limit the area after resizing, `max_tiles` the tiles; see `families.image_settings`.
+    """
     paths = list(dict.fromkeys(sample.image_path for sample in samples))
     found, by_content = Found(len(samples), len(paths)), {}
     with ProcessPoolExecutor(workers) as pool:
         with signals_held():  # the workers start here
             inspected = pool.map(inspect, paths, chunksize=max(1, min(32, len(paths) // (4 * workers))))
         inspected = list(tqdm(inspected, total=len(paths), desc="opening images", unit="image", disable=None))
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # imports torch; after the fork
-
+    count = TokenCounter(model_path, min_pixels, max_pixels, max_tiles)  # imports torch; after the fork
+    found.whose = count.whose.removesuffix(", some")
     for path, (size, digest, why) in zip(paths, inspected, strict=True):
         if why is None:
             try:
-                height, width = smart_resize(size[1], size[0], 28, min_pixels, max_pixels)
+                tokens = count(*size) or 0
             except ValueError as error:  # e.g. an extreme aspect ratio
                 why = f"the processor refuses it ({error})"
         if why is not None:
             found.broken[path] = why
             continue
         found.sizes.append(size)
-        found.visual_tokens.append(height * width // 28**2)
+        found.visual_tokens.append(tokens)
         by_content.setdefault(digest, []).append(path)
     found.duplicates = [group for group in by_content.values() if len(group) > 1]
     found.lost = sum(sample.image_path in found.broken for sample in samples)

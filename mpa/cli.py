@@ -111,6 +111,12 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         "--max-pixels", type=number(1), default=MAX_PIXELS, help="shrink images to this area (default: 512*28*28)"
     )
     model.add_argument(
+        "--max-tiles",
+        type=number(1),
+        metavar="N",
+        help="cut an image into at most N tiles, besides the whole image (default: InternVL 6, else the checkpoint's own)",
+    )
+    model.add_argument(
         "--workers",
         type=number(0),
         metavar="N",

@@ -4,20 +4,13 @@ import hashlib
 import os
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
-from mpa import conversion, distributed
+from mpa import conversion, distributed, families
+from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.loading_errors import explain, incomplete
 from mpa.records import InputError, read_json
-
-# The paper's limits of pixels per image, passed to every processor that accepts such limits.
-MIN_PIXELS = 128 * 28 * 28
-MAX_PIXELS = 512 * 28 * 28
-
-# Families for which the hf engine's shortcuts are tested to give the same replies as a plain loop: a second prompt
-# reuses an image's KV cache, all images reuse the system prompt's, and the last layer computes only the last column.
-SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
-SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -76,6 +69,15 @@ def adapted(path: str) -> str | None:
             "full model; PL/Qwen2-VL-Finetune/scripts/merge_lora.sh makes one."
         )
     return base
+
+
+def model_type(path: str) -> str | None:
+    """The `model_type` of a folder or hub id, for an original checkpoint that of its conversion; None without a config.json."""
+    base = adapted(path) or path
+    config = Path(base, "config.json") if Path(base).is_dir() else conversion.hub.config_file(base)
+    content = read_json(config) if config.is_file() else None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    return conversion.NATIVE_TYPES.get(kind, kind) if isinstance(kind, str) else None
 
 
 def identity(path: str) -> str:
@@ -191,9 +193,11 @@ def _is_mark(token: str, special: bool | None) -> bool:
     return bool(special) or (token[:1] in "<[" and token[-1:] in ">]")
 
 
-def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False):
-    """The model's own processor, with left padding, and with pixel limits if it accepts them."""
-    from transformers import AutoImageProcessor, AutoProcessor
+def load_processor(
+    path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False, max_tiles: int | None = None
+):
+    """The model's own processor, with left padding, and with the limits that it knows (`families.image_settings`)."""
+    from transformers import AutoProcessor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -202,11 +206,11 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
         raise InputError(explain(path, error)) from None
     if not hasattr(processor, "tokenizer"):
         raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
-    if getattr(processor.image_processor, "original_backend", "") == "pil":  # set by a conversion (mpa.conversion)
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    images = processor.image_processor
-    if hasattr(images, "merge_size"):  # Qwen-style processors: the two "edges" are in fact areas in pixels
-        images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    families.use_original_pixels(processor, path)
+    try:
+        families.apply_limits(processor, model_type(path), min_pixels, max_pixels, max_tiles)
+    except ValueError as error:
+        raise InputError(f"{path}: --{error}") from None
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -249,7 +253,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-if __name__ == "__main__":  # python -m mpa.models PATH…: check model folders before a long run
+if __name__ == "__main__":  # python -m mpa.models PATH…: check model folders before a long run; --families: the table
+    if sys.argv[1:] == ["--families"]:
+        print(*families.table(version("transformers")), sep="\n")
+        sys.exit()
     try:
         for model_path in sys.argv[1:]:
             check_model_path(model_path)

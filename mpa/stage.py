@@ -2,20 +2,23 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from mpa import distributed, records
+from mpa import distributed, families, records
 from mpa.conversion import native
 from mpa.engines import ENGINES, Request, open_engine
-from mpa.image_files import image_size
 from mpa.journal import Journal, finished
-from mpa.models import check_model_path, format_marks, identity, resolved_dtype
+from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
+from mpa.visual_tokens import Counter as TokenCounter
+from mpa.visual_tokens import total
 
-# Arguments that decide a stage's outcome. Batch size, workers and the engine of greedy replies do not: they are free.
+# Arguments that decide a stage's outcome, with `Model.max_tiles`. Batch size, workers, and the engine of greedy replies do
+# not.
 DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
 
 
@@ -46,6 +49,22 @@ class Model:
         return resolved_dtype(self.args.dtype, self.args.device) if self.local else self.args.dtype
 
     @property
+    def max_tiles(self) -> int | None:
+        """The limit of tiles that decides the replies: the argument, or the family's default; None if there is none."""
+        return families.tile_limit(model_type(self.path), self.args.max_tiles) if self.local else None
+
+    def say_limits(self) -> None:
+        """Say what is not tested for this model, and which of the given limits it does not know."""
+        limits = self.args.min_pixels, self.args.max_pixels, self.args.max_tiles
+        kind, lines = model_type(self.path) if self.local else None, []
+        if kind:
+            lines = [families.said_of_unknown(kind), families.said_of_limits(kind, *limits)]
+        elif self.args.max_tiles and not self.local:
+            lines = [f"--max-tiles has no effect for {self.path}: its server decides."]
+        for line in filter(None, lines if distributed.FIRST else ()):
+            print(line, file=sys.stderr)
+
+    @property
     def marks(self) -> frozenset[str]:
         """The special tokens of the model's prompt format. No question or answer may hold one."""
         return format_marks(self.folder if self.local else None, self.args.trust_remote_code)
@@ -58,6 +77,7 @@ class Model:
     def engine(self):
         """The engine. It loads the model at the first request."""
         self.check()
+        self.say_limits()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
         return open_engine(self.engine_name, model_path=self.folder, **settings)
 
@@ -72,7 +92,9 @@ class Model:
             seconds, after = time.perf_counter() - started, engine.facts()
         images = [request.image_path for request in requests]
         print(f"{label}: {len(requests):,} requests about {len(set(images)):,} images.")
-        print(f"  visual tokens of Qwen2-VL, some: {visual_tokens(images, self.args):,}")
+        limits = self.args.min_pixels, self.args.max_pixels, self.args.max_tiles, self.args.trust_remote_code
+        count = TokenCounter(self.folder if self.local else None, *limits)
+        print(f"  visual tokens of {count.whose}: {total(images, count):,}")
         print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
         if "cost" in after:
             spent = after["cost"] - before["cost"]
@@ -94,6 +116,8 @@ class Stage:
     def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
         self.settings = {name: getattr(model.args, name) for name in DECIDING} | {"dtype": model.dtype}
+        if model.max_tiles:  # only then, so that earlier results keep their settings
+            self.settings["max_tiles"] = model.max_tiles
         self.settings |= {"model": model.identity, **choices, "content": records.digest(json.dumps(content))}
         self.journal: Journal | None = None
         self.facts = {}
@@ -152,18 +176,3 @@ def counted(reasons) -> str:
     reasons = Counter(reasons)
     causes = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     return f"{reasons.total()} left out: {causes}" if reasons else ""
-
-
-def visual_tokens(paths: list[str], args) -> int:
-    """Qwen2-VL's, from the images' headers; an image that cannot be read counts for none."""
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    total, known = 0, {}
-    for path in paths:
-        if path not in known:
-            width, height = image_size(path)
-            with contextlib.suppress(ValueError, ZeroDivisionError):  # a shape that the processor refuses
-                high, wide = smart_resize(height, width, 28, args.min_pixels, args.max_pixels)
-                known[path] = high * wide // 28**2
-        total += known.get(path, 0)
-    return total

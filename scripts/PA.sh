@@ -14,6 +14,8 @@ DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GP
 SEED=${SEED:-0}
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # images are resized to an area within these limits
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
+MAX_TILES=${MAX_TILES:-}                     # at most so many tiles of an image (default: InternVL 6, else the model's)
 
 stage PA.py --dataset "$DATASET" --model-path-lvlm "$LVLM" --run="$RUN" --preset "$PRESET" \
-    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"
+    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" \
+    ${MAX_TILES:+--max-tiles "$MAX_TILES"} "$@"

@@ -81,14 +81,14 @@ def arguments(argv=None):
 def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
     """(the L-VLM's answers that PA already has, by id; a count of the reasons why others must be asked).
 
-    An answer is reused if everything that determines it is the same: model, preset, pixel limits, max_new_tokens,
+    An answer is reused if everything that determines it is the same: model, preset, limits of the image, max_new_tokens,
     question, image, and for a local model the dtype.
     """
     meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
     pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
     model = Model(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
-    now["model"] = model.identity
+    now |= {"model": model.identity, "max_tiles": model.max_tiles}
     if model.local:
         now["dtype"] = model.dtype
     differing = [name for name, value in now.items() if pa_settings.get(name) != value]

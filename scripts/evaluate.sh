@@ -13,7 +13,9 @@ BATCH_SIZE=${BATCH_SIZE:-8}
 DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GPU, float32 on a CPU
 MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # images are resized to an area within these limits
 MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
+MAX_TILES=${MAX_TILES:-}                     # at most so many tiles of an image (default: InternVL 6, else the model's)
 
 read -ra MODELS <<<"$MODEL"
 stage evaluate.py --dataset "$DATASET" --model-path "${MODELS[@]}" --run="$RUN" --preset "$PRESET" \
-    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" "$@"
+    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" \
+    ${MAX_TILES:+--max-tiles "$MAX_TILES"} "$@"

@@ -18,7 +18,7 @@ SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g.
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
-# The stages also read BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
+# The stages also read BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, MAX_TILES, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
 
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET

@@ -5,7 +5,7 @@ import torch
 from conftest import STUDENT, TEACHER
 from PIL import Image
 
-from mpa import models
+from mpa import families, models
 from mpa.engines import Request, open_engine
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.hf import HFEngine
@@ -226,7 +226,7 @@ def test_the_engine_tells_what_it_wrote_and_how_long_it_waited(images):
 def test_a_family_without_shortcuts_asks_anew(images, monkeypatch):
     asked = requests(images, follow_up="paper")[10:14]
     shared = replies(asked)
-    monkeypatch.setattr(models, "SHORTCUTS", set())
+    monkeypatch.setattr(families, "FAMILIES", {})
     assert {k: r.get("follow_up", {}).get("text") for k, r in replies(asked).items()} == {
         k: r.get("follow_up", {}).get("text") for k, r in shared.items()
     }

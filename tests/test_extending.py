@@ -25,7 +25,7 @@ print(json.dumps({
     "scores": [scoring.score(records, "docVQA")["first_word"]["score"], scoring.metric_names("docVQA")[0]],
     "matches": [Match("first_word")("Red ink", "red pen"), Match("exact")("Red ink", "red pen")],
     "prompt": "how many" in TASK_PROMPTS["count"],
-    "part": param_groups.part_of("model.vision_tower.encoder.weight", "paligemma"),
+    "part": param_groups.part_of("model.vision_tower.encoder.weight", "vipllava"),
 }))
 """
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import families
+import miniatures
 import pytest
 import torch
 
@@ -14,9 +14,9 @@ PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
 PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES)
+@pytest.fixture(scope="module", params=miniatures.FAMILIES)
 def checkpoint(request, tmp_path_factory):
-    return families.make(request.param, tmp_path_factory.mktemp(request.param))
+    return miniatures.make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str]:

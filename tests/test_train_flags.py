@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import flags
+import param_groups
 import params
 import pytest
 import transformers
@@ -120,3 +121,17 @@ def test_an_unknown_flag_is_an_error(tmp_path):
     write(tmp_path, 1)
     with pytest.raises(data.DataError, match="--bits"):
         params.parse(arguments(tmp_path, "--bits", "4"))
+
+
+def test_an_unknown_family_is_trained_as_one_part_unless_a_flag_names_a_part():
+    training = params.TrainingArguments(output_dir="", use_cpu=True, learning_rate=1e-5, vision_lr=1e-5)
+    model = params.ModelArguments(model_id="x")
+    assert "unheard_of is not in the table of families" in param_groups.check_parts("unheard_of", model, training)
+    assert param_groups.part_of("model.vision_tower.weight", "unheard_of") == "language"
+    assert param_groups.check_parts("smolvlm", model, training) == ""
+    model.freeze_vision_tower = True
+    with pytest.raises(data.DataError, match="--freeze_vision_tower: the parts of model type unheard_of are not known"):
+        param_groups.check_parts("unheard_of", model, training)
+    model.freeze_vision_tower, training.merger_lr = False, 2e-6
+    with pytest.raises(data.DataError, match="--merger_lr: the parts"):
+        param_groups.check_parts("unheard_of", model, training)

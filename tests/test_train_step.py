@@ -3,7 +3,7 @@
 import json
 
 import activations
-import families
+import miniatures
 import param_groups
 import pytest
 import torch
@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText
 import data
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES)
+@pytest.fixture(scope="module", params=miniatures.FAMILIES)
 def checkpoint(request, tmp_path_factory):
-    return families.make(request.param, tmp_path_factory.mktemp(request.param))
+    return miniatures.make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def step(trainer: Leveler, batches: list[list[dict]]) -> tuple[float, dict]:

@@ -25,6 +25,7 @@ LAYOUTS = {
     "tiny_llava_stablelm": tinyllava.bench_layout,
     "tinyllava": tinyllava.factory_layout,
 }
+NATIVE_TYPES = {"internvl_chat": "internvl", "tiny_llava_stablelm": "llava", "tinyllava": "llava"}
 # Written last: a folder with it is whole. A conversion of another version of this package is made anew.
 RECORD = "conversion.json"
 VERSION = 1

@@ -84,17 +84,17 @@ class Engine:
     packages: tuple[str, ...] = ()
 
 
-_PIXELS = ("min_pixels", "max_pixels")
+_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 ENGINES = {
     "hf": Engine(
         "mpa.engines.hf:HFEngine",
-        ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_PIXELS),
+        ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_LIMITS),
     ),
     "vllm": Engine(
         "mpa.engines.vllm:VLLMEngine",
         (
             *("dtype", "trust_remote_code", "tensor_parallel_size", "pipeline_parallel_size"),
-            *("gpu_memory_utilization", "max_model_len", *_PIXELS),
+            *("gpu_memory_utilization", "max_model_len", *_LIMITS),
         ),
     ),
     "openai": Engine(

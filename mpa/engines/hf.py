@@ -23,7 +23,7 @@ from collections.abc import Container, Iterable, Iterator
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from mpa import distributed, models
+from mpa import distributed, families, models
 from mpa.engines import Request, follow_up_request
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
@@ -53,8 +53,10 @@ class HFEngine:
         workers: int | None = 0,
         min_pixels: int = models.MIN_PIXELS,
         max_pixels: int = models.MAX_PIXELS,
+        max_tiles: int | None = None,
         trust_remote_code: bool = False,
     ):
+        self.max_tiles = max_tiles
         self.model_path, self.trust_remote_code = model_path, trust_remote_code
         self.device, self.dtype, self.workers, self.pixels = device, dtype, workers, (min_pixels, max_pixels)
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
@@ -103,7 +105,7 @@ class HFEngine:
         elif self.workers is None:
             cores = max(1, len(os.sched_getaffinity(0)) // distributed.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(MAX_GPU_WORKERS, cores)
-        self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code)
+        self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code, self.max_tiles)
         tokenizer = self.preprocessor.tokenizer
         self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
         # Workers on a CPU are forked with the model in them; workers of a GPU before the device is touched.
@@ -121,7 +123,9 @@ class HFEngine:
     def _load_model(self) -> None:
         self.dtype = getattr(torch, models.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
         self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust_remote_code)
-        if self.model.config.model_type in models.SHORTCUTS:
+        families.match_config(self.model.config, self.preprocessor.processor)
+        family = families.FAMILIES.get(self.model.config.model_type)
+        if family and family.shortcuts:
             compute_last_column_only(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):

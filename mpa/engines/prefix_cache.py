@@ -1,6 +1,6 @@
 """The hf engine's shortcuts: common prompt prefixes are computed once, and the last layer only where it is read.
 
-For the families in `models.SHORTCUTS`; each is tested to give a plain loop's replies.
+For the families in `families.FAMILIES` that have them; each is tested to give a plain loop's replies.
 """
 
 import torch

@@ -28,15 +28,15 @@ class PreparedBatch(NamedTuple):
 
 
 class Preprocessor:
-    """The processor of one model. `pixels` are its limits (min, max).
+    """The processor of one model. `pixels` are its limits (min, max); `max_tiles`: see `families.image_settings`.
 
     `marks` are the prompt format's own tokens. `reasoning_tag` is the tag with which the chat template opens a
     reasoning block, or "". Raises InputError where the processor fails on a plain image.
     """
 
-    def __init__(self, model_path: str, pixels: tuple[int, int], trust_remote_code: bool):
-        self.model_path, self.pixels = model_path, pixels
-        self.processor = models.load_processor(model_path, *pixels, trust_remote_code)
+    def __init__(self, model_path: str, pixels: tuple[int, int], trust_remote_code: bool, max_tiles: int | None = None):
+        self.model_path, self.pixels, self.max_tiles = model_path, pixels, max_tiles
+        self.processor = models.load_processor(model_path, *pixels, trust_remote_code, max_tiles)
         self.tokenizer = self.processor.tokenizer
         self.marks = models.processor_marks(self.processor)
         self.chat_texts: dict[str, str] = {}  # a cache: many requests have the same prompt

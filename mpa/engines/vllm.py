@@ -46,6 +46,7 @@ class VLLMEngine:
         max_model_len: int | None = None,
         min_pixels: int = models.MIN_PIXELS,
         max_pixels: int = models.MAX_PIXELS,
+        max_tiles: int | None = None,
     ):
         if find_spec("vllm") is None:
             raise InputError(INSTALL)
@@ -57,7 +58,7 @@ class VLLMEngine:
         self.model_path, self.trust_remote_code, self.pixels = model_path, trust_remote_code, (min_pixels, max_pixels)
         parallel = tensor_parallel_size, pipeline_parallel_size
         self.model = VLLMModel(model_path, dtype, trust_remote_code, *parallel, gpu_memory_utilization)
-        self.max_model_len = max_model_len
+        self.max_model_len, self.max_tiles = max_model_len, max_tiles
         self.tokens = self.prompt_tokens = self.cached_tokens = 0  # of replies; of prompts; of prompts, in vLLM's cache
         self.tokens_before = 0  # of replies, before this call of `generate`
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
@@ -102,7 +103,7 @@ class VLLMEngine:
                 "PL/Qwen2-VL-Finetune/scripts/merge_lora.sh; --engine hf loads adapters directly."
             )
         if not self.preprocessor:
-            self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code)
+            self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code, self.max_tiles)
             self.inputs = VLLMInputs(self.preprocessor, self.model)
             self.decoder = Decoder(self.preprocessor.tokenizer)
         needed = self.max_model_len or self.inputs.needed_length(requests)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from mpa import families, models
 from mpa.engines import MARK_IN_IT, Request
 from mpa.engines.preprocessing import PLAIN_QUESTION, Preprocessor
 from mpa.engines.vllm_model import VLLMModel, reason, too_long
@@ -23,11 +24,10 @@ class VLLMInputs:
         self.verified: set[tuple[int, int]] = set()  # sizes of images
 
     def processor_settings(self) -> dict | None:
-        """The pixel limits as vLLM passes them to the processor; None where it takes none (`models.load_processor`)."""
-        if not hasattr(self.preprocessor.processor.image_processor, "merge_size"):
-            return None
-        least, most = self.preprocessor.pixels
-        return {"size": {"shortest_edge": least, "longest_edge": most}}
+        """The limits as vLLM passes them to the processor; None where it takes none."""
+        made = self.preprocessor
+        kind = models.model_type(made.model_path)
+        return families.image_settings(made.processor, kind, *made.pixels, made.max_tiles) or None
 
     def needed_length(self, requests: Sequence[Request]) -> int:
         """Tokens of the longest request or follow-up: image, prompt and reply.
@@ -102,14 +102,15 @@ class VLLMInputs:
 
     def _verify(self, request: Request, image, rendered: list[int]) -> None:
         """Raise InputError where vLLM gives the image another number of visual tokens than the processor."""
-        image_token = getattr(self.preprocessor.processor, "image_token_id", None)
+        image_token = families.image_token_id(self.preprocessor.processor)
         counts = [
             sum(image_token is None or token == image_token for token in tokens)
             for tokens in (self._token_ids(request.prompt, image), rendered)
         ]
         if counts[0] != counts[1]:
             least, most = self.preprocessor.pixels
+            tiles = f" --max-tiles {self.preprocessor.max_tiles}" if self.preprocessor.max_tiles else ""
             raise InputError(
                 f"{self.preprocessor.model_path}: vLLM makes {counts[1]} visual tokens of {request.image_path}, "
-                f"its processor {counts[0]} with --min-pixels {least} --max-pixels {most}. Use --engine hf."
+                f"its processor {counts[0]} with --min-pixels {least} --max-pixels {most}{tiles}. Use --engine hf."
             )

@@ -69,6 +69,7 @@ class VLLMModel:
                 mm_processor_cache_gb=1 if on_cpu else 4,
                 limit_mm_per_prompt={"image": 1, "video": 0},
                 mm_processor_kwargs=processor_settings,
+                hf_overrides=_same_grids(processor_settings),
                 generation_config="vllm",  # the checkpoint's sampling settings are ignored
                 use_tqdm_on_load=sys.stderr.isatty(),
                 **({"enforce_eager": True, "block_size": 32} if on_cpu else {}),
@@ -97,6 +98,12 @@ class VLLMModel:
 
         config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _same_grids(processor_settings: dict | None) -> dict | None:
+    """LLaVA-NeXT's grids of tiles for the configuration too, by which vLLM counts."""
+    grids = (processor_settings or {}).get("image_grid_pinpoints")
+    return {"image_grid_pinpoints": grids} if grids else None
 
 
 def _set_environment(one_process: bool) -> None:

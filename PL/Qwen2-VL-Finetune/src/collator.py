@@ -1,6 +1,7 @@
 """Collates encoded samples into batches."""
 
 import torch
+from families import image_token_id
 from torch.nn import functional as F
 
 from data import IGNORE, TEXT_FIELDS
@@ -17,7 +18,7 @@ class Collator:
     """
 
     def __init__(self, processor, packing: bool = False, blank: dict | None = None):
-        self.pad, self.image_token, self.packing = processor.tokenizer.pad_token_id, processor.image_token_id, packing
+        self.pad, self.image_token, self.packing = processor.tokenizer.pad_token_id, image_token_id(processor), packing
         self.blank = blank and {**blank, "labels": torch.full_like(blank["labels"], IGNORE), "sample": None}
         self.has_token_types = "mm_token_type_ids" in processor.model_input_names
 

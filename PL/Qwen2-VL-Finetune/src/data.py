@@ -19,6 +19,7 @@ import process_group
 import torch
 import torch.distributed as dist
 from cache import SampleCache
+from families import image_token_id
 from image_files import ImageError, open_image
 from PIL import Image
 from record_formats import IMAGE, DataError, read_record, read_records
@@ -240,9 +241,7 @@ def encode_all(
         elif result.length > max_length:
             reason = f"{result.length} tokens, of which {result.visual_length} are visual, exceed --max_seq_length {max_length}"
             if on_too_long == "error":
-                remedy = (
-                    "Lower --image_max_pixels, raise --max_seq_length, or leave such samples out: --on_too_long drop"
-                )
+                remedy = "Lower --image_max_pixels or --max_tiles, raise --max_seq_length, or leave such samples out: --on_too_long drop"
                 raise DataError(f"{sample['where']}: {reason}. {remedy}.")
             left_out.append(f"id {sample['id']}: {reason}")
         else:
@@ -276,7 +275,7 @@ class _Encoder(torch.utils.data.Dataset):
             encoded = encoded if is_cached else encode(sample, self.processor)
         except (DataError, ImageError, ValueError, OSError) as error:
             return str(error)
-        length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == self.processor.image_token_id).sum())
+        length, visual = len(encoded["input_ids"]), int((encoded["input_ids"] == image_token_id(self.processor)).sum())
         self.memory_left -= sum(value.nbytes for value in encoded.values())
         if self.memory_left >= 0:
             return SampleInfo(length, visual, None, {name: value.numpy() for name, value in encoded.items()})

@@ -87,7 +87,7 @@ _COUNT, _SHARE, _POSITIVE, _NOT_NEGATIVE = (1, None, True), (0, 1, True), (0, No
 RANGES = {
     **dict.fromkeys(
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit max_seq_length "
-        "image_min_pixels image_max_pixels lora_rank lora_alpha".split(),
+        "image_min_pixels image_max_pixels max_tiles lora_rank lora_alpha".split(),
         _COUNT,
     ),
     **dict.fromkeys(

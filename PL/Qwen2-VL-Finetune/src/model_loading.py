@@ -1,28 +1,41 @@
 """Loading of the model and its processor."""
 
+import sys
+
+import families
 import param_groups
 import torch
 from loading_errors import explain, incomplete
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 
 def load_processor(model_args: ModelArguments, data_args: DataArguments):
-    """The model's processor with the pixel limits of `data_args`. Raises DataError if it cannot be loaded."""
+    """The model's processor with the limits of `data_args`. Raises DataError if it cannot be loaded, or cannot obey."""
     processor = _from_pretrained(AutoProcessor, model_args)
-    if getattr(processor.image_processor, "original_backend", "") == "pil":  # set by scripts/convert.py
-        processor.image_processor = _from_pretrained(AutoImageProcessor, model_args, backend="pil")
-    image_processor = processor.image_processor
-    if hasattr(image_processor, "merge_size"):  # Qwen-style: the two "edges" are areas in pixels
-        image_processor.size = {
-            "shortest_edge": data_args.image_min_pixels,
-            "longest_edge": data_args.image_max_pixels,
-        }
+    families.use_original_pixels(processor, model_args.model_id)
+    try:
+        families.apply_limits(processor, model_type(model_args), *_limits(data_args))
+    except ValueError as error:
+        raise DataError(f"{model_args.model_id}: --{error}") from None
     return processor
+
+
+def _limits(data_args: DataArguments) -> tuple:
+    return data_args.image_min_pixels, data_args.image_max_pixels, data_args.max_tiles
+
+
+def said_of_limits(model_args: ModelArguments, data_args: DataArguments) -> str:
+    """One line about given limits that the model does not know, or ""."""
+    return families.said_of_limits(model_type(model_args), *_limits(data_args))
+
+
+def model_type(model_args: ModelArguments) -> str:
+    return _from_pretrained(AutoConfig, model_args).model_type
 
 
 def load_model(model_args: ModelArguments, args: TrainingArguments):
@@ -30,6 +43,9 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
 
     Raises DataError if it cannot be loaded.
     """
+    warning = param_groups.check_parts(model_type(model_args), model_args, args)
+    if warning and args.process_index == 0:
+        print(warning, file=sys.stderr)
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
     model, info = _from_pretrained(

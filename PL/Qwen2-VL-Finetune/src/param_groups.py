@@ -4,33 +4,49 @@ import re
 from collections import Counter
 
 import torch
+from families import FAMILIES
 
 from data import DataError
 
-# Name prefixes of a family's vision tower and of its merger, which joins vision and language; all else is the language
-# model. The merger may lie within the tower, so it is matched first.
-QWEN = {"vision": ("visual.",), "merger": ("visual.merger.", "visual.deepstack_merger_list.")}
-IDEFICS = {"vision": ("vision_model.",), "merger": ("connector.",)}
-LLAVA = {"vision": ("vision_tower.",), "merger": ("multi_modal_projector.", "image_newline")}
-FAMILIES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "idefics3": IDEFICS, "smolvlm": IDEFICS}
-FAMILIES |= {"internvl": LLAVA, "llava": LLAVA, "llava_next": LLAVA, "llava_onevision": LLAVA}
 # What PEFT inserts into the names of parameters and modules.
 PEFT = re.compile(r"^base_model\.model\.|(?<=\.)(?:modules_to_save\.[^.]+|original_module|base_layer)(?:\.|$)")
 PARTS = ("vision", "merger", "language")
 
 
 def part_of(name: str, model_type: str) -> str:
-    """The part that a parameter or module with this full name belongs to. Raises DataError for an unknown family."""
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise DataError(
-            f"model type {model_type}: its parts are not known. Add it to FAMILIES in src/param_groups.py: {known}."
-        )
+    """The part that a parameter or module with this full name belongs to; "language" for an unknown family."""
+    if model_type not in FAMILIES:  # `check_parts` was asked
+        return "language"
     name = PEFT.sub("", name).removeprefix("model.") + "."
     for part in ("merger", "vision"):
-        if name.startswith(FAMILIES[model_type][part]):
+        if name.startswith(FAMILIES[model_type].parts[part]):
             return part
     return "language"
+
+
+def check_parts(model_type: str, model_args, args) -> str:
+    """Raises DataError if a flag names a part of a family whose parts are not known.
+
+    Without such a flag an unknown family is trained as one part. Returns a warning then, and "" for a known family.
+    """
+    if model_type in FAMILIES:
+        return ""
+    rates = {name: getattr(args, name) for name in ("vision_lr", "merger_lr")}
+    flags = [name for name, rate in rates.items() if rate not in (None, args.learning_rate)]
+    flags += [
+        name
+        for name in ("freeze_vision_tower", "freeze_merger", "freeze_llm", "lora_enable")
+        if getattr(model_args, name)
+    ]
+    if flags:
+        raise DataError(
+            f"--{flags[0]}: the parts of model type {model_type} are not known. Leave it out (PL.sh: VISION_LR and MERGER_LR "
+            f"equal to LEARNING_RATE), or add the type to FAMILIES in src/families.py: {', '.join(FAMILIES)}."
+        )
+    return (
+        f"warning: model type {model_type} is not in the table of families: all its weights are trained as one part, and "
+        "neither its labels nor its training steps are tested."
+    )
 
 
 def freeze(model, args) -> None:

@@ -83,6 +83,12 @@ class DataArguments:
     image_max_pixels: int = field(
         default=512 * 28 * 28, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
     )
+    max_tiles: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut an image into at most N tiles, besides the whole image (default: InternVL 6, else the checkpoint's own)."
+        },
+    )
     max_seq_length: int = field(
         default=32768, metadata={"help": "Longest sample in tokens, visual tokens included. Nothing is truncated."}
     )

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import checkpoints
+import families
 from checkpointing import SETTINGS
+from model_loading import model_type
 from params import DataArguments, ModelArguments, TrainingArguments
 
 from data import DataError, split_share
@@ -50,6 +52,8 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
         del values["deepspeed"]
         values["deepspeed_sha256"] = sha256(Path(args.deepspeed))
     values |= {name: value for name, value in (vars(model_args) | vars(data_args)).items() if name in DECISIVE}
+    if limit := _tile_limit(model_args, data_args):  # only then, so that earlier checkpoints keep their settings
+        values["max_tiles"] = limit
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then the final weights depend on the evaluation's data and schedule
@@ -58,6 +62,13 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     if Path(model_args.model_id).is_dir():
         values["model_sha256"] = fingerprint(Path(model_args.model_id))
     return json.loads(json.dumps(values, default=str))
+
+
+def _tile_limit(model_args: ModelArguments, data_args: DataArguments) -> int | None:
+    try:
+        return families.tile_limit(model_type(model_args), data_args.max_tiles)
+    except DataError:  # the loading of the model says so
+        return data_args.max_tiles
 
 
 def sha256(path: Path) -> str:

@@ -30,10 +30,11 @@ import report
 import torch
 import transformers
 from collator import Collator
+from families import match_config
 from features import VisionFeatures, precompute
 from log_file import detail
 from model_card import converted_from, write_card
-from model_loading import compute_dtype, load_model, load_processor, save_dtype
+from model_loading import compute_dtype, load_model, load_processor, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from resume_settings import checkpoint_to_resume, refuse_other_settings, settings
@@ -117,11 +118,14 @@ def build(
 ) -> Leveler:
     """The trainer, with encoded samples and the model. Its checkpoints record `current`, the settings. Collective."""
     processor = load_processor(model_args, data_args)
+    if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
+        print(line, flush=True)
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
     model, features = load_model(model_args, args), None
+    match_config(model.config, processor)
     if data_args.cache_features:
         example = encode(BLANK, processor)
         features = VisionFeatures(model, args.device, compute_dtype(args), example)

@@ -10,6 +10,14 @@ FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"),
     *("internvl", "llava", "llava_next", "llava_onevision"),
 )
+VARIANTS = {}  # further checkpoints of a family: name -> model type
+
+
+def model_type(family: str) -> str:
+    return VARIANTS.get(family, family)
+
+
+MODEL_TYPES = {model_type(family) for family in FAMILIES}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 4096, **LAYERS}
 VISION = {"hidden_size": 32, "intermediate_size": 48, **LAYERS}
@@ -134,7 +142,7 @@ def _llava(family):
     clip = {**VISION, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
     index = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
     shared = {"chat_template": _template("<image>"), "patch_size": 14, "vision_feature_select_strategy": "default"}
-    grid = [[56, 112], [112, 56]]
+    grid = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
     if family == "llava":
         images = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
         processor = t.LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
