@@ -37,6 +37,9 @@ def internvl(folder: Path, name: str = "internvl2_2b_like", tokenizer: str = "to
     for file in (ORIGINALS / tokenizer).iterdir():
         if file.name != "reference.json":
             shutil.copy(file, folder)
+    changed(folder, template="internlm2-chat")  # the tokenizer has no tokens of another template
+    if "4b" in name:  # as released; the reference's is small, so that a long text passes it
+        changed(folder, llm_config__original_max_position_embeddings=4096)
     return folder
 
 

