@@ -16,65 +16,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-ORIGINAL = ROOT / "tests/data/originals/internvl2_2b_like"
-HIDDEN, VOCABULARY = 1024, 40_000
-
-
-def make(folder: Path, gigabytes: float) -> None:
-    """A checkpoint in bfloat16 with enough layers, in two shards of about the same size."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((ORIGINAL / "config.json").read_text())
-    config["llm_config"] |= {"hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "vocab_size": VOCABULARY}
-    config["llm_config"] |= {"num_attention_heads": 16, "num_key_value_heads": 8}
-    shapes = {name: list(tensor.shape) for name, tensor in load_file(ORIGINAL / "model.safetensors").items()}
-    layer = "language_model.model.layers.0."
-    wide = {
-        **{f"{layer}attention.wqkv.weight": [2 * HIDDEN, HIDDEN], f"{layer}attention.wo.weight": [HIDDEN, HIDDEN]},
-        **{f"{layer}feed_forward.{w}.weight": [4 * HIDDEN, HIDDEN] for w in ("w1", "w3")},
-        f"{layer}feed_forward.w2.weight": [HIDDEN, 4 * HIDDEN],
-        **{f"{layer}{norm}.weight": [HIDDEN] for norm in ("attention_norm", "ffn_norm")},
-    }
-    outer = {
-        "language_model.model.tok_embeddings.weight": [VOCABULARY, HIDDEN],
-        "language_model.model.norm.weight": [HIDDEN],
-    }
-    outer |= {
-        "language_model.output.weight": [VOCABULARY, HIDDEN],
-        "mlp1.1.weight": [HIDDEN, 256],
-        "mlp1.1.bias": [HIDDEN],
-    }
-    outer |= {"mlp1.3.weight": [HIDDEN, HIDDEN], "mlp1.3.bias": [HIDDEN]}
-    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / sum(map(_size, wide.values()))))
-    config["llm_config"]["num_hidden_layers"] = layers
-    shapes = {name: shape for name, shape in shapes.items() if ".layers." not in name or "vision" in name} | outer
-    for n in range(layers):
-        shapes |= {name.replace(".0.", f".{n}.", 1): shape for name, shape in wide.items()}
-    names, table = sorted(shapes), {}
-    half, total = 0, sum(map(_size, shapes.values())) / 2
-    shards = [[], []]
-    for name in names:
-        shards[half >= total].append(name)
-        half += _size(shapes[name])
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: torch.randn(shapes[name]).bfloat16() for name in shard}, folder / file)
-        table |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+HIDDEN, VOCABULARY, LAYER = 1024, 40_000, 15.7e6  # parameters of a layer
 
 
 def child(source: str, out: str) -> None:
-    """Import; then convert, watching this process's own memory. Prints both peaks in bytes, and the seconds."""
+    """Import what a conversion imports; then convert, watching this process's own memory. Prints both peaks in bytes, and the seconds."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
     from transformers.models.internvl import modeling_internvl  # noqa: F401
@@ -103,13 +50,15 @@ def child(source: str, out: str) -> None:
 
 
 def main() -> None:
+    import originals
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint (default: %(default)s)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "original"
-        source.mkdir()
-        make(source, args.gigabytes)
+        layers = max(1, round((args.gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / LAYER))
+        originals.random_internvl(source, HIDDEN, 64, layers, VOCABULARY, shards=2, dtype="bfloat16")
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         command = [sys.executable, __file__, "child", str(source), f"{folder}/out"]

@@ -34,13 +34,62 @@ def changed(folder: Path, **fields) -> Path:
 def internvl(folder: Path, name: str = "internvl2_2b_like", tokenizer: str = "tokenizer_internlm2") -> Path:
     """InternVL with the small InternLM2 tokenizer, all of whose ids lie within the vocabulary."""
     shutil.copytree(ORIGINALS / name, folder, ignore=shutil.ignore_patterns("reference*"))
-    for file in (ORIGINALS / tokenizer).iterdir():
-        if file.name != "reference.json":
-            shutil.copy(file, folder)
+    with_tokenizer(folder, tokenizer)
     changed(folder, template="internlm2-chat")  # the tokenizer has no tokens of another template
     if "4b" in name:  # as released; the reference's is small, so that a long text passes it
         changed(folder, llm_config__original_max_position_embeddings=4096)
     return folder
+
+
+def with_tokenizer(folder: Path, name: str = "tokenizer_internlm2") -> Path:
+    for file in (ORIGINALS / name).iterdir():
+        if file.name != "reference.json":
+            shutil.copy(file, folder)
+    return folder
+
+
+def random_internvl(
+    folder: Path, hidden: int, head: int, layers: int, vocabulary: int, shards: int = 1, dtype: str = "float32"
+) -> Path:
+    """An InternVL2-2B at random: the small vision tower, and an InternLM2 of this size, with two heads per key-value head."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((ORIGINALS / "internvl2_2b_like/config.json").read_text())
+    config["template"], wide = "internlm2-chat", 4 * hidden
+    config["llm_config"] |= {"hidden_size": hidden, "intermediate_size": wide, "vocab_size": vocabulary}
+    config["llm_config"] |= {"num_hidden_layers": layers, "num_attention_heads": hidden // head}
+    config["llm_config"] |= {"num_key_value_heads": hidden // head // 2}
+    small = load_file(ORIGINALS / "internvl2_2b_like/model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in small.items() if not name.startswith("language_model.")}
+    shapes |= {"mlp1.1.weight": (hidden, 256), "mlp1.1.bias": (hidden,)}
+    shapes |= {"mlp1.3.weight": (hidden, hidden), "mlp1.3.bias": (hidden,)}
+    shapes |= {"language_model.model.norm.weight": (hidden,), "language_model.output.weight": (vocabulary, hidden)}
+    shapes |= {"language_model.model.tok_embeddings.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        name = f"language_model.model.layers.{layer}."
+        shapes |= {f"{name}attention.wqkv.weight": (2 * hidden, hidden), f"{name}attention.wo.weight": (hidden, hidden)}
+        shapes |= {f"{name}feed_forward.{w}.weight": (wide, hidden) for w in ("w1", "w3")}
+        shapes |= {f"{name}feed_forward.w2.weight": (hidden, wide)}
+        shapes |= {f"{name}{norm}.weight": (hidden,) for norm in ("attention_norm", "ffn_norm")}
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    table, names = {}, sorted(shapes)
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        tensors = {name: _random(torch, name, shapes[name]).to(getattr(torch, dtype)) for name in names[number::shards]}
+        save_file(tensors, folder / file)
+        table |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _random(torch, name: str, shape):
+    """Of a size at which a reply depends on the image: norms near 1, matrices that keep the variance."""
+    if "norm" in name or name.startswith("mlp1.0") or len(shape) < 2:
+        return torch.rand(shape) + 0.5
+    return torch.randn(shape) * (1.5 / shape[-1] ** 0.5 if "embed" not in name else 1.0)
 
 
 def tinyllava(folder: Path) -> Path:

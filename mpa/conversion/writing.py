@@ -104,12 +104,18 @@ def _refuse_differences(plan, expected: dict[str, tuple], model) -> None:
 
 
 def _names_on_disk(model) -> dict[str, str]:
-    """The names that `save_pretrained` writes, by the names within the model."""
+    """The names that `save_pretrained` writes, by the names within the model.
+
+    SigLIP's keep the `vision_model.` of published checkpoints, which transformers 5 leaves out: it reads both, vLLM 0.32 only these.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    return {
-        name: next(iter(revert_weight_conversion(model, {name: tensor}))) for name, tensor in model.state_dict().items()
-    }
+    names = {}
+    for name, tensor in model.state_dict().items():
+        names[name] = next(iter(revert_weight_conversion(model, {name: tensor})))
+        if model.config.vision_config.model_type == "siglip_vision_model":
+            names[name] = names[name].replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return names
 
 
 def _some(names: list[str]) -> str:
