@@ -117,3 +117,19 @@ def byte_tokenizer():
     assert words.get_vocab_size() == 299
     words.add_special_tokens(["<|endoftext|>"])
     return words
+
+
+def random_tinyllava(folder: Path) -> Path:
+    """The same with a language model of twice the width, at random: heads of 32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tinyllava(folder)
+    twice = {64: 128, 144: 288}
+    torch.manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if "vision_tower" not in name:
+            weights[name] = _random(torch, name, [twice.get(side, side) for side in tensor.shape])
+    save_file(weights, folder / "model.safetensors")
+    return changed(folder, hidden_size=128, intermediate_size=288)

@@ -22,12 +22,14 @@ def model(family: str, folder, monkeypatch) -> str:
     """Heads of 32, the smallest that vLLM's CPU build has."""
     if family == "InternVL2 original":
         return str(originals.with_tokenizer(originals.random_internvl(folder, 128, 32, 2, 600)))
+    if family == "TinyLLaVA original":
+        return str(originals.random_tinyllava(folder))
     for field, value in {"hidden_size": 128, "intermediate_size": 192}.items():
         monkeypatch.setitem(miniatures.TEXT, field, value)
     return miniatures.make(family, folder)
 
 
-@pytest.mark.parametrize("family", [*miniatures.FAMILIES, "InternVL2 original"])
+@pytest.mark.parametrize("family", [*miniatures.FAMILIES, "InternVL2 original", "TinyLLaVA original"])
 def test_replies_are_hfs(family, images, tmp_path, monkeypatch):
     monkeypatch.setenv("MPA_CACHE", str(tmp_path / "cache"))
     folder = conversion.native(model(family, tmp_path / "model", monkeypatch))

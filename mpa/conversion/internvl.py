@@ -65,7 +65,7 @@ def layout(checkpoint: Checkpoint, image_token_id: int | None = None) -> Layout:
     text = text_config(llm, TEXT_MODELS[kind], layers_as_stored(checkpoint, llm, names))
     text["rope_parameters"] = rope(llm)
     if kind == "internlm2":
-        text["attention_bias"] = llm.get("bias", False)
+        text["attention_bias"] = llm.get("bias", True)  # as the original class
     if kind == "phi3":  # it has no effect where it is as long as the text
         text["original_max_position_embeddings"] = llm.get("original_max_position_embeddings", 4096)
         window, longest = llm.get("sliding_window"), llm.get("max_position_embeddings", 4096)

@@ -132,7 +132,8 @@ def find_tower(folder: Path, config: dict, given: str | None) -> Path:
     if not isinstance(named, str) or not named:
         raise InputError(f"{folder / 'config.json'}: names no mm_vision_tower. Give it with --vision-tower.")
     last = Path(named).name
-    candidates = [Path(named)] if given else [folder / last, folder.parent / last]
+    beside = [folder / last, folder.parent / last] if last not in ("", "..") else []
+    candidates = [Path(named)] if given else beside
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
