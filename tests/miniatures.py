@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import chat_templates
 import torch
 import transformers as t
 from conftest import TEACHER
+from tokenizers.processors import TemplateProcessing
 
 FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"),
-    *("internvl", "llava", "llava_next", "llava_onevision"),
+    *("internvl", "llava", "llava_next", "llava_onevision", "granite_vision"),
+    *("gemma3", "lfm2_vl", "paligemma"),
 )
-VARIANTS = {}  # further checkpoints of a family: name -> model type
+VARIANTS = {"granite_vision": "llava_next"}  # further checkpoints of a family: name -> model type
 
 
 def model_type(family: str) -> str:
@@ -21,40 +24,42 @@ MODEL_TYPES = {model_type(family) for family in FAMILIES}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 4096, **LAYERS}
 VISION = {"hidden_size": 32, "intermediate_size": 48, **LAYERS}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{{ 'IMAGE' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{{ 'END\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def make(family: str, folder: Path) -> str:
     """Write the checkpoint of `family` to a subfolder of `folder`. Returns its path."""
-    processor, config = globals()[f"_{family.split('_vl')[0]}"](family)
+    processor, config = globals()[f"_{family.removesuffix('_vl') if 'qwen' in family else family}"](family)
     tokenizer, texts = processor.tokenizer, (config.text_config, config)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         for part in texts:
             setattr(part, name, getattr(tokenizer, name))
     torch.manual_seed(3)
     model = t.AutoModelForImageTextToText.from_config(config).float().eval()
+    _awaken(model)
+    ends = {tokenizer.eos_token, "<end_of_turn>"} & set(tokenizer.get_vocab())
     model.generation_config = t.GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        eos_token_id=sorted(map(tokenizer.convert_tokens_to_ids, ends)), pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
 
+def _awaken(model) -> None:
+    """Give weight to what is zero at the start, and to Gemma's layers, which its embeddings outweigh by far."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.15)
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            parameter.data += 4.0 * ("Gemma" in type(model).__name__)
+
+
 def _tokenizer(*special, **named):
     """The embedded tokenizer with added tokens. `named` are those that a processor accesses by name."""
     tokenizer = t.AutoTokenizer.from_pretrained(TEACHER, **({"extra_special_tokens": named} if named else {}))
+    tokenizer.chat_template = None  # the teacher's
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
     return tokenizer
-
-
-def _template(image: str, end: str = "<|im_end|>") -> str:
-    return CHATML.replace("IMAGE", image).replace("END", end)
 
 
 def _qwen(family: str, vision: dict, patch: int, **text):
@@ -62,7 +67,8 @@ def _qwen(family: str, vision: dict, patch: int, **text):
     names = {"qwen2": "Qwen2VL", "qwen2_5": "Qwen2_5_VL", "qwen3": "Qwen3VL"}[family.removesuffix("_vl")]
     video = t.Qwen3VLVideoProcessor if names == "Qwen3VL" else t.Qwen2VLVideoProcessor
     images = t.Qwen2VLImageProcessor(patch_size=patch)
-    template = _template("<|vision_start|><|image_pad|><|vision_end|>")
+    form = chat_templates.chatml if family == "qwen3_vl" else chat_templates.qwen2
+    template = form("<|vision_start|><|image_pad|><|vision_end|>")
     processor = getattr(t, f"{names}Processor")(images, tokenizer, video(), chat_template=template)
     ids = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>"}
     ids |= {"vision_end": "<|vision_end|>"}
@@ -100,11 +106,11 @@ def _idefics3(family):
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     named = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>"}
     named |= {"end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
-    tokenizer = _tokenizer(*named.values(), *rows, **(named if smol else {}))
+    tokenizer = _tokenizer(*named.values(), *rows, "<|begin_of_text|>", **(named if smol else {}))
     size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
     images = (t.SmolVLMImageProcessor if smol else t.Idefics3ImageProcessor)(**size)
     video = (t.SmolVLMVideoProcessor(),) if smol else ()
-    template = _template("<image>", "<end_of_utterance>")
+    template = chat_templates.idefics("<|im_start|>" if smol else "<|begin_of_text|>")
     kind = t.SmolVLMProcessor if smol else t.Idefics3Processor
     processor = kind(images, tokenizer, *video, image_seq_len=4, chat_template=template)
     tokenizer.eos_token = "<end_of_utterance>"
@@ -125,7 +131,7 @@ def _internvl(_):
     tokenizer = _tokenizer(**named, video_token="<video>")
     images = t.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, max_patches=3)
     video = t.InternVLVideoProcessor()
-    template = _template("<IMG_CONTEXT>")
+    template = chat_templates.chatml("<IMG_CONTEXT>\\n")
     processor = t.InternVLProcessor(images, tokenizer, video, image_seq_length=4, chat_template=template)
     config = t.InternVLConfig(
         text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer)},
@@ -136,35 +142,136 @@ def _internvl(_):
     return processor, config
 
 
-def _llava(family):
+GRID = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+CLIP = {**VISION, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
+
+
+def _llava(_):
+    tokenizer = _tokenizer("<image>", "</s>")
+    tokenizer.eos_token = "</s>"
+    images = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = t.LlavaProcessor(images, tokenizer, chat_template=chat_templates.llava(), **shared)
+    return processor, t.LlavaConfig(text_config=_text("llama", tokenizer), vision_config=CLIP, **_index(tokenizer))
+
+
+def _llava_next(_):
+    tokenizer = _tokenizer("<image>", "</s>")
+    tokenizer.eos_token = "</s>"
+    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    images = t.LlavaNextImageProcessor(image_grid_pinpoints=GRID, **size)
+    shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = t.LlavaNextProcessor(images, tokenizer, chat_template=chat_templates.llava_next(), **shared)
+    text = _text("mistral", tokenizer)
+    index = _index(tokenizer)
+    return processor, t.LlavaNextConfig(text_config=text, vision_config=CLIP, image_grid_pinpoints=GRID, **index)
+
+
+def _llava_onevision(_):
     tokenizer = _tokenizer("<image>", "<video>")
-    text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
-    clip = {**VISION, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
-    index = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
-    shared = {"chat_template": _template("<image>"), "patch_size": 14, "vision_feature_select_strategy": "default"}
-    grid = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
-    if family == "llava":
-        images = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-        processor = t.LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
-        return processor, t.LlavaConfig(text_config=text, vision_config=clip, **index)
-    if family == "llava_next":
-        size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-        images = t.LlavaNextImageProcessor(image_grid_pinpoints=grid, **size)
-        processor = t.LlavaNextProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
-        return processor, t.LlavaNextConfig(text_config=text, vision_config=clip, image_grid_pinpoints=grid, **index)
-    images = t.LlavaOnevisionImageProcessor(image_grid_pinpoints=grid, size={"height": 56, "width": 56})
-    shared = {"chat_template": _template("<image>"), "num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    images = t.LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID, size={"height": 56, "width": 56})
+    shared = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    shared["chat_template"] = chat_templates.llava_onevision()
     processor = t.LlavaOnevisionProcessor(images, tokenizer, t.LlavaOnevisionVideoProcessor(), **shared)
-    siglip = {
-        **VISION,
-        "model_type": "siglip_vision_model",
-        "image_size": 56,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    index["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
-    text["model_type"] = "qwen2"
-    return processor, t.LlavaOnevisionConfig(text_config=text, vision_config=siglip, image_grid_pinpoints=grid, **index)
+    index = _index(tokenizer) | {"video_token_index": tokenizer.convert_tokens_to_ids("<video>")}
+    text = _text("qwen2", tokenizer)
+    return processor, t.LlavaOnevisionConfig(text_config=text, vision_config=SIGLIP, image_grid_pinpoints=GRID, **index)
 
 
-_llava_next = _llava_onevision = _llava
+def _granite_vision(_):
+    """LLaVA-NeXT with SigLIP, whose features of several layers are joined, and Granite."""
+    tokenizer = _tokenizer("<image>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>")
+    tokenizer.eos_token = "<|end_of_text|>"
+    images = t.LlavaNextImageProcessor(
+        image_grid_pinpoints=GRID, size={"height": 56, "width": 56}, crop_size={"height": 56, "width": 56}
+    )
+    shared = {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
+    processor = t.LlavaNextProcessor(images, tokenizer, chat_template=chat_templates.granite(), **shared)
+    scales = {"embedding_multiplier": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.9}
+    config = t.LlavaNextConfig(
+        text_config=_text("granite", tokenizer) | scales | {"logits_scaling": 8.0},
+        vision_config=SIGLIP,
+        image_grid_pinpoints=GRID,
+        vision_feature_layer=[-2, -1],
+        vision_feature_select_strategy="full",
+        **_index(tokenizer),
+    )
+    return processor, config
+
+
+def _lfm2_vl(_):
+    """With the convolution layers of LFM2, the last one among them, as in its published sizes."""
+    names = ("<image>", "<|startoftext|>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+    tokenizer = _tokenizer(*names, *(f"<|img_row_{i}_col_{j}|>" for i in range(1, 5) for j in range(1, 5)))
+    images = t.Lfm2VlImageProcessor(
+        encoder_patch_size=14,
+        tile_size=56,
+        min_image_tokens=4,
+        max_image_tokens=16,
+        max_tiles=3,
+        max_pixels_tolerance=1.5,
+    )
+    template = chat_templates.chatml("<image>", "<|startoftext|>")
+    processor = t.Lfm2VlProcessor(images, tokenizer, chat_template=template)
+    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    config = t.Lfm2VlConfig(
+        text_config=_text("lfm2", tokenizer) | layers | {"block_auto_adjust_ff_dim": False},
+        vision_config={**VISION, "model_type": "siglip2_vision_model", "patch_size": 14, "num_patches": 16},
+        image_token_id=processor.image_token_id,
+        projector_hidden_size=48,
+    )
+    return processor, config
+
+
+def _gemma3(_):
+    """With a window that is shorter than a prompt in every other layer, and a tokenizer that writes <bos> by itself."""
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = _tokenizer("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", **named)
+    _begin_with_bos(tokenizer)
+    images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    processor = t.Gemma3Processor(images, tokenizer, chat_template=chat_templates.gemma(), image_seq_length=16)
+    more = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+    config = t.Gemma3Config(
+        text_config=TEXT
+        | more
+        | {"vocab_size": len(tokenizer), "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=SIGLIP,
+        mm_tokens_per_image=16,
+        **{f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()},
+    )
+    return processor, config
+
+
+def _paligemma(_):
+    """PaliGemma 2: no chat template; Gemma 2 with a window that is longer than the prompts, as in the published sizes."""
+    tokenizer = _tokenizer("<bos>", "<eos>")
+    tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<eos>"
+    images = t.SiglipImageProcessor(size={"height": 56, "width": 56})
+    images.image_seq_length = 16
+    processor = t.PaliGemmaProcessor(images, tokenizer)
+    text = {**TEXT, "model_type": "gemma2", "vocab_size": len(tokenizer), "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = t.PaliGemmaConfig(
+        text_config=text,
+        vision_config={**SIGLIP, "projection_dim": TEXT["hidden_size"]},
+        image_token_index=processor.image_token_id,
+        projection_dim=TEXT["hidden_size"],
+        hidden_size=TEXT["hidden_size"],
+    )
+    return processor, config
+
+
+def _text(model_type: str, tokenizer) -> dict:
+    return {**TEXT, "model_type": model_type, "vocab_size": len(tokenizer)}
+
+
+def _index(tokenizer) -> dict:
+    return {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def _begin_with_bos(tokenizer) -> None:
+    """Gemma's tokenizer: <bos> before every text, and <eos>, while a turn ends with <end_of_turn>."""
+    tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<eos>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )

@@ -17,7 +17,7 @@ def test_stages_and_trainer_have_the_same_table():
 
 
 def test_the_families_that_the_table_calls_tested_are_those_of_the_tests():
-    tested = {kind for kind, family in families.FAMILIES.items() if {"hf", "PL"} <= set(family.tested)}
+    tested = {kind for kind, family in families.FAMILIES.items() if {"hf", "PL", "LoRA"} <= set(family.tested)}
     assert tested == set(miniatures.MODEL_TYPES) == set(families.FAMILIES)
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mpa import models
+from mpa import families, models
 from mpa.engines import MARK_IN_IT, Request
 from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory
 from mpa.image_files import ImageError, open_image
@@ -90,8 +90,11 @@ class Preprocessor:
         if not images:
             return {}
         texts = [self.chat_text(prompt) for prompt in prompts]
-        inputs = self.processor(text=texts, images=[[i] for i in images], padding=True, return_tensors="pt")
-        return {name: tensor.numpy() for name, tensor in inputs.items()}
+        options = families.tokenizer_options(self.processor, texts[0])
+        inputs = self.processor(text=texts, images=[[i] for i in images], padding=True, return_tensors="pt", **options)
+        return {
+            name: tensor.numpy() for name, tensor in inputs.items() if name != "labels"
+        }  # PaliGemma's, for training
 
     def chat_text(self, prompt: str) -> str:
         """The prompt after an image, in the model's chat template."""
@@ -99,9 +102,7 @@ class Preprocessor:
             if len(self.chat_texts) >= CACHED_PROMPTS:
                 self.chat_texts.clear()
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-            self.chat_texts[prompt] = self.processor.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=False
-            )
+            self.chat_texts[prompt] = families.chat_text(self.processor, [message])
         return self.chat_texts[prompt]
 
     def check(self) -> None:

@@ -16,7 +16,9 @@ class AnswerLogits:
         self.positions, self.shape = None, None
         model.get_output_embeddings().register_forward_pre_hook(self._gather)
         layer = model.get_decoder().layers[-1]
-        modules = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
+        attention = getattr(layer, "self_attn", None)  # none in a convolution layer of LFM2
+        modules = [(attention, name) for name in ("q_proj", "o_proj", "out_proj")]
+        modules += [(layer, name) for name in ("mlp", "feed_forward")]
         for module in (getattr(*path) for path in modules if hasattr(*path)):  # some decoders fuse q, k and v
             module.register_forward_pre_hook(self._gather)
             module.register_forward_hook(self._scatter)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 LIBRARIES = ("transformers", "torch", "torchvision", "pillow")
 DAY = 24 * 3600  # seconds
-FORMAT = 2  # increase it if `data.encode` encodes the same sample differently
+FORMAT = 3  # increase it if `data.encode` encodes the same sample differently
 PIXELS = "pixel_values"
 
 

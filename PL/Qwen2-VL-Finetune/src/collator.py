@@ -1,7 +1,7 @@
 """Collates encoded samples into batches."""
 
 import torch
-from families import image_token_id
+from families import attends_both_ways, image_token_id
 from torch.nn import functional as F
 
 from data import IGNORE, TEXT_FIELDS
@@ -21,6 +21,7 @@ class Collator:
         self.pad, self.image_token, self.packing = processor.tokenizer.pad_token_id, image_token_id(processor), packing
         self.blank = blank and {**blank, "labels": torch.full_like(blank["labels"], IGNORE), "sample": None}
         self.has_token_types = "mm_token_type_ids" in processor.model_input_names
+        self.attends_both_ways = attends_both_ways(processor)
 
     def __call__(self, samples: list[dict]) -> dict:
         if self.blank and not any(len(sample) > len(TEXT_FIELDS) for sample in samples):
@@ -36,7 +37,7 @@ class Collator:
             lengths = torch.tensor([len(row) for row in rows])
             batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
         batch["samples"] = [sample["sample"] for sample in samples]
-        return batch | self._images(samples, batch["input_ids"])
+        return batch | self._images(samples, batch["input_ids"], batch["labels"])
 
     def prompts(self, samples: list[dict]) -> dict:
         """The samples up to their first answer, padded on the left [B, T], to generate from."""
@@ -45,11 +46,15 @@ class Collator:
         padding = [(width - len(row), 0) for row in rows]
         ids = torch.stack([F.pad(row, pad, value=self.pad) for row, pad in zip(rows, padding, strict=True)])
         mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, padding, strict=True)])
-        return {"input_ids": ids, "attention_mask": mask} | self._images(samples, ids)
+        return {"input_ids": ids, "attention_mask": mask} | self._images(samples, ids, torch.full_like(ids, IGNORE))
 
-    def _images(self, samples: list[dict], ids: torch.Tensor) -> dict:
+    def _images(self, samples: list[dict], ids: torch.Tensor, labels: torch.Tensor) -> dict:
         names = dict.fromkeys(name for sample in samples for name in sample if name not in TEXT_FIELDS)
         batch = {name: _concatenated([sample[name] for sample in samples if name in sample]) for name in names}
+        if self.attends_both_ways == "images":
+            batch["token_type_ids"] = (ids == self.image_token).int()
+        if self.attends_both_ways == "prompts":
+            batch["token_type_ids"] = ((labels != IGNORE).cumsum(1) > 0).int()
         return batch | ({"mm_token_type_ids": (ids == self.image_token).int()} if self.has_token_types else {})
 
 

@@ -19,15 +19,16 @@ import process_group
 import torch
 import torch.distributed as dist
 from cache import SampleCache
-from families import image_token_id
+from families import image_token_id, tokenizer_options
 from image_files import ImageError, open_image
 from PIL import Image
 from record_formats import IMAGE, DataError, read_record, read_records
 from tqdm import tqdm
+from turns import Turn, special_tokens, turns
 
 IGNORE = -100  # label of a token without loss
 TEXT_FIELDS = ("input_ids", "labels", "sample")  # of an encoded sample; the others hold the images
-PROCESSOR_TEXT_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids")
+PROCESSOR_TEXT_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
 
 
 # --- records ------------------------------------------------------------------------------------------
@@ -113,8 +114,7 @@ def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
 
     In an answer it would end the label early; in a question it could stand for an image that does not exist.
     """
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = re.compile("|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}))))
+    special = special_tokens(tokenizer)
     for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
         for found in filter(None, (special.search(part.get("text", "")) for part in parts)):
@@ -128,22 +128,14 @@ def encode(sample: dict, processor) -> dict:
     """One sample as model input: `input_ids` [T], `labels` [T] and the processor's image tensors.
 
     Prompt and answer are tokenised separately, as in generation, so that training starts from exactly the tokens that
-    generation starts from. Labels are each answer's tokens and its end token, not a line break that the template adds
-    after it. Raises DataError if an image cannot be read or the template does not append to a conversation.
+    generation starts from. Labels are each answer's tokens and its end token, not what the template adds after it.
+    Raises DataError if an image cannot be read or the template does not append to a conversation.
     """
-    end, messages = processor.tokenizer.eos_token, sample["messages"]
     images = [_opened(path) for path in sample["images"]]
     ids, labels, rendered, n_used, processed = [], [], "", 0, []
-    for turn in (i for i, message in enumerate(messages) if message["role"] == "user"):
-        to_prompt = processor.apply_chat_template(messages[: turn + 1], add_generation_prompt=True, tokenize=False)
-        to_answer = processor.apply_chat_template(messages[: turn + 2], tokenize=False)
-        answer, _, _ = to_answer[len(to_prompt) :].partition(end)
-        if not (to_prompt.startswith(rendered) and to_answer.startswith(to_prompt) and answer):
-            raise DataError(f"id {sample['id']}: the chat template does not keep the conversation in order.")
-        is_first = turn == 0 or messages[turn - 1]["role"] == "system"
-        options = {} if is_first else {"add_special_tokens": False}
-        n_images = sum(part["type"] == "image" for part in messages[turn]["content"])
-        prompt = to_prompt[len(rendered) :]
+    for prompt, answer, n_images in _turns(sample, processor):
+        is_first = not ids
+        options = tokenizer_options(processor, prompt) if is_first else {"add_special_tokens": False}
         if n_images:
             turn_images = [images[n_used : n_used + n_images]]
             processed.append(processor(text=[prompt], images=turn_images, return_tensors="pt", **options))
@@ -151,16 +143,23 @@ def encode(sample: dict, processor) -> dict:
         else:
             prompt_ids = processor.tokenizer(prompt, **options).input_ids
         n_used += n_images
-        answer_ids = processor.tokenizer(answer + end, add_special_tokens=False).input_ids
+        answer_ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
         ids += prompt_ids + answer_ids
         labels += [IGNORE] * len(prompt_ids) + answer_ids
-        rendered = to_prompt + answer + end
+        rendered += prompt + answer
     if len(processed) > 1:  # images in several turns: the model expects them processed together
         processed = [processor(text=[rendered], images=[images], return_tensors="pt")]
     encoded = {
         name: value for inputs in processed for name, value in inputs.items() if name not in PROCESSOR_TEXT_FIELDS
     }
     return encoded | {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def _turns(sample: dict, processor) -> list[Turn]:
+    try:
+        return [*turns(sample["messages"], processor)]
+    except ValueError as error:
+        raise DataError(f"id {sample['id']}: {error}") from None
 
 
 def _opened(path: str | Image.Image) -> Image.Image:

@@ -22,12 +22,14 @@ LLAVA = {"vision": ("vision_tower.",), "merger": ("multi_modal_projector.", "ima
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of transformers.
+    """One `model_type` of transformers, and what is known of it.
 
     `limit` is what a user can limit: "pixels" of the resized image, "tiles" that it is cut into, or nothing: "fixed".
     `max_tiles` is the default limit of tiles, where it is not the checkpoint's own. `parts` are the name prefixes of
     vision tower and merger. `shortcuts`: the hf engine's are tested to give a plain loop's replies (a second prompt
     reuses an image's KV cache, all images reuse the system prompt's, the last layer computes only the last column).
+    `packing`: samples in one row do not see each other (--packing). `both_ways`: the tokens that also see what comes
+    after them, by the model's `token_type_ids`; flash-attention knows no such mask. `prompt`: the form of a prompt.
     `tested` names what the tests run: an engine, PL (the trainer), LoRA, 4-bit.
     """
 
@@ -36,7 +38,10 @@ class Family:
     parts: dict[str, tuple[str, ...]]
     max_tiles: int | None = None
     shortcuts: bool = True
-    tested: tuple[str, ...] = ("hf", "PL")
+    packing: bool = True
+    both_ways: str = ""
+    prompt: str = "chat template"
+    tested: tuple[str, ...] = ("hf", "PL", "LoRA")
 
 
 FAMILIES = {
@@ -48,8 +53,21 @@ FAMILIES = {
     # The paper's L-VLM and S-VLMs are InternVL2, which its authors evaluate with at most 6 tiles.
     "internvl": Family("InternVL", "tiles", LLAVA, max_tiles=6),
     "llava": Family("LLaVA", "fixed", LLAVA),
-    "llava_next": Family("LLaVA-NeXT", "tiles", LLAVA),
+    "llava_next": Family("LLaVA-NeXT", "tiles", LLAVA),  # Granite Vision, too
     "llava_onevision": Family("LLaVA-OneVision", "tiles", LLAVA),
+    # In most layers a token sees only a window.
+    "gemma3": Family("Gemma 3", "fixed", LLAVA, shortcuts=False, packing=False, both_ways="images"),
+    # Its convolution layers have states of their own, and reach from one sample of a packed row into the next.
+    "lfm2_vl": Family("LFM2-VL", "tiles", LLAVA, shortcuts=False, packing=False),
+    "paligemma": Family(
+        "PaliGemma",
+        "fixed",
+        LLAVA,
+        shortcuts=False,
+        packing=False,
+        both_ways="prompts",
+        prompt="image, text, line break",
+    ),
 }
 
 
@@ -160,8 +178,33 @@ def said_of_unknown(model_type: str | None) -> str:
     )
 
 
+def attends_both_ways(processor) -> str:
+    """`Family.both_ways` of the processor's family."""
+    kinds = {"Gemma3Processor": "gemma3", "PaliGemmaProcessor": "paligemma"}
+    kind = kinds.get(type(processor).__name__)
+    return FAMILIES[kind].both_ways if kind in FAMILIES else ""
+
+
+def writes_prefix(processor) -> bool:
+    """Whether the prompt has PaliGemma's form: no chat template, but the images, a question and a line break."""
+    return type(processor).__name__ == "PaliGemmaProcessor" and not processor.chat_template
+
+
+def tokenizer_options(processor, text: str) -> dict:
+    """How a prompt is to be tokenised: without a second start token where the chat template has written one.
+
+    As transformers' own `apply_chat_template(tokenize=True)`. Idefics3 has always been asked with two here.
+    """
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    has_one = bos and text.startswith(bos) and type(processor).__name__ != "Idefics3Processor"
+    return {"add_special_tokens": False} if has_one else {}
+
+
 def chat_text(processor, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """A conversation in the processor's chat template."""
+    """A conversation in the processor's chat template; for PaliGemma its only message, as its processor takes it."""
+    if writes_prefix(processor):
+        (message,) = messages
+        return "".join(part.get("text", processor.image_token) for part in message["content"])
     return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
 
@@ -216,18 +259,29 @@ def _lfm2_tokens(images, width: int, height: int) -> int:
     *_, tiles = images._get_grid_layout(height, width, images.min_tiles, images.max_tiles, images.tile_size)
     if tiles == 1:
         return whole
+    if whole * factor**2 > images.max_num_patches:  # the processor cannot stack it with its tiles
+        raise ValueError(f"an image of {width} x {height} pixels is too long for it")
     return tiles * (-(-(images.tile_size // patch) // factor)) ** 2 + (whole if images.use_thumbnail else 0)
 
 
 def table(version: str) -> Iterable[str]:
     """The lines of the table of families. `version` is that of transformers."""
     places = ("hf", "vllm", "PL", "LoRA", "4-bit")
-    rows = [("model type", "family", "images limited by", "shortcuts", *places)]
+    rows = [("model type", "family", "images limited by", "prompt", "shortcuts", "packing", *places)]
     for model_type, family in FAMILIES.items():
         default = f", {family.max_tiles} by default" if family.max_tiles else ""
         tested = ("yes" if place in family.tested else "-" for place in places)
         limit = "nothing" if family.limit == "fixed" else family.limit
-        rows.append((model_type, family.name, limit + default, "yes" if family.shortcuts else "-", *tested))
+        rows.append(
+            (
+                model_type,
+                family.name,
+                limit + default,
+                family.prompt,
+                *("yes" if has else "-" for has in (family.shortcuts, family.packing)),
+                *tested,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield f"Families tested with transformers {version}: in which engine, in the trainer (PL), with LoRA, in 4 bits."
     for row in rows:

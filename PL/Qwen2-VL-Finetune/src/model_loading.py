@@ -43,11 +43,13 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
 
     Raises DataError if it cannot be loaded.
     """
-    warning = param_groups.check_parts(model_type(model_args), model_args, args)
+    kind = model_type(model_args)
+    warning = param_groups.check_parts(kind, model_args, args)
     if warning and args.process_index == 0:
         print(warning, file=sys.stderr)
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
-    attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    flash = flash and not (kind in families.FAMILIES and families.FAMILIES[kind].both_ways)
+    attention = {"attn_implementation": "flash_attention_2"} if flash else {}  # else PyTorch's, or Gemma 2's own
     model, info = _from_pretrained(
         AutoModelForImageTextToText,
         model_args,

@@ -30,11 +30,11 @@ import report
 import torch
 import transformers
 from collator import Collator
-from families import match_config
+from families import FAMILIES, match_config
 from features import VisionFeatures, precompute
 from log_file import detail
 from model_card import converted_from, write_card
-from model_loading import compute_dtype, load_model, load_processor, said_of_limits, save_dtype
+from model_loading import compute_dtype, load_model, load_processor, model_type, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from resume_settings import checkpoint_to_resume, refuse_other_settings, settings
@@ -120,6 +120,9 @@ def build(
     processor = load_processor(model_args, data_args)
     if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
         print(line, flush=True)
+    kind = model_type(model_args)
+    if data_args.packing and kind in FAMILIES and not FAMILIES[kind].packing:
+        raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None

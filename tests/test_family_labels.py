@@ -1,0 +1,149 @@
+"""What the trainer learns of each family: its answers and their end tokens, after exactly the prompts that are evaluated."""
+
+import miniatures
+import pytest
+import torch
+from collator import Collator
+from families import image_token_id
+from training import conversation, write_records
+from transformers import AutoProcessor
+
+import data
+from mpa.engines import Request
+from mpa.engines.hf import HFEngine
+
+ENDS = dict.fromkeys(miniatures.FAMILIES, "<|im_end|>")
+ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>") | dict.fromkeys(("llava", "llava_next"), "</s>")
+ENDS |= {"granite_vision": "<|end_of_text|>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
+
+
+@pytest.fixture(scope="module", params=miniatures.FAMILIES)
+def family(request, tmp_path_factory):
+    return request.param, miniatures.make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def encoded(folder, processor, *turns, images=("a.png",)) -> dict:
+    path = write_records(folder, conversation(list(images) or None, *turns))
+    return data.encode(data.read_samples([path], str(folder))[0], processor)
+
+
+def answers(sample: dict, processor) -> list[str]:
+    """The labelled text, each answer apart."""
+    found, labels = [], sample["labels"].tolist()
+    for i, label in enumerate(labels):
+        if label != data.IGNORE:
+            assert label == sample["input_ids"][i]
+            found += [[]] if i == 0 or labels[i - 1] == data.IGNORE else []
+            found[-1].append(label)
+    return [processor.tokenizer.decode(tokens) for tokens in found]
+
+
+def text_of(sample: dict, processor) -> str:
+    """The whole sample as text, an image's tokens as one."""
+    kept, token = [], image_token_id(processor)
+    for i in sample["input_ids"].tolist():
+        kept += [] if i == token and kept[-1:] == [token] else [i]
+    return processor.tokenizer.decode(kept)
+
+
+def test_an_answer_and_its_end_token_are_labelled_after_the_prompt_that_is_evaluated(family, tmp_path):
+    name, path = family
+    processor = AutoProcessor.from_pretrained(path)
+    sample = encoded(tmp_path, processor, "<image>\nwhat is it?", "a circle")
+    assert [answer.lstrip() for answer in answers(sample, processor)] == ["a circle" + ENDS[name]]
+    assert sample["labels"][-1] != data.IGNORE  # nothing follows
+    engine = HFEngine(path, min_pixels=128 * 28 * 28, max_pixels=512 * 28 * 28, dtype="float32")
+    engine.load()
+    ends = torch.tensor(engine.model.generation_config.eos_token_id)
+    assert torch.isin(sample["labels"][-1], ends)  # where generation stops
+    asked = engine.prepare([Request("1", str(tmp_path / "a.png"), "what is it?")]).inputs
+    length = asked["input_ids"].shape[1]
+    if "qwen" not in name:  # whose limits of pixels were not given to this processor
+        assert sample["input_ids"][:length].tolist() == asked["input_ids"][0].tolist()
+        assert (sample["labels"][:length] == data.IGNORE).all() and sample["labels"][length] != data.IGNORE
+
+
+def test_each_answer_of_a_conversation_is_labelled_and_closed(family, tmp_path):
+    name, path = family
+    processor = AutoProcessor.from_pretrained(path)
+    turns = ("<image>\nwhat is it?", "a circle", "its color?", "red")
+    if name == "paligemma":
+        with pytest.raises(data.DataError, match="one question and its answer"):
+            encoded(tmp_path, processor, *turns)
+        return
+    sample = encoded(tmp_path, processor, *turns)
+    assert [answer.strip() for answer in answers(sample, processor)] == [said + ENDS[name] for said in turns[1::2]]
+    assert text_of(sample, processor).count("its color?") == 1
+
+
+def test_a_question_without_an_image_is_encoded_too(family, tmp_path):
+    name, path = family
+    processor = AutoProcessor.from_pretrained(path)
+    sample = encoded(tmp_path, processor, "what is red?", "a color", images=())
+    assert [answer.lstrip() for answer in answers(sample, processor)] == ["a color" + ENDS[name]]
+    assert sample.keys() == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "learnt"),
+    [
+        (
+            "llava",
+            "USER: <image>\nwhat is it? ASSISTANT: a circle</s>USER: its color? ASSISTANT: red</s>",
+            [" a circle</s>", " red</s>"],
+        ),
+        (
+            "llava_next",
+            "[INST] <image>\nwhat is it? [/INST] a circle</s>[INST] its color? [/INST] red</s>",
+            [" a circle</s>", " red</s>"],
+        ),
+        (
+            "llava_onevision",
+            "<|im_start|>user <image>\nwhat is it?<|im_end|><|im_start|>assistant\na circle<|im_end|>"
+            "<|im_start|>user \nits color?<|im_end|><|im_start|>assistant\nred<|im_end|>",
+            ["a circle<|im_end|>", "red<|im_end|>"],
+        ),
+        (
+            "gemma3",
+            "<bos><start_of_turn>user\n\n\n<start_of_image><image_soft_token><end_of_image>\n\nwhat is it?<end_of_turn>\n"
+            "<start_of_turn>model\na circle<end_of_turn>\n<start_of_turn>user\nits color?<end_of_turn>\n"
+            "<start_of_turn>model\nred<end_of_turn>",
+            ["a circle<end_of_turn>", "red<end_of_turn>"],
+        ),
+    ],
+)
+def test_the_text_is_that_of_the_published_form(tmp_path, name, text, learnt):
+    """LLaVA-1.5's template closes no answer, and writes a space there: the end token takes its place, as in its training."""
+    processor = AutoProcessor.from_pretrained(miniatures.make(name, tmp_path / name))
+    sample = encoded(tmp_path, processor, "<image>\nwhat is it?", "a circle", "its color?", "red")
+    assert text_of(sample, processor) == text
+    assert answers(sample, processor) == learnt
+
+
+def test_paligemmas_sample_is_that_of_its_processor(tmp_path):
+    processor = AutoProcessor.from_pretrained(miniatures.make("paligemma", tmp_path / "model"))
+    sample = encoded(tmp_path, processor, "<image>\nwhat is it?", "a circle")
+    image = data.open_image(str(tmp_path / "a.png"))
+    own = processor(text=["<image>what is it?"], images=[[image]], suffix=["a circle"], return_tensors="pt")
+    assert torch.equal(sample["input_ids"], own["input_ids"][0])
+    assert torch.equal(sample["labels"], own["labels"][0])
+    assert torch.equal(sample["pixel_values"], own["pixel_values"])
+    batch = data_batch(processor, sample)
+    assert torch.equal(batch["token_type_ids"], own["token_type_ids"])
+
+
+def data_batch(processor, sample: dict) -> dict:
+    return Collator(processor)([{**sample, "sample": 1}])
+
+
+def test_gemmas_images_are_marked_as_its_processor_marks_them(tmp_path):
+    processor = AutoProcessor.from_pretrained(miniatures.make("gemma3", tmp_path / "model"))
+    sample = encoded(tmp_path, processor, "<image>\nwhat is it?", "a circle")
+    own = processor(text=[text_with_one_image(processor)], images=[[data.open_image(str(tmp_path / "a.png"))]])
+    marked = data_batch(processor, sample)["token_type_ids"][0]
+    assert int(marked.sum()) == 16 == sum(own["token_type_ids"][0])
+
+
+def text_with_one_image(processor) -> str:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
