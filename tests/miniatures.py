@@ -80,6 +80,7 @@ def _qwen(family: str, vision: dict, patch: int, **text):
     return processor, config
 
 
+HEAD = 16  # size of an attention head
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
 
 
@@ -98,7 +99,7 @@ def _qwen2_5(family):
 def _qwen3(family):
     vision = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.15}
-    return _qwen(family, vision, 16, head_dim=16, **MROPE)
+    return _qwen(family, vision, 16, head_dim=HEAD, **MROPE)
 
 
 def _idefics3(family):
@@ -231,7 +232,7 @@ def _gemma3(_):
     _begin_with_bos(tokenizer)
     images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     processor = t.Gemma3Processor(images, tokenizer, chat_template=chat_templates.gemma(), image_seq_length=16)
-    more = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+    more = {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 12}
     config = t.Gemma3Config(
         text_config=TEXT
         | more
@@ -250,7 +251,13 @@ def _paligemma(_):
     images = t.SiglipImageProcessor(size={"height": 56, "width": 56})
     images.image_seq_length = 16
     processor = t.PaliGemmaProcessor(images, tokenizer)
-    text = {**TEXT, "model_type": "gemma2", "vocab_size": len(tokenizer), "head_dim": 16, "query_pre_attn_scalar": 16}
+    text = {
+        **TEXT,
+        "model_type": "gemma2",
+        "vocab_size": len(tokenizer),
+        "head_dim": HEAD,
+        "query_pre_attn_scalar": HEAD,
+    }
     config = t.PaliGemmaConfig(
         text_config=text,
         vision_config={**SIGLIP, "projection_dim": TEXT["hidden_size"]},

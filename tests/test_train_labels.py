@@ -154,9 +154,9 @@ def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
 def test_a_model_that_cannot_be_loaded_is_named():
     arguments = params.ModelArguments(model_id="/no/such/model")
     data_arguments = params.DataArguments(data_path=[])
-    with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
+    with pytest.raises(data.DataError, match="/no/such/model: no such folder, and no valid hub id"):
         model_loading.load_processor(arguments, data_arguments)
-    with pytest.raises(data.DataError, match="/no/such/model: cannot be loaded"):
+    with pytest.raises(data.DataError, match="/no/such/model: no such folder, and no valid hub id"):
         model_loading.load_model(arguments, params.TrainingArguments(output_dir="", use_cpu=True))
     arguments.model_id = str(STUDENT)
     processor = model_loading.load_processor(arguments, data_arguments)

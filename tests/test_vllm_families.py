@@ -24,8 +24,10 @@ def model(family: str, folder, monkeypatch) -> str:
         return str(originals.with_tokenizer(originals.random_internvl(folder, 128, 32, 2, 600)))
     if family == "TinyLLaVA original":
         return str(originals.random_tinyllava(folder))
-    for field, value in {"hidden_size": 128, "intermediate_size": 192}.items():
+    monkeypatch.setattr(miniatures, "HEAD", 32)
+    for field, value in {"num_attention_heads": 2, "num_key_value_heads": 1}.items():
         monkeypatch.setitem(miniatures.TEXT, field, value)
+    monkeypatch.setitem(miniatures.MROPE["rope_parameters"], "mrope_section", [4, 6, 6])
     return miniatures.make(family, folder)
 
 
