@@ -135,6 +135,10 @@ def test_what_cannot_be_represented_is_refused_by_name(change, match, tmp_path):
     refused(originals.changed(source, **change), tmp_path, match)
 
 
+def test_a_vision_tower_is_refused_where_the_checkpoint_holds_its_own(tmp_path):
+    refused(ORIGINALS / "internvl2_2b_like", tmp_path, "--vision-tower: InternVL's", vision_tower="some/tower")
+
+
 def test_every_tensor_is_accounted_for(tmp_path):
     source = shutil.copytree(ORIGINALS / "internvl2_2b_like", tmp_path / "source")
     weights = load_file(source / "model.safetensors")

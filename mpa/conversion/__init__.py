@@ -67,8 +67,7 @@ def convert(
             f"{source}: model_type {read_config(folder).get('model_type')!r} is not one that is converted: {', '.join(LAYOUTS)}."
         )
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    options = {"vision_tower": vision_tower} if vision_tower else {}
-    layout = _layout(kind, folder, image_token_id, options)
+    layout = _layout(kind, folder, image_token_id, vision_tower)
     for note in layout.notes:
         print(f"{source}: {note}")
     try:
@@ -80,10 +79,10 @@ def convert(
     return out
 
 
-def _layout(kind: str, folder: Path, image_token_id: int | None, options: dict) -> Layout:
+def _layout(kind: str, folder: Path, image_token_id: int | None, vision_tower: str | None) -> Layout:
     checkpoint = Checkpoint(folder)
     try:
-        return LAYOUTS[kind](checkpoint, image_token_id, **options)
+        return LAYOUTS[kind](checkpoint, image_token_id, vision_tower)
     except KeyError as error:
         raise InputError(f"{folder / 'config.json'}: the field {error} is missing.") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

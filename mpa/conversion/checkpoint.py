@@ -1,6 +1,7 @@
 """A checkpoint as it lies in a folder: its configuration, and its tensors, which are read one at a time."""
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 from mpa.records import InputError, read_json
@@ -39,12 +40,10 @@ class Checkpoint:
         """Yield (name, tensor) for these names. Only the tensor at hand is in memory."""
         from safetensors import safe_open
 
-        opened, file = None, None
-        for name in names:
-            if self._files[name] != opened:
-                opened = self._files[name]
-                file = safe_open(opened, framework="pt").__enter__()
-            yield name, file.get_tensor(name)
+        for path, group in groupby(names, self._files.get):
+            with safe_open(path, framework="pt") as file:
+                for name in group:
+                    yield name, file.get_tensor(name)
 
     def count(self, pattern: str) -> int:
         """Number of different values of the first group of `pattern` in the tensors' names: of layers, for example."""

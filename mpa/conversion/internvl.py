@@ -9,6 +9,7 @@ import re
 from mpa.conversion.checkpoint import Checkpoint
 from mpa.conversion.layout import Layout, layers_as_stored, refuse, rope, text_config
 from mpa.conversion.prompts import chat_template
+from mpa.records import InputError
 
 # System messages of the original prompt templates. The message is always there; users do not see it.
 INTERNVL2 = (
@@ -52,8 +53,10 @@ INTERNLM2 = {
 }
 
 
-def layout(checkpoint: Checkpoint, image_token_id: int | None = None) -> Layout:
+def layout(checkpoint: Checkpoint, image_token_id: int | None, vision_tower: str | None) -> Layout:
     """How this checkpoint is written natively. Raises InputError for what the native class cannot represent."""
+    if vision_tower:
+        raise InputError("--vision-tower: InternVL's vision tower lies in its checkpoint. Leave the flag out.")
     config, llm = checkpoint.config, checkpoint.config["llm_config"]
     _refuse_what_has_no_place(checkpoint)
     kind = llm["model_type"]

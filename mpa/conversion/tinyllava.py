@@ -23,7 +23,7 @@ FACTORY_TOWER = "vision_tower._vision_tower.vision_model."
 FACTORY_TEXT_MODELS = ("phi", "stablelm", "llama", "qwen2")
 
 
-def bench_layout(checkpoint: Checkpoint, image_token_id: int | None = None, vision_tower: str | None = None) -> Layout:
+def bench_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_tower: str | None) -> Layout:
     """TinyLLaVABench's. Raises InputError for what the native class cannot represent."""
     config = checkpoint.config
     _refuse_what_has_no_place(checkpoint)
@@ -48,10 +48,10 @@ def bench_layout(checkpoint: Checkpoint, image_token_id: int | None = None, visi
     )
 
 
-def factory_layout(
-    checkpoint: Checkpoint, image_token_id: int | None = None, vision_tower: str | None = None
-) -> Layout:
-    """TinyLLaVA_Factory's; `vision_tower` is not needed. Raises InputError for what cannot be represented."""
+def factory_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_tower: str | None) -> Layout:
+    """TinyLLaVA_Factory's. Raises InputError for what cannot be represented."""
+    if vision_tower:
+        raise InputError("--vision-tower: TinyLLaVA_Factory's vision tower lies in its checkpoint. Leave the flag out.")
     config, text = checkpoint.config, checkpoint.config["text_config"]
     if text["model_type"] not in FACTORY_TEXT_MODELS:
         refuse(checkpoint, "text_config.model_type", text["model_type"], f"known are {', '.join(FACTORY_TEXT_MODELS)}")
