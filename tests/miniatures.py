@@ -23,6 +23,7 @@ def model_type(family: str) -> str:
 MODEL_TYPES = {model_type(family) for family in FAMILIES}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 4096, **LAYERS}
+LINE_BREAKS = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]  # of Gemma's tokenizer; vLLM looks for them
 VISION = {"hidden_size": 32, "intermediate_size": 48, **LAYERS}
 
 
@@ -229,6 +230,7 @@ def _gemma3(_):
     """With a window that is shorter than a prompt in every other layer, and a tokenizer that writes <bos> by itself."""
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = _tokenizer("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", **named)
+    tokenizer.add_tokens(LINE_BREAKS)
     _begin_with_bos(tokenizer)
     images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     processor = t.Gemma3Processor(images, tokenizer, chat_template=chat_templates.gemma(), image_seq_length=16)
@@ -247,6 +249,7 @@ def _gemma3(_):
 def _paligemma(_):
     """PaliGemma 2: no chat template; Gemma 2 with a window that is longer than the prompts, as in the published sizes."""
     tokenizer = _tokenizer("<bos>", "<eos>")
+    tokenizer.add_tokens(LINE_BREAKS)
     tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<eos>"
     images = t.SiglipImageProcessor(size={"height": 56, "width": 56})
     images.image_seq_length = 16
