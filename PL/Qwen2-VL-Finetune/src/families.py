@@ -94,7 +94,8 @@ def image_settings(
         default = FAMILIES[model_type].max_tiles if model_type in FAMILIES else None
         own = images.max_patches
         most = max_tiles or min(own, default or own)
-        return {"max_patches": most, "min_patches": min(images.min_patches, most)}
+        cuts = {"crop_to_patches": True} if type(processor).__name__ == "InternVLProcessor" else {}  # said for vLLM
+        return {"max_patches": most, "min_patches": min(images.min_patches, most), **cuts}
     if max_tiles is None:
         return {}
     if hasattr(images, "max_image_size"):
