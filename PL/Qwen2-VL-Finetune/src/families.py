@@ -48,6 +48,8 @@ FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", "pixels", QWEN, tested=("hf", "vllm", "PL", "LoRA")),
     "qwen2_5_vl": Family("Qwen2.5-VL", "pixels", QWEN),
     "qwen3_vl": Family("Qwen3-VL", "pixels", QWEN),
+    # Three of four layers keep a state instead of key-values.
+    "qwen3_5": Family("Qwen3.5", "pixels", QWEN, shortcuts=False, packing=False),
     "idefics3": Family("Idefics3", "tiles", IDEFICS),
     "smolvlm": Family("SmolVLM", "tiles", IDEFICS),
     # The paper's L-VLM and S-VLMs are InternVL2, which its authors evaluate with at most 6 tiles.
