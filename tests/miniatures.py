@@ -158,10 +158,8 @@ def _internvl(_):
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = _tokenizer(**named, video_token="<video>")
     images = t.GotOcr2ImageProcessor(size=SQUARE, max_patches=3)
-    template = chat_templates.chatml("<IMG_CONTEXT>\\n")
-    processor = t.InternVLProcessor(
-        images, tokenizer, t.InternVLVideoProcessor(), image_seq_length=4, chat_template=template
-    )
+    shared = {"image_seq_length": 4, "chat_template": chat_templates.chatml("<IMG_CONTEXT>\\n")}
+    processor = t.InternVLProcessor(images, tokenizer, t.InternVLVideoProcessor(), **shared)
     config = t.InternVLConfig(
         text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer)},
         vision_config={**VISION, "image_size": [56, 56], "patch_size": [14, 14]},
