@@ -48,6 +48,8 @@ FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", "pixels", QWEN, tested=("hf", "vllm", "PL", "LoRA")),
     "qwen2_5_vl": Family("Qwen2.5-VL", "pixels", QWEN),
     "qwen3_vl": Family("Qwen3-VL", "pixels", QWEN),
+    # Three of four layers keep a state instead of key-values.
+    "qwen3_5": Family("Qwen3.5", "pixels", QWEN, shortcuts=False, packing=False),
     "idefics3": Family("Idefics3", "tiles", IDEFICS),
     "smolvlm": Family("SmolVLM", "tiles", IDEFICS),
     # The paper's L-VLM and S-VLMs are InternVL2, which its authors evaluate with at most 6 tiles.
@@ -94,7 +96,8 @@ def image_settings(
         default = FAMILIES[model_type].max_tiles if model_type in FAMILIES else None
         own = images.max_patches
         most = max_tiles or min(own, default or own)
-        return {"max_patches": most, "min_patches": min(images.min_patches, most)}
+        cuts = {"crop_to_patches": True} if type(processor).__name__ == "InternVLProcessor" else {}  # said for vLLM
+        return {"max_patches": most, "min_patches": min(images.min_patches, most), **cuts}
     if max_tiles is None:
         return {}
     if hasattr(images, "max_image_size"):

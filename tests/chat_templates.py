@@ -26,6 +26,14 @@ def qwen2(image: str) -> str:
     return "{% if messages[0].role != 'system' %}" + system + "{% endif %}" + chatml(image)
 
 
+def qwen3_reasoning(image: str) -> str:
+    """ChatML with an empty block of reasoning before the last answer alone, as Qwen3's; Qwen3.5's was not at hand."""
+    empty = "<think>\\n\\n</think>\\n\\n"
+    opened = "{% if m.role == 'assistant' and loop.last %}{{ '" + empty + "' }}{% endif %}"
+    turn = "{{ '<|im_start|>' + m.role + '\\n' }}" + opened + PARTS.replace("IMAGE", image) + "{{ '<|im_end|>\\n' }}"
+    return LOOP + turn + END + prompted("<|im_start|>assistant\\n" + empty)
+
+
 def idefics(start: str) -> str:
     """A start token once; roles as words, with a space before text but none before an image."""
     role = "{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"

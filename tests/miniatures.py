@@ -9,7 +9,7 @@ from conftest import TEACHER
 from tokenizers.processors import TemplateProcessing
 
 FAMILIES = (
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm"),
     *("internvl", "llava", "llava_next", "llava_onevision", "granite_vision"),
     *("gemma3", "lfm2_vl", "paligemma"),
 )
@@ -23,7 +23,9 @@ def model_type(family: str) -> str:
 MODEL_TYPES = {model_type(family) for family in FAMILIES}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 4096, **LAYERS}
+HEAD = 16  # size of an attention head
 LINE_BREAKS = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]  # of Gemma's tokenizer; vLLM looks for them
+SQUARE = {"height": 56, "width": 56}  # an image, or a tile, in pixels
 VISION = {"hidden_size": 32, "intermediate_size": 48, **LAYERS}
 
 
@@ -71,17 +73,19 @@ def _qwen(family: str, vision: dict, patch: int, **text):
     form = chat_templates.chatml if family == "qwen3_vl" else chat_templates.qwen2
     template = form("<|vision_start|><|image_pad|><|vision_end|>")
     processor = getattr(t, f"{names}Processor")(images, tokenizer, video(), chat_template=template)
-    ids = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>"}
-    ids |= {"vision_end": "<|vision_end|>"}
     config = getattr(t, f"{names}Config")(
         text_config={**TEXT, "vocab_size": len(tokenizer), **text},
         vision_config=vision,
-        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        **_qwen_ids(tokenizer),
     )
     return processor, config
 
 
-HEAD = 16  # size of an attention head
+def _qwen_ids(tokenizer) -> dict:
+    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in tokens.items()}
+
+
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
 
 
@@ -101,6 +105,30 @@ def _qwen3(family):
     vision = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.15}
     return _qwen(family, vision, 16, head_dim=HEAD, **MROPE)
+
+
+def _qwen3_5(_):
+    """With linear attention in every other layer."""
+    tokenizer = _tokenizer()
+    template = chat_templates.qwen3_reasoning("<|vision_start|><|image_pad|><|vision_end|>")
+    images = t.Qwen2VLImageProcessor(patch_size=16)
+    processor = t.Qwen3VLProcessor(images, tokenizer, t.Qwen3VLVideoProcessor(), chat_template=template)
+    vision = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    text = TEXT | linear | {"linear_num_value_heads": 4, "head_dim": 32, "vocab_size": len(tokenizer)}
+    text |= {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+    }
+    config = t.Qwen3_5Config(
+        text_config=text,
+        vision_config=vision | {"num_position_embeddings": 64, "initializer_range": 0.15},
+        **_qwen_ids(tokenizer),
+    )
+    return processor, config
 
 
 def _idefics3(family):
@@ -131,10 +159,9 @@ _smolvlm = _idefics3
 def _internvl(_):
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = _tokenizer(**named, video_token="<video>")
-    images = t.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, max_patches=3)
-    video = t.InternVLVideoProcessor()
-    template = chat_templates.chatml("<IMG_CONTEXT>\\n")
-    processor = t.InternVLProcessor(images, tokenizer, video, image_seq_length=4, chat_template=template)
+    images = t.GotOcr2ImageProcessor(size=SQUARE, max_patches=3)
+    shared = {"image_seq_length": 4, "chat_template": chat_templates.chatml("<IMG_CONTEXT>\\n")}
+    processor = t.InternVLProcessor(images, tokenizer, t.InternVLVideoProcessor(), **shared)
     config = t.InternVLConfig(
         text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer)},
         vision_config={**VISION, "image_size": [56, 56], "patch_size": [14, 14]},
@@ -152,7 +179,7 @@ SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
 def _llava(_):
     tokenizer = _tokenizer("<image>", "</s>")
     tokenizer.eos_token = "</s>"
-    images = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    images = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=SQUARE)
     shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = t.LlavaProcessor(images, tokenizer, chat_template=chat_templates.llava(), **shared)
     return processor, t.LlavaConfig(text_config=_text("llama", tokenizer), vision_config=CLIP, **_index(tokenizer))
@@ -161,33 +188,29 @@ def _llava(_):
 def _llava_next(_):
     tokenizer = _tokenizer("<image>", "</s>")
     tokenizer.eos_token = "</s>"
-    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-    images = t.LlavaNextImageProcessor(image_grid_pinpoints=GRID, **size)
+    images = t.LlavaNextImageProcessor(image_grid_pinpoints=GRID, size={"shortest_edge": 56}, crop_size=SQUARE)
     shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = t.LlavaNextProcessor(images, tokenizer, chat_template=chat_templates.llava_next(), **shared)
-    text = _text("mistral", tokenizer)
-    index = _index(tokenizer)
-    return processor, t.LlavaNextConfig(text_config=text, vision_config=CLIP, image_grid_pinpoints=GRID, **index)
+    config = {"text_config": _text("mistral", tokenizer), "vision_config": CLIP, "image_grid_pinpoints": GRID}
+    return processor, t.LlavaNextConfig(**config, **_index(tokenizer))
 
 
 def _llava_onevision(_):
     tokenizer = _tokenizer("<image>", "<video>")
-    images = t.LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID, size={"height": 56, "width": 56})
+    images = t.LlavaOnevisionImageProcessor(image_grid_pinpoints=GRID, size=SQUARE)
     shared = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     shared["chat_template"] = chat_templates.llava_onevision()
     processor = t.LlavaOnevisionProcessor(images, tokenizer, t.LlavaOnevisionVideoProcessor(), **shared)
-    index = _index(tokenizer) | {"video_token_index": tokenizer.convert_tokens_to_ids("<video>")}
-    text = _text("qwen2", tokenizer)
-    return processor, t.LlavaOnevisionConfig(text_config=text, vision_config=SIGLIP, image_grid_pinpoints=GRID, **index)
+    config = {"text_config": _text("qwen2", tokenizer), "vision_config": SIGLIP, "image_grid_pinpoints": GRID}
+    config["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
+    return processor, t.LlavaOnevisionConfig(**config, **_index(tokenizer))
 
 
 def _granite_vision(_):
     """LLaVA-NeXT with SigLIP, whose features of several layers are joined, and Granite."""
     tokenizer = _tokenizer("<image>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>")
     tokenizer.eos_token = "<|end_of_text|>"
-    images = t.LlavaNextImageProcessor(
-        image_grid_pinpoints=GRID, size={"height": 56, "width": 56}, crop_size={"height": 56, "width": 56}
-    )
+    images = t.LlavaNextImageProcessor(image_grid_pinpoints=GRID, size=SQUARE, crop_size=SQUARE)
     shared = {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
     processor = t.LlavaNextProcessor(images, tokenizer, chat_template=chat_templates.granite(), **shared)
     scales = {"embedding_multiplier": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.9}
@@ -232,7 +255,7 @@ def _gemma3(_):
     tokenizer = _tokenizer("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", **named)
     tokenizer.add_tokens(LINE_BREAKS)
     _begin_with_bos(tokenizer)
-    images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    images = t.Gemma3ImageProcessor(size=SQUARE)
     processor = t.Gemma3Processor(images, tokenizer, chat_template=chat_templates.gemma(), image_seq_length=16)
     more = {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 12}
     config = t.Gemma3Config(
@@ -251,7 +274,7 @@ def _paligemma(_):
     tokenizer = _tokenizer("<bos>", "<eos>")
     tokenizer.add_tokens(LINE_BREAKS)
     tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<eos>"
-    images = t.SiglipImageProcessor(size={"height": 56, "width": 56})
+    images = t.SiglipImageProcessor(size=SQUARE)
     images.image_seq_length = 16
     processor = t.PaliGemmaProcessor(images, tokenizer)
     text = {

@@ -64,7 +64,7 @@ def test_merged_adapters_answer_as_the_adapters_do(checkpoint, tmp_path):
     assert moved == {"vision", "language"}
 
 
-@pytest.mark.parametrize("family", ["gemma3", "lfm2_vl", "paligemma"])
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "lfm2_vl", "paligemma"])
 def test_packing_is_refused_where_samples_would_see_each_other(tmp_path, family):
     path = miniatures.make(family, tmp_path / family)
     write(tmp_path, 2)

@@ -8,6 +8,7 @@ import PA
 import params
 import pytest
 import resume_settings
+from conftest import python
 from PIL import Image
 from training import build, write
 
@@ -187,3 +188,31 @@ def test_the_check_of_a_dataset_counts_the_tokens_of_the_model_that_is_named(tmp
         if model:
             assert found.visual_tokens == [count(*Image.open(sample.image_path).size) for sample in samples]
             assert sum(found.visual_tokens) == visual_tokens.total([s.image_path for s in samples], count)
+
+
+def test_a_stage_counts_and_records_its_tiles_and_refuses_to_go_on_with_others(tmp_path):
+    path = miniatures.make("smolvlm", tmp_path / "model")
+    command = [
+        "--dataset",
+        "easyVQA",
+        "--model-path",
+        path,
+        "--limit",
+        "3",
+        "--max-new-tokens",
+        "2",
+        "--run",
+        f"{tmp_path}/",
+    ]
+    command += ["--device", "cpu", "--workers", "0"]
+    counts = {}
+    for max_tiles in (1, 4):
+        done = python("evaluate.py", *command, "--max-tiles", max_tiles, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        counts[max_tiles] = int(done.stdout.partition("visual tokens of SmolVLM: ")[2].split()[0])
+    assert counts == {1: 3 * 4, 4: 3 * 5 * 4}  # 4 tokens of each tile
+    assert python("evaluate.py", *command, "--max-tiles", 4).returncode == 0
+    (meta,) = tmp_path.glob("Eval_*.meta.json")
+    assert json.loads(meta.read_text())["settings"]["max_tiles"] == 4
+    refused = python("evaluate.py", *command, "--max-tiles", 1)
+    assert refused.returncode and "max_tiles was 4, is now 1" in refused.stderr

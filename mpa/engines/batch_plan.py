@@ -1,11 +1,12 @@
 """Which requests share a batch of the `hf` engine."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from mpa.engines import Request
 from mpa.image_files import image_size
+from mpa.visual_tokens import total
 
 WINDOW = 64  # batches within which requests are sorted by length
 
@@ -14,11 +15,12 @@ class BatchPlan:
     """Groups requests of similar length, so that a batch holds little padding.
 
     A batch has at most `batch_size` rows and `batch_tokens` tokens, padding and replies included (None: no limit).
-    `pixels` are the processor's limits (min, max).
+    `pixels` are the processor's limits (min, max). Where they are not obeyed, `visual_tokens` counts an image's tokens.
     """
 
     def __init__(self, batch_size: int, batch_tokens: int | None, pixels: tuple[int, int]):
         self.batch_size, self.batch_tokens, self.pixels = batch_size, batch_tokens, pixels
+        self.visual_tokens: Callable[[int, int], int | None] | None = None  # by width and height
 
     def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """All requests, in batches sorted by length within a window of WINDOW batches."""
@@ -36,7 +38,9 @@ class BatchPlan:
             yield batch
 
     def estimated_length(self, request: Request) -> float:
-        """Tokens of the prompt, estimated from the resized image's area and the number of characters."""
+        """Tokens of the prompt, estimated from the image's size and the number of characters."""
+        if self.visual_tokens:
+            return total([request.image_path], self.visual_tokens) + len(request.prompt) / 4
         least, most = self.pixels
         width, height = (0, 0) if least == most else image_size(request.image_path)
         return min(max(width * height, least), most) / 28**2 + len(request.prompt) / 4

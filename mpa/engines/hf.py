@@ -19,6 +19,7 @@ import sys
 import time
 import weakref
 from collections.abc import Container, Iterable, Iterator
+from functools import partial
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -106,6 +107,8 @@ class HFEngine:
             cores = max(1, len(os.sched_getaffinity(0)) // distributed.LOCAL_WORLD)
             self.workers = cores if self.device == "cpu" else min(MAX_GPU_WORKERS, cores)
         self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code, self.max_tiles)
+        if not hasattr(self.preprocessor.processor.image_processor, "merge_size"):  # it knows no limits of pixels
+            self.plan.visual_tokens = partial(families.visual_tokens, self.preprocessor.processor)
         tokenizer = self.preprocessor.tokenizer
         self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
         # Workers on a CPU are forked with the model in them; workers of a GPU before the device is touched.
