@@ -63,7 +63,11 @@ class VLLMInputs:
 
     def _render(self, prompt: str, image) -> dict:
         """What vLLM makes of prompt and image: the token ids, the image's patches."""
-        inputs = {"prompt": self.preprocessor.chat_text(prompt), "multi_modal_data": {"image": image}}
+        text, tokenizer = self.preprocessor.chat_text(prompt), self.preprocessor.tokenizer
+        bos = tokenizer.bos_token
+        if bos and text.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+            text = text.removeprefix(bos)  # vLLM's tokenizer writes it once more (Gemma 3)
+        inputs = {"prompt": text, "multi_modal_data": {"image": image}}
         return self.model.engine.renderer.render_cmpl([inputs])[0]
 
     def prepare(self, request: Request, image) -> tuple[dict | None, str]:
