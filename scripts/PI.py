@@ -199,8 +199,7 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
 
 def dry_run(args, questions: list[Question], ready: dict) -> None:
     requests = [question.request for question in questions]
-    pending = [request for request in requests if request.key not in ready]
-    if pending:
+    if pending := [request for request in requests if request.key not in ready]:
         Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
@@ -218,6 +217,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     if args.dry_run:
         dry_run(args, questions, ready)
         raise SystemExit
+    Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
     if ready and why:
         print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     lvlm_answers = ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)

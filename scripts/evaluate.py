@@ -177,6 +177,8 @@ def main(argv=None) -> None:
         for name, model in zip(names, models, strict=True):
             model.dry_run(requests, f"evaluate {name}")
         return
+    for model in models[1:]:
+        model.check_memory()  # now, not after the hours of those before
     scores = {}
     for name, model in zip(names, models, strict=True):
         stage = evaluation(args, model, samples)
