@@ -81,6 +81,13 @@ class Model:
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
         return open_engine(self.engine_name, model_path=self.folder, **settings)
 
+    def check_memory(self) -> None:
+        """Raise InputError for a model of the hf engine whose weights cannot fit into the memory; reads no weights."""
+        if self.engine_name == "hf":
+            from mpa.engines.memory import check_weights
+
+            check_weights(self.folder, self.args.device, self.args.dtype, self.args.trust_remote_code)
+
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
         """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
         with self.engine() as engine:
@@ -90,11 +97,14 @@ class Model:
             before, started = engine.facts(), time.perf_counter()
             n = sum(len(replies) for replies in engine.generate(some))
             seconds, after = time.perf_counter() - started, engine.facts()
+            memory = engine.memory_line(requests) if hasattr(engine, "memory_line") else ""
         images = [request.image_path for request in requests]
         print(f"{label}: {len(requests):,} requests about {len(set(images)):,} images.")
         limits = self.args.min_pixels, self.args.max_pixels, self.args.max_tiles, self.args.trust_remote_code
         count = TokenCounter(self.folder if self.local else None, *limits)
         print(f"  visual tokens of {count.whose}: {total(images, count):,}")
+        if memory:
+            print(f"  memory, estimated: {memory}")
         print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
         if "cost" in after:
             spent = after["cost"] - before["cost"]

@@ -167,8 +167,8 @@ def main(argv=None) -> Path:
     cli.open_log(args)
     preset, model = PRESETS[args.preset], Model(args, args.model_path_lvlm)
     tries = args.tries if preset.tries is None else preset.tries
-    model.check()
     samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
+    model.check()
     samples = cli.selected(samples, args)
     images = fingerprints(s.image_path for s in samples)
     out = args.out or records.run_folder(args.run) / f"PA_{records.short_name(model.path)}_{args.dataset}.json"

@@ -199,8 +199,7 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
 
 def dry_run(args, questions: list[Question], ready: dict) -> None:
     requests = [question.request for question in questions]
-    pending = [request for request in requests if request.key not in ready]
-    if pending:
+    if pending := [request for request in requests if request.key not in ready]:
         Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
@@ -210,14 +209,15 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
 
     The L-VLM is asked all questions, the S-VLM those on which the L-VLM agrees with itself.
     """
+    pa_json, n, annotations = read_annotations(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
-    pa_json, n, annotations = read_annotations(args)
     ready, why = answers_of_pa(args, pa_json, annotations)
     questions = questions_of(annotations, args)
     if args.dry_run:
         dry_run(args, questions, ready)
         raise SystemExit
+    Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
     if ready and why:
         print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     lvlm_answers = ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)

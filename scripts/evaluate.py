@@ -163,13 +163,13 @@ def main(argv=None) -> None:
             records.run_folder(args.run), f"PI_{{lvlm}}_heldout_{args.dataset}.json", lvlm, "--annotations", "PI.sh"
         )
     models = [Model(args, path) for path in args.model_path]
-    for model in models:
-        model.check()
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
         raise records.InputError(f"Models with the same name would share a file: {', '.join(names)}. Rename a folder.")
     samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
     samples = cli.selected(samples, args)
+    for model in models:
+        model.check()
     if not DATASETS[args.dataset].labelled:
         holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
@@ -177,6 +177,8 @@ def main(argv=None) -> None:
         for name, model in zip(names, models, strict=True):
             model.dry_run(requests, f"evaluate {name}")
         return
+    for model in models[1:]:
+        model.check_memory()  # now, not after the hours of those before
     scores = {}
     for name, model in zip(names, models, strict=True):
         stage = evaluation(args, model, samples)

@@ -18,14 +18,14 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import distributed, families, models
-from mpa.engines import Request, follow_up_request
+from mpa.engines import Request, follow_up_request, memory
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory, tokens_that_fit
@@ -94,10 +94,17 @@ class HFEngine:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return f"{self.tokens / seconds:.0f} tokens/s, waited {self.facts()['waited']:.0%}"
 
+    def memory_line(self, requests: Sequence[Request]) -> str:
+        """The estimate of the memory that these requests need, for a dry run."""
+        return memory.line(self, requests)
+
     # --- loading ----------------------------------------------------------------------------------
 
-    def load(self) -> None:
-        """Load processor and model, and start the workers."""
+    def load(self, requests: Sequence[Request] = ()) -> None:
+        """Load processor and model, and start the workers.
+
+        Raises InputError if the weights cannot fit into the memory; warns if the `requests` may not.
+        """
         if self.model:
             return
         self.device = models.pick_device(self.device)
@@ -111,6 +118,7 @@ class HFEngine:
             self.plan.visual_tokens = partial(families.visual_tokens, self.preprocessor.processor)
         tokenizer = self.preprocessor.tokenizer
         self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
+        memory.check(self, requests)
         # Workers on a CPU are forked with the model in them; workers of a GPU before the device is touched.
         if self.workers and self.device == "cpu":
             threads = torch.get_num_threads()
@@ -142,7 +150,8 @@ class HFEngine:
         Batches are planned over all requests, and batches whose replies are all `done` are skipped: a resumed run
         forms the same batches as an uninterrupted one.
         """
-        self.load()
+        requests = list(requests)
+        self.load(requests)
         self.started = time.perf_counter()
         batches = (batch for batch in self.plan.batches(requests) if any(r.key not in done for r in batch))
         if not self.pool:

@@ -1,5 +1,6 @@
 """Which samples each optimizer step trains on, and how they are split into micro-batches."""
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import pairwise
@@ -53,6 +54,23 @@ class StepBatchSampler(torch.utils.data.Sampler):
     def _micro_batches_of(self, samples: int) -> int:
         """Micro-batches per rank for a step of this many samples."""
         return min(self.micro_batches, -(-samples // self.world))
+
+
+def step_sampler(lengths: list[int], args, batch_tokens: int = 0) -> tuple[StepBatchSampler, int]:
+    """(the sampler of a training with these arguments, its number of epochs). See `micro_batches_within` for `batch_tokens`."""
+    sampler = StepBatchSampler(
+        lengths,
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        args.gradient_accumulation_steps,
+        args.process_index,
+        args.world_size,
+        args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    epochs = math.ceil(args.max_steps / sampler.steps_per_epoch if args.max_steps > 0 else args.num_train_epochs)
+    if batch_tokens:
+        sampler.micro_batches = micro_batches_within(sampler, batch_tokens, epochs)
+    return sampler, epochs
 
 
 def balanced_ends(lengths: list[int], count: int) -> list[int]:

@@ -57,20 +57,16 @@ def log_line(logs: dict, step: int, steps: int) -> str:
 
 
 def start_lines(samples, counts: dict[str, tuple[int, int]], groups: list[dict], steps: str, args) -> list[str]:
-    """Samples, steps, tokens and memory on the first line; then each part's parameters and learning rate.
+    """Samples, steps and tokens on the first line; then each part's parameters and learning rate.
 
     `counts` are `param_groups.counts`, `groups` the optimizer's parameter groups, `steps` a phrase such as "10 steps of 4".
     """
     tokens, visual = sum(samples.lengths), sum(samples.visual_lengths)
     total, trained = (sum(column) for column in zip(*counts.values(), strict=True))
-    weight = 2 if args.bf16 or args.fp16 else 4
-    # Bytes: weights and gradients in the compute dtype; if trained, Adam's averages and a float32 copy of the weight.
-    state = total * weight + trained * (weight + 8 + (4 if weight == 2 else 0))
     rates = {group["part"]: group["lr"] for group in groups}
     lines = [
         f"PL: {len(samples):,} samples, {tokens:,} tokens ({visual:,} visual), {steps} on {args.world_size} "
-        f"device{'s' * (args.world_size > 1)} ({args.device.type}); {total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained; "
-        f"{state / 2**30:.1f} GiB for weights, gradients and optimizer state before any sharding."
+        f"device{'s' * (args.world_size > 1)} ({args.device.type}); {total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained."
     ]
     for part, (total, trained) in counts.items():
         rate = f"learning rate {rates[part]:g}" if part in rates else "frozen"

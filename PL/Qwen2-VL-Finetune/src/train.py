@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import checkpoints
+import memory_check
 import process_group
 import report
 import torch
@@ -117,6 +118,7 @@ def build(
     samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, current: dict
 ) -> Leveler:
     """The trainer, with encoded samples and the model. Its checkpoints record `current`, the settings. Collective."""
+    planned = memory_check.planned_model(model_args, args)
     processor = load_processor(model_args, data_args)
     if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
         print(line, flush=True)
@@ -124,6 +126,8 @@ def build(
     if data_args.packing and kind in FAMILIES and not FAMILIES[kind].packing:
         raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
+    if planned is not None and args.process_index == 0:
+        print(memory_check.line(planned, data_args, args, train_samples), flush=True)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)

@@ -1,6 +1,5 @@
 """The Parity Leveler's trainer: transformers' Trainer for fine-tuning a VLM on answers. See `Leveler`."""
 
-import math
 import time
 from collections import Counter
 from itertools import chain
@@ -13,7 +12,7 @@ import report
 import torch
 import torch.distributed as dist
 from answer_logits import AnswerLogits
-from batching import StepBatchSampler, micro_batches_within
+from batching import step_sampler
 from checkpointing import CheckpointingTrainer
 from collator import Collator, packed_rope_positions
 from features import VisionFeatures
@@ -41,7 +40,7 @@ class Leveler(CheckpointingTrainer):
 
     - Logits are computed only for labelled tokens (`AnswerLogits`).
     - Vision tower, merger and language model have their own learning rates.
-    - A step's samples do not depend on the world size (`StepBatchSampler`).
+    - A step's samples do not depend on the world size (`batching.StepBatchSampler`).
     - Packed rows get each sample's own positions.
     - A non-finite or exploding loss, or a non-finite gradient, raises DataError with the samples' ids.
     - Checkpoints are atomic; SIGTERM and Ctrl-C save one and stop (`CheckpointingTrainer`).
@@ -64,19 +63,8 @@ class Leveler(CheckpointingTrainer):
         batch_tokens: int = 0,
         **kwargs,
     ):
-        self.sampler = StepBatchSampler(
-            samples.lengths,
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.gradient_accumulation_steps,
-            args.process_index,
-            args.world_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-        )
-        steps_per_epoch = self.sampler.steps_per_epoch
-        self.epochs = math.ceil(args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs)
+        self.sampler, self.epochs = step_sampler(samples.lengths, args, batch_tokens)
         if batch_tokens:
-            self.sampler.micro_batches = micro_batches_within(self.sampler, batch_tokens, self.epochs)
             _set_accumulation(args, self.sampler.micro_batches)
         super().__init__(
             args=args,
