@@ -1,6 +1,8 @@
 """Loading of the model and its processor."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import families
 import param_groups
@@ -9,9 +11,37 @@ from loading_errors import explain, incomplete
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
+
+ORIGINALS = ("internvl_chat", "tiny_llava_stablelm", "tinyllava")  # model types that transformers does not know
+CONVERT = Path(__file__).resolve().parents[3] / "scripts/convert.py"
+
+
+def native(model_id: str) -> str:
+    """The folder to load: of an original InternVL2 or TinyLLaVA its conversion, made once by scripts/convert.py; else `model_id`.
+
+    Every rank may call this: one converts, the others wait. Raises DataError if it cannot be converted.
+    """
+    if _config(model_id).get("model_type") not in ORIGINALS:
+        return model_id
+    if not CONVERT.is_file():
+        raise DataError(f"{model_id}: an original checkpoint, and {CONVERT}, which converts it, is not there.")
+    command = [sys.executable, str(CONVERT), "--cached", model_id]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(done.stderr.strip().removeprefix("error: "))
+    print(done.stderr, end="", flush=True)
+    return done.stdout.strip()
+
+
+def _config(model_id: str) -> dict:
+    """The content of config.json; {} if it cannot be read: loading the model says why."""
+    try:
+        return PreTrainedConfig.get_config_dict(model_id)[0]
+    except (OSError, ValueError):
+        return {}
 
 
 def load_processor(model_args: ModelArguments, data_args: DataArguments):
