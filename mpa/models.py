@@ -7,6 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from mpa import distributed
+from mpa.memory_estimate import meta_model, stored_bits, unquantised
+from mpa.quantization import forbid_packing
+from mpa.quantization import options as quantization_options
 from mpa.records import InputError, read_json
 
 # The paper's limits of pixels per image, passed to every processor that accepts such limits.
@@ -18,6 +21,7 @@ MAX_PIXELS = 512 * 28 * 28
 SHORTCUTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
 SHORTCUTS |= {"llava", "llava_next", "llava_onevision"}
 
+BITS = {"8bit": 8, "4bit": 4}  # values of --quantization
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
@@ -206,10 +210,11 @@ def load_processor(path: str, min_pixels: int, max_pixels: int, trust_remote_cod
     return processor
 
 
-def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
+def load_model(path: str, device: str, dtype, trust_remote_code=False, quantization=None, device_map=None):
     """The model, ready to generate. `transformers` selects the class from the checkpoint's config.
 
-    LoRA adapters are merged into their base model.
+    LoRA adapters are merged into their base model, unless that is quantised ("8bit" or "4bit"). `device_map` "auto"
+    spreads the model over all GPUs; its inputs then go to `model.device`.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
@@ -217,17 +222,36 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     base = adapted(path)
+    options = {"device_map": device_map} if device_map else {}
+    if quantization:
+        options = _quantised(base or path, quantization, dtype, device_map or {"": device}, trust_remote_code)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            base or path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            base or path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
         )
         if base:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = PeftModel.from_pretrained(model, path)
+            model = model.get_base_model() if quantization else model.merge_and_unload()
+    except ImportError as error:  # a checkpoint that is quantised in another way
+        raise InputError(
+            f"{path}: --engine hf lacks a package that it needs: {_first_line(error)} --engine vllm reads AWQ, GPTQ and FP8."
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from None
-    return model.to(device).eval()
+    forbid_packing(model)
+    return (model if options else model.to(device)).eval()
+
+
+def _quantised(path: str, quantization: str, dtype, device_map, trust_remote_code: bool) -> dict:
+    """Arguments of `from_pretrained` that quantise the language model. Raises InputError if it is quantised already."""
+    planned = meta_model(path, trust_remote_code)
+    if planned is None:
+        return {}  # loading says what is wrong
+    if stored_bits(planned):
+        raise InputError(f"{path}: is stored quantised. Leave out --quantization, or name the original model.")
+    return quantization_options(BITS[quantization], unquantised(planned), dtype, device_map)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,9 +13,11 @@ from mpa.engines import ENGINES, Request, open_engine
 from mpa.image_files import image_size
 from mpa.journal import Journal, finished
 from mpa.models import check_model_path, format_marks, identity, resolved_dtype
+from mpa.packages import require
+from mpa.records import InputError
 
-# Arguments that decide a stage's outcome. Batch size, workers and the engine of greedy replies do not: they are free.
-DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+# Arguments that decide a stage's outcome, with those of `Model.deciding`. Batch size, workers and the engine of greedy replies do not: they are free.
+DECIDING = ("dataset", "limit", "sample", "preset", "seed", "max_new_tokens", "min_pixels", "max_pixels")
 
 
 class Model:
@@ -28,9 +30,18 @@ class Model:
         # With Ray, the engine whose replies these are is that of its actors.
         self.replies_from = args.ray_engine if self.engine_name == "ray" else self.engine_name
         self.local = ENGINES[self.replies_from].local
+        self.quantization = args.quantization if is_lvlm else None
 
     def check(self) -> None:
         """Raise InputError for a folder that holds no whole model, before anything heavy is imported."""
+        if self.quantization:
+            require(f"--quantization {self.quantization}", "quantization", "bitsandbytes")
+        if self.replies_from != "hf" and (self.quantization or self.args.device_map):
+            flag = "--quantization" if self.quantization else "--device-map"
+            raise InputError(
+                f"{flag}: is for --engine hf, and {self.path} runs with {self.replies_from}. With vllm, name an AWQ, GPTQ or "
+                "FP8 checkpoint, which needs no flag, and spread it with --tensor-parallel-size."
+            )
         if self.local:
             check_model_path(self.path)
 
@@ -53,14 +64,20 @@ class Model:
         """The engine, ready to load the model when it is first asked."""
         self.check()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
+        settings |= {"quantization": self.quantization} if "quantization" in settings else {}
         return open_engine(self.engine_name, model_path=self.path, **settings)
+
+    def deciding(self) -> dict:
+        """What of the model's settings decides its replies. A model that is not quantised has no such entry."""
+        settings = {"model": self.identity, "dtype": self.dtype}
+        return settings | ({"quantization": self.quantization} if self.quantization else {})
 
     def check_memory(self) -> None:
         """Raise InputError for a model of the hf engine whose weights cannot fit into the memory; reads no weights."""
         if self.engine_name == "hf":
             from mpa.engines.memory import check_weights
 
-            check_weights(self.path, self.args.device, self.args.dtype, self.args.trust_remote_code)
+            check_weights(self.path, self.args, self.quantization)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
         """Print how much there is to ask and how long it would take, from the pace of a few requests. Keeps nothing."""
@@ -97,8 +114,8 @@ class Stage:
 
     def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
-        self.settings = {name: getattr(model.args, name) for name in DECIDING} | {"dtype": model.dtype}
-        self.settings |= {"model": model.identity, **choices, "content": records.digest(json.dumps(content))}
+        self.settings = {name: getattr(model.args, name) for name in DECIDING} | model.deciding()
+        self.settings |= {**choices, "content": records.digest(json.dumps(content))}
         self.journal: Journal | None = None
         self.facts = {}
 

@@ -88,7 +88,10 @@ _PIXELS = ("min_pixels", "max_pixels")
 ENGINES = {
     "hf": Engine(
         "mpa.engines.hf:HFEngine",
-        ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_PIXELS),
+        (
+            *("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code"),
+            *("quantization", "device_map", *_PIXELS),
+        ),
     ),
     "vllm": Engine(
         "mpa.engines.vllm:VLLMEngine",

@@ -1,6 +1,8 @@
 """Loading of the model and its processor."""
 
+import memory_estimate
 import param_groups
+import quantization
 import torch
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
@@ -28,9 +30,11 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     """
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    quantised = _quantised(model_args, args) if model_args.bits != 16 else {}
     model = _from_pretrained(
-        AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention
+        AutoModelForImageTextToText, model_args, dtype="float32", use_safetensors=True, **attention, **quantised
     )
+    quantization.forbid_packing(model)
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
@@ -38,6 +42,17 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         return param_groups.add_lora(model, model_args)
     param_groups.freeze(model, model_args)
     return model
+
+
+def _quantised(model_args: ModelArguments, args: TrainingArguments) -> dict:
+    """Arguments of `from_pretrained` for --bits. Raises DataError if the base is quantised already."""
+    planned = memory_estimate.meta_model(model_args.model_id, model_args.trust_remote_code)
+    if planned is None:
+        return {}  # loading says what is wrong
+    if memory_estimate.stored_bits(planned):
+        raise DataError(f"{model_args.model_id}: is stored quantised. Name the original model, for --bits.")
+    kept = memory_estimate.unquantised(planned)
+    return quantization.options(model_args.bits, kept, compute_dtype(args), {"": args.device})
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
