@@ -222,7 +222,7 @@ def test_a_stage_refuses_weights_that_cannot_fit_and_warns_of_the_rest(images, t
     assert "memory may run out: weights " in capsys.readouterr().err
     free(size // 2)
     monkeypatch.setattr(memory_estimate, "CHECKED", False)
-    memory.check_weights(str(TEACHER), "cpu", "float32")
+    HFEngine(str(TEACHER), device="cpu", dtype="float32", min_pixels=3136, max_pixels=3136).load()
 
 
 def test_the_s_vlm_is_checked_before_the_l_vlm_is_asked(images, tmp_path, free):
