@@ -13,7 +13,7 @@ from pathlib import Path
 from mpa import distributed, interchange, log_file, records
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
-from mpa.models import MAX_PIXELS, MIN_PIXELS
+from mpa.models import BITS, MAX_PIXELS, MIN_PIXELS
 from mpa.presets import PRESETS
 from mpa.records import InputError
 
@@ -128,6 +128,10 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
 
 def _engine_flags(p: argparse.ArgumentParser) -> None:
     """Flags of single engines."""
+    hf = p.add_argument_group("model, with --engine hf")
+    quantization = "load the L-VLM's language model in so many bits (bash scripts/setup.sh quantization)"
+    hf.add_argument("--quantization", choices=BITS, help=quantization)
+    hf.add_argument("--device-map", choices=("auto",), help="auto: spread the model over all GPUs")
     vllm = p.add_argument_group("model, with --engine vllm (bash scripts/setup.sh vllm)")
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
@@ -210,6 +214,8 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         if not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
         (args.dataset,) = of_file
+    if args.device_map and distributed.WORLD > 1:
+        p.error("--device-map: one process takes all GPUs; leave GPUS out")
     if args.min_pixels > args.max_pixels:
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import families
+import memory_estimate
 import param_groups
+import quantization
 import torch
 from loading_errors import explain, incomplete
 from params import DataArguments, ModelArguments, TrainingArguments
@@ -80,6 +82,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     flash = flash and not (kind in families.FAMILIES and families.FAMILIES[kind].both_ways)
     attention = {"attn_implementation": "flash_attention_2"} if flash else {}  # else PyTorch's, or Gemma 2's own
+    quantised = _quantised(model_args, args) if model_args.bits != 16 else {}
     model, info = _from_pretrained(
         AutoModelForImageTextToText,
         model_args,
@@ -88,9 +91,11 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `incomplete` reports them
         **attention,
+        **quantised,
     )
     if wrong := incomplete(model_args.model_id, info):
         raise DataError(wrong)
+    quantization.forbid_packing(model)
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
@@ -98,6 +103,17 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         return param_groups.add_lora(model, model_args)
     param_groups.freeze(model, model_args)
     return model
+
+
+def _quantised(model_args: ModelArguments, args: TrainingArguments) -> dict:
+    """Arguments of `from_pretrained` for --bits. Raises DataError if the base is quantised already."""
+    planned = memory_estimate.meta_model(model_args.model_id, model_args.trust_remote_code)
+    if planned is None:
+        return {}  # loading says what is wrong
+    if memory_estimate.stored_bits(planned):
+        raise DataError(f"{model_args.model_id}: is stored quantised. Name the original model, for --bits.")
+    kept = memory_estimate.unquantised(planned)
+    return quantization.options(model_args.bits, kept, compute_dtype(args), {"": args.device})
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:

@@ -128,7 +128,7 @@ def build(
         raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     if planned is not None and args.process_index == 0:
-        print(memory_check.line(planned, data_args, args, train_samples), flush=True)
+        print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
