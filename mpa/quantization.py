@@ -5,7 +5,7 @@ Vision tower, merger, embeddings and output layer keep their precision, as in Qw
 `mpa/quantization.py` and `PL/Qwen2-VL-Finetune/src/quantization.py` are copies: neither package imports the other.
 """
 
-import warnings
+import logging
 
 
 def options(bits: int, kept: list[str], compute_dtype, device_map) -> dict:
@@ -15,7 +15,8 @@ def options(bits: int, kept: list[str], compute_dtype, device_map) -> dict:
     """
     from transformers import BitsAndBytesConfig
 
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # It warns of int8's casts to float16 at each of them.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
