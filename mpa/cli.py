@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from mpa import distributed, interchange, log_file, records
+from mpa.argument_types import number, path_map
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
 from mpa.models import BITS, MAX_PIXELS, MIN_PIXELS
@@ -179,29 +180,6 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
-def number(least, most=None, kind=int, above: bool = False):
-    """An argparse type: an int (or `kind`) from `least`, which `above` leaves out, to `most`."""
-
-    def read(text: str):
-        value = kind(text)
-        if not (value > least or (value == least and not above)) or (most is not None and value > most):
-            limit = f"{'more than' if above else 'at least'} {least}" + (
-                f" and at most {most}" if most is not None else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {limit}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return read
-
-
-def path_map(text: str) -> tuple[str, str]:
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise argparse.ArgumentTypeError("expected OLD=NEW, as in /workspace/data=/mnt/data")
-    return old, new
-
-
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
     """The checked arguments. `named_by` are the arguments whose file names may imply --dataset."""
     args = p.parse_args(argv)
@@ -258,9 +236,9 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
         heard[0] = number
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, interrupt)
     distributed.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")

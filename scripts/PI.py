@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, records
 from mpa.answering import Answers, Question, question_request
+from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
@@ -60,7 +61,7 @@ def arguments(argv=None):
     )
     p.add_argument(
         "--hold-out",
-        type=cli.number(0, 0.99, float),
+        type=number(0, 0.99, float),
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
     )
