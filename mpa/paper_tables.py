@@ -267,7 +267,7 @@ def _count(rows: list, what: str) -> str:
 
 def _ratio(runs: Runs) -> dict:
     """D_PA over D_PI, all parity sets together, and its range."""
-    funnels = [meta.get("funnel") or {} for (_, _, variant), meta in runs.parity.items() if variant == "mpa"]
+    funnels = [found.meta.get("funnel") or {} for (_, _, variant), found in runs.parity.items() if variant == "mpa"]
     pairs = [(f["parsed"], f["parity"]) for f in funnels if f.get("parsed") and "parity" in f]
     pa, pi = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
     if not pi:

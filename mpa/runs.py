@@ -43,6 +43,13 @@ class Cell(NamedTuple):
     svlm: str
 
 
+class ParitySet(NamedTuple):
+    """A parity set's file, and its meta file's content."""
+
+    file: Path
+    meta: dict
+
+
 @dataclass
 class Training:
     """A trained and evaluated S-VLM. `pl`, `pi` and `pa` are its stages' meta files, {} for one that is not there."""
@@ -90,7 +97,7 @@ class Runs:
     """All that was found."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
-    parity: dict[tuple[Path, Cell, str], dict] = field(default_factory=dict)  # PI's meta by folder, cell and variant
+    parity: dict[tuple[Path, Cell, str], ParitySet] = field(default_factory=dict)  # by folder, cell and variant
     ratings: list[Path] = field(default_factory=list)
 
     @cached_property
@@ -163,7 +170,7 @@ class Runs:
         variant = after.model.removeprefix(model_name(cell)).removeprefix("_") or "mpa"
         # The parity set is in this folder, or in that of the train file.
         places = [(place, cell, name) for place in (folder, train_json.parent.resolve()) for name in (variant, "mpa")]
-        pi = next((self.parity[place] for place in places if place in self.parity), {})
+        pi = next((self.parity[place].meta for place in places if place in self.parity), {})
         pa = _meta_if_there(folder / f"PA_{cell.lvlm}_{cell.dataset}.meta.json")
         before = self.evaluation(cell.dataset, cell.svlm, folder, after.content)
         return Training(cell, variant, after, before, pl, pi, pa)
@@ -209,7 +216,7 @@ def _take(runs: Runs, folder: Path, name: str) -> None:
         meta = read_meta(folder / name)
         lvlm, svlm = (meta.get(f"model_path_{who}", match[i]) for i, who in ((1, "lvlm"), (2, "svlm")))
         cell = Cell(match[3], records.short_name(lvlm), records.short_name(svlm))
-        runs.parity[folder, cell, match[4] or "mpa"] = meta
+        runs.parity[folder, cell, match[4] or "mpa"] = ParitySet(folder / f"{stem}.json", meta)
 
 
 def _meta_if_there(file: Path) -> dict:

@@ -35,13 +35,27 @@ class Interval:
         return f"{low} to {high}"
 
 
-CSV_NAMES = {Figure: ("", " sd"), Interval: (" low", " high")}
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    digits: int = 1
+    sign: bool = False
+
+    def __str__(self) -> str:
+        return f"{Figure(self.value, None, self.digits, self.sign)} ({Interval(self.low, self.high, self.sign, self.digits)})"
+
+
+CSV_NAMES = {Figure: ("", " sd"), Interval: (" low", " high"), Estimate: ("", " low", " high")}
 
 
 @dataclass
 class Table:
-    """`columns` is {name: type of its cells}: str; float, a Figure without deviation; Figure; or Interval. Any cell may also
-    be a text. A row is {column: cell}; what is not there is empty.
+    """`columns` is {name: type of its cells}: str; float, a Figure without deviation; Figure; Interval; or Estimate. Any cell
+    may also be a text. A row is {column: cell}; what is not there is empty.
 
     `notes` are about the whole table. A row's own notes are its item "notes", a list of texts.
     """
@@ -113,7 +127,8 @@ def latex(table: Table) -> str:
 
 def comma_separated(table: Table) -> str:
     """One header line and one line for each row. A Figure has two columns, its value and its standard deviation; an
-    Interval has its two bounds. The last column has the row's notes; the table's are lines that begin with #.
+    Interval its two bounds; an Estimate all three. The last column has the row's notes; the table's are lines that begin
+    with #.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -132,10 +147,11 @@ def _csv_cells(cell, kind: type) -> list:
     """The cells of one column, as many as its names in CSV."""
     if isinstance(cell, Figure):
         numbers = [cell.value, *([cell.sd] if kind is Figure else [])]
-        return ["" if number is None else f"{round(number, 4):.12g}" for number in numbers]
-    if isinstance(cell, Interval):
-        return [f"{round(bound, 4):.12g}" for bound in (cell.low, cell.high)]
-    return ["" if cell is None else cell, *[""] * (len(CSV_NAMES.get(kind, ("",))) - 1)]
+    elif isinstance(cell, Interval | Estimate):
+        numbers = [*([cell.value] if kind is Estimate else []), cell.low, cell.high]
+    else:
+        return ["" if cell is None else cell, *[""] * (len(CSV_NAMES.get(kind, ("",))) - 1)]
+    return ["" if number is None else f"{round(number, 4):.12g}" for number in numbers]
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "latex": latex, "csv": comma_separated}

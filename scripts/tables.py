@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli, records, runs
 from mpa.datasets import DATASETS
 from mpa.paper_tables import ablation_table, claims_table, main_table
+from mpa.rating_table import ratings_table
 from mpa.run_summary import summarise
 from mpa.table_formats import FORMATS, Table
 
-TABLES = ("main", "ablation", "claims")
+TABLES = ("main", "ablation", "ratings", "claims")
 
 
 def paper_tables(found: runs.Runs, names: list[str], whole_matrix: bool) -> list[Table]:
@@ -35,6 +36,7 @@ def paper_tables(found: runs.Runs, names: list[str], whole_matrix: bool) -> list
     make = {
         "main": lambda: main,
         "ablation": lambda: ablation_table(found),
+        "ratings": lambda: ratings_table(found),
         "claims": lambda: claims_table(found, main),
     }
     return [make[name]() for name in names]

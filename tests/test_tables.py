@@ -189,7 +189,7 @@ def test_names_are_inert_in_markdown_and_latex(tmp_path):
     assert r"| a\|b_&lt;c>&% |" in python("tables.py", tmp_path).stdout
     text = python("tables.py", tmp_path, "--format", "latex").stdout
     assert r"a\textbar{}b\_\textless{}c\textgreater{}\&\%" in text
-    assert text.count(r"\toprule") == text.count(r"\end{tabular}") == 3
+    assert text.count(r"\toprule") == text.count(r"\end{tabular}") == 4
 
 
 def test_out_writes_what_would_be_printed(tmp_path):
