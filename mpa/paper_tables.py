@@ -21,6 +21,7 @@ from mpa.table_formats import Figure, Interval, Table
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 UNKNOWN = "not published"
 SOURCE = PAPER["source"]
+TRAINED_ON = ROWS | {"rejected": "pseudo labels that PI did not keep"}
 
 
 def paper_name(model: str) -> str:
@@ -79,7 +80,9 @@ def _compared(row: dict, seeds: list) -> list[str]:
         by_questions[t.before.content, t.after.content].append(found[-1])
     asked = [max(len(t.before.scores), len(t.after.scores)) for t in seeds]
     shared = [len(gain) for gain in found]
-    same_before = len({t.before.path for t in seeds}) == 1
+    same_before = all(
+        t.before.meta == seeds[0].before.meta for t in seeds
+    )  # one evaluation, linked into several folders
     row["before"] = over_seeds((t.before.summary["score"] for t in (seeds[:1] if same_before else seeds)), 100)
     row["n"] = _counts(shared)
     if 0 in shared:
@@ -173,7 +176,7 @@ def ablation_table(runs: Runs) -> Table:
     shown = {(row["dataset"], row["variant"]) for row in table.rows}
     for entry in PAPER["table6"]:
         if (entry["dataset"], entry["variant"]) not in shown:
-            row = {"dataset": entry["dataset"], "training data": ROWS[entry["variant"]]}
+            row = {"dataset": entry["dataset"], "training data": TRAINED_ON[entry["variant"]]}
             table.rows.append(row | _published_ablation(entry["dataset"], entry["variant"]))
     if not any(row.get("settings") for row in table.rows):
         del table.columns["settings"]
@@ -197,11 +200,11 @@ def _ablation_rows(runs: Runs, cell: Cell, experiments: list[Experiment]) -> lis
     for variant, model in (("base", cell.svlm), ("lvlm", cell.lvlm)):
         if evaluation := runs.evaluation(cell.dataset, model, folder, content):
             found[variant].append({"samples": None, **_accuracy([evaluation])})
-    order = [*(v for v in ROWS if v != "lvlm"), *sorted(set(found) - set(ROWS)), "lvlm"]
+    order = [*(v for v in TRAINED_ON if v != "lvlm"), *sorted(set(found) - set(TRAINED_ON)), "lvlm"]
     rows = [{"variant": variant} | row for variant in order for row in found.get(variant, ())]
     return [
         _names(cell)
-        | {"training data": ROWS.get(row["variant"], row["variant"])}
+        | {"training data": TRAINED_ON.get(row["variant"], row["variant"])}
         | row
         | _published_ablation(cell.dataset, row["variant"])
         for row in rows

@@ -168,12 +168,25 @@ class Runs:
         if cell is None or cell.dataset != after.dataset:
             return None
         variant = after.model.removeprefix(model_name(cell)).removeprefix("_") or "mpa"
-        # The parity set is in this folder, or in that of the train file.
-        places = [(place, cell, name) for place in (folder, train_json.parent.resolve()) for name in (variant, "mpa")]
-        pi = next((self.parity[place].meta for place in places if place in self.parity), {})
+        pi = self._parity_set(cell, folder, train_json)
         pa = _meta_if_there(folder / f"PA_{cell.lvlm}_{cell.dataset}.meta.json")
         before = self.evaluation(cell.dataset, cell.svlm, folder, after.content)
         return Training(cell, variant, after, before, pl, pi, pa)
+
+    def _parity_set(self, cell: Cell, folder: Path, train_json: Path) -> dict:
+        """The meta file of the parity set from which a train file is: in this folder, or in that of the train file.
+
+        A train file's name may go on after the dataset with a parity set's own ending, such as a matcher, and a baseline's.
+        """
+        match = _PARITY.fullmatch(train_json.stem)
+        ending = match[4] if match and match[4] else ""
+        while True:
+            for place in (folder, train_json.parent.resolve()):
+                if found := self.parity.get((place, cell, ending or "mpa")):
+                    return found.meta
+            if not ending:
+                return {}
+            ending = ending.rpartition("_")[0]
 
     def _cell(self, model: str, train_json: Path) -> Cell | None:
         """The cell whose names a trained model's name begins with, the longest; else that of its train file."""

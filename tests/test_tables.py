@@ -64,6 +64,16 @@ def test_seeds_are_those_of_the_meta_files_and_give_mean_and_deviation(tmp_path)
     assert "| 62.5 ± 12.5 | +37.5 ± 12.5 |" in shown
 
 
+def test_a_linked_evaluation_before_has_no_deviation(tmp_path):
+    for seed, right in enumerate((AFTER, BEFORE)):
+        fake.run(tmp_path / str(seed), "textVQA", "L", "S", BEFORE, right, seed=seed)
+    for file in ("Eval_S_textVQA.json", "Eval_S_textVQA.meta.json"):  # as reproduce.sh links what no seed changes
+        (tmp_path / "1" / file).unlink()
+        (tmp_path / "1" / file).hardlink_to(tmp_path / "0" / file)
+    (row,) = table("main", tmp_path)
+    assert (row["before"], row["before sd"], row["after sd"] != "") == ("25", "", True)
+
+
 def test_the_interval_over_seeds_with_different_questions_is_narrower_than_each(tmp_path):
     rng = np.random.default_rng(0)
     one, two = rng.choice([0, 1], 400), rng.choice([0, 1], 400)
@@ -122,9 +132,28 @@ def test_table_6_has_each_variant_of_a_cell_in_one_folder_or_several(tmp_path):
         ("all pseudo labels, without PI", "40", "37.5", "73.6"),
         ("MPA", "4", "50", "75.1"),
         ("human labels, all", "99", "87.5", "72.7"),
-        ("rejected", "36", "0", "not published"),
+        ("pseudo labels that PI did not keep", "36", "0", "not published"),
         ("L-VLM", "", "100", "not published"),
     ]
+
+
+def test_a_variant_of_another_matcher_has_the_settings_of_its_own_parity_set(tmp_path):
+    for seed, folder in enumerate((tmp_path / "0", tmp_path / "1")):
+        fake.run(folder, "textVQA", "L", "S", BEFORE, AFTER, seed=seed)
+        mpa = fake.parity(folder, "textVQA", "L", "S", 4, 40)
+        own = mpa.with_stem(f"{mpa.stem}_tolerant")
+        meta = json.loads(own.with_stem(mpa.stem).with_suffix(".meta.json").read_text())
+        fake.write(own.with_suffix(".meta.json"), meta | {"settings": {"match": "tolerant", "preset": "paper"}})
+        for name, file in (("loose", own), ("loose_rejected", own.with_stem(f"{own.stem}_rejected"))):
+            pl = {"data_path": [f"{file}:0.9", "old.json:0.1"]}
+            fake.trained(folder, "textVQA", "L", "S", AFTER, 4, seed=seed, variant=name, pl=pl)
+    found = {e.variant: e for e in runs.find([tmp_path]).experiments}
+    assert {name: e.seeds[0].settings["match"] for name, e in found.items()} == {
+        "mpa": "exact",
+        "loose": "tolerant",
+        "loose_rejected": "tolerant",
+    }
+    assert {len(e.seeds) for e in found.values()} == {2}
 
 
 def test_before_and_after_on_other_questions_are_compared_on_those_of_both(tmp_path):
