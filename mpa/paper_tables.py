@@ -63,7 +63,8 @@ def main_row(experiment: Experiment) -> dict:
     row["after"] = over_seeds((t.after.summary["score"] for t in seeds), 100)
     row["seeds"] = Figure(len(seeds), digits=0)
     row["parity samples"] = over_seeds((t.samples for t in seeds), digits=0)
-    if unfinished := sum(t.after.meta.get("unfinished") or 0 for t in seeds):
+    evaluations = [e for t in seeds for e in (t.before, t.after) if e]
+    if unfinished := sum(e.meta.get("unfinished") or 0 for e in evaluations):
         notes.append(f"{unfinished} replies failed with a temporary error and count as wrong: repeat the evaluation.")
     if all(t.before for t in seeds):
         notes += _compared(row, seeds)
@@ -80,9 +81,7 @@ def _compared(row: dict, seeds: list) -> list[str]:
         by_questions[t.before.content, t.after.content].append(found[-1])
     asked = [max(len(t.before.scores), len(t.after.scores)) for t in seeds]
     shared = [len(gain) for gain in found]
-    same_before = all(
-        t.before.meta == seeds[0].before.meta for t in seeds
-    )  # one evaluation, linked into several folders
+    same_before = all(t.before.meta == seeds[0].before.meta for t in seeds)  # one, linked into several folders
     row["before"] = over_seeds((t.before.summary["score"] for t in (seeds[:1] if same_before else seeds)), 100)
     row["n"] = _counts(shared)
     if 0 in shared:
