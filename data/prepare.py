@@ -60,12 +60,16 @@ def report(dataset: str, official: tuple[int, int] | None, files: dict[str, tupl
     """Compare (questions, images) found with the counts in the paper, its README and its released files."""
     expected = PREPARATIONS[dataset].expected
     found = {"official train": official, **files} if official and "official train" in expected else files
+    differ = False
     print(f"\n  {'questions / images':<58}{'found':>16}{'released':>16}")
     for name, numbers in found.items():
         released = expected.get(name)
         same = released is None or all(n is None or n == m for n, m in zip(released, numbers, strict=True))
         note = "" if same else "   differs"
+        differ = differ or not same
         print(f"  {name:<58}{_pair(numbers):>16}{_pair(released) if released else '–':>16}{note}")
+    if differ:
+        print("  differs: another version of the download, or a part of it. That is no error if you meant it.")
 
 
 def _pair(numbers: tuple[int, int | None]) -> str:

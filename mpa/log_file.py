@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Lines of torch, DeepSpeed and other libraries that tell the user nothing to act on. They go only to the log.
 NOISE = re.compile(
-    r"No CUDA runtime is found|^DeepSpeed \S+ built|^\S+:\d+: (Future|Deprecation|PendingDeprecation)Warning"
+    r"No CUDA runtime is found|^DeepSpeed \S+ built|Failed to load CPU gemm_4bit|Gradient accumulation steps mismatch|^\S+:\d+: (Future|Deprecation|PendingDeprecation)Warning"
 )
 
 

@@ -21,6 +21,8 @@ ROWS = {
     "lvlm": "L-VLM",
 }
 
+FEW_QUESTIONS, FEW_SAMPLES = 30, 50  # below which the summary warns
+
 
 class Run:
     """The files of one run folder, for one dataset and one pair of models."""
@@ -103,23 +105,43 @@ def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], match) -> str:
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
-    """A few annotated images and their verdicts, as text."""
+    """A few annotated images and their verdicts, as text: the first of each verdict, then the first of all."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
     match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
     if run.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
-    lines = []
-    for r in records.read_records(run.pa, "PA")[:n]:
+    annotated, lines, first = records.read_records(run.pa, "PA"), [], {}
+    for place, r in enumerate(annotated):
         key = str(r["question_id"])
         if r.get("left_out") or key not in lvlm:
+            why = "left out"
             lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
-            continue
-        answer = svlm.get(key)
-        reply = f" · S-VLM: {answer['predictions']}" if answer else ""
+        else:
+            answer = svlm.get(key)
+            reply, why = (
+                f" · S-VLM: {answer['predictions']}" if answer else "",
+                verdict(lvlm[key], answer, held_out, match),
+            )
+            lines.append(
+                f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
+                f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {why}"
+            )
+        first.setdefault(why, place)
+    chosen = [*first.values(), *(place for place in range(len(lines)) if place not in first.values())]
+    return [lines[place] for place in sorted(chosen[:n])]
+
+
+def cautions(result: dict) -> list[str]:
+    """What makes the table say little: few test questions, few training samples."""
+    lines, mpa = [], result["rows"].get("mpa")
+    if mpa and mpa["n"] < FEW_QUESTIONS:
         lines.append(
-            f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
-            f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {verdict(lvlm[key], answer, held_out, match)}"
+            f"  Only {mpa['n']} test questions: a gain of 0, or an interval of width 0, says that no answer changed."
+        )
+    if mpa and mpa["train_samples"] < FEW_SAMPLES:
+        lines.append(
+            f"  Only {mpa['train_samples']} training samples: annotate more images before you judge the method."
         )
     return lines
 
@@ -171,7 +193,7 @@ def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
         results.append(result)
         print(f"\n{folder}: " + funnel_line(result["funnel"]))
         print("\n".join(["Examples:", *examples(run), ""]))
-        print("\n".join(table(result, what)))
+        print("\n".join([*table(result, what), *cautions(result)]))
         if not DATASETS[dataset].labelled:
             print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))

@@ -87,6 +87,23 @@ def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "
     return rows
 
 
+def changed(before: list[dict], after: list[dict], args, n: int = 5) -> list[str]:
+    """The first n questions that `after` answers better, and worse, by the headline, as text; with --verbose all."""
+    metric, lines = metric_names(args.dataset, args.preset)[0], []
+    scored = [(pair, *(values([r], metric)[0] for r in pair)) for pair in same_questions(before, after)]
+    for word, found in (
+        ("better", [pair for pair, was, now in scored if now > was]),
+        ("worse", [pair for pair, was, now in scored if now < was]),
+    ):
+        for old, new in found if args.verbose else found[:n]:
+            answers = ", ".join(dict.fromkeys(answers_of(new)))
+            replies = f"{old['predictions']} → {new['predictions']}"
+            lines.append(f"    {word}: {new['question_id']}: {new['GT_question']} ({answers}) {replies}")
+        if len(found) > n and not args.verbose:
+            lines.append(f"    {len(found) - n} more are {word}; -v lists all.")
+    return lines
+
+
 def shown(tables: list[dict], dataset: str) -> list[str]:
     """The rows to show of one or several tables: the headline, its parts, and the dataset's other metrics that differ from it."""
     headline, *others = tables[0]
@@ -118,9 +135,10 @@ def _lines(rows: dict, dataset: str, line) -> list[str]:
     lines = [f"{line(headline, rows[headline])}  ← headline", *(line(name, rows[name]) for name in names)]
     others = [name for name in rows if name not in (headline, *names)]
     equal = [name for name in others if rows[name] == rows[headline]]
-    different = [f"{name} {100 * rows[name]['score']:.1f}" for name in others if name not in equal]
+    sign = "+" if "better" in rows[headline] else ""
+    different = [f"{name} {100 * rows[name]['score']:{sign}.1f}" for name in others if name not in equal]
     notes = [f"equal to the headline: {', '.join(equal)}"] if equal else []
-    notes += [f"not {dataset}'s metrics: {', '.join(different)}"] if different else []
+    notes += [f"other metrics: {', '.join(different)}"] if different else []
     return lines + ([f"  ({'; '.join(notes)})"] if notes else [])
 
 

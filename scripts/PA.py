@@ -202,6 +202,12 @@ def main(argv=None) -> Path:
     reasons = [r["left_out"] for r in result if r["left_out"]]
     counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": counted(reasons)}
     print(f"PA: {counts['parsed']} of {counts['pictures']} images annotated. {counts['left_out']}".rstrip())
+    if len(reasons) > len(result) / 2:
+        example = next(r for r in result if r["left_out"])
+        print(
+            f"PA: most images were left out. One reply: {str(example['reply'])[:200]!r}. Check the model, --prompt-file and"
+        )
+        print("    --min-pixels and --max-pixels, which can override the sizes that the model was trained with.")
     stage.write(result, failed(samples, tries, stage.journal), counts["parsed"], prompt=args.prompt, counts=counts)
     if not counts["parsed"]:
         raise records.InputError(f"{out}: no image could be annotated; its fields `reply` and `left_out` say why.")

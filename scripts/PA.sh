@@ -4,7 +4,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
+IMAGES=${IMAGES:-}                           # a folder of your own images: DATASET is then images
+DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)} # textVQA stVQA chartVQA okVQA easyVQA images
 LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # a folder or a hub id
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
 PRESET=${PRESET:-paper}                      # or: released
@@ -18,4 +19,4 @@ MAX_TILES=${MAX_TILES:-}                     # at most so many tiles of an image
 
 stage PA.py --dataset "$DATASET" --model-path-lvlm "$LVLM" --run="$RUN" --preset "$PRESET" \
     --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" \
-    ${MAX_TILES:+--max-tiles "$MAX_TILES"} "$@"
+    ${MAX_TILES:+--max-tiles "$MAX_TILES"} ${IMAGES:+--image-root "$IMAGES"} "$@"

@@ -229,9 +229,12 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     for_svlm = [q for q in for_svlm if q.request.image_path not in held_out]
     if not for_svlm:
         kept = f"; all are held out (--hold-out {args.hold_out:g}), so none is left to train on" if held_out else ""
+        remedy = "Annotate more images."
+        if len(annotations) < n / 2:
+            remedy = f"Only {len(annotations)} of {n} images were annotated: see `reply` and `left_out` in that file."
         raise InputError(
             f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(annotations)} samples "
-            f"(--match {args.match}){kept}. Annotate more images."
+            f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)

@@ -5,7 +5,7 @@
 # Details go to results/demo/log.txt; `-v` prints them too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-[[ ${1:-} != -v ]] || export VERBOSE=1
+options "${BASH_SOURCE[0]}" "$@"
 run bash "$ROOT/scripts/setup.sh"
 
 BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …

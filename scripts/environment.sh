@@ -5,6 +5,27 @@ VENV=${VENV:-$ROOT/.venv}                # made by setup.sh; if it is missing, t
 VLLM_VENV=${VLLM_VENV:-$ROOT/.venv-vllm} # made by `setup.sh vllm`
 export PATH="$VENV/bin:$PATH"
 
+# options SCRIPT ARGUMENTS…: of a script that is set by variables: -v, and -h, which prints its header and its variables.
+options() {
+    local script=$1
+    shift
+    for argument; do
+        case $argument in
+        -v | --verbose) export VERBOSE=1 ;;
+        -h | --help)
+            sed -n '2,/^$/{/^#/s/^# \{0,1\}//p}' "$script"
+            echo && echo "Variables, with their defaults:"
+            sed -nE 's/^(export )?([A-Z_]+=\$\{.*)$/  \2/p' "$script"
+            exit 0
+            ;;
+        *)
+            echo "error: $argument: $(basename "$script") takes only -v and -h; its settings are variables, see -h." >&2
+            exit 2
+            ;;
+        esac
+    done
+}
+
 # title TEXT: the header of a stage.
 title() { printf '\n== %s\n' "$1"; }
 

@@ -137,7 +137,7 @@ def compare(args) -> dict:
             f"{args.compare[1]}: shares no question with {args.compare[0]}; compare results on the same dataset."
         )
     print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
-    print("\n".join(scoring.comparison(rows, args.dataset)))
+    print("\n".join([*scoring.comparison(rows, args.dataset), *scoring.changed(before, after, args)]))
     if n < max(len(before), len(after)):
         print(
             f"  {len(before) - n} questions only in the first file and {len(after) - n} only in the second: not compared."

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Run the four stages for one dataset (DATASET=) or one folder of images (IMAGES=).
 # Edit or export the variables below. The same command continues a stopped run. Details go to results/$RUN/log.txt;
-# `-v` prints them too.
+# `-v` prints them too. A preview that asks only a few requests: bash scripts/PA.sh --dry-run, with the same variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-[[ ${1:-} != -v ]] || export VERBOSE=1
+options "${BASH_SOURCE[0]}" "$@"
 
-IMAGES=${IMAGES:-}                                  # a folder of your own images, without labels
+export IMAGES=${IMAGES:-}                              # a folder of your own images, without labels
 export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
 export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids
 export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
@@ -21,13 +21,17 @@ PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
 # The stages also read BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, MAX_TILES, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
 
+if [[ $IMAGES && $DATASET != images ]]; then
+    echo "error: IMAGES is a folder of your own images, and DATASET is $DATASET. Unset one of them." >&2
+    exit 2
+fi
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
 # Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
 PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
-title "PA: $(basename "$LVLM") annotates the images of $DATASET"
+title "PA: $(basename "$LVLM") annotates ${IMAGES:-the images of $DATASET}"
 # shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS

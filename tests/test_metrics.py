@@ -1,9 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import DATA
 
+from mpa import scoring
 from mpa.metrics import METRICS, bootstrap_interval, most_common, squeeze
 
 
@@ -92,3 +94,23 @@ def test_anls_follows_the_formula_where_the_copied_evaluator_departs_from_it():
 )
 def test_tolerant_reads_as_a_person_does(prediction, answer, passes):
     assert METRICS["tolerant"](prediction, [answer]) == passes
+
+
+def test_a_comparison_lists_the_questions_that_changed():
+    def record(key, reply):
+        return {
+            "question_id": key,
+            "GT_question": f"q{key}?",
+            "GT_answer": "red",
+            "answers": ["red"],
+            "predictions": reply,
+        }
+
+    before = [record(i, "red" if i == 7 else "blue") for i in range(8)]
+    after = [record(i, "blue" if i == 7 else "red") for i in range(8)]
+    args = SimpleNamespace(dataset="easyVQA", preset="paper", verbose=False)
+    few = scoring.changed(before, after, args)
+    assert few[0] == "    better: 0: q0? (red) blue → red" and few[5] == "    2 more are better; -v lists all."
+    assert few[6:] == ["    worse: 7: q7? (red) red → blue"]
+    args.verbose = True
+    assert len(scoring.changed(before, after, args)) == 8

@@ -155,3 +155,17 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     missing = start("scripts/PA.sh", "--engine", "vllm", **{**places, "VLLM_VENV": tmp_path / "none"})
     said, _ = missing.communicate()
     assert missing.returncode == 1 and "error:" in said and "bash scripts/setup.sh vllm" in said
+
+
+@pytest.mark.parametrize("script", ["scripts/mpa.sh", "scripts/demo.sh"])
+def test_a_script_that_is_set_by_variables_lists_them_and_refuses_flags(script):
+    told = bash(script, "--help")
+    assert told.returncode == 0 and "Variables, with their defaults:" in told.stdout
+    assert "  BATCH_SIZE=" in told.stdout or "  IMAGES=" in told.stdout
+    refused = bash(script, "--dry-run")
+    assert refused.returncode == 2 and "takes only -v and -h" in refused.stderr
+
+
+def test_images_and_another_dataset_contradict_each_other(tmp_path):
+    done = bash("scripts/mpa.sh", IMAGES=tmp_path, DATASET="textVQA")
+    assert done.returncode == 2 and "Unset one of them" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import synthetic_runs as fake
 from conftest import ROOT, python
 
-from mpa import runs
+from mpa import run_summary, runs
 from mpa.metrics import bootstrap_interval
 from mpa.paper_tables import gain_interval
 
@@ -258,3 +258,10 @@ def test_200_runs_take_two_seconds_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| 100 |") == 40 and len(fakes) == 200
     assert float(done.stderr) < 2  # of this process: others may use the cores
+
+
+def test_a_summary_of_few_questions_and_samples_says_so():
+    row = {"accuracy": 0.8, "ci95": [0.8, 0.8], "n": 6, "train_samples": 10}
+    said = run_summary.cautions({"rows": {"mpa": row}})
+    assert [line.split(":")[0].strip() for line in said] == ["Only 6 test questions", "Only 10 training samples"]
+    assert run_summary.cautions({"rows": {"mpa": row | {"n": 2000, "train_samples": 239}}}) == []
