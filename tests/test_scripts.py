@@ -6,7 +6,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import MINI, ROOT, STUDENT, TEACHER, python
+from conftest import MINI, ROOT, STUDENT, TEACHER, bash, python
 from fake_server import annotate_or_answer
 from training import MINI as TRAINER_FLAGS
 from training import write
