@@ -3,10 +3,7 @@
 import csv
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
-import miniatures
-import originals
 import pytest
 import train
 from conftest import STUDENT, TEACHER, bash, python
@@ -150,21 +147,3 @@ def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_pa
     assert done.returncode != 0
     assert "no such file. Run PI.sh first" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [originals.internvl, originals.tinyllava, partial(miniatures.make, "smolvlm")])
-def test_other_families_go_through_all_stages(make, tmp_path):
-    """The weights are random: nothing is learnt, everything runs. Two of the three are original checkpoints."""
-    small = make(tmp_path / "small")
-    settings = {"DATASET": "easyVQA", "LVLM": TEACHER, "SVLM": small, "RUN": f"{tmp_path}/run", "LIMIT": 24}
-    settings |= {"MPA_CACHE": tmp_path / "cache", "ACCUMULATION": 1, "EVALUATE_FLAGS": "--limit 12"}
-    done = bash("scripts/mpa.sh", **settings, **MINI)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "run"
-    assert len(read(run / "PI_teacher_train_teacher_small_easyVQA.json")) > 5
-    assert len(read(run / "Eval_PL_teacher_small_easyVQA_easyVQA.json")) == 12
-    levelled = run / "PL_teacher_small_easyVQA"
-    assert "Fine-tuned from `small`" in (levelled / "README.md").read_text()
-    converted = read(levelled / "train_meta.json").get("converted_from")
-    assert converted == (None if "smolvlm" in str(make) else str(small))
