@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections import Counter
+from itertools import compress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,6 +60,11 @@ def arguments(argv=None):
         help="ask the S-VLM all questions, for statistics; the parity set stays the same",
     )
     p.add_argument(
+        "--only-lvlm",
+        action="store_true",
+        help="stop after the L-VLM's answers, which all S-VLMs of a run share; no S-VLM is asked",
+    )
+    p.add_argument(
         "--hold-out",
         type=cli.number(0, 0.99, float),
         metavar="SHARE",
@@ -72,7 +78,9 @@ def arguments(argv=None):
     args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or PRESETS[args.preset].match
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
-    if lvlm == svlm and not args.lvlm_json:
+    if args.only_lvlm and (args.lvlm_json or args.dry_run):
+        p.error("--only-lvlm asks the L-VLM; it goes with neither --lvlm-json nor --dry-run")
+    if lvlm == svlm and not (args.lvlm_json or args.only_lvlm):
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
     args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
     return args
@@ -146,9 +154,13 @@ def questions_of(annotations: list[dict], args) -> list[Question]:
 
 def ask_model(args, who: str, path: str, questions: list[Question], ready=None, **choices) -> list[dict]:
     """One model's answers to the questions, in its PI file. `ready` are the answers that PA already has."""
+    label = f"PI {who} {records.short_name(path)}"
+    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions, **choices).records(ready)
+
+
+def answers_file(args, path: str) -> Path:
     name, lvlm = records.short_name(path), records.short_name(args.model_path_lvlm)
-    out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
-    return Answers(Model(args, path), out, f"PI {who} {name}", "PI", questions, **choices).records(ready)
+    return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
 
 
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
@@ -187,8 +199,8 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.selected(records.read_records(pa_json, "PA"), args)
-    left_out, marks = Counter(), Model(args, args.model_path_lvlm).marks | Model(args, args.model_path_svlm).marks
-    usable = usable_annotations(annotations, args, left_out, marks)
+    left_out = Counter()
+    usable = usable_annotations(annotations, args, left_out, Model(args, args.model_path_lvlm).marks)
     if left_out:
         print(f"PI: {counted(left_out.elements())}", file=sys.stderr)
     if not usable:
@@ -204,6 +216,29 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
 
+def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
+    """(all questions, the L-VLM's answers). Both are the same for all S-VLMs."""
+    ready, why = answers_of_pa(args, pa_json, annotations)
+    questions = questions_of(annotations, args)
+    if args.dry_run:
+        dry_run(args, questions, ready)
+        raise SystemExit
+    if not args.only_lvlm:
+        Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
+    if ready and why:
+        print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
+    return questions, ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+
+
+def without_marks(args, questions: list[Question], lvlm_answers: list[dict]) -> tuple[list[Question], list[dict]]:
+    """Those without a mark of the S-VLM's prompt format."""
+    marks = Model(args, args.model_path_svlm).marks
+    kept = [not holds_mark(f"{r['PA_question']}\n{r['PA_answer']}", marks) for r in lvlm_answers]
+    if not all(kept):
+        print(f"PI: {counted(['a mark of the S-VLM’s prompt format'] * kept.count(False))}", file=sys.stderr)
+    return list(compress(questions, kept)), list(compress(lvlm_answers, kept))
+
+
 def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]:
     """(L-VLM's answers, S-VLM's answers, funnel, hold-out threshold).
 
@@ -212,15 +247,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     pa_json, n, annotations = read_annotations(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
-    ready, why = answers_of_pa(args, pa_json, annotations)
-    questions = questions_of(annotations, args)
-    if args.dry_run:
-        dry_run(args, questions, ready)
-        raise SystemExit
-    Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
-    if ready and why:
-        print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
-    lvlm_answers = ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+    questions, lvlm_answers = without_marks(args, *ask_lvlm(args, pa_json, annotations))
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
@@ -229,12 +256,12 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     if not for_svlm:
         kept = f"; all are held out (--hold-out {args.hold_out:g}), so none is left to train on" if held_out else ""
         raise InputError(
-            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(annotations)} samples "
+            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(questions)} samples "
             f"(--match {args.match}){kept}. Annotate more images."
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
-    funnel = {"pictures": n, "parsed": len(annotations), "L-consistent": len(consistent)}
+    funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
 
@@ -270,6 +297,11 @@ def write_parity(args, parity: list[dict], lvlm_answers: list[dict], svlm_answer
 def main(argv=None) -> Path:
     args = arguments(argv)
     cli.open_log(args)
+    if args.only_lvlm:
+        pa_json, _, annotations = read_annotations(args)
+        Model(args, args.model_path_lvlm).check()
+        ask_lvlm(args, pa_json, annotations)
+        return answers_file(args, args.model_path_lvlm)
     rule = ParityRule(args.match, args.preset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     parity = rule.parity_set(lvlm_answers, svlm_answers)
