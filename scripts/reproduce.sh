@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Run all cells of an experiment file: PA, PI, PL and evaluate, sharing what cells have in common.
+#   bash scripts/reproduce.sh [experiments/NAME.yaml] [FLAGS…]   results go to results/NAME
+#   … --plan           what would run: cells, requests, sharing, time, memory; no model is loaded
+#   … pace             first measure the time with --dry-run of the stages; --plan then shows hours
+#   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
+# The same command continues what was stopped or killed, and tries failed jobs again. A job per GPU, as many at once as there are
+# GPUs (GPUS=N, or $CUDA_VISIBLE_DEVICES); on a CPU JOBS (1) at once. RESULTS=DIR changes the folder of the results.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+FILE=$ROOT/experiments/mini.yaml
+[[ ${1:-} != *.y*ml ]] || { FILE=$(realpath -m "$1") && shift; }
+run bash "$ROOT/scripts/setup.sh" reproduce
+NAME=$(basename "${FILE%.*}")
+RESULTS=$(realpath -m "${RESULTS:-$ROOT/results/$NAME}")
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
+if [[ ${1:-} == --plan ]]; then exec python -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
+python -m mpa.experiments "$FILE"
+
+# The kernel releases the lock, however this ends.
+mkdir -p "$RESULTS" && cd "$RESULTS"
+exec {LOCK}>.lock
+flock --nonblock "$LOCK" || { echo "error: $RESULTS: another reproduce.sh is running it; wait for it or stop it." >&2 && exit 1; }
+# A killed training saves a checkpoint before it ends.
+while grep -qsz "^MPA_RESULTS=$RESULTS\$" /proc/[0-9]*/environ; do
+    echo "waiting for processes of a killed reproduce.sh to end …" && sleep 2
+done
+export MPA_RESULTS=$RESULTS
+rm -rf failed
+
+MANY=(--local-cores 4)
+if [[ " $* " != *" --executor"* ]]; then
+    GPUS=${GPUS:-$(if [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l; else (nvidia-smi -L 2>/dev/null || true) | wc -l; fi)}
+    MANY=(--cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))" --resources gpu="$GPUS")
+fi
+# Results are written whole, by renaming: Snakemake keeps them, and asks the stage of a killed job whether it is finished.
+exec python -m snakemake --snakefile "$ROOT/experiments/Snakefile" --directory "$RESULTS" --nolock --keep-going \
+    --rerun-incomplete --keep-incomplete --rerun-triggers mtime params input --quiet progress rules host reason \
+    --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"
