@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from mpa.datasets import DATASETS
@@ -251,21 +252,26 @@ def _flags(file: YamlFile, node, datasets: list[str]) -> dict[str, tuple[str, ..
     found = dict.fromkeys(STAGES, ())
     for stage, value in file.mapping(node, STAGES, "flags").items() if node is not None else ():
         found[stage] = _words(file, value)
-        (_check_trainer_flags if stage == "PL" else _check_flags)(
-            file, value, *((found[stage],) if stage == "PL" else (stage, found[stage], datasets))
-        )
+        if stage == "PL":
+            _check_trainer_flags(file, value, found[stage])
+        else:
+            _check_flags(file, value, stage, found[stage], datasets)
     return found
 
 
-def _check_flags(file: YamlFile, node, stage: str, flags: tuple[str, ...], datasets: list[str]) -> None:
-    """Let the stage's own parser check its flags."""
+def stage_arguments(stage: str, flags):
+    """The arguments that PA, PI or evaluate makes of these flags; it exits, as usual, if it does not know them."""
     sys.path.insert(0, str(REPOSITORY / "scripts"))
-    arguments = __import__(stage).arguments
+    arguments = import_module(stage).arguments
     sys.path.pop(0)
+    return arguments([*flags, "--run", "run"])
+
+
+def _check_flags(file: YamlFile, node, stage: str, flags: tuple[str, ...], datasets: list[str]) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            arguments(["--dataset", datasets[0], "--run", "r", *flags])
+            stage_arguments(stage, ("--dataset", datasets[0], *flags))
     except (SystemExit, InputError) as error:
         text = str(error) if isinstance(error, InputError) else said.getvalue().strip().splitlines()[-1]
         raise file.error(node, re.sub(r"^\S+: error: ", f"flags of {stage}: ", text)) from None

@@ -41,6 +41,7 @@ META=${RESULT%.json}.meta.json
 if [[ $CODE == 0 && -f $META ]] && grep -q '"unfinished": [1-9]' "$META"; then
     CODE='temporary errors' # the command asks these again
 fi
+[[ $CODE != 0 || -f $RESULT || $RESULT == pace/* ]] || CODE='it wrote no such file'
 if [[ $CODE == 0 ]]; then
     printf '%(%T)T  %s: done in %d s\n' -1 "$RESULT" "$SECONDS"
     exit

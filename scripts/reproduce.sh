@@ -4,7 +4,8 @@
 #   … --plan           what would run: cells, requests, sharing, time, memory; no model is loaded
 #   … pace             first measure the time with --dry-run of the stages; --plan then shows hours
 #   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
-# The same command continues what was stopped or killed, and tries failed jobs again. A job per GPU, as many at once as there are
+# The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets
+# those that run finish. A job per GPU, as many at once as there are
 # GPUs (GPUS=N, or $CUDA_VISIBLE_DEVICES); on a CPU JOBS (1) at once. RESULTS=DIR changes the folder of the results.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -34,7 +35,4 @@ if [[ " $* " != *" --executor"* ]]; then
     GPUS=${GPUS:-$(if [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l; else (nvidia-smi -L 2>/dev/null || true) | wc -l; fi)}
     MANY=(--cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))" --resources gpu="$GPUS")
 fi
-# Results are written whole, by renaming: Snakemake keeps them, and asks the stage of a killed job whether it is finished.
-exec python -m snakemake --snakefile "$ROOT/experiments/Snakefile" --directory "$RESULTS" --nolock --keep-going \
-    --rerun-incomplete --keep-incomplete --rerun-triggers mtime params input --quiet progress rules host reason \
-    --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"
+exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"
