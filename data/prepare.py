@@ -26,6 +26,7 @@ from layouts import as_train_json, is_train_json, part_of, samples_of, split_of
 from sources import Source
 
 from mpa import checking, cli, records
+from mpa.argument_types import number, path_map
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import DATA, check_unique_ids, labelled, load_samples
 from mpa.datasets.paths import locate
@@ -212,12 +213,12 @@ def arguments(argv=None):
     c.add_argument("--split", choices=("train", "test"), help="check only this split (default: both)")
     c.add_argument("--annotations", metavar="FILE", help="annotation file of --split (default: the dataset's)")
     c.add_argument("--image-root", metavar="DIR", help="image folder of --split (default: the dataset's)")
-    c.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
-    c.add_argument("--limit", type=cli.number(1), metavar="N", help="only the first N samples of each file")
-    c.add_argument("--workers", type=cli.number(1), default=os.cpu_count(), help="processes (default: one per core)")
-    c.add_argument("--min-pixels", type=cli.number(1), default=cli.MIN_PIXELS, help="used to count visual tokens")
-    c.add_argument("--max-pixels", type=cli.number(1), default=cli.MAX_PIXELS, help="used to count visual tokens")
-    c.add_argument("--max-tiles", type=cli.number(1), metavar="N", help="used to count visual tokens")
+    c.add_argument("--path-map", type=path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
+    c.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples of each file")
+    c.add_argument("--workers", type=number(1), default=os.cpu_count(), help="processes (default: one per core)")
+    c.add_argument("--min-pixels", type=number(1), default=cli.MIN_PIXELS, help="used to count visual tokens")
+    c.add_argument("--max-pixels", type=number(1), default=cli.MAX_PIXELS, help="used to count visual tokens")
+    c.add_argument("--max-tiles", type=number(1), metavar="N", help="used to count visual tokens")
     c.add_argument("--model-path", metavar="MODEL", help="whose visual tokens to count (default: a Qwen2-VL's)")
     args = p.parse_args(argv)
     if (args.what == "check") != bool(args.dataset):

@@ -11,9 +11,10 @@ from datetime import date
 from pathlib import Path
 
 from mpa import distributed, interchange, log_file, records
+from mpa.argument_types import number, path_map
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
-from mpa.models import MAX_PIXELS, MIN_PIXELS
+from mpa.models import BITS, MAX_PIXELS, MIN_PIXELS
 from mpa.presets import PRESETS
 from mpa.records import InputError
 
@@ -128,6 +129,10 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
 
 def _engine_flags(p: argparse.ArgumentParser) -> None:
     """Flags of single engines."""
+    hf = p.add_argument_group("model, with --engine hf")
+    quantization = "load the L-VLM's language model in so many bits (bash scripts/setup.sh quantization)"
+    hf.add_argument("--quantization", choices=BITS, help=quantization)
+    hf.add_argument("--device-map", choices=("auto",), help="auto: spread the model over all GPUs")
     vllm = p.add_argument_group("model, with --engine vllm (bash scripts/setup.sh vllm)")
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
@@ -175,29 +180,6 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
-def number(least, most=None, kind=int, above: bool = False):
-    """An argparse type: an int (or `kind`) from `least`, which `above` leaves out, to `most`."""
-
-    def read(text: str):
-        value = kind(text)
-        if not (value > least or (value == least and not above)) or (most is not None and value > most):
-            limit = f"{'more than' if above else 'at least'} {least}" + (
-                f" and at most {most}" if most is not None else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {limit}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return read
-
-
-def path_map(text: str) -> tuple[str, str]:
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise argparse.ArgumentTypeError("expected OLD=NEW, as in /workspace/data=/mnt/data")
-    return old, new
-
-
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
     """The checked arguments. `named_by` are the arguments whose file names may imply --dataset."""
     args = p.parse_args(argv)
@@ -210,6 +192,8 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         if not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
         (args.dataset,) = of_file
+    if args.device_map and distributed.WORLD > 1:
+        p.error("--device-map: one process takes all GPUs; leave GPUS out")
     if args.min_pixels > args.max_pixels:
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():
@@ -252,9 +236,9 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
         heard[0] = number
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, interrupt)
     distributed.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")

@@ -10,8 +10,12 @@ from pathlib import Path
 from mpa import conversion, distributed, families
 from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.loading_errors import explain, incomplete
+from mpa.memory_estimate import meta_model, stored_bits, unquantised
+from mpa.quantization import forbid_packing
+from mpa.quantization import options as quantization_options
 from mpa.records import InputError, read_json
 
+BITS = {"8bit": 8, "4bit": 4}  # values of --quantization
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
@@ -217,10 +221,11 @@ def load_processor(
     return processor
 
 
-def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
+def load_model(path: str, device: str, dtype, trust_remote_code=False, quantization=None, device_map=None):
     """The model, ready to generate. `transformers` selects the class from the checkpoint's config.
 
-    LoRA adapters are merged into their base model.
+    LoRA adapters are merged into their base model, unless that is quantised ("8bit" or "4bit"). `device_map` "auto"
+    spreads the model over all GPUs; its inputs then go to `model.device`.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -229,6 +234,9 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     base = adapted(path)
+    options = {"device_map": device_map} if device_map else {}
+    if quantization:
+        options = _quantised(base or path, quantization, dtype, device_map or {"": device}, trust_remote_code)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             base or path,
@@ -237,16 +245,33 @@ def load_model(path: str, device: str, dtype, trust_remote_code: bool = False):
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `incomplete` reports them
+            **options,
         )
         if wrong := incomplete(base or path, info):
             raise InputError(wrong)
         if base:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = PeftModel.from_pretrained(model, path)
+            model = model.get_base_model() if quantization else model.merge_and_unload()
+    except ImportError as error:  # a checkpoint that is quantised in another way
+        raise InputError(
+            f"{path}: --engine hf lacks a package that it needs: {_first_line(error)} --engine vllm reads AWQ, GPTQ and FP8."
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(explain(path, error)) from None
-    return model.to(device).eval()
+    forbid_packing(model)
+    return (model if options else model.to(device)).eval()
+
+
+def _quantised(path: str, quantization: str, dtype, device_map, trust_remote_code: bool) -> dict:
+    """Arguments of `from_pretrained` that quantise the language model. Raises InputError if it is quantised already."""
+    planned = meta_model(path, trust_remote_code)
+    if planned is None:
+        return {}  # loading says what is wrong
+    if stored_bits(planned):
+        raise InputError(f"{path}: is stored quantised. Leave out --quantization, or name the original model.")
+    return quantization_options(BITS[quantization], unquantised(planned), dtype, device_map)
 
 
 def _first_line(error: Exception) -> str:

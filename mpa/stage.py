@@ -14,11 +14,13 @@ from mpa.conversion import native
 from mpa.engines import ENGINES, Request, open_engine
 from mpa.journal import Journal, finished
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
+from mpa.packages import require
+from mpa.records import InputError
 from mpa.visual_tokens import Counter as TokenCounter
 from mpa.visual_tokens import total
 
-# Arguments that decide a stage's outcome, with `Model.max_tiles`. Batch size, workers, and the engine of greedy replies do
-# not.
+# Arguments that decide a stage's outcome, with those of `Model.deciding`. Batch size, workers, and the engine of greedy
+# replies do not.
 DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
 
 
@@ -32,9 +34,18 @@ class Model:
         # With Ray, the engine whose replies these are is that of its actors.
         self.replies_from = args.ray_engine if self.engine_name == "ray" else self.engine_name
         self.local = ENGINES[self.replies_from].local
+        self.quantization = args.quantization if is_lvlm else None
 
     def check(self) -> None:
         """Raise InputError if the model's folder is incomplete, before anything slow is imported."""
+        if self.quantization:
+            require(f"--quantization {self.quantization}", "quantization", "bitsandbytes")
+        if self.replies_from != "hf" and (self.quantization or self.args.device_map):
+            flag = "--quantization" if self.quantization else "--device-map"
+            raise InputError(
+                f"{flag}: is for --engine hf, and {self.path} runs with {self.replies_from}. With vllm, name an AWQ, GPTQ or "
+                "FP8 checkpoint, which needs no flag, and spread it with --tensor-parallel-size."
+            )
         if self.local:
             check_model_path(self.path)
 
@@ -79,14 +90,21 @@ class Model:
         self.check()
         self.say_limits()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
+        settings |= {"quantization": self.quantization} if "quantization" in settings else {}
         return open_engine(self.engine_name, model_path=self.folder, **settings)
+
+    def deciding(self) -> dict:
+        """What of the model's settings decides its replies. Tiles and quantization are entries only where they are limited."""
+        limits = {"max_tiles": self.max_tiles, "quantization": self.quantization}
+        settings = {"dtype": self.dtype, "model": self.identity}
+        return settings | {name: value for name, value in limits.items() if value}
 
     def check_memory(self) -> None:
         """Raise InputError for a model of the hf engine whose weights cannot fit into the memory; reads no weights."""
         if self.engine_name == "hf":
             from mpa.engines.memory import check_weights
 
-            check_weights(self.folder, self.args.device, self.args.dtype, self.args.trust_remote_code)
+            check_weights(self.folder, self.args, self.quantization)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
         """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
@@ -125,10 +143,8 @@ class Stage:
 
     def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
-        self.settings = {name: getattr(model.args, name) for name in DECIDING} | {"dtype": model.dtype}
-        if model.max_tiles:  # only then, so that earlier results keep their settings
-            self.settings["max_tiles"] = model.max_tiles
-        self.settings |= {"model": model.identity, **choices, "content": records.digest(json.dumps(content))}
+        self.settings = {name: getattr(model.args, name) for name in DECIDING} | model.deciding()
+        self.settings |= {**choices, "content": records.digest(json.dumps(content))}
         self.journal: Journal | None = None
         self.facts = {}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
+from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.datasets.protocol import Sample
@@ -42,19 +43,19 @@ def arguments(argv=None):
     )
     p.add_argument(
         "--temperature",
-        type=cli.number(0, kind=float),
+        type=number(0, kind=float),
         default=0.0,
         help="sampling temperature of the first try; 0: greedy (default: 0)",
     )
     p.add_argument(
         "--top-p",
-        type=cli.number(0, 1, float, above=True),
+        type=number(0, 1, float, above=True),
         default=0.95,
         help="nucleus sampling: sample from the likeliest tokens with this total probability (default: 0.95)",
     )
     p.add_argument(
         "--tries",
-        type=cli.number(0),
+        type=number(0),
         default=2,
         help="retries, sampled, for replies that cannot be parsed (default: 2)",
     )

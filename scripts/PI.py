@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, records
 from mpa.answering import Answers, Question, question_request
+from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
@@ -66,7 +67,7 @@ def arguments(argv=None):
     )
     p.add_argument(
         "--hold-out",
-        type=cli.number(0, 0.99, float),
+        type=number(0, 0.99, float),
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
     )
@@ -96,9 +97,9 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[st
     pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
     model = Model(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
-    now |= {"model": model.identity, "max_tiles": model.max_tiles}
-    if model.local:
-        now["dtype"] = model.dtype
+    now |= {"quantization": None, "max_tiles": None} | model.deciding()
+    if not model.local:
+        del now["dtype"]
     differing = [name for name, value in now.items() if pa_settings.get(name) != value]
     ready, why = {}, Counter()
     for r in annotations:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, holdout, log_file, records
+from mpa.argument_types import path_map
 from mpa.datasets.paths import locate
 from mpa.prompts import train_prompt
 
@@ -56,7 +57,7 @@ def main(argv=None) -> None:
     p.add_argument("--image-root", metavar="DIR", help="folder of the images, as for PI")
     p.add_argument(
         "--path-map",
-        type=cli.path_map,
+        type=path_map,
         action="append",
         default=[],
         metavar="OLD=NEW",

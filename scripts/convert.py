@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, conversion
+from mpa.argument_types import number
 
 
 def main(argv=None) -> None:
@@ -37,7 +38,7 @@ def main(argv=None) -> None:
     )
     p.add_argument(
         "--image-token-id",
-        type=cli.number(0),
+        type=number(0),
         metavar="N",
         help="id of the image token, for a checkpoint without tokenizer files; then no processor is written",
     )

@@ -42,6 +42,8 @@ def arguments(argv=None):
     )
     p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
     args = cli.parse(p, argv, named_by=("predictions", "compare"))
+    if args.quantization and args.model_path_lvlm not in args.model_path:
+        p.error("--quantization is for the L-VLM, and none of these models is it; name it with --model-path-lvlm")
     if args.out and len(args.model_path) > 1:
         p.error("--out names one file; with several models use --run")
     return args

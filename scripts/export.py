@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from mpa import cli, records
+from mpa.argument_types import path_map
 from mpa.datasets.paths import locate, missing_images
 from mpa.exports import (
     FORMS,
@@ -119,7 +120,7 @@ def main(argv=None) -> None:
         metavar="DIR",
         help="search the images below this folder; hf and trl refuse images from elsewhere",
     )
-    p.add_argument("--path-map", type=cli.path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
+    p.add_argument("--path-map", type=path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     args = p.parse_args(argv)
     samples, meta = read_samples(args), read_meta(args.train_json)
     stem, run = args.train_json.stem, args.train_json.resolve().parent.name

@@ -15,6 +15,7 @@ LIMIT=${LIMIT:-}                                    # annotate only the first N 
 ENGINE=${ENGINE:-hf}                                # the engine of the models
 LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is served by an API
 SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g. "--base-url http://localhost:8000/v1"
+QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
@@ -29,14 +30,16 @@ PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
 title "PA: $(basename "$LVLM") annotates the images of $DATASET"
 # shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
-    ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
+    ${QUANTIZATION:+--quantization "$QUANTIZATION"} ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
 title "PI: keep what $(basename "$LVLM") answers consistently and $(basename "$SVLM") gets wrong"
 # shellcheck disable=SC2086
-run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $PI_FLAGS
+run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
+    ${QUANTIZATION:+--quantization "$QUANTIZATION"} $PI_FLAGS
 title "PL: fine-tune $(basename "$SVLM") on the parity set"
 run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
 title "evaluate: before, after, and the L-VLM"
 # shellcheck disable=SC2086
 run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
-    --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS $EVALUATE_FLAGS
+    --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
+    ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
 run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"

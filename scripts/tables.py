@@ -1,195 +1,79 @@
-"""Summarise runs from their result files: the funnel, a few example images, and the table.
+"""The paper's tables from result files, or the summary of one pair of models.
 
+    python scripts/tables.py results                               # all runs below: the paper's tables, ours beside
+    python scripts/tables.py results/paper-* --format latex --out tables.tex
+    python scripts/tables.py results/small --table main --format csv --out main.csv
     python scripts/tables.py --dataset easyVQA --lvlm data/mini/teacher --svlm data/mini/student results/demo
-    python scripts/tables.py … results/demo results/demo-1 results/demo-2      # mean and spread over runs
 
-Reads  the result and meta files of each run folder.
-Writes summary.json in each: {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel", "seconds"}.
+Reads  the result and meta files of all run folders below RESULTS. Datasets, models, variants and seeds are those of the
+       meta files. No model is loaded and nothing is scored anew.
+Writes the tables to the terminal or --out. docs/tables.md explains them.
+
+With --dataset it summarises one dataset and pair of models: the funnel, a few example images, the table and, of several
+       run folders, mean and spread. It writes summary.json in each:
+       {"rows": {row: {"accuracy", "n", "ci95", "train_samples"}}, "gain", "funnel", "seconds"}.
        Accuracies are from 0 to 1, by the dataset's main metric; for `images` they are agreement with the L-VLM.
 """
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, log_file, records, scoring
+from mpa import cli, records, runs
 from mpa.datasets import DATASETS
-from mpa.matching import Match
-from mpa.parity import funnel_line
+from mpa.paper_tables import ablation_table, claims_table, main_table
+from mpa.rating_table import ratings_table
+from mpa.run_summary import summarise
+from mpa.table_formats import FORMATS, Table
 
-ROWS = {
-    "base": "S-VLM before",
-    "all_pseudo": "all pseudo labels, without PI",
-    "random_pseudo": "random pseudo labels, as many",
-    "mpa": "MPA",
-    "human_n": "human labels, as many",
-    "human": "human labels, all",
-    "lvlm": "L-VLM",
-}
+TABLES = ("main", "ablation", "ratings", "claims")
 
 
-class Run:
-    """The files of one run folder, for one dataset and one pair of models."""
-
-    def __init__(self, folder: Path, dataset: str, lvlm: str, svlm: str):
-        self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
-        self.pa = folder / f"PA_{lvlm}_{dataset}.json"
-        self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
-        self.meta = records.read_json(records.meta_path(self.train))
-
-    def answers(self, model: str) -> Path:
-        return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
-
-    def model(self, row: str) -> str:
-        """The short name of the model whose accuracy a row shows."""
-        if row in ("base", "lvlm"):
-            return self.svlm if row == "base" else self.lvlm
-        return f"PL_{self.lvlm}_{self.svlm}_{self.dataset}" + ("" if row == "mpa" else f"_{row}")
-
-    @property
-    def preset(self) -> str:
-        return self.meta["settings"]["preset"]
-
-    def evaluation(self, row: str) -> list[dict] | None:
-        """The records of a row's Eval file; None if the row was not evaluated."""
-        path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
-        return records.read_records(path, "Eval") if path.exists() else None
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per stage. Training and evaluation of the baselines are counted separately."""
-
-        def of(path: Path) -> float:
-            return records.read_json(path)["seconds"] if path.exists() else 0.0
-
-        training = {row: of(self.folder / self.model(row) / "train_meta.json") for row in ROWS}
-        evaluation = {row: of(self.folder / f"Eval_{self.model(row)}_{self.dataset}.meta.json") for row in ROWS}
-        main = ("base", "mpa", "lvlm")
-        return {
-            "PA": of(records.meta_path(self.pa)),
-            "PI": round(sum(of(records.meta_path(self.answers(m))) for m in (self.lvlm, self.svlm)), 1),
-            "PL": training["mpa"],
-            "evaluate": round(sum(evaluation[row] for row in main), 1),
-            "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),
-        }
-
-
-def summary(run: Run) -> dict:
-    metric = scoring.metric_names(run.dataset, run.preset)[0]
-    rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
-    for row, found in evaluated.items():
-        if not found:
-            continue
-        meta = run.folder / run.model(row) / "train_meta.json"
-        mean = scoring.summary(scoring.values(found, metric))
-        rows[row] = {
-            "accuracy": mean["score"],
-            "n": mean["n"],
-            "ci95": mean["ci95"],
-            "train_samples": records.read_json(meta)["samples"] if meta.exists() else 0,
-        }
-    result = {"rows": rows, "funnel": run.meta["funnel"], "seconds": run.seconds()}
-    if evaluated["base"] and evaluated["mpa"]:
-        gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
-        result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
-    return result
-
-
-def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], match) -> str:
-    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked."""
-    for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
-        if r.get("left_out"):
-            return f"{who}: {r['left_out']}"
-    if not match(lvlm["predictions"], lvlm["PA_answer"]):
-        return "L-VLM disagrees with itself"
-    if lvlm["image_path"] in held_out:
-        return "held out for evaluation"
-    if not svlm:
-        return "S-VLM not asked"
-    return "S-VLM answers correctly" if match(svlm["predictions"], lvlm["PA_answer"]) else "parity sample"
-
-
-def examples(run: Run, n: int = 6) -> list[str]:
-    """A few annotated images and their verdicts, as text."""
-    lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
-    svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
-    match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
-    if run.meta.get("held_out"):
-        held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
-    lines = []
-    for r in records.read_records(run.pa, "PA")[:n]:
-        key = str(r["question_id"])
-        if r.get("left_out") or key not in lvlm:
-            lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
-            continue
-        answer = svlm.get(key)
-        reply = f" · S-VLM: {answer['predictions']}" if answer else ""
-        lines.append(
-            f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
-            f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {verdict(lvlm[key], answer, held_out, match)}"
-        )
-    return lines
-
-
-def table(result: dict, what: str) -> list[str]:
-    """The rows as text. `what` names the measure: accuracy, or agreement with the L-VLM."""
-    lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
-    for row, r in result["rows"].items():
-        low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
-        samples = r["train_samples"] or "–"
-        lines.append(
-            f"  {ROWS[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
-        )
-    if "gain" in result:
-        low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
-        lines.append(
-            f"  MPA gains {100 * result['gain']['accuracy']:+.1f} points "
-            f"(95 % interval {low} to {high}, same questions)."
-        )
-    return lines
-
-
-def over_runs(results: list[dict], what: str) -> list[str]:
-    """Mean and standard deviation of each row over runs."""
-    lines = [f"  {'':<32}{'train samples':>16}{what:>16}"]
-    for row in results[0]["rows"]:
-        cells = [result["rows"][row] for result in results if row in result["rows"]]
-        accuracy = [100 * c["accuracy"] for c in cells]
-        samples = [c["train_samples"] for c in cells]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (samples, accuracy)]
-        lines.append(
-            f"  {ROWS[row]:<32}{f'{statistics.fmean(samples):.0f} ± {spread[0]:.0f}':>16}"
-            f"{f'{statistics.fmean(accuracy):.1f} ± {spread[1]:.1f}':>16}"
-        )
-    return lines
+def paper_tables(found: runs.Runs, names: list[str], whole_matrix: bool) -> list[Table]:
+    main = main_table(found, whole_matrix)
+    make = {
+        "main": lambda: main,
+        "ablation": lambda: ablation_table(found),
+        "ratings": lambda: ratings_table(found),
+        "claims": lambda: claims_table(found, main),
+    }
+    return [make[name]() for name in names]
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, help="run folders")
-    p.add_argument("--dataset", required=True, choices=DATASETS)
-    p.add_argument("--lvlm", default=cli.LVLM, help="the L-VLM of the runs (default: %(default)s)")
-    p.add_argument("--svlm", default=cli.SVLM, help="the S-VLM of the runs (default: %(default)s)")
+    p.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some")
+    tables = p.add_argument_group("the paper's tables")
+    tables.add_argument(
+        "--format", choices=FORMATS, default="md", help="Markdown, LaTeX (booktabs) or CSV (default: md)"
+    )
+    tables.add_argument("--out", type=Path, metavar="FILE", help="write them to this file, not to the terminal")
+    tables.add_argument("--table", nargs="+", choices=TABLES, default=TABLES, help="only these (default: all)")
+    tables.add_argument("--whole-matrix", action="store_true", help="main table: also the paper's cells without a run")
+    one = p.add_argument_group("the summary of one pair")
+    one.add_argument("--dataset", choices=DATASETS, help="summarise this dataset")
+    one.add_argument("--lvlm", help=f"the L-VLM of the runs (default: {cli.LVLM})")
+    one.add_argument("--svlm", help=f"the S-VLM of the runs (default: {cli.SVLM})")
     args = p.parse_args(argv)
-    log_file.open_log(args.runs[0] / "log.txt")
-    results, what = [], "accuracy" if DATASETS[args.dataset].labelled else "agreement"
-    for folder in args.runs:
-        run = Run(folder, args.dataset, records.short_name(args.lvlm), records.short_name(args.svlm))
-        result = summary(run)
-        records.write_json(folder / "summary.json", result)
-        results.append(result)
-        print(f"\n{folder}: " + funnel_line(result["funnel"]))
-        print("\n".join(["Examples:", *examples(run), ""]))
-        print("\n".join(table(result, what)))
-        if not DATASETS[args.dataset].labelled:
-            print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
-        print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
-        print(f"Wrote {folder / 'summary.json'}.")
-    if len(results) > 1:
-        print(f"\nOver {len(results)} runs, mean ± standard deviation:")
-        print("\n".join(over_runs(results, what)))
+    if args.dataset:
+        if args.out or args.whole_matrix or args.format != "md" or args.table != TABLES:
+            p.error("--format, --out, --table and --whole-matrix are for the paper's tables: leave out --dataset")
+        return summarise(args.results, args.dataset, args.lvlm or cli.LVLM, args.svlm or cli.SVLM)
+    if args.lvlm or args.svlm:
+        p.error("--lvlm and --svlm need --dataset; without it, the tables show all models that they find")
+    found = runs.find(args.results)
+    if not (found.evaluations or found.parity or found.ratings):
+        raise records.InputError(
+            f"{args.results[0]}: no result of a stage in these folders or below. Run a stage first."
+        )
+    text = "\n".join(map(FORMATS[args.format], paper_tables(found, args.table, args.whole_matrix)))
+    if args.out:
+        records.write_text(args.out, text)
+        print(f"Wrote {args.out}.")
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def train(folder: Path, model: str, *flags: str) -> tuple[int, dict]:
     model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
     samples = sample_preparation.read(data_args.data_path, data_args, args)
     encoded = sample_preparation.prepare(samples, trainer.load_processor(model_args, data_args), data_args, args)
-    sizes = memory_check.estimate(memory_check.planned_model(model_args, args), data_args, args, encoded)
+    sizes = memory_check.estimate(memory_check.planned_model(model_args, args), model_args, data_args, args, encoded)
     del encoded
     one = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1".split()
     return growth(lambda: run("--max_steps", "2"), lambda: run(*one)), sizes

@@ -258,10 +258,9 @@ def _gemma3(_):
     images = t.Gemma3ImageProcessor(size=SQUARE)
     processor = t.Gemma3Processor(images, tokenizer, chat_template=chat_templates.gemma(), image_seq_length=16)
     more = {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 12}
+    more |= {"vocab_size": len(tokenizer), "layer_types": ["sliding_attention", "full_attention"]}
     config = t.Gemma3Config(
-        text_config=TEXT
-        | more
-        | {"vocab_size": len(tokenizer), "layer_types": ["sliding_attention", "full_attention"]},
+        text_config=TEXT | more,
         vision_config=SIGLIP,
         mm_tokens_per_image=16,
         **{f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()},
@@ -277,13 +276,7 @@ def _paligemma(_):
     images = t.SiglipImageProcessor(size=SQUARE)
     images.image_seq_length = 16
     processor = t.PaliGemmaProcessor(images, tokenizer)
-    text = {
-        **TEXT,
-        "model_type": "gemma2",
-        "vocab_size": len(tokenizer),
-        "head_dim": HEAD,
-        "query_pre_attn_scalar": HEAD,
-    }
+    text = _text("gemma2", tokenizer) | {"head_dim": HEAD, "query_pre_attn_scalar": HEAD}
     config = t.PaliGemmaConfig(
         text_config=text,
         vision_config={**SIGLIP, "projection_dim": TEXT["hidden_size"]},

@@ -1,5 +1,6 @@
 """The four stages together, with the README's commands, on little data."""
 
+import csv
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -136,6 +137,12 @@ def test_the_stages_one_after_the_other_add_up_to_the_summary(easy_run, tmp_path
         right = [float(r["predictions"] == r["GT_answer"]) for r in records]
         assert summary["rows"][row]["accuracy"] == pytest.approx(sum(right) / 48)
         assert tuple(summary["rows"][row]["ci95"]) == pytest.approx(bootstrap_interval(right))
+    done = python("tables.py", run, "--table", "main", "--format", "csv")
+    (row,) = csv.DictReader(line for line in done.stdout.splitlines() if not line.startswith("#"))
+    names = ("before", "after", "gain", "95 % interval low", "95 % interval high", "n", "parity samples")
+    accuracies = (summary["rows"]["base"]["accuracy"], summary["rows"]["mpa"]["accuracy"], summary["gain"]["accuracy"])
+    expected = [*(100 * value for value in (*accuracies, *summary["gain"]["ci95"])), 48, kept]
+    assert [float(row[name]) for name in names] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_train_file_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path):

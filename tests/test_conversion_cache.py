@@ -1,16 +1,17 @@
 """A stage given an original converts it once, into the cache, and says so; nothing half-made stays."""
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 
+import model_loading
 import originals
 import pytest
-from conftest import MINI, STUDENT, TEACHER, python
+from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import read
 
+import data
 from mpa import conversion, models
-from mpa.conversion import writing
 from mpa.records import InputError
 
 
@@ -42,19 +43,19 @@ def test_an_original_is_converted_once_and_another_content_anew(tmp_path, cache,
 
 def test_two_processes_convert_once(tmp_path, cache):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map(conversion.native, [str(source)] * 2, chunksize=1)
-    assert len(set(found)) == 1 and len(folders(cache)) == 1
+    command = [sys.executable, ROOT / "scripts/convert.py", "--cached", source]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed, said = zip(*(process.communicate(timeout=120) for process in both), strict=True)
+    assert printed[0] == printed[1] == f"{cache / folders(cache)[0]}\n"
+    assert sum("Converted" in text for text in said) == 1 and len(folders(cache)) == 1
 
 
-def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache, monkeypatch):
+def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    pid = os.fork()
-    if pid == 0:
-        monkeypatch.setattr(writing, "_names_on_disk", lambda _: os.kill(os.getpid(), 9))
-        conversion.native(str(source))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    code = "import os; from mpa.conversion import native, writing\n"
+    code += "writing._names_on_disk = lambda _: os.kill(os.getpid(), 9)\n"
+    done = subprocess.run([sys.executable, "-c", f"{code}native({str(source)!r})"], cwd=ROOT)
+    assert done.returncode == -9
     assert [".partial-" in name for name in folders(cache)] == [True]
     conversion.native(str(source))
     assert [".partial-" in name for name in folders(cache)] == [False]
@@ -108,3 +109,17 @@ def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):
     assert type(processor.image_processor).__name__ == "GotOcr2ImageProcessorPil"
     processor.save_pretrained(tmp_path / "saved")  # as a training does
     assert type(models.load_processor(str(tmp_path / "saved"), 1, 10**9).image_processor).__name__.endswith("Pil")
+
+
+def test_the_trainer_converts_by_the_script(tmp_path, cache, monkeypatch, capsys):
+    source = str(originals.internvl(tmp_path / "InternVL2-2B"))
+    folder = model_loading.native(source)
+    assert folder == conversion.native(source) and f"Converted {source}" in capsys.readouterr().out
+    assert model_loading.native(str(STUDENT)) == str(STUDENT) and model_loading.native("no/model") == "no/model"
+    originals.changed(tmp_path / "InternVL2-2B", ps_version="v1")
+    with pytest.raises(data.DataError, match="ps_version is 'v1'"):
+        model_loading.native(source)
+    monkeypatch.setattr(model_loading, "CONVERT", tmp_path / "convert.py")
+    with pytest.raises(data.DataError, match="which converts it, is not there"):
+        model_loading.native(source)
+    assert set(model_loading.ORIGINALS) == set(conversion.LAYOUTS)

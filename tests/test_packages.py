@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import rate
 from conftest import ROOT
 
 from mpa import exports, packages
@@ -25,8 +26,18 @@ def test_an_export_whose_package_is_missing_names_the_command(monkeypatch, tmp_p
         exports.write_folder(tmp_path, [], exports.trl, str)
 
 
+def test_the_rating_page_whose_package_is_missing_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs fastapi, uvicorn\. Install with: bash scripts/setup.sh rating"):
+        rate.main([str(tmp_path)])
+
+
 def test_each_group_has_a_file_that_lists_what_is_asked_for():
-    groups = [("export", "datasets", "pyarrow"), *(engine.packages for engine in ENGINES.values() if engine.packages)]
+    groups = [
+        ("export", "datasets", "pyarrow"),
+        ("rating", "fastapi", "uvicorn"),
+        *(engine.packages for engine in ENGINES.values() if engine.packages),
+    ]
     for group, *names in groups:
         listed = Path(ROOT, f"requirements-{group}.txt").read_text()
         assert [name for name in names if f"\n{name}" not in listed] == []

@@ -1,9 +1,11 @@
 """Bad arguments of a stage, and --dry-run."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import TEACHER, python
+from conftest import ROOT, TEACHER, python
 from easy_run import OUTPUTS, STAGES, read
 
 
@@ -54,3 +56,12 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(easy_run, tmp
     assert f"visual tokens of Qwen2-VL: {n * 4}" in done.stdout
     assert "time, by the pace of" in done.stdout
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("script", ["scripts/PA.py", "scripts/PI.py", "scripts/evaluate.py", "scripts/convert.py"])
+def test_help_imports_no_torch(script):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "mpa.cli" in imported and not imported & {"torch", "transformers", "bitsandbytes"}

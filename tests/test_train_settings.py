@@ -110,6 +110,8 @@ def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
     images = params.DataArguments(data_path=[str(tmp_path / "train.json")])
     computed = {"save_dtype", "world_size", "data_sha256"}
     assert resume_settings.settings(model, images, arguments).keys() == resume_settings.DECISIVE | computed
+    model.bits = 4  # recorded where it is given, so that earlier checkpoints stay valid
+    assert resume_settings.settings(model, images, arguments)["bits"] == 4
 
 
 def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):

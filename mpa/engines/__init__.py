@@ -88,7 +88,10 @@ _LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 ENGINES = {
     "hf": Engine(
         "mpa.engines.hf:HFEngine",
-        ("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code", *_LIMITS),
+        (
+            *("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code"),
+            *("quantization", "device_map", *_LIMITS),
+        ),
     ),
     "vllm": Engine(
         "mpa.engines.vllm:VLLMEngine",

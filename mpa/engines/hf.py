@@ -41,7 +41,8 @@ class HFEngine:
 
     `workers` processes share the work; 0: this process does it all, on all cores; None: one per core on a CPU, at most
     MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch, `batch_tokens` the most tokens, padding
-    and replies included; None: what fits into a GPU's memory, found by a probe.
+    and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and `device_map`: see
+    `models.load_model`.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class HFEngine:
         max_pixels: int = models.MAX_PIXELS,
         max_tiles: int | None = None,
         trust_remote_code: bool = False,
+        quantization: str | None = None,
+        device_map: str | None = None,
     ):
         self.max_tiles = max_tiles
         self.model_path, self.trust_remote_code = model_path, trust_remote_code
         self.device, self.dtype, self.workers, self.pixels = device, dtype, workers, (min_pixels, max_pixels)
+        self.quantization, self.device_map = quantization, device_map
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
@@ -133,10 +137,16 @@ class HFEngine:
 
     def _load_model(self) -> None:
         self.dtype = getattr(torch, models.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
-        self.model = models.load_model(self.model_path, self.device, self.dtype, self.trust_remote_code)
+        self.model = models.load_model(
+            self.model_path, self.device, self.dtype, self.trust_remote_code, self.quantization, self.device_map
+        )
         families.match_config(self.model.config, self.preprocessor.processor)
+        if self.device_map:
+            self.device = str(self.model.device)  # of the first layers, which take the inputs
+        # The shortcuts index key-values with the inputs' positions: both must be on one device.
+        on_one_device = len({weight.device for weight in self.model.parameters()}) == 1
         family = families.FAMILIES.get(self.model.config.model_type)
-        if family and family.shortcuts:
+        if family and family.shortcuts and on_one_device:
             compute_last_column_only(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from mpa import memory_estimate, models
+from mpa.device_memory import available_bytes
 from mpa.engines import Request
 from mpa.image_files import ImageError, open_image
-from mpa.memory_estimate import CANNOT_FIT, available_bytes, described, meta_model
+from mpa.memory_estimate import CANNOT_FIT, described, meta_model
 from mpa.records import InputError
 
 OUT_OF_MEMORY = "out of memory; try a smaller --max-pixels"
@@ -19,21 +20,31 @@ PROBE_TOKENS = 8  # of each reply
 LOOKED_AT = 64  # requests
 
 
-def check_weights(path: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> None:
-    """Raise InputError if the weights alone clearly do not fit into the device's free memory. Reads the configuration only."""
-    device = models.pick_device(device)
-    model = meta_model(models.adapted(path) or path, trust_remote_code)
-    free = available_bytes(device)
+def check_weights(path: str, settings, quantization: str | None) -> None:
+    """Raise InputError if the weights alone clearly do not fit into the device's free memory. Reads the configuration only.
+
+    `settings` has device, dtype, device_map and trust_remote_code: an engine, or a stage's arguments.
+    """
+    device = models.pick_device(settings.device)
+    model, free = meta_model(models.adapted(path) or path, settings.trust_remote_code), free_bytes(settings)
     if model is None or free is None or not memory_estimate.CHECKED:
         return
-    needed = memory_estimate.weight_bytes(
-        model, getattr(torch, models.resolved_dtype(dtype.removeprefix("torch."), device)).itemsize
-    )
+    needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), models.BITS.get(quantization))
     if needed > CANNOT_FIT * free:
         raise InputError(
-            f"{path}: its weights need {needed / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free. Use a larger "
-            "device or a smaller model. MEMORY_CHECK=0 tries it all the same."
+            f"{path}: its weights need {needed / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free. Use "
+            f"{'' if quantization else '--quantization 4bit (for an L-VLM), '}--device-map auto over several GPUs, or a smaller "
+            "model. MEMORY_CHECK=0 tries it all the same."
         )
+
+
+def free_bytes(settings) -> int | None:
+    """The device's free memory, with a device map that of all GPUs; None if it cannot be known."""
+    device = models.pick_device(settings.device)
+    if not (settings.device_map and device.startswith("cuda")):
+        return available_bytes(device)
+    each = [available_bytes(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    return None if None in each else sum(each)
 
 
 def _itemsize(dtype: str, device: str) -> int:
@@ -69,12 +80,13 @@ def estimate(engine, requests: Sequence[Request]) -> dict[str, int]:
         new_tokens=request.max_new_tokens,
     )
     itemsize = _itemsize(str(engine.dtype), engine.device)
-    return memory_estimate.generation(model, batch, itemsize, processes=1 if on_gpu else max(1, engine.workers or 0))
+    processes = 1 if on_gpu else max(1, engine.workers or 0)
+    return memory_estimate.generation(model, batch, itemsize, models.BITS.get(engine.quantization), processes)
 
 
 def line(engine, requests: Sequence[Request]) -> str:
     """`estimate` as text, beside the free memory; "" if there is none."""
-    sizes, free = estimate(engine, requests), available_bytes(engine.device)
+    sizes, free = estimate(engine, requests), free_bytes(engine)
     known = "" if free is None else f" of {free / 1e9:.3g} GB free on {engine.device}"
     rows = "a row" if engine.device.startswith("cuda") else f"{engine.plan.batch_size} rows in each process"
     return f"{described(sizes)}{known} with {rows}" if sizes else ""
@@ -82,8 +94,8 @@ def line(engine, requests: Sequence[Request]) -> str:
 
 def check(engine, requests: Sequence[Request]) -> None:
     """`check_weights`, and a warning if the `estimate` is above the free memory."""
-    check_weights(engine.model_path, engine.device, str(engine.dtype), engine.trust_remote_code)
-    sizes, free = estimate(engine, requests), available_bytes(engine.device)
+    check_weights(engine.model_path, engine, engine.quantization)
+    sizes, free = estimate(engine, requests), free_bytes(engine)
     if free is not None and sum(sizes.values()) > free:
         print(
             f"warning: {engine.model_path}: memory may run out: {described(sizes)} of {free / 1e9:.3g} GB free. A smaller "
@@ -99,19 +111,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def tokens_that_fit(engine) -> int:
-    """How many tokens of a batch fit into a CUDA GPU's free memory.
+    """How many tokens of a batch fit into the free memory of a CUDA GPU, or of each of those that share the model.
 
     Measures the peak memory of a batch of one and of three rows, with images of the largest size. Their difference is
     the memory of two rows; the weights and other constant costs cancel out.
     """
     edge = int(engine.pixels[1] ** 0.5)
     image, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=PROBE_TOKENS)
-    peaks = {}
+    devices, peaks = {weight.device for weight in engine.model.parameters() if weight.is_cuda}, {}
     for rows in (1, 3):
         inputs = engine.preprocessor.process([image] * rows, [request.prompt] * rows)
-        torch.cuda.reset_peak_memory_stats(engine.device)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         engine.reply([request] * rows, inputs)
-        peaks[rows] = torch.cuda.max_memory_allocated(engine.device)
-    per_token = max(1, peaks[3] - peaks[1]) / (2 * (inputs["input_ids"].shape[1] + PROBE_TOKENS))
+        peaks[rows] = {device: torch.cuda.max_memory_allocated(device) for device in devices}
     torch.cuda.empty_cache()
-    return max(1, int(MEMORY_SHARE * torch.cuda.mem_get_info(engine.device)[0] / per_token))
+    tokens = 2 * (inputs["input_ids"].shape[1] + PROBE_TOKENS)
+    fitting = (
+        MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] * tokens / max(1, peaks[3][device] - peaks[1][device])
+        for device in devices
+    )
+    return max(1, int(min(fitting)))

@@ -25,10 +25,7 @@ MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
 MAX_TILES=${MAX_TILES:-}          # at most so many tiles of an image (default: InternVL 6, else the model's)
 ZERO=${ZERO:-zero2}               # zero2, zero2_offload, zero3, zero3_offload: in this order less memory and slower
 
-# An original InternVL2 or TinyLLaVA is converted once (scripts/convert.py); any other model is loaded as it is.
-MODEL_ID=$(python "$ROOT/scripts/convert.py" --cached "$SVLM")
-
-launch --model_id "$MODEL_ID" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" \
+launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" --num_train_epochs "$EPOCHS" \
     --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "$LEARNING_RATE" --merger_lr "$MERGER_LR" --vision_lr "$VISION_LR" --lr_scheduler_type cosine \
     --warmup_steps 0.03 --weight_decay 0 --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-7 --seed "$SEED" \

@@ -30,8 +30,8 @@ class Family:
     reuses an image's KV cache, all images reuse the system prompt's, the last layer computes only the last column).
     `packing`: samples in one row do not see each other (--packing). `both_ways`: the tokens that also see what comes
     after them, by the model's `token_type_ids`; flash-attention knows no such mask. `prompt`: the form of a prompt.
-    `not_in_vllm`: why vLLM 0.32 does not give hf's replies in the tests; "" where it does. All are tested in hf and in
-    the trainer (PL), also with LoRA.
+    `not_in_vllm`: why vLLM 0.32 does not give hf's replies in the tests; "" where it does. All are tested in hf, also
+    in 4 bits, and in the trainer (PL), also with LoRA.
     """
 
     name: str
@@ -281,12 +281,24 @@ def _lfm2_tokens(images, width: int, height: int) -> int:
 
 def table(version: str) -> Iterable[str]:
     """The lines of the table of families. `version` is that of transformers."""
-    head = ("model type", "family", "images limited by", "prompt", "shortcuts", "packing", "hf", "PL", "LoRA", "vllm")
+    head = (
+        "model type",
+        "family",
+        "images limited by",
+        "prompt",
+        "shortcuts",
+        "packing",
+        "hf",
+        "4-bit",
+        "PL",
+        "LoRA",
+        "vllm",
+    )
     rows = [head]
     for model_type, family in FAMILIES.items():
         default = f", {family.max_tiles} by default" if family.max_tiles else ""
         limit = "nothing" if family.limit == "fixed" else family.limit
-        has = (family.shortcuts, family.packing, True, True, True)
+        has = (family.shortcuts, family.packing, True, True, True, True)
         vllm = f"- {family.not_in_vllm}" if family.not_in_vllm else "yes"
         rows.append(
             (model_type, family.name, limit + default, family.prompt, *("yes" if it else "-" for it in has), vllm)

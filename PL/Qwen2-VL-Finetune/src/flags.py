@@ -72,8 +72,7 @@ REFUSED = {
 }
 # Flags of Qwen2-VL-Finetune that are not supported: see FORK.md.
 UNSUPPORTED = {
-    "--bits": "Quantised training is not supported. --lora_enable with --freeze_… needs the least memory.",
-    **dict.fromkeys(("--double_quant", "--quant_type"), "Quantised training is not supported."),
+    **dict.fromkeys(("--double_quant", "--quant_type"), "--bits 4 is nf4 with double quantisation. Leave it out."),
     **dict.fromkeys(("--fps", "--nframes", "--video_max_pixels", "--video_min_pixels"), "Video is not supported."),
     **dict.fromkeys(("--image_resized_width", "--image_resized_height"), "It distorts images; set --image_max_pixels."),
     **dict.fromkeys(("--eval_path", "--eval_image_folder"), "Give --eval_data_path."),
@@ -156,6 +155,8 @@ def _check_model(model) -> None:
             raise DataError(f"{flag} has no effect without --lora_enable True.")
     if model.num_lora_modules == 0 or model.num_lora_modules < -1:
         raise DataError(f"--num_lora_modules {model.num_lora_modules}: give a number, or -1 for all.")
+    if model.bits != 16:
+        _check_bits(model)
     if model.freeze_vision_tower and model.freeze_merger and model.freeze_llm and not model.lora_enable:
         raise DataError("everything is frozen; there is nothing to train.")
     if (Path(model.model_id) / "adapter_config.json").is_file():
@@ -163,6 +164,19 @@ def _check_model(model) -> None:
             f"{model.model_id}: holds LoRA adapters, which would not be saved with the trained weights. Merge them first "
             "with scripts/merge_lora.sh."
         )
+
+
+def _check_bits(model) -> None:
+    if not model.lora_enable:
+        raise DataError(
+            f"--bits {model.bits}: needs --lora_enable True; quantised weights cannot be trained themselves."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise DataError(
+            f"--bits {model.bits}: not with ZeRO-3, which would shard the quantised weights. Use ZERO=zero2."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DataError(f"--bits {model.bits}: needs bitsandbytes. Install with: pip install bitsandbytes==0.50.2")
 
 
 def _check_training(model, data, args) -> None:

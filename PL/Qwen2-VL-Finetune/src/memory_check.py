@@ -9,7 +9,8 @@ import process_group
 import torch
 from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE
 from batching import StepBatchSampler, step_sampler
-from memory_estimate import CANNOT_FIT, Batch, Sharding, available_bytes, described, saved_bytes
+from device_memory import available_bytes
+from memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 from model_loading import compute_dtype
 from params import DataArguments, ModelArguments, TrainingArguments
 
@@ -30,10 +31,10 @@ def planned_model(model_args: ModelArguments, args: TrainingArguments):
         model = param_groups.add_lora(model, model_args)
     else:
         param_groups.freeze(model, model_args)
-    sizes = states_of(model, args)
+    sizes = states_of(model, model_args.bits, args)
     _refuse_too_large(sizes, args.device, model_args, args)
     if args.device.type != "cpu":  # each rank loads the model in the machine's memory; ZeRO-3 shards it there
-        loaded = 0 if _sharding(args).stage == 3 else memory_estimate.weight_bytes(model, 4)
+        loaded = 0 if _sharding(args).stage == 3 else memory_estimate.weight_bytes(model, 4, model_args.bits)
         in_memory = {"weights": loaded} if loaded > sizes.get("offloaded", 0) else {"offloaded": sizes["offloaded"]}
         _refuse_too_large(in_memory, torch.device("cpu"), model_args, args)
     return model
@@ -50,17 +51,19 @@ def _refuse_too_large(sizes: dict[str, int], device: torch.device, model_args, a
 
 def _remedy(model_args: ModelArguments, args: TrainingArguments) -> str:
     remedies = [] if model_args.lora_enable else ["--lora_enable True"]
+    if model_args.bits == 16:
+        remedies.append("--lora_enable True --bits 4" if remedies else "--bits 4")
     if args.device.type == "cuda" and not _sharding(args).weights_offloaded:
         remedies.append("ZERO=zero3_offload")
     return f"Use {', '.join([*remedies, 'more devices'])} or a smaller model."
 
 
-def states_of(model, args: TrainingArguments) -> dict[str, int]:
+def states_of(model, bits: int, args: TrainingArguments) -> dict[str, int]:
     """`memory_estimate.states` of the training."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     state = 8 if "adamw" in optimizer else 4  # moments; others have one, or less
     state = 2 if "8bit" in optimizer else state
-    return memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), state=state)
+    return memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
 
 
 def _sharding(args: TrainingArguments) -> Sharding:
@@ -82,9 +85,11 @@ def free_bytes(device: torch.device) -> int | None:
     return free and free // (process_group.local_world_size() if device.type == "cpu" else 1)
 
 
-def estimate(model, data_args: DataArguments, args: TrainingArguments, samples: Samples) -> dict[str, int]:
+def estimate(
+    model, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, samples: Samples
+) -> dict[str, int]:
     """Bytes by purpose on each device, for `model` of `planned_model`, at the largest micro-batch of the first epoch."""
-    sizes, itemsize = states_of(model, args), compute_dtype(args).itemsize
+    sizes, itemsize = states_of(model, model_args.bits, args), compute_dtype(args).itemsize
     sampler, _ = step_sampler(samples.lengths, args, data_args.batch_tokens)
     batch, policy = largest_batch(model, sampler, data_args, samples), args.activation_policy
     if policy == "auto":
@@ -102,9 +107,9 @@ def estimate(model, data_args: DataArguments, args: TrainingArguments, samples: 
     return {**sizes, "activations": activations}
 
 
-def line(model, data_args: DataArguments, args: TrainingArguments, samples: Samples) -> str:
+def line(model, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, samples: Samples) -> str:
     """The estimate as a line. If it is above the free memory, a warning on stderr says what needs less."""
-    sizes, free = estimate(model, data_args, args, samples), free_bytes(args.device)
+    sizes, free = estimate(model, model_args, data_args, args, samples), free_bytes(args.device)
     known = "" if free is None else f" of {free / 1e9:.3g} GB free"
     if free is not None and on_device(sizes, args.device) > free:
         print(

@@ -10,9 +10,7 @@ attention scores, which only "eager" attention stores.
 import math
 import os
 import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 CHECKED = os.environ.get("MEMORY_CHECK") != "0"  # 0: what cannot fit is tried all the same
 CANNOT_FIT = 1.1  # this multiple of the free memory, for weights and states alone, is refused
@@ -81,8 +79,27 @@ def quantisable(model) -> dict:
     }
 
 
+def unquantised(model) -> list[str]:
+    """Names of the linear layers that are not `quantisable`."""
+    from torch.nn import Linear
+
+    quantised = quantisable(model)
+    return [name for name, module in model.named_modules() if isinstance(module, Linear) and name not in quantised]
+
+
+def stored_bits(model) -> int | None:
+    """Bits of the weights of a checkpoint that is quantised (AWQ, GPTQ, FP8 …), at least; None for one that is not."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    config = config if isinstance(config, dict) else config.to_dict()
+    bits = config.get("bits") or config.get("w_bit") or (8 if "fp8" in str(config.get("quant_method")) else 4)
+    return 8 if bits > 4 else 4
+
+
 def weight_bytes(model, itemsize: int, bits: int | None = None) -> int:
-    """Bytes of all weights, `itemsize` each; with `bits` (4 or 8), those of the `quantisable` layers are QUANTISED."""
+    """Bytes of all weights, `itemsize` each; with `bits` (4 or 8), or if stored so, the `quantisable` ones are QUANTISED."""
+    bits = bits or stored_bits(model)
     total = itemsize * sum(weight.numel() for weight in model.parameters())
     if bits in QUANTISED:
         total -= (itemsize - QUANTISED[bits]) * sum(layer.weight.numel() for layer in quantisable(model).values())
@@ -219,64 +236,7 @@ def states(model, itemsize: int, shards: Sharding, bits: int | None = None, stat
     return {name: round(size) for name, size in sizes.items() if size}
 
 
-# --- the device ------------------------------------------------------------------------------------------
-
-
-def available_bytes(device: str, root: Path = Path("/")) -> int | None:
-    """Memory that is free on a device: a GPU's, or on a CPU MemAvailable and free swap within the cgroup's limit.
-
-    None if it cannot be known. CUDA is not initialised by this: processes may still be forked.
-    """
-    if device.startswith("cuda"):
-        return _free_on_gpu(int(device.partition(":")[2] or 0))
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    meminfo = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    free = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
-    return min([free, *_free_in_cgroups(root)])
-
-
-def _free_in_cgroups(root: Path) -> list[int]:
-    """What is left below the limit of this process's cgroup and of those above it, versions 1 and 2."""
-    found, mounts = [], root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        base, names = mounts, ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            base, names = mounts / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if "memory" not in controllers.split(","):
-                continue
-        here = base / path.lstrip("/")
-        for folder in (here, *here.parents):
-            try:
-                limit, used = ((folder / name).read_text().strip() for name in names[:2])
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                if limit != "max":
-                    found.append(max(0, int(limit) - int(used) + int(stat.get(names[2], 0))))
-            except (OSError, ValueError):
-                pass
-            if folder == base:
-                break
-    return found
-
-
-def _free_on_gpu(index: int) -> int | None:
-    import torch
-
-    if torch.cuda.is_initialized():
-        return torch.cuda.mem_get_info(index)[0]
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    name = visible[index] if index < len(visible) else str(index)
-    query = ["nvidia-smi", "-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        return int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+# --- as text -------------------------------------------------------------------------------------------
 
 
 def described(sizes: dict[str, int]) -> str:

@@ -1,17 +1,49 @@
 """Loading of the model and its processor."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import families
+import memory_estimate
 import param_groups
+import quantization
 import torch
 from loading_errors import explain, incomplete
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
+
+ORIGINALS = ("internvl_chat", "tiny_llava_stablelm", "tinyllava")  # model types that transformers does not know
+CONVERT = Path(__file__).resolve().parents[3] / "scripts/convert.py"
+
+
+def native(model_id: str) -> str:
+    """The folder to load: of an original InternVL2 or TinyLLaVA its conversion, made once by scripts/convert.py; else `model_id`.
+
+    Every rank may call this: one converts, the others wait. Raises DataError if it cannot be converted.
+    """
+    if _config(model_id).get("model_type") not in ORIGINALS:
+        return model_id
+    if not CONVERT.is_file():
+        raise DataError(f"{model_id}: an original checkpoint, and {CONVERT}, which converts it, is not there.")
+    command = [sys.executable, str(CONVERT), "--cached", model_id]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(done.stderr.strip().removeprefix("error: "))
+    print(done.stderr, end="", flush=True)
+    return done.stdout.strip()
+
+
+def _config(model_id: str) -> dict:
+    """The content of config.json; {} if it cannot be read: loading the model says why."""
+    try:
+        return PreTrainedConfig.get_config_dict(model_id)[0]
+    except (OSError, ValueError):
+        return {}
 
 
 def load_processor(model_args: ModelArguments, data_args: DataArguments):
@@ -50,6 +82,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
     flash = flash and not (kind in families.FAMILIES and families.FAMILIES[kind].both_ways)
     attention = {"attn_implementation": "flash_attention_2"} if flash else {}  # else PyTorch's, or Gemma 2's own
+    quantised = _quantised(model_args, args) if model_args.bits != 16 else {}
     model, info = _from_pretrained(
         AutoModelForImageTextToText,
         model_args,
@@ -58,9 +91,11 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `incomplete` reports them
         **attention,
+        **quantised,
     )
     if wrong := incomplete(model_args.model_id, info):
         raise DataError(wrong)
+    quantization.forbid_packing(model)
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
@@ -68,6 +103,17 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
         return param_groups.add_lora(model, model_args)
     param_groups.freeze(model, model_args)
     return model
+
+
+def _quantised(model_args: ModelArguments, args: TrainingArguments) -> dict:
+    """Arguments of `from_pretrained` for --bits. Raises DataError if the base is quantised already."""
+    planned = memory_estimate.meta_model(model_args.model_id, model_args.trust_remote_code)
+    if planned is None:
+        return {}  # loading says what is wrong
+    if memory_estimate.stored_bits(planned):
+        raise DataError(f"{model_args.model_id}: is stored quantised. Name the original model, for --bits.")
+    kept = memory_estimate.unquantised(planned)
+    return quantization.options(model_args.bits, kept, compute_dtype(args), {"": args.device})
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:

@@ -85,6 +85,8 @@ def counts(model) -> dict[str, tuple[int, int]]:
         if ".original_module." in name:
             continue
         part, size = part_of(name, model.config.model_type), getattr(parameter, "ds_numel", parameter.numel())
+        if (state := getattr(parameter, "quant_state", None)) is not None:  # two weights in a byte
+            size = state.shape.numel()
         total[part] += size
         trained[part] += size if parameter.requires_grad else 0
     return {part: (total[part], trained[part]) for part in PARTS}

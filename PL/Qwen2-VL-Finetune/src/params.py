@@ -52,6 +52,14 @@ class ModelArguments:
         default_factory=list, metadata={"help": "No adapter in modules whose name contains one of these words."}
     )
     num_lora_modules: int = field(default=-1, metadata={"help": "Adapt only the last N modules; -1: all."})
+    bits: int = field(
+        default=16,
+        metadata={
+            "help": "With --lora_enable, the frozen language model's weights in 4 bits (nf4 with double quantisation: QLoRA) or "
+            "8; 16: not quantised. Needs bitsandbytes.",
+            "choices": [4, 8, 16],
+        },
+    )
     disable_flash_attn2: bool = field(
         default=False, metadata={"help": "Use PyTorch's attention even if flash-attention 2 is installed."}
     )

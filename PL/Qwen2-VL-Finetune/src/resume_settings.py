@@ -54,6 +54,8 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     values |= {name: value for name, value in (vars(model_args) | vars(data_args)).items() if name in DECISIVE}
     if limit := _tile_limit(model_args, data_args):  # only then, so that earlier checkpoints keep their settings
         values["max_tiles"] = limit
+    if model_args.bits != 16:  # earlier checkpoints do not have it
+        values["bits"] = model_args.bits
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then the final weights depend on the evaluation's data and schedule

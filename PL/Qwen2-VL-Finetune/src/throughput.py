@@ -38,9 +38,12 @@ class FlopCounter:
         if module not in self.seen:  # a module runs again where activations are recomputed
             self.seen.add(module)
             # A linear layer's input, since its output may be scattered to more positions than were computed.
-            values, channels = (inputs[0], -1) if isinstance(module, torch.nn.Linear) else (out, 1)
+            is_linear = isinstance(module, torch.nn.Linear)
+            values, channels = (inputs[0], -1) if is_linear else (out, 1)
             positions = values.numel() // values.shape[channels]
-            self.total += 2 * module.weight.numel() * positions * (2 + module.weight.requires_grad)
+            # Not the numel of a linear weight: in 4 bits, a byte holds two.
+            weights = module.in_features * module.out_features if is_linear else module.weight.numel()
+            self.total += 2 * weights * positions * (2 + module.weight.requires_grad)
 
     def __exit__(self, *_):
         for hook in self.hooks:

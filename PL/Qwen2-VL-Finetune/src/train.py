@@ -35,7 +35,7 @@ from families import FAMILIES, match_config
 from features import VisionFeatures, precompute
 from log_file import detail
 from model_card import converted_from, write_card
-from model_loading import compute_dtype, load_model, load_processor, model_type, said_of_limits, save_dtype
+from model_loading import compute_dtype, load_model, load_processor, model_type, native, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from resume_settings import checkpoint_to_resume, refuse_other_settings, settings
@@ -71,6 +71,7 @@ def main(argv=None) -> int:
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
     samples = read(data_args.data_path, data_args, args)  # first, so that errors in it show before a model is loaded
+    model_args.model_id = native(model_args.model_id)
     current = settings(model_args, data_args, args)
     if (out / META).exists():
         refuse_other_settings(checkpoints.read_json(out / META).get("settings") or {}, current, out)
@@ -127,7 +128,7 @@ def build(
         raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     if planned is not None and args.process_index == 0:
-        print(memory_check.line(planned, data_args, args, train_samples), flush=True)
+        print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)

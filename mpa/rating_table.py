@@ -1,0 +1,87 @@
+"""Table 4, the human ratings before and after PI, from the files that scripts/rate.py wrote."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+
+from mpa import ratings
+from mpa.agreement import combined, kappa, kappa_interval
+from mpa.paper_tables import PAPER, SOURCE, UNKNOWN
+from mpa.runs import Runs
+from mpa.table_formats import Estimate, Figure, Table
+
+LABELS = {"answerable": "answerable", "correct": "answer correct", "human": "reads as written by a person"}
+NOTES = [
+    "Percent of yes, with 95 % intervals (Wilson; Newcombe for sums and differences), over items; an item counts with the mean "
+    "of its raters. D_PA: 'not kept' and D_PI, weighted by their sizes. Kappa: Cohen's for two raters, Fleiss' for more, over "
+    "the items of both sets that all raters rated, with a bootstrap interval over items.",
+    f"{SOURCE} How it drew the samples before PI is {UNKNOWN}.",
+]
+
+
+def ratings_table(runs: Runs) -> Table:
+    """One row for each ratings file and aspect; without a file, the paper's figures alone."""
+    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "rated": str, "not kept by PI": Estimate}
+    kinds |= {
+        "D_PA, before PI": Estimate,
+        "D_PI, after PI": Estimate,
+        "change": Estimate,
+        "items": str,
+        "raters": float,
+    }
+    kinds |= {"kappa": Estimate, "before, paper": float, "after, paper": float}
+    table = Table("ratings", "Table 4: human ratings of pseudo labels before and after PI", kinds, notes=NOTES)
+    for file in runs.ratings:
+        meta, found = ratings.read_meta(file), ratings.latest(file)
+        names = {"dataset": meta["dataset"], "L-VLM": meta["lvlm"], "S-VLM": meta["svlm"]}
+        table.rows += [names | row(aspect, found, meta["sizes"]) for aspect in ratings.ASPECTS]
+    if not table.rows:
+        table.rows = [row(aspect, {}, {}) for aspect in ratings.ASPECTS]
+    return table
+
+
+def row(aspect: str, found: dict, sizes: dict[str, int]) -> dict:
+    """The cells of one aspect. `found` is `ratings.latest`; `sizes` are those of D_PA without D_PI, and of D_PI."""
+    published = PAPER["table4"][aspect]
+    cells = {"rated": LABELS[aspect], "notes": []}
+    cells |= {f"{name}, paper": Figure(published[name], digits=0) for name in ratings.SETS}
+    by_item, raters = defaultdict(dict), set()  # {(set, id): {rater: value}}
+    for (rater, key, name), values in found.items():
+        if values.get(aspect) is not None:
+            by_item[name, key][rater] = values[aspect]
+            raters.add(rater)
+    if not by_item:
+        return cells
+    means = {s: [np.mean(list(v.values())) for (name, _), v in by_item.items() if name == s] for s in ratings.SETS}
+    cells["items"] = " + ".join(str(len(means[name])) for name in ratings.SETS)
+    cells["raters"] = Figure(len(raters), digits=0)
+    parts = {name: (float(np.mean(values)), len(values)) for name, values in means.items() if values}
+    for name, column in zip(ratings.SETS, ("not kept by PI", "D_PI, after PI"), strict=True):
+        if name in parts:
+            cells[column] = _percent(combined((1.0, *parts[name])))
+    if len(parts) == len(ratings.SETS):
+        rest = sizes["before"] / sum(sizes.values())
+        before, after = parts["before"], parts["after"]
+        cells["D_PA, before PI"] = _percent(combined((rest, *before), (1 - rest, *after)))
+        cells["change"] = _percent(combined((rest, *after), (-rest, *before)), sign=True)
+    return cells | _agreement(by_item, sorted(raters), cells["notes"])
+
+
+def _agreement(by_item: dict, raters: list[str], notes: list[str]) -> dict:
+    """{"kappa": cell}, over the items that all raters rated; a note says how many, if they are not all."""
+    if len(raters) < 2:
+        return {}
+    table = [[values[rater] for rater in raters] for values in by_item.values() if len(values) == len(raters)]
+    if len(table) < len(by_item):
+        notes.append(f"Kappa: over {len(table)} of {len(by_item)} items, those that all {len(raters)} raters rated.")
+    shared = np.array(table, dtype=int).reshape(-1, len(raters))
+    value = kappa(shared)
+    if math.isnan(value):
+        return {"kappa": "undefined"}
+    return {"kappa": Estimate(value, *kappa_interval(shared), digits=2)}
+
+
+def _percent(found: tuple[float, tuple[float, float]], sign: bool = False) -> Estimate:
+    value, (low, high) = found
+    return Estimate(100 * value, 100 * low, 100 * high, sign=sign)

@@ -1,0 +1,181 @@
+"""The summary of one run, for one dataset and one pair of models: the funnel, a few example images, and the table.
+
+`scripts/tables.py --dataset …` prints it and writes summary.json; the demo and mpa.sh end with it.
+"""
+
+import statistics
+from pathlib import Path
+
+from mpa import log_file, records, scoring
+from mpa.datasets import DATASETS
+from mpa.matching import Match
+from mpa.parity import funnel_line
+
+ROWS = {
+    "base": "S-VLM before",
+    "all_pseudo": "all pseudo labels, without PI",
+    "random_pseudo": "random pseudo labels, as many",
+    "mpa": "MPA",
+    "human_n": "human labels, as many",
+    "human": "human labels, all",
+    "lvlm": "L-VLM",
+}
+
+
+class Run:
+    """The files of one run folder, for one dataset and one pair of models."""
+
+    def __init__(self, folder: Path, dataset: str, lvlm: str, svlm: str):
+        self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
+        self.pa = folder / f"PA_{lvlm}_{dataset}.json"
+        self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
+        self.meta = records.read_json(records.meta_path(self.train))
+
+    def answers(self, model: str) -> Path:
+        return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
+
+    def model(self, row: str) -> str:
+        """The short name of the model whose accuracy a row shows."""
+        if row in ("base", "lvlm"):
+            return self.svlm if row == "base" else self.lvlm
+        return f"PL_{self.lvlm}_{self.svlm}_{self.dataset}" + ("" if row == "mpa" else f"_{row}")
+
+    @property
+    def preset(self) -> str:
+        return self.meta["settings"]["preset"]
+
+    def evaluation(self, row: str) -> list[dict] | None:
+        """The records of a row's Eval file; None if the row was not evaluated."""
+        path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
+        return records.read_records(path, "Eval") if path.exists() else None
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage. Training and evaluation of the baselines are counted separately."""
+
+        def of(path: Path) -> float:
+            return records.read_json(path)["seconds"] if path.exists() else 0.0
+
+        training = {row: of(self.folder / self.model(row) / "train_meta.json") for row in ROWS}
+        evaluation = {row: of(self.folder / f"Eval_{self.model(row)}_{self.dataset}.meta.json") for row in ROWS}
+        main = ("base", "mpa", "lvlm")
+        return {
+            "PA": of(records.meta_path(self.pa)),
+            "PI": round(sum(of(records.meta_path(self.answers(m))) for m in (self.lvlm, self.svlm)), 1),
+            "PL": training["mpa"],
+            "evaluate": round(sum(evaluation[row] for row in main), 1),
+            "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),
+        }
+
+
+def summary(run: Run) -> dict:
+    metric = scoring.metric_names(run.dataset, run.preset)[0]
+    rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
+    for row, found in evaluated.items():
+        if not found:
+            continue
+        meta = run.folder / run.model(row) / "train_meta.json"
+        mean = scoring.summary(scoring.values(found, metric))
+        rows[row] = {
+            "accuracy": mean["score"],
+            "n": mean["n"],
+            "ci95": mean["ci95"],
+            "train_samples": records.read_json(meta)["samples"] if meta.exists() else 0,
+        }
+    result = {"rows": rows, "funnel": run.meta["funnel"], "seconds": run.seconds()}
+    if evaluated["base"] and evaluated["mpa"]:
+        gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
+        result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
+    return result
+
+
+def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], match) -> str:
+    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked."""
+    for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
+        if r.get("left_out"):
+            return f"{who}: {r['left_out']}"
+    if not match(lvlm["predictions"], lvlm["PA_answer"]):
+        return "L-VLM disagrees with itself"
+    if lvlm["image_path"] in held_out:
+        return "held out for evaluation"
+    if not svlm:
+        return "S-VLM not asked"
+    return "S-VLM answers correctly" if match(svlm["predictions"], lvlm["PA_answer"]) else "parity sample"
+
+
+def examples(run: Run, n: int = 6) -> list[str]:
+    """A few annotated images and their verdicts, as text."""
+    lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
+    svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
+    match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
+    if run.meta.get("held_out"):
+        held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
+    lines = []
+    for r in records.read_records(run.pa, "PA")[:n]:
+        key = str(r["question_id"])
+        if r.get("left_out") or key not in lvlm:
+            lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
+            continue
+        answer = svlm.get(key)
+        reply = f" · S-VLM: {answer['predictions']}" if answer else ""
+        lines.append(
+            f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
+            f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {verdict(lvlm[key], answer, held_out, match)}"
+        )
+    return lines
+
+
+def table(result: dict, what: str) -> list[str]:
+    """The rows as text. `what` names the measure: accuracy, or agreement with the L-VLM."""
+    lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
+    for row, r in result["rows"].items():
+        low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
+        samples = r["train_samples"] or "–"
+        lines.append(
+            f"  {ROWS[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
+        )
+    if "gain" in result:
+        low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
+        lines.append(
+            f"  MPA gains {100 * result['gain']['accuracy']:+.1f} points "
+            f"(95 % interval {low} to {high}, same questions)."
+        )
+    return lines
+
+
+def over_runs(results: list[dict], what: str) -> list[str]:
+    """Mean and standard deviation of each row over runs."""
+    lines = [f"  {'':<32}{'train samples':>16}{what:>16}"]
+    for row in results[0]["rows"]:
+        cells = [result["rows"][row] for result in results if row in result["rows"]]
+        accuracy = [100 * c["accuracy"] for c in cells]
+        samples = [c["train_samples"] for c in cells]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (samples, accuracy)]
+        lines.append(
+            f"  {ROWS[row]:<32}{f'{statistics.fmean(samples):.0f} ± {spread[0]:.0f}':>16}"
+            f"{f'{statistics.fmean(accuracy):.1f} ± {spread[1]:.1f}':>16}"
+        )
+    return lines
+
+
+def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
+    """Print the summary of each run folder and write its summary.json; with several folders, also the spread.
+
+    `lvlm` and `svlm` are the models' paths. What is printed goes to the first folder's log.txt, too.
+    """
+    log_file.open_log(folders[0] / "log.txt")
+    results, what = [], "accuracy" if DATASETS[dataset].labelled else "agreement"
+    for folder in folders:
+        run = Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm))
+        result = summary(run)
+        records.write_json(folder / "summary.json", result)
+        results.append(result)
+        print(f"\n{folder}: " + funnel_line(result["funnel"]))
+        print("\n".join(["Examples:", *examples(run), ""]))
+        print("\n".join(table(result, what)))
+        if not DATASETS[dataset].labelled:
+            print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
+        print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
+        print(f"Wrote {folder / 'summary.json'}.")
+    if len(results) > 1:
+        print(f"\nOver {len(results)} runs, mean ± standard deviation:")
+        print("\n".join(over_runs(results, what)))

@@ -1,0 +1,236 @@
+"""What run folders hold: evaluations, trained S-VLMs and parity sets, found by their meta files.
+
+Model, dataset, settings and seed of a result are those of its meta file. Only the variant, that is what PL trained on, is
+read from a name: PL_<lvlm>_<svlm>_<dataset>_<variant>, as scripts/demo.sh names them; without one it is `mpa`.
+"""
+
+import os
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from mpa import records
+from mpa.datasets import DATASETS
+from mpa.evaluations import Evaluation, read_meta
+from mpa.records import InputError
+
+_PARITY = re.compile(rf"PI_(.+)_train_\1_(.+?)_({'|'.join(map(re.escape, DATASETS))})(?:_(.+))?")
+_NOT_RUNS = ("PL_", ".", "lmms-eval")  # folders of models, of other programs and of other formats
+# Settings by which trainings are different experiments, not seeds of one: {name: (file, its name there)}.
+TELLING = {
+    "images": ("PA", "limit"),
+    "sampled images": ("PA", "sample"),
+    **{name: ("PA", name) for name in ("temperature", "top_p", "keep_refusals")},
+    **{name: ("PI", name) for name in ("preset", "match", "hold_out")},
+    **{name: ("PL", name) for name in "num_train_epochs max_steps learning_rate vision_lr merger_lr".split()},
+    **{name: ("PL", name) for name in "lr_scheduler_type samples_per_step optim lora_enable lora_rank".split()},
+    **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger".split()},
+    "test questions": ("Eval", "limit"),
+    "sampled test questions": ("Eval", "sample"),
+    **{name: ("Eval", name) for name in "max_new_tokens min_pixels max_pixels max_tiles".split()},
+}
+
+
+class Cell(NamedTuple):
+    """A dataset and a pair of models, by their short names."""
+
+    dataset: str
+    lvlm: str
+    svlm: str
+
+
+class ParitySet(NamedTuple):
+    """A parity set's file, and its meta file's content."""
+
+    file: Path
+    meta: dict
+
+
+@dataclass
+class Training:
+    """A trained and evaluated S-VLM. `pl`, `pi` and `pa` are its stages' meta files, {} for one that is not there."""
+
+    cell: Cell
+    variant: str
+    after: Evaluation
+    before: Evaluation | None
+    pl: dict
+    pi: dict
+    pa: dict
+
+    @property
+    def seed(self) -> int:
+        return self.pl.get("settings", self.after.meta["settings"]).get("seed", 0)
+
+    @property
+    def samples(self) -> int | None:
+        return self.pl.get("samples")
+
+    @cached_property
+    def settings(self) -> dict:
+        """The settings of TELLING, those of stages whose meta file is there."""
+        of = {"PA": self.pa, "PI": self.pi, "PL": self.pl, "Eval": self.after.meta}
+        of = {stage: dict(meta.get("settings", {})) for stage, meta in of.items()}
+        if pl := of["PL"]:
+            parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+            device, accumulation, devices = (pl.get(part) or 1 for part in parts)
+            pl["samples_per_step"] = device * accumulation * devices
+        return {name: of[stage].get(there) for name, (stage, there) in TELLING.items() if of[stage]}
+
+
+@dataclass
+class Experiment:
+    """The trainings of one cell, variant and settings, one for each seed. `label` tells it from others of the cell."""
+
+    cell: Cell
+    variant: str
+    label: str
+    seeds: list[Training]
+
+
+@dataclass
+class Runs:
+    """All that was found."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    parity: dict[tuple[Path, Cell, str], ParitySet] = field(default_factory=dict)  # by folder, cell and variant
+    ratings: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def trainings(self) -> list[Training]:
+        return list(filter(None, map(self._training, self.evaluations)))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        return sorted({cell for _, cell, _ in self.parity} | {t.cell for t in self.trainings})
+
+    @cached_property
+    def experiments(self) -> list[Experiment]:
+        """The trainings by cell, variant, and those settings that differ between trainings of one cell and variant.
+
+        Two that differ in no setting, not even the seed, are told apart by their folders.
+        """
+        by_variant, found = defaultdict(list), []
+        for training in self.trainings:
+            by_variant[training.cell, training.variant].append(training)
+        for (cell, variant), trainings in by_variant.items():
+            by_label = defaultdict(list)
+            values = {name: {str(t.settings[name]) for t in trainings if name in t.settings} for name in TELLING}
+            differing = [name for name in TELLING if len(values[name]) > 1]
+            for t in trainings:
+                by_label[", ".join(f"{name} {t.settings.get(name)}" for name in differing)].append(t)
+            for label, seeds in by_label.items():
+                if len({t.seed for t in seeds}) == len(seeds):
+                    found.append(Experiment(cell, variant, label, sorted(seeds, key=lambda t: t.seed)))
+                    continue
+                for t in seeds:
+                    folder = os.path.relpath(t.after.path.parent)
+                    found.append(Experiment(cell, variant, f"{label}, {folder}" if label else folder, [t]))
+        return sorted(found, key=lambda one: (one.cell, one.variant, one.label))
+
+    def evaluation(self, dataset: str, model: str, folder: Path | None = None, content: str | None = None):
+        """The evaluation of a model in `folder`; else one in another folder, of the same questions (`content`).
+
+        None if there is none, or if those in other folders are of several models with one name, or of several sets of
+        questions.
+        """
+        named = self._by_name.get((dataset, model), [])
+        own = [found for found in named if found.path.parent == folder]
+        others = [found for found in named if content in (None, found.content)]
+        alike = len({(found.meta["settings"]["model"], found.content) for found in others}) == 1
+        return own[0] if own else others[0] if alike else None
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], list[Evaluation]]:
+        found = defaultdict(list)
+        for evaluation in self.evaluations:
+            found[evaluation.dataset, evaluation.model].append(evaluation)
+        return found
+
+    @cached_property
+    def _prefixes(self) -> dict[str, Cell]:
+        return {model_name(cell): cell for _, cell, _ in self.parity}
+
+    def _training(self, after: Evaluation) -> Training | None:
+        """The training whose model was evaluated; None for a base model, and for a test on another dataset."""
+        if not after.model.startswith("PL_"):
+            return None
+        folder = after.path.parent
+        pl = _meta_if_there(folder / after.model / "train_meta.json")
+        train_json = Path(re.sub(r":[\d.]+$", "", str((pl.get("settings", {}).get("data_path") or [""])[0])))
+        cell = self._cell(after.model, train_json)
+        if cell is None:
+            print(f"warning: {after.path}: left out; no parity set says which models it is of.", file=sys.stderr)
+        if cell is None or cell.dataset != after.dataset:
+            return None
+        variant = after.model.removeprefix(model_name(cell)).removeprefix("_") or "mpa"
+        pi = self._parity_set(cell, folder, train_json)
+        pa = _meta_if_there(folder / f"PA_{cell.lvlm}_{cell.dataset}.meta.json")
+        before = self.evaluation(cell.dataset, cell.svlm, folder, after.content)
+        return Training(cell, variant, after, before, pl, pi, pa)
+
+    def _parity_set(self, cell: Cell, folder: Path, train_json: Path) -> dict:
+        """The meta file of the parity set from which a train file is: in this folder, or in that of the train file.
+
+        A train file's name may go on after the dataset with a parity set's own ending, such as a matcher, and a baseline's.
+        """
+        match = _PARITY.fullmatch(train_json.stem)
+        ending = match[4] if match and match[4] else ""
+        while True:
+            for place in (folder, train_json.parent.resolve()):
+                if found := self.parity.get((place, cell, ending or "mpa")):
+                    return found.meta
+            if not ending:
+                return {}
+            ending = ending.rpartition("_")[0]
+
+    def _cell(self, model: str, train_json: Path) -> Cell | None:
+        """The cell whose names a trained model's name begins with, the longest; else that of its train file."""
+        while model and model not in self._prefixes:
+            model = model.rpartition("_")[0]
+        match = _PARITY.fullmatch(train_json.stem)
+        return self._prefixes.get(model) or (Cell(match[3], match[1], match[2]) if match else None)
+
+
+def model_name(cell: Cell) -> str:
+    """The name of the folder of MPA's model."""
+    return f"PL_{cell.lvlm}_{cell.svlm}_{cell.dataset}"
+
+
+def find(folders: list[Path]) -> Runs:
+    """All results in these folders and below. Raises InputError for a missing folder and for a broken meta file."""
+    runs, seen = Runs(), set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder. Give run folders, or a folder that holds some.")
+        for place, subfolders, files in os.walk(folder):
+            real = Path(os.path.realpath(place))
+            subfolders[:] = [] if real in seen else sorted(n for n in subfolders if not n.startswith(_NOT_RUNS))
+            for name in () if real in seen else sorted(files):
+                _take(runs, real, name)
+            seen.add(real)
+    return runs
+
+
+def _take(runs: Runs, folder: Path, name: str) -> None:
+    """Add one file of a run folder."""
+    if name.startswith("ratings_") and name.endswith(".jsonl"):
+        runs.ratings.append(folder / name)
+    if not name.endswith(".meta.json"):
+        return
+    stem = name.removesuffix(".meta.json")
+    if name.startswith("Eval_") and (folder / f"{stem}.json").exists():
+        runs.evaluations.append(Evaluation.read(folder / f"{stem}.json"))
+    elif name.startswith("PI_") and (match := _PARITY.fullmatch(stem)):
+        meta = read_meta(folder / name)
+        lvlm, svlm = (meta.get(f"model_path_{who}", match[i]) for i, who in ((1, "lvlm"), (2, "svlm")))
+        cell = Cell(match[3], records.short_name(lvlm), records.short_name(svlm))
+        runs.parity[folder, cell, match[4] or "mpa"] = ParitySet(folder / f"{stem}.json", meta)
+
+
+def _meta_if_there(file: Path) -> dict:
+    return read_meta(file) if file.exists() else {}
