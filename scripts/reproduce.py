@@ -20,14 +20,15 @@ ALWAYS = [
     *("--rerun-incomplete", "--keep-incomplete"),
     *("--rerun-triggers", "mtime", "params", "input"),
 ]
+# Flags with which Snakemake only prints.
+SHOWN = set("-n --dry-run --dryrun -h --help --dag --rulegraph --summary".split())
 
 
 def snakemake(results: Path, flags: list[str]) -> int:
     """Run Snakemake in this process, which so gets the signals; its own lines go to snakemake.log. Returns its exit status."""
     from snakemake.cli import main
 
-    shown = {"-n", "--dry-run", "--dryrun", "-h", "--help", "--dag", "--rulegraph", "--summary"} & set(flags)
-    if not shown:
+    if not SHOWN & set(flags):
         log = os.open(results / "snakemake.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, sys.stderr.fileno())
     try:
@@ -61,10 +62,10 @@ def main(argv: list[str]) -> int:
         said = log.read_text().strip().splitlines()[-12:] if log.exists() else []
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
 
-    # --- the tables: only if scripts/tables.py takes a results folder alone (exit status 2: it does not) ---
-    tables = [sys.executable, str(ROOT / "scripts/tables.py"), str(results)]
-    done = subprocess.run(tables, capture_output=True, text=True)
-    print("" if done.returncode == 2 else done.stdout + done.stderr, end="", flush=True)
+    # --- the tables of what there is ---
+    if not SHOWN & set(flags):
+        print(flush=True)
+        subprocess.run([sys.executable, str(ROOT / "scripts/tables.py"), str(results)], stderr=subprocess.STDOUT)
     return code
 
 

@@ -4,9 +4,9 @@
 #   … --plan           what would run: cells, requests, sharing, time, memory; no model is loaded
 #   … pace             first measure the time with --dry-run of the stages; --plan then shows hours
 #   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
-# The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets
-# those that run finish. A job per GPU, as many at once as there are
-# GPUs (GPUS=N, or $CUDA_VISIBLE_DEVICES); on a CPU JOBS (1) at once. RESULTS=DIR changes the folder of the results.
+# The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets those
+# that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs); on a CPU JOBS (1) run at once.
+# RESULTS=DIR is another folder for the results.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -24,15 +24,17 @@ mkdir -p "$RESULTS" && cd "$RESULTS"
 exec {LOCK}>.lock
 flock --nonblock "$LOCK" || { echo "error: $RESULTS: another reproduce.sh is running it; wait for it or stop it." >&2 && exit 1; }
 # A killed training saves a checkpoint before it ends.
-while grep -qsz "^MPA_RESULTS=$RESULTS\$" /proc/[0-9]*/environ; do
-    echo "waiting for processes of a killed reproduce.sh to end …" && sleep 2
-done
+left() { grep -lsz "^MPA_RESULTS=$RESULTS\$" /proc/[0-9]*/environ | cut -d/ -f3 | paste -sd' '; }
+[[ ! $(left) ]] || echo "Waiting for processes of a killed reproduce.sh to end: $(left)"
+while [[ $(left) ]]; do sleep 1; done
 export MPA_RESULTS=$RESULTS
 rm -rf failed
 
 MANY=(--local-cores 4)
 if [[ " $* " != *" --executor"* ]]; then
-    GPUS=${GPUS:-$(if [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l; else (nvidia-smi -L 2>/dev/null || true) | wc -l; fi)}
+    VISIBLE=$(nvidia-smi -L 2>/dev/null || true)
+    [[ ! ${CUDA_VISIBLE_DEVICES:-} ]] || VISIBLE=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+    GPUS=${GPUS:-$(grep -c . <<<"$VISIBLE" || true)}
     MANY=(--cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))" --resources gpu="$GPUS")
 fi
 exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"

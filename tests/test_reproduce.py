@@ -148,6 +148,20 @@ def test_a_stage_that_writes_nothing_is_an_error(repository):
     assert code == 1 and "paper-0/PA_big_okVQA.json: FAILED (it wrote no such file)" in said
 
 
+@pytest.mark.parametrize(
+    ("folder", "code"),
+    [
+        (ROOT, "from mpa import distributed; distributed.end_with_launcher()"),
+        (ROOT / "PL/Qwen2-VL-Finetune/src", "import process_group; process_group.use_launcher_environment()"),
+    ],
+)
+def test_a_rank_whose_launcher_was_killed_at_the_start_ends(folder, code):
+    """Otherwise it would wait for the launcher's store, and a new runner would wait for it."""
+    for launcher, expected in ((os.getpid(), 0), (os.getppid(), 143)):
+        environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LAUNCHER_PID": str(launcher)}
+        assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment).returncode == expected
+
+
 def test_two_runners_of_one_experiment_do_not_run_at_once(repository):
     first = start(repository, PAUSE="1")
     lock = repository / "results/fake/.lock"
