@@ -16,22 +16,23 @@ import json
 import os
 import sys
 from collections import Counter
+from itertools import compress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, distributed, holdout, records
+from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
-from mpa.image_files import fingerprints
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.parity import ParityRule, funnel_line
 from mpa.presets import PRESETS
-from mpa.prompts import holds_mark, parse_annotation, with_question_mark
+from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.stage import Model, counted
 
@@ -60,6 +61,11 @@ def arguments(argv=None):
         help="ask the S-VLM all questions, for statistics; the parity set stays the same",
     )
     p.add_argument(
+        "--only-lvlm",
+        action="store_true",
+        help="stop after the L-VLM's answers, which all S-VLMs of a run share; no S-VLM is asked",
+    )
+    p.add_argument(
         "--hold-out",
         type=number(0, 0.99, float),
         metavar="SHARE",
@@ -73,65 +79,12 @@ def arguments(argv=None):
     args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or PRESETS[args.preset].match
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
-    if lvlm == svlm and not args.lvlm_json:
+    if args.only_lvlm and (args.lvlm_json or args.dry_run):
+        p.error("--only-lvlm asks the L-VLM; it goes with neither --lvlm-json nor --dry-run")
+    if lvlm == svlm and not (args.lvlm_json or args.only_lvlm):
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
     args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
     return args
-
-
-def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
-    """(the L-VLM's answers that PA already has, by id; a count of the reasons why others must be asked).
-
-    An answer is reused if everything that determines it is the same: model, preset, limits of the image, max_new_tokens,
-    question, image, and for a local model the dtype.
-    """
-    meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
-    pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
-    model = Model(args, args.model_path_lvlm)
-    now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
-    now |= {"quantization": None, "max_tiles": None} | model.deciding()
-    if not model.local:
-        del now["dtype"]
-    differing = [name for name, value in now.items() if pa_settings.get(name) != value]
-    ready, why = {}, Counter()
-    for r in annotations:
-        follow_up = r.get("follow_up") or {}
-        if not pa_settings or not r.get("reply"):
-            why["PA did not ask them"] += 1
-        elif differing:
-            why[f"PA asked with another {', '.join(differing)}"] += 1
-        elif "text" not in follow_up:
-            why["PA did not get an answer" if follow_up else "PA did not ask them"] += 1
-        # Users may edit these files: the question must still be the one that the L-VLM answered.
-        elif parse_annotation(r["reply"], args.preset, keep_refusals=True).question != r["predicted_question"]:
-            why["the question was edited"] += 1
-        else:
-            ready[str(r["question_id"])] = follow_up
-    return ready, why
-
-
-def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
-    """The PA records with a question and an answer, with the current paths of their images.
-
-    `left_out` counts the others by reason: one of the prompt format's `marks`, or an image that has changed since PA.
-    The released code's records (without `reply`) lack the question mark; under `paper` it is restored.
-    """
-    usable, left_out = [], Counter() if left_out is None else left_out
-    paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
-    images = fingerprints(path for r, path in zip(annotations, paths, strict=True) if r.get("image_hash"))
-    for r, path in zip(annotations, paths, strict=True):
-        question = r["predicted_question"]
-        if not (question and r["predicted_answer"]):
-            continue
-        if PRESETS[args.preset].checked and "reply" not in r:
-            question = with_question_mark(question)
-        if holds_mark(f"{question}\n{r['predicted_answer']}", marks):
-            left_out["a mark of the prompt format"] += 1
-        elif images.get(path) and images[path][1] != r["image_hash"]:
-            left_out["the image has changed since PA"] += 1
-        else:
-            usable.append(r | {"image_path": path, "predicted_question": question})
-    return usable
 
 
 def questions_of(annotations: list[dict], args) -> list[Question]:
@@ -147,9 +100,13 @@ def questions_of(annotations: list[dict], args) -> list[Question]:
 
 def ask_model(args, who: str, path: str, questions: list[Question], ready=None, **choices) -> list[dict]:
     """One model's answers to the questions, in its PI file. `ready` are the answers that PA already has."""
+    label = f"PI {who} {records.short_name(path)}"
+    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions, **choices).records(ready)
+
+
+def answers_file(args, path: str) -> Path:
     name, lvlm = records.short_name(path), records.short_name(args.model_path_lvlm)
-    out = records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
-    return Answers(Model(args, path), out, f"PI {who} {name}", "PI", questions, **choices).records(ready)
+    return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
 
 
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
@@ -188,8 +145,8 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(records.run_folder(args.run), name, lvlm, "--pa-json", "PA.sh")
     annotations = cli.selected(records.read_records(pa_json, "PA"), args)
-    left_out, marks = Counter(), Model(args, args.model_path_lvlm).marks | Model(args, args.model_path_svlm).marks
-    usable = usable_annotations(annotations, args, left_out, marks)
+    left_out = Counter()
+    usable = usable_annotations(annotations, args, left_out, Model(args, args.model_path_lvlm).marks)
     if left_out:
         print(f"PI: {counted(left_out.elements())}", file=sys.stderr)
     if not usable:
@@ -205,6 +162,29 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
 
+def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
+    """(all questions, the L-VLM's answers). Both are the same for all S-VLMs."""
+    ready, why = answers_of_pa(args, pa_json, annotations)
+    questions = questions_of(annotations, args)
+    if args.dry_run:
+        dry_run(args, questions, ready)
+        raise SystemExit
+    if not args.only_lvlm:
+        Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
+    if ready and why:
+        print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
+    return questions, ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+
+
+def without_marks(args, questions: list[Question], lvlm_answers: list[dict]) -> tuple[list[Question], list[dict]]:
+    """Those without a mark of the S-VLM's prompt format."""
+    marks = Model(args, args.model_path_svlm).marks
+    kept = [not holds_mark(f"{r['PA_question']}\n{r['PA_answer']}", marks) for r in lvlm_answers]
+    if not all(kept):
+        print(f"PI: {counted(['a mark of the S-VLM’s prompt format'] * kept.count(False))}", file=sys.stderr)
+    return list(compress(questions, kept)), list(compress(lvlm_answers, kept))
+
+
 def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]:
     """(L-VLM's answers, S-VLM's answers, funnel, hold-out threshold).
 
@@ -213,15 +193,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     pa_json, n, annotations = read_annotations(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
-    ready, why = answers_of_pa(args, pa_json, annotations)
-    questions = questions_of(annotations, args)
-    if args.dry_run:
-        dry_run(args, questions, ready)
-        raise SystemExit
-    Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
-    if ready and why:
-        print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
-    lvlm_answers = ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+    questions, lvlm_answers = without_marks(args, *ask_lvlm(args, pa_json, annotations))
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
@@ -230,15 +202,15 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     if not for_svlm:
         kept = f"; all are held out (--hold-out {args.hold_out:g}), so none is left to train on" if held_out else ""
         remedy = "Annotate more images."
-        if len(annotations) < n / 2:
-            remedy = f"Only {len(annotations)} of {n} images were annotated: see `reply` and `left_out` in that file."
+        if len(questions) < n / 2:
+            remedy = f"Only {len(questions)} of {n} images were annotated: see `reply` and `left_out` in that file."
         raise InputError(
-            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(annotations)} samples "
+            f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(questions)} samples "
             f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
-    funnel = {"pictures": n, "parsed": len(annotations), "L-consistent": len(consistent)}
+    funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
 
@@ -274,6 +246,11 @@ def write_parity(args, parity: list[dict], lvlm_answers: list[dict], svlm_answer
 def main(argv=None) -> Path:
     args = arguments(argv)
     cli.open_log(args)
+    if args.only_lvlm:
+        pa_json, _, annotations = read_annotations(args)
+        Model(args, args.model_path_lvlm).check()
+        ask_lvlm(args, pa_json, annotations)
+        return answers_file(args, args.model_path_lvlm)
     rule = ParityRule(args.match, args.preset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     parity = rule.parity_set(lvlm_answers, svlm_answers)

@@ -8,6 +8,7 @@ Writes for each baseline <train-json's name>_<baseline>.json, in the folder of t
   random_pseudo  as many pseudo labels as MPA selects, at random
   human          the human question and answer of every image
   human_n        as many human labels as MPA selects, at random
+  rejected       the pseudo labels that PI did not select
 """
 
 import argparse
@@ -22,11 +23,12 @@ from mpa.argument_types import path_map
 from mpa.datasets.paths import locate
 from mpa.prompts import train_prompt
 
-BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human")
+BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human", "rejected")
 
 
-def train_sets(annotations: list[dict], n: int, seed: int, preset: str = "paper") -> dict[str, list[dict]]:
+def train_sets(annotations: list[dict], parity: list[dict], seed: int, preset: str = "paper") -> dict[str, list[dict]]:
     """{baseline: train records}. The human baselines are empty if the images have no labels."""
+    n, selected = len(parity), {str(r["id"]) for r in parity}
 
     def as_records(who: str) -> list[dict]:
         return [
@@ -44,6 +46,7 @@ def train_sets(annotations: list[dict], n: int, seed: int, preset: str = "paper"
         "random_pseudo": rng.sample(pseudo, min(n, len(pseudo))),
         "human_n": rng.sample(human, min(n, len(human))),
         "human": human,
+        "rejected": [r for r in pseudo if str(r["id"]) not in selected],
     }
 
 
@@ -76,8 +79,7 @@ def main(argv=None) -> None:
         hash_by_path = holdout.hashes(r["image_path"] for r in annotations)
         hash_by_path |= {r["image_path"]: r["image_hash"] for r in annotations if r.get("image_hash")}
         annotations = [r for r in annotations if not holdout.is_held_out(hash_by_path[r["image_path"]], threshold)]
-    n = len(parity)
-    for name, samples in train_sets(annotations, n, args.seed, meta["settings"]["preset"]).items():
+    for name, samples in train_sets(annotations, parity, args.seed, meta["settings"]["preset"]).items():
         out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
         records.write_json(out, samples)
         print(f"{name}: wrote {len(samples)} samples to {out}")

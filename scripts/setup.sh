@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment if it is missing or its requirements have changed, with uv or else with pip.
 #   bash scripts/setup.sh         .venv, for the stages and the demo
-#   bash scripts/setup.sh NAME    also install requirements-NAME.txt into .venv: export, openai, quantization, rating, ray, dev
+#   bash scripts/setup.sh NAME    also install requirements-NAME.txt into .venv: export, openai, quantization, rating, reproduce, ray, dev
 #   bash scripts/setup.sh vllm    .venv-vllm, for --engine vllm: vLLM pins its own torch and transformers
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without CUDA: 0.2 GB instead of about 5 GB.
 set -euo pipefail
@@ -15,11 +15,11 @@ vllm)
     ;;
 *)
     VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements-$1.txt
-    [[ -f $FILE ]] || { echo "error: setup.sh $1: give export, openai, quantization, rating, ray, dev, vllm, or nothing." >&2 && exit 2; }
+    [[ -f $FILE ]] || { echo "error: setup.sh $1: give export, openai, quantization, rating, reproduce, ray, dev, vllm, or nothing." >&2 && exit 2; }
     ;;
 esac
 # The content of all requirement files involved. It is stored in the environment after a successful installation.
-wanted() { cat "$ROOT/requirements.txt" "$ROOT"/requirements-{export,openai,quantization,rating}.txt "$FILE"; }
+wanted() { cat "$ROOT/requirements.txt" "$ROOT"/requirements-{export,openai,quantization,rating,reproduce}.txt "$FILE"; }
 STAMP=$VENV/$(basename "$FILE")
 if wanted | cmp -s - "$STAMP"; then exit; fi
 

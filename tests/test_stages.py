@@ -10,7 +10,7 @@ import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import OUTPUTS, STAGES, read
 
-from mpa import holdout
+from mpa import holdout, models, stage
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.journal import Journal
@@ -224,3 +224,39 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     assert counted(r["left_out"] for r in result if r["left_out"]) == (
         "2 left out: 1 two questions, 1 image: no such file"
     )
+
+
+def test_the_lvlms_half_of_PI_alone_is_that_of_the_whole(easy_run, tmp_path):
+    for name in ("PA_teacher_easyVQA.json", "PA_teacher_easyVQA.meta.json"):
+        shutil.copy(easy_run / name, tmp_path)
+    done = python(*STAGES["PI"], "--only-lvlm", "--run", f"{tmp_path}/")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("PI_*.json") if "meta" not in path.name] == [
+        "PI_teacher_teacher_easyVQA.json"
+    ]
+    done = python(*STAGES["PI"], "--run", f"{tmp_path}/")
+    assert done.returncode == 0 and "already exists, made with these settings" in done.stdout, done.stderr
+    for name in OUTPUTS["PI"]:
+        assert (tmp_path / f"{name}.json").read_bytes() == (easy_run / f"{name}.json").read_bytes()
+    refused = python(*STAGES["PI"], "--only-lvlm", "--dry-run", "--run", f"{tmp_path}/")
+    assert refused.returncode == 2 and "--only-lvlm asks the L-VLM" in refused.stderr
+
+
+def test_a_mark_of_the_svlms_format_is_not_asked_of_it_and_leaves_the_lvlms_half_as_it_is(
+    easy_run, tmp_path, monkeypatch
+):
+    """So the L-VLM's answers are the same for all S-VLMs."""
+    for path in (*easy_run.glob("PA_*"), *easy_run.glob("PI_teacher_teacher_*")):
+        shutil.copy(path, tmp_path)
+    lvlm = json.loads((tmp_path / "PI_teacher_teacher_easyVQA.json").read_text())
+    word = lvlm[0]["PA_answer"]
+    marks = models.format_marks
+    monkeypatch.setattr(
+        stage, "format_marks", lambda path, trust: marks(path, trust) | ({word} if "student" in str(path) else set())
+    )
+    done = python(*STAGES["PI"], "--run", f"{tmp_path}/")
+    assert done.returncode == 0, done.stderr
+    assert "a mark of the S-VLM’s prompt format" in done.stderr
+    assert json.loads((tmp_path / "PI_teacher_teacher_easyVQA.json").read_text()) == lvlm
+    asked = {r["question_id"] for r in json.loads((tmp_path / "PI_teacher_student_easyVQA.json").read_text())}
+    assert asked == {r["question_id"] for r in lvlm if word not in f"{r['PA_question']}\n{r['PA_answer']}"}

@@ -6,11 +6,13 @@ SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is the time that th
 """
 
 import logging
+import os
 import signal
 import sys
 
 
 def main() -> int:
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which a rank sees that this process has been killed
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun handles it: its import takes seconds
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

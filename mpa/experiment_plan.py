@@ -1,0 +1,183 @@
+"""What an experiment would run: `bash scripts/reproduce.sh FILE --plan`. Loads no model.
+
+Requests come from the annotation files; before `data/prepare.py` has made these, from the numbers that it expects. Hours come
+from the seconds of results in the same folder, else from `--dry-run` figures (`… FILE pace`), else they are left open. Memory
+is estimated from config.json for 16-bit weights, without activations; that of a hub model must be in the Hugging Face cache
+(`hf download MODEL config.json`), unless HF_HUB_OFFLINE=0.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mpa import cli
+from mpa.datasets import DATASETS
+from mpa.datasets.loading import load_samples
+from mpa.engines import ENGINES
+from mpa.experiments import Experiment, Model, read, stage_arguments
+from mpa.records import InputError
+
+NOT_KNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one job asks of a model: requests, or train samples of PL, as often as it runs (`times`). None: not known."""
+
+    stage: str
+    model: str
+    dataset: str
+    requests: int | None
+    times: int
+
+
+@cache
+def samples(dataset: str, split: str, flags: tuple[str, ...], stage: str) -> int | None:
+    """The number of samples that a stage takes; None if neither the file nor an expected number is there."""
+    args = stage_arguments(stage, ("--dataset", dataset, *flags))
+    try:
+        n = len(load_samples(dataset, split, args.annotations, args.image_root, images=False))
+    except InputError:
+        preparation = DATASETS[dataset].preparation
+        expected = preparation.expected if preparation else {}
+        n = expected.get(Path(getattr(DATASETS[dataset], split).annotations).name, (None,))[0]
+    limit = args.limit or args.sample
+    return n if n is None or not limit else min(n, limit)
+
+
+def works(e: Experiment) -> list[Work]:
+    """All jobs that ask a model, with what is shared counted once."""
+    found, runs = [], len(e.presets) * len(e.seeds)
+    for dataset in e.datasets:
+        images = samples(dataset, "train", e.flags["PA"], "PA")
+        questions = samples(dataset, "test", e.flags["evaluate"], "evaluate")
+        found += [Work("PA", lvlm, dataset, images, runs) for lvlm in e.lvlms]
+        found += [Work("evaluate", model, dataset, questions, len(e.presets)) for model in e.lvlms | e.svlms]
+        for _, svlm in e.pairs:
+            found.append(Work("PI", svlm, dataset, images, runs))
+            found.append(Work("PL", svlm, dataset, images, runs * len(e.variants)))
+            found.append(Work("evaluate", svlm, dataset, questions, runs * len(e.variants)))
+    return found
+
+
+def alone(e: Experiment) -> int:
+    """The requests of all cells if each ran alone: PA, PI, and three models evaluated. Unknown numbers count as 0."""
+    each = 0
+    for dataset in e.datasets:
+        images = samples(dataset, "train", e.flags["PA"], "PA") or 0
+        each += 2 * images + 3 * (samples(dataset, "test", e.flags["evaluate"], "evaluate") or 0)
+    return each * len(e.pairs) * len(e.presets) * len(e.seeds) * len(e.variants)
+
+
+# --- time and memory -------------------------------------------------------------------------------------
+
+
+def seconds_each(results: Path, work: Work) -> float | None:
+    """Seconds of a request or train sample, from results of this model and dataset, else from a --dry-run."""
+    seconds = n = 0
+    end = f"_{work.dataset}.meta.json"
+    names = {
+        "PA": f"*/PA_{work.model}{end}",
+        "PI": f"*/PI_*_{work.model}{end}",
+        "evaluate": f"*/Eval_{work.model}{end}",
+        "PL": f"*/PL_*_{work.model}_{work.dataset}*/train_meta.json",
+    }
+    for path in results.glob(names[work.stage]):
+        if "_train_" not in path.name or work.stage == "PL":
+            meta = json.loads(path.read_text())
+            seconds, n = seconds + meta["seconds"], n + (meta.get("n") or meta.get("samples") or 0)
+    if n:
+        return seconds / n
+    asked = "PA" if work.stage == "PA" else "evaluate"  # PI's questions are like those of evaluate
+    tried = results / f"pace/{asked}_{work.model}_{work.dataset}.txt"
+    text = tried.read_text() if work.stage != "PL" and tried.exists() else ""
+    requests = re.findall(r": ([\d,]+) requests about", text)
+    times = re.findall(r"time, by the pace of \d+: (?:(\d+) days?, )?(\d+):(\d+):(\d+)", text)
+    if not (requests and times):
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in times[-1])
+    return (((24 * days + hours) * 60 + minutes) * 60 + rest) / int(requests[-1].replace(",", ""))
+
+
+@cache
+def memory(model: Model, stage: str, zero: str, gpus: int) -> str:
+    """ "weights 15.2 GB" or, for PL, "states 35.4 GB"; NOT_KNOWN without a config.json that transformers can build."""
+    if not ENGINES[model.engine].local:
+        return "on a server"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from mpa.memory_estimate import Sharding, meta_model, states, weight_bytes
+
+    built = meta_model(model.path)
+    if built is None:
+        return NOT_KNOWN
+    if stage != "PL":
+        return f"{weight_bytes(built, 2) / 1e9:.3g} GB"
+    offload = "offload" in zero
+    sizes = states(built, 2, Sharding(int(zero[4]), gpus, offload, offload and zero[4] == "3"))
+    return f"{sum(size for name, size in sizes.items() if name != 'offloaded') / 1e9:.3g} GB on each of {gpus}"
+
+
+# --- the text --------------------------------------------------------------------------------------------
+
+
+def number(n: int | None) -> str:
+    return NOT_KNOWN if n is None else f"{n:,}"
+
+
+def row(e: Experiment, results: Path, stage: str, model: Model, of_model: list[Work]) -> str:
+    """A line of the table: requests, hours and memory of one model in one stage."""
+    known = [work for work in of_model if work.requests is not None]
+    n = sum(work.requests * work.times for work in known)
+    paces = {work: seconds_each(results, work) for work in known}
+    hours = NOT_KNOWN
+    if known and None not in paces.values() and len(known) == len(of_model):
+        hours = f"{sum(paces[work] * work.requests * work.times for work in known) / 3600:.2f}"
+    most = "≤ " if stage in ("PI", "PL") else ""
+    size = memory(model, stage, e.settings.get("ZERO", "zero2"), e.gpus_of(stage, model))
+    count = (most + number(n)) if known else NOT_KNOWN
+    return f"  {stage:<10}{model.name:<32}{sum(w.times for w in of_model):>6}{count:>14}{hours:>9}   {size}"
+
+
+def plan(e: Experiment, results: Path) -> list[str]:
+    runs, cells = len(e.presets) * len(e.seeds), len(e.datasets) * len(e.pairs) * len(e.variants)
+    lines = [
+        f"{e.name}: {runs * cells} cells = {len(e.datasets)} datasets × {len(e.pairs)} pairs of L-VLM and S-VLM × "
+        f"{len(e.variants)} variants × {len(e.presets)} presets × {len(e.seeds)} seeds",
+        f"  variants: {', '.join(e.variants)}",
+    ]
+    found, unknown = works(e), set()
+    for dataset in e.datasets:
+        images = samples(dataset, "train", e.flags["PA"], "PA")
+        questions = samples(dataset, "test", e.flags["evaluate"], "evaluate")
+        lines.append(f"  {dataset}: {number(images)} train images, {number(questions)} test questions")
+        unknown |= {dataset} if None in (images, questions) else set()
+    lines += ["", f"  {'stage':<10}{'model':<32}{'jobs':>6}{'requests':>14}{'hours':>9}   GPU memory"]
+    by_job = defaultdict(list)
+    for work in found:
+        by_job[work.stage, work.model].append(work)
+    models = e.lvlms | e.svlms
+    for (stage, name), of_model in sorted(by_job.items(), key=lambda job: "PA PI PL evaluate".split().index(job[0][0])):
+        lines.append(row(e, results, stage, models[name], of_model))
+    asked = sum((w.requests or 0) * w.times for w in found if w.stage != "PL")
+    lines += [
+        "  PI asks the L-VLM nothing if PA has its answers. PI's requests and PL's samples are at most PA's.",
+        "  GPU memory: 16-bit weights; in PL also gradients and optimizer state. Activations come on top.",
+        "",
+        f"Sharing: {asked:,} requests instead of {alone(e):,}, if each cell ran alone: {alone(e) / max(1, asked):.1f} times fewer.",
+    ]
+    if unknown:
+        lines.append(f"Not counted, as the numbers are not known before data/prepare.py: {', '.join(sorted(unknown))}.")
+    return lines
+
+
+def main() -> None:
+    print("\n".join(plan(read(sys.argv[1]), Path(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    cli.run(main)

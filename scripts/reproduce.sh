@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Run all cells of an experiment file: PA, PI, PL and evaluate, sharing what cells have in common.
+#   bash scripts/reproduce.sh [experiments/NAME.yaml] [FLAGS…]   results go to results/NAME
+#   … --plan           what would run: cells, requests, sharing, time, memory; no model is loaded
+#   … pace             first measure the time with --dry-run of the stages; --plan then shows hours
+#   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
+# The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets those
+# that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs); on a CPU JOBS (1) run at once.
+# RESULTS=DIR is another folder for the results.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+FILE=$ROOT/experiments/mini.yaml
+[[ ${1:-} != *.y*ml ]] || { FILE=$(realpath -m "$1") && shift; }
+run bash "$ROOT/scripts/setup.sh" reproduce
+NAME=$(basename "${FILE%.*}")
+RESULTS=$(realpath -m "${RESULTS:-$ROOT/results/$NAME}")
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
+if [[ ${1:-} == --plan ]]; then exec python -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
+python -m mpa.experiments "$FILE"
+
+# The kernel releases the lock, however this ends.
+mkdir -p "$RESULTS" && cd "$RESULTS"
+exec {LOCK}>.lock
+flock --nonblock "$LOCK" || { echo "error: $RESULTS: another reproduce.sh is running it; wait for it or stop it." >&2 && exit 1; }
+# A killed training saves a checkpoint before it ends.
+left() { grep -lsz "^MPA_RESULTS=$RESULTS\$" /proc/[0-9]*/environ | cut -d/ -f3 | paste -sd' '; }
+[[ ! $(left) ]] || echo "Waiting for processes of a killed reproduce.sh to end: $(left)"
+while [[ $(left) ]]; do sleep 1; done
+export MPA_RESULTS=$RESULTS
+rm -rf failed
+
+MANY=(--local-cores 4)
+if [[ " $* " != *" --executor"* ]]; then
+    VISIBLE=$(nvidia-smi -L 2>/dev/null || true)
+    [[ ! ${CUDA_VISIBLE_DEVICES:-} ]] || VISIBLE=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+    GPUS=${GPUS:-$(grep -c . <<<"$VISIBLE" || true)}
+    MANY=(--cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))" --resources gpu="$GPUS")
+fi
+exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"

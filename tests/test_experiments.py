@@ -1,0 +1,137 @@
+"""Experiment files: what is unknown in them is named with file and line, and the plan of what would run."""
+
+import json
+
+import pytest
+from conftest import ROOT, STUDENT, TEACHER
+
+from mpa import experiment_plan, experiments
+from mpa.records import InputError
+
+GOOD = f"""datasets: [easyVQA]
+lvlms: [{TEACHER}]
+svlms:
+  - model: {STUDENT}
+    gpus: 2
+variants:
+  mpa:
+  slow: {{train: all_pseudo, EPOCHS: 3}}
+  loose: {{train: mpa, match: anls}}
+seeds: [0, 1]
+flags:
+  PA: --limit 30
+  evaluate: --sample 50
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "trial.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_a_file_is_read(file):
+    e = experiments.read(file)
+    assert (e.name, e.presets, e.seeds, e.pairs) == ("trial", ["paper"], [0, 1], [("teacher", "student")])
+    assert e.variants["slow"] == experiments.Variant("all_pseudo", None, {"EPOCHS": "3"})
+    assert e.variants["mpa"] == experiments.Variant() and e.matchers == ["anls"]
+    assert e.flags["PA"] == ("--limit", "30") and e.flags["PL"] == ()
+    assert e.gpus_of("PL", e.svlms["student"]) == 2 and e.gpus_of("PA", e.lvlms["teacher"]) == 1
+
+
+@pytest.mark.parametrize("name", [path.name for path in (ROOT / "experiments").glob("*.yaml")])
+def test_the_repositorys_files_are_valid(name):
+    e = experiments.read(ROOT / "experiments" / name)
+    assert e.pairs and e.variants
+
+
+def test_the_papers_matrix_is_whole():
+    e = experiments.read(ROOT / "experiments/paper.yaml")
+    assert (len(e.datasets), len(e.lvlms), len(e.svlms), len(e.pairs)) == (4, 3, 5, 15)
+    assert e.gpus_of("PA", e.lvlms["gpt-4o"]) == 0 and e.lvlms["gpt-4o"].path == "gpt-4o"
+    assert list(experiments.read(ROOT / "experiments/ablation-pi.yaml").variants) == ["mpa", "all_pseudo", "human"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("easyVQA", "easyVQa", 1, "unknown dataset 'easyVQa'. Known: textVQA"),
+        ("easyVQA", "images", 1, "unknown dataset 'images'"),
+        (str(TEACHER), f"{TEACHER}2", 2, "no such model folder"),
+        (str(TEACHER), "data/mini/teecher", 2, "no such model folder: 'data/mini/teecher'"),
+        (str(TEACHER), str(STUDENT) + "/, " + str(STUDENT), 2, "two models have the name 'student'"),
+        ("    gpus: 2", "    gpu: 2", 5, "unknown key 'gpu' in a model of svlms"),
+        ("    gpus: 2", "    gpus: no", 5, "gpus should be a whole number from 1: 'no'"),
+        ("    gpus: 2", "    engine: vlm", 5, "unknown engine 'vlm'"),
+        ("    gpus: 2", "    flags: --batchsize 3", 5, "flags of evaluate: unrecognized arguments: --batchsize 3"),
+        ("  mpa:", "  mpaa:", 7, "unknown variant 'mpaa'"),
+        ("train: all_pseudo", "train: pseudo", 8, "unknown variant 'pseudo'"),
+        ("EPOCHS", "EPOCH", 8, "unknown key 'EPOCH' in a variant"),
+        ("EPOCHS: 3", "EPOCHS: three", 8, "EPOCHS should be a number: 'three'"),
+        ("match: anls", "match: anl", 9, "unknown matcher 'anl'"),
+        ("train: all_pseudo", "train: human, match: anls", 8, "a matcher has no effect on human"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", 10, "seeds: 0 is repeated"),
+        ("seeds: [0, 1]", "seeds: [-1]", 10, "a seed should be a whole number from 0: '-1'"),
+        ("seeds: [0, 1]", "seed: [0]", 10, "unknown key 'seed' in an experiment file. Known: datasets"),
+        ("seeds: [0, 1]", "presets: papers", 10, "unknown preset 'papers'"),
+        ("seeds: [0, 1]", "settings: {BATCH: 3}", 10, "unknown key 'BATCH' in settings"),
+        ("seeds: [0, 1]", "svlms: [a/b]", 10, "the key 'svlms' is repeated"),
+        ("--limit 30", "--limits 0", 12, "flags of PA"),
+        ("--limit 30", "--limit 0", 12, "flags of PA: argument --limit: must be at least 1"),
+        ("--limit 30", "--limit '30", 12, "flags: No closing quotation"),
+        ("  PA: ", "  PB: ", 12, "unknown key 'PB' in flags"),
+        ("flags:\n", "flags\n", 12, "not YAML"),
+    ],
+)
+def test_what_is_unknown_is_named_with_file_and_line(file, old, new, line, message):
+    file.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(InputError) as error:
+        experiments.read(file)
+    assert str(error.value).startswith(f"{file}, line {line}: ") and message in str(error.value)
+
+
+def test_an_unknown_flag_of_the_trainer_is_named_with_file_and_line(file):
+    file.write_text(GOOD.replace("EPOCHS: 3", "flags: --packin True"))
+    with pytest.raises(InputError, match=r"line 8: flags of PL: .*--packin"):
+        experiments.read(file)
+
+
+def test_a_missing_file_or_key_is_named(file):
+    with pytest.raises(InputError, match=r"none.yaml: no such file. Give an experiment file.*mini.yaml"):
+        experiments.read(file.with_name("none.yaml"))
+    file.write_text(GOOD.replace("datasets: [easyVQA]\n", ""))
+    with pytest.raises(InputError, match="line 1: the key 'datasets' is missing"):
+        experiments.read(file)
+
+
+def test_the_plan_counts_what_is_shared_once(file, tmp_path):
+    e = experiments.read(file)
+    work = {}
+    for w in experiment_plan.works(e):
+        work[w.stage, w.model] = work.get((w.stage, w.model), 0) + w.requests * w.times
+    assert work == {
+        ("PA", "teacher"): 2 * 30,
+        ("PI", "student"): 2 * 30,
+        ("PL", "student"): 6 * 30,
+        ("evaluate", "teacher"): 50,
+        ("evaluate", "student"): 50 + 6 * 50,
+    }
+    assert experiment_plan.alone(e) == 6 * (2 * 30 + 3 * 50)
+    text = "\n".join(experiment_plan.plan(e, tmp_path))
+    assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
+
+
+def test_the_plans_hours_come_from_results_or_dry_runs_and_are_open_without(file, tmp_path):
+    e = experiments.read(file)
+    evaluate, pa = (next(w for w in experiment_plan.works(e) if w.stage == stage) for stage in ("evaluate", "PA"))
+    assert experiment_plan.seconds_each(tmp_path, pa) is None
+    (tmp_path / "pace").mkdir()
+    said = "PA: 1,000 requests about 30 images.\n  time, by the pace of 16: 1 day, 0:00:10\n"
+    (tmp_path / "pace/PA_teacher_easyVQA.txt").write_text(said)
+    assert experiment_plan.seconds_each(tmp_path, pa) == 86.41
+    (tmp_path / "paper-0").mkdir()
+    (tmp_path / "paper-0/Eval_teacher_easyVQA.meta.json").write_text(json.dumps({"seconds": 25.0, "n": 50}))
+    assert experiment_plan.seconds_each(tmp_path, evaluate) == 0.5
+    line = next(line for line in experiment_plan.plan(e, tmp_path) if "  PA " in line)
+    assert line.split()[:5] == ["PA", "teacher", "2", "60", "1.44"]

@@ -1,0 +1,222 @@
+"""scripts/reproduce.sh: the real engine on a copy of the repository, with a shell script in place of the four stages."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STUDENT
+
+pytest.importorskip("snakemake")
+EXPERIMENT = """
+datasets: [easyVQA, okVQA]
+lvlms: [models/big, models/bigger]
+svlms: [models/small, models/tiny]
+seeds: [0, 1]
+variants:
+  mpa:
+  all_pseudo:
+  loose: {train: random_pseudo, match: anls, EPOCHS: 3, LEARNING_RATE: 1e-4}
+"""
+BASELINES = """
+import os, sys
+from pathlib import Path
+train = Path(sys.argv[sys.argv.index("--train-json") + 1])
+for name in ("all_pseudo", "random_pseudo", "human_n", "human", "rejected"):
+    out = train.with_name(f"{train.stem}_{name}.json")
+    out.with_suffix(".part").write_text(f"{name} of {train.read_text()}")
+    os.replace(out.with_suffix(".part"), out)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A copy of the repository in which all stages are fakes, and four model folders."""
+    copy = tmp_path / "repository"
+    for folder in ("experiments", "mpa", "scripts", "PL/Qwen2-VL-Finetune/scripts"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    settings = {stage: (ROOT / f"scripts/{stage}.sh").read_text() for stage in ("PA", "PI", "evaluate")}
+    settings["PL"] = (ROOT / "PL/Qwen2-VL-Finetune/scripts/PL.sh").read_text()
+    for stage, text in settings.items():
+        path = copy / ("PL/Qwen2-VL-Finetune/scripts" if stage == "PL" else "scripts") / f"{stage}.sh"
+        known = "".join(f"# {line}\n" for line in text.splitlines() if ":-" in line)  # the variables that it reads
+        path.write_text((ROOT / "tests/data/fake_stage.sh").read_text() + known)
+    (copy / "scripts/baselines.py").write_text(BASELINES)
+    (copy / "scripts/setup.sh").write_text("exit 0\n")
+    for model in ("big", "bigger", "small", "tiny"):
+        (copy / "models" / model).mkdir(parents=True)
+    (copy / "experiments/fake.yaml").write_text(EXPERIMENT)
+    return copy
+
+
+def start(repository: Path, *args, **environment) -> subprocess.Popen:
+    """Start reproduce.sh as the leader of a process group."""
+    places = {"VENV": sys.prefix, "CALLS": repository / "calls.txt", "JOBS": "4", **environment}
+    return subprocess.Popen(
+        ["bash", str(repository / "scripts/reproduce.sh"), str(repository / "experiments/fake.yaml"), *args],
+        env={**os.environ, **{name: str(value) for name, value in places.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def reproduce(repository: Path, *args, **environment) -> tuple[int, str]:
+    process = start(repository, *args, **environment)
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+def calls(repository: Path) -> Counter:
+    return Counter((repository / "calls.txt").read_text().splitlines())
+
+
+def results(repository: Path) -> dict[str, str]:
+    folder = repository / "results/fake"
+    found = [path for run in sorted(folder.glob("*-*")) for path in run.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in found}
+
+
+def test_each_file_is_made_once_and_what_cells_share_is_shared(repository):
+    code, said = reproduce(repository)
+    assert code == 0, said
+    made = calls(repository)
+    assert set(made.values()) == {1}
+    by_stage = Counter(name.split()[0] for name in made)
+    cells = 2 * 2 * 2 * 2 * 3  # datasets, L-VLMs, S-VLMs, seeds, variants
+    assert by_stage["PA"] == 2 * 2 * 2
+    assert by_stage["PI"] == 8 + 2 * 16 + 16  # L-VLM's answers; S-VLM's answers and parity set; the other matcher's
+    assert by_stage["PL"] == cells
+    assert by_stage["evaluate"] == cells + 4 * 2  # each model itself once, for both seeds
+    files = results(repository)
+    assert len([name for name in files if "/Eval_" in name and "meta" not in name]) == cells + 2 * 4 * 2
+    assert files["paper-1/PL_big_tiny_okVQA_loose/train_meta.json"] == "random_pseudo of anls 1 3 1e-4\n"
+    assert files["paper-0/PL_big_tiny_okVQA/train_meta.json"] == "big tiny 0 1 1e-5\n"
+    assert reproduce(repository)[0] == 0 and calls(repository) == made
+
+
+def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
+    code, said = reproduce(repository, BROKEN="bigger")
+    assert code == 1
+    made = calls(repository)
+    assert [name for name in made if "bigger" in name] == []
+    assert Counter(name.split()[0] for name in made) == {"PA": 4, "PI": 4 + 2 * 8 + 8, "PL": 24, "evaluate": 24 + 3 * 2}
+    assert (
+        "6 jobs failed" in said and "error: broken" in said
+    )  # PA for two datasets and seeds, evaluate for two datasets
+    command = next(line for line in said.splitlines() if line.startswith("    env ") and "PA.sh" in line)
+    done = subprocess.run(command, shell=True, env={**os.environ, "CALLS": str(repository / "calls.txt")})
+    assert done.returncode == 0 and calls(repository).total() == made.total() + 1
+    assert reproduce(repository)[0] == 0
+    assert set(calls(repository).values()) == {1}
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_makes_the_same_files_each_once(repository, kills):
+    assert reproduce(repository)[0] == 0
+    whole, chance, left = results(repository), random.Random(0), kills
+    while left:
+        shutil.rmtree(repository / "results")
+        (repository / "calls.txt").unlink()
+        done = False
+        while left and not done:
+            process = start(repository, PAUSE="0.2")
+            try:
+                process.communicate(timeout=chance.uniform(1, 12))
+                done = True
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                left -= 1
+    code, said = reproduce(repository)
+    assert code == 0, said
+    assert results(repository) == whole
+    assert set(calls(repository).values()) == {1}
+
+
+def test_a_stage_that_writes_nothing_is_an_error(repository):
+    (repository / "scripts/PA.sh").write_text("exit 0\n")
+    code, said = reproduce(repository)
+    assert code == 1 and "paper-0/PA_big_okVQA.json: FAILED (it wrote no such file)" in said
+
+
+@pytest.mark.parametrize(
+    ("folder", "code"),
+    [
+        (ROOT, "from mpa import distributed; distributed.end_with_launcher()"),
+        (ROOT / "PL/Qwen2-VL-Finetune/src", "import process_group; process_group.use_launcher_environment()"),
+    ],
+)
+def test_a_rank_whose_launcher_was_killed_at_the_start_ends(folder, code):
+    """Otherwise it would wait for the launcher's store, and a new runner would wait for it."""
+    for launcher, expected in ((os.getpid(), 0), (os.getppid(), 143)):
+        environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LAUNCHER_PID": str(launcher)}
+        assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment).returncode == expected
+
+
+def test_two_runners_of_one_experiment_do_not_run_at_once(repository):
+    first = start(repository, PAUSE="1")
+    lock = repository / "results/fake/.lock"
+    while not lock.exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    code, said = reproduce(repository)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert code == 1 and "another reproduce.sh is running it" in said
+
+
+def test_each_job_has_gpus_of_its_own(repository):
+    """Five GPUs; a training needs two."""
+    file = repository / "experiments/fake.yaml"
+    file.write_text(file.read_text().replace("seeds: [0, 1]", "gpus: {PL: 2}"))
+    code, said = reproduce(repository, CUDA_VISIBLE_DEVICES="3,4,5,6,7", PAUSE="0.3", TMPDIR=repository)
+    assert code == 0, said
+    used = [line.split() for line in (repository / "calls.txt.gpus").read_text().splitlines()]
+    assert {len(gpus.split(",")) for stage, gpus, *_ in used if stage == "PL"} == {2}
+    assert {len(gpus.split(",")) for stage, gpus, *_ in used if stage != "PL" and gpus != "3,4,5,6,7"} == {1}
+    assert {gpu for _, gpus, *_ in used for gpu in gpus.split(",")} == set("34567")
+    spans = [(set(gpus.split(",")), int(start), int(end)) for _, gpus, start, end in used if gpus != "3,4,5,6,7"]
+    for i, (gpus, start, end) in enumerate(spans):
+        assert [other for other in spans[:i] if other[0] & gpus and other[1] < end and start < other[2]] == []
+    most = max(sum(1 for _, s, e in spans if s <= start < e) for _, start, _ in spans)
+    assert 2 < most <= 5
+
+
+@pytest.mark.slow
+def test_a_small_matrix_of_real_models(tmp_path):
+    """One L-VLM, two S-VLMs, two variants, 24 images; then the same command once more, which does nothing."""
+    second = tmp_path / "second"
+    shutil.copytree(STUDENT, second)
+    text = (ROOT / "experiments/mini.yaml").read_text().replace("--limit 60", "--limit 24")
+    text = text.replace("--sample 200", "--sample 40").replace("[data/mini/student]", f"[data/mini/student, {second}]")
+    file = tmp_path / "mini.yaml"
+    file.write_text(text)
+    command = ["bash", ROOT / "scripts/reproduce.sh", file]
+    places = {**os.environ, "VENV": sys.prefix, "RESULTS": str(tmp_path / "results")}
+    done = subprocess.run(command, capture_output=True, text=True, env=places)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "results/paper-0"
+    models = ["teacher", "student", "second"]
+    models += [f"PL_teacher_{svlm}_easyVQA{variant}" for svlm in models[1:] for variant in ("", "_all_pseudo")]
+    evaluated = {model: json.loads((run / f"Eval_{model}_easyVQA.json").read_text()) for model in models}
+    assert {len(found) for found in evaluated.values()} == {40}
+    assert evaluated["second"] == evaluated["student"]  # a copy of the same model
+    parity = json.loads((run / "PI_teacher_train_teacher_student_easyVQA.json").read_text())
+    rejected = json.loads((run / "PI_teacher_train_teacher_student_easyVQA_rejected.json").read_text())
+    assert 0 < len(parity) < 24 and len(parity) + len(rejected) == 24
+    assert {r["id"] for r in parity} & {r["id"] for r in rejected} == set()
+    log = (run / "log.txt").read_text()
+    assert log.count("PA: 24 of 24 images annotated") == 1 and log.count("PI: 24 images") == 2
+    written = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+    again = subprocess.run(command, capture_output=True, text=True, env=places)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.json")} == written
