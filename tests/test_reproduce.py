@@ -120,9 +120,9 @@ def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_makes_the_same_files_each_once(repository, kills=10):
+def test_killed_at_any_moment_it_makes_the_same_files_each_once(repository):
     assert reproduce(repository)[0] == 0
-    whole, chance, left = results(repository), random.Random(0), kills
+    whole, chance, left = results(repository), random.Random(0), 10
     while left:
         shutil.rmtree(repository / "results")
         (repository / "calls.txt").unlink()
