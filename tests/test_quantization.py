@@ -14,6 +14,7 @@ import train
 from conftest import MINI, STUDENT, TEACHER, python
 from test_lora import answers
 from training import arguments, build, losses, weights, write
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import data
 from mpa import memory_estimate, models
@@ -25,6 +26,12 @@ bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: bash scripts/setup.sh quantization"
 )
 QLORA = "--lora_enable True --per_device_train_batch_size 2 --learning_rate 1e-2 --save_steps 2".split()
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_config():
+    """transformers keeps the last training's DeepSpeed settings for the process, and asks them when it loads a model."""
+    unset_hf_deepspeed_config()
 
 
 # --- stages ------------------------------------------------------------------------------------------------
