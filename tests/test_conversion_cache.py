@@ -113,6 +113,8 @@ def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):
 
 def test_the_trainer_converts_by_the_script(tmp_path, cache, monkeypatch, capsys):
     source = str(originals.internvl(tmp_path / "InternVL2-2B"))
+    for name in model_loading.OF_RANKS:  # as rank 1 of torchrun
+        monkeypatch.setenv(name, "1")
     folder = model_loading.native(source)
     assert folder == conversion.native(source) and f"Converted {source}" in capsys.readouterr().out
     assert model_loading.native(str(STUDENT)) == str(STUDENT) and model_loading.native("no/model") == "no/model"
