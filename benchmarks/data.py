@@ -21,8 +21,8 @@ from PIL import Image
 
 from mpa import checking, scoring
 from mpa.datasets.protocol import Sample
+from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.metrics import anls
-from mpa.models import MAX_PIXELS, MIN_PIXELS
 
 IMAGES, PREDICTIONS, PLAIN = 2000, 100_000, 10_000
 

@@ -31,6 +31,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import DATA, check_unique_ids, labelled, load_samples
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
+from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.presets import PRESETS
 from mpa.records import InputError
 
@@ -220,8 +221,8 @@ def arguments(argv=None):
     c.add_argument("--path-map", type=path_map, action="append", default=[], metavar="OLD=NEW", help="moved images")
     c.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples of each file")
     c.add_argument("--workers", type=number(1), default=os.cpu_count(), help="processes (default: one per core)")
-    c.add_argument("--min-pixels", type=number(1), default=cli.MIN_PIXELS, help="used to count visual tokens")
-    c.add_argument("--max-pixels", type=number(1), default=cli.MAX_PIXELS, help="used to count visual tokens")
+    c.add_argument("--min-pixels", type=number(1), default=MIN_PIXELS, help="used to count visual tokens")
+    c.add_argument("--max-pixels", type=number(1), default=MAX_PIXELS, help="used to count visual tokens")
     c.add_argument("--max-tiles", type=number(1), metavar="N", help="used to count visual tokens")
     c.add_argument("--model-path", metavar="MODEL", help="whose visual tokens to count (default: a Qwen2-VL's)")
     args = p.parse_args(argv)

@@ -14,7 +14,8 @@ from mpa import distributed, interchange, log_file, records
 from mpa.argument_types import number, path_map
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
-from mpa.models import BITS, MAX_PIXELS, MIN_PIXELS
+from mpa.families import MAX_PIXELS, MIN_PIXELS
+from mpa.models import BITS
 from mpa.presets import PRESETS
 from mpa.records import InputError
 

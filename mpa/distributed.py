@@ -41,7 +41,7 @@ def end_with_launcher() -> None:
     """Receive SIGTERM when the launcher ends: `accelerate launch` with one process does not forward its own SIGTERM."""
     if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):
+        if os.environ.pop("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):
             sys.exit(128 + signal.SIGTERM)  # the launcher was killed before this
 
 

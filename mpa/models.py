@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mpa import conversion, distributed, families
-from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.loading_errors import explain, incomplete
 from mpa.memory_estimate import meta_model, stored_bits, unquantised
 from mpa.quantization import forbid_packing
@@ -81,7 +80,9 @@ def model_type(path: str) -> str | None:
     config = Path(base, "config.json") if Path(base).is_dir() else conversion.hub.config_file(base)
     content = read_json(config) if config.is_file() else None
     kind = content.get("model_type") if isinstance(content, dict) else None
-    return conversion.NATIVE_TYPES.get(kind, kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str):
+        return None
+    return conversion.LAYOUTS[kind][0] if kind in conversion.LAYOUTS else kind
 
 
 def identity(path: str) -> str:
@@ -164,7 +165,7 @@ def format_marks(path: str | None, trust_remote_code: bool = False) -> frozenset
         return COMMON_MARKS
     folder = Path(adapted(path) or path)
     if not (folder / "tokenizer.json").is_file():
-        return processor_marks(load_processor(str(folder), MIN_PIXELS, MAX_PIXELS, trust_remote_code))
+        return processor_marks(load_processor(str(folder), families.MIN_PIXELS, families.MAX_PIXELS, trust_remote_code))
     marks = set()  # read from the files: loading a processor takes seconds
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSOR_FILES):
         content = read_json(folder / name) if (folder / name).is_file() else {}

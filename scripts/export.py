@@ -35,6 +35,7 @@ from mpa.exports import (
     registry_with,
     write_folder,
 )
+from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.image_files import ImageError, open_image
 from mpa.records import InputError
 
@@ -97,7 +98,7 @@ def read_meta(train_json: Path) -> dict:
 def how_to_train(to: str, out: Path, meta: dict) -> str:
     """The trainer's settings (template, pixel limits) that make it train on exactly the evaluated tokens."""
     stored = [meta.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
-    min_pixels, max_pixels = (n or default for n, default in zip(stored, (cli.MIN_PIXELS, cli.MAX_PIXELS), strict=True))
+    min_pixels, max_pixels = (n or default for n, default in zip(stored, (MIN_PIXELS, MAX_PIXELS), strict=True))
     return {
         # Its own resizing differs from the processor's, so it must not resize the images.
         "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "

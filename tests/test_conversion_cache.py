@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import model_card
 import model_loading
 import originals
 import pytest
@@ -31,7 +32,7 @@ def test_an_original_is_converted_once_and_another_content_anew(tmp_path, cache,
     out = conversion.native(str(source))
     said = capsys.readouterr().out
     assert said.startswith(f"Converted {source} into {out} (0.00") and said.count("\n") == 1
-    assert conversion.original_name(out) == str(source)
+    assert model_card.converted_from(out) == str(source)
     conversion.native.cache_clear()
     assert conversion.native(str(source)) == out and capsys.readouterr().out == ""
     originals.changed(source, max_dynamic_patch=6)

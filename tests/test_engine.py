@@ -155,10 +155,10 @@ def test_a_tokenizer_alone_is_no_processor(tmp_path):
 def test_the_dtype_is_measured_and_the_processors_limits_are_set():
     assert models.resolved_dtype("float16", "cpu") == "float16"
     assert models.resolved_dtype("auto", "cpu") == "float32"
-    processor = models.load_processor(str(STUDENT), models.MIN_PIXELS, models.MAX_PIXELS)
+    processor = models.load_processor(str(STUDENT), families.MIN_PIXELS, families.MAX_PIXELS)
     image = Image.new("RGB", (64, 64))
     thw = processor.image_processor([image], return_tensors="pt")["image_grid_thw"][0]
-    assert models.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= models.MAX_PIXELS
+    assert families.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= families.MAX_PIXELS
 
 
 @pytest.mark.gpu

@@ -9,12 +9,6 @@ from conftest import ROOT
 
 from mpa import families
 
-COPIES = ("mpa/families.py", "PL/Qwen2-VL-Finetune/src/families.py")
-
-
-def test_stages_and_trainer_have_the_same_table():
-    assert len({(ROOT / copy).read_bytes() for copy in COPIES}) == 1
-
 
 def test_every_family_of_the_table_has_a_miniature_and_so_its_tests():
     assert set(miniatures.MODEL_TYPES) == set(families.FAMILIES)

@@ -102,11 +102,6 @@ def test_the_trainer_sees_the_same_pixels_as_the_stages(tmp_path, suffix):
         assert data.open_image(other).tobytes() == open_image(other).tobytes()
 
 
-def test_the_trainer_opens_images_by_the_same_code():
-    copies = ("mpa/image_files.py", "PL/Qwen2-VL-Finetune/src/image_files.py")
-    assert len({(ROOT / copy).read_bytes() for copy in copies}) == 1
-
-
 def special(folder, kind):
     path = folder / "a.jpg"
     if kind == "fifo":

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import model_card
 import originals
 import pytest
 import torch
@@ -16,12 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from mpa import conversion, models
 from mpa.records import InputError
-
-COPIES = ("mpa/loading_errors.py", "PL/Qwen2-VL-Finetune/src/loading_errors.py")
-
-
-def test_the_trainer_has_the_same_file():
-    assert (ROOT / COPIES[0]).read_text() == (ROOT / COPIES[1]).read_text()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -107,7 +102,7 @@ def test_offline_with_the_model_in_the_cache_an_original_is_converted_by_its_id(
         conversion.native("bczhou/TinyLLaVA-2.0B")
     cached(tmp_path, "bczhou/TinyLLaVA-2.0B-SigLIP", tmp_path / "tower")
     folder = conversion.native("bczhou/TinyLLaVA-2.0B")
-    assert "bczhou--TinyLLaVA-2.0B-" in folder and conversion.original_name(folder) == "bczhou/TinyLLaVA-2.0B"
+    assert "bczhou--TinyLLaVA-2.0B-" in folder and model_card.converted_from(folder) == "bczhou/TinyLLaVA-2.0B"
     assert conversion.original_type("bczhou/TinyLLaVA-2.0B") == "tiny_llava_stablelm"
     assert models.load_model(folder, "cpu", torch.float32).config.model_type == "llava"
     cached(tmp_path, "org/student", STUDENT)

@@ -9,8 +9,6 @@ from conftest import MINI, ROOT, TEACHER, python
 
 from mpa import log_file
 
-COPIES = ("mpa/log_file.py", "PL/Qwen2-VL-Finetune/src/log_file.py")
-
 
 @pytest.fixture
 def install(monkeypatch):
@@ -28,10 +26,6 @@ def install(monkeypatch):
 
 def lines(path):
     return path.read_text().splitlines()[2:]  # below the empty line and the one with time and command
-
-
-def test_both_copies_are_the_same_file():
-    assert len({(ROOT / copy).read_bytes() for copy in COPIES}) == 1
 
 
 def test_what_was_printed_before_the_log_was_opened_is_in_it(install, tmp_path):

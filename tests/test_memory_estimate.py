@@ -21,16 +21,10 @@ from mpa import device_memory, memory_estimate
 from mpa.engines import Request, memory
 from mpa.engines.hf import HFEngine
 
-COPIED = ("memory_estimate.py", "device_memory.py", "quantization.py")
 # A Qwen2-VL of 95 M parameters.
 TEXT = {"hidden_size": 768, "intermediate_size": 2688, "num_hidden_layers": 10, "num_attention_heads": 12}
 VISION = {"embed_dim": 384, "depth": 8, "num_heads": 6, "mlp_ratio": 4, "hidden_size": 768}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
-
-
-@pytest.mark.parametrize("name", COPIED)
-def test_both_copies_are_the_same_file(name):
-    assert (ROOT / "mpa" / name).read_bytes() == (ROOT / "PL/Qwen2-VL-Finetune/src" / name).read_bytes()
 
 
 # --- against measured peaks --------------------------------------------------------------------------------

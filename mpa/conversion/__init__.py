@@ -19,13 +19,12 @@ from mpa.conversion.checkpoint import Checkpoint, read_config, weight_files
 from mpa.conversion.layout import Layout
 from mpa.records import InputError
 
-# By the `model_type` in config.json.
+# By the `model_type` in config.json: that of the conversion, and what reads the layout.
 LAYOUTS = {
-    "internvl_chat": internvl.layout,
-    "tiny_llava_stablelm": tinyllava.bench_layout,
-    "tinyllava": tinyllava.factory_layout,
+    "internvl_chat": ("internvl", internvl.layout),
+    "tiny_llava_stablelm": ("llava", tinyllava.bench_layout),
+    "tinyllava": ("llava", tinyllava.factory_layout),
 }
-NATIVE_TYPES = {"internvl_chat": "internvl", "tiny_llava_stablelm": "llava", "tinyllava": "llava"}
 # Written last: a folder with it is whole. A conversion of another version of this package is made anew.
 RECORD = "conversion.json"
 VERSION = 1
@@ -41,12 +40,6 @@ def original_type(path: str | Path) -> str | None:
         return None
     kind = read_config(folder).get("model_type")
     return kind if isinstance(kind, str) and kind in LAYOUTS else None
-
-
-def original_name(path: str | Path) -> str | None:
-    """What a converted folder was converted from; None for any other folder."""
-    record = Path(path) / RECORD
-    return read_config(Path(path), RECORD).get("source") if record.is_file() else None
 
 
 def convert(
@@ -82,7 +75,7 @@ def convert(
 def _layout(kind: str, folder: Path, image_token_id: int | None, vision_tower: str | None) -> Layout:
     checkpoint = Checkpoint(folder)
     try:
-        return LAYOUTS[kind](checkpoint, image_token_id, vision_tower)
+        return LAYOUTS[kind][1](checkpoint, image_token_id, vision_tower)
     except KeyError as error:
         raise InputError(f"{folder / 'config.json'}: the field {error} is missing.") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

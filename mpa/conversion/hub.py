@@ -1,5 +1,6 @@
 """Files of a checkpoint on the Hugging Face hub, or in its cache."""
 
+from functools import cache
 from pathlib import Path
 
 from mpa.loading_errors import explain
@@ -9,6 +10,7 @@ from mpa.records import InputError
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "merges.txt"]
 
 
+@cache  # stages ask for a model's type several times
 def config_file(hub_id: str) -> Path:
     """The config.json of a hub id. Raises InputError, which says why it cannot be had."""
     from huggingface_hub import hf_hub_download

@@ -50,7 +50,7 @@ def text_config(original: dict, model_type: str, layers: int) -> dict:
         *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
         *("hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "attention_dropout"),
         *("resid_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings", "head_dim", "mlp_bias"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "qk_layernorm", "partial_rotary_factor", "layer_norm_eps"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "qk_layernorm", "layer_norm_eps"),
     )
     kept = {name: original[name] for name in fields if original.get(name) is not None}
     return {"tie_word_embeddings": False, **kept, "model_type": model_type, "num_hidden_layers": layers}

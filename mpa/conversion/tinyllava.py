@@ -69,7 +69,6 @@ def factory_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_to
     native["rope_parameters"] = rope(text)
     if text["model_type"] in ("phi", "stablelm"):
         native["rope_parameters"]["partial_rotary_factor"] = text.get("partial_rotary_factor", 0.5)
-        native.pop("partial_rotary_factor", None)
     # "patch" drops the first patch, as if it were a class token: transformers' "default".
     strategy = "default" if config.get("vision_feature_select_strategy", "patch") == "patch" else "full"
     return _llava(

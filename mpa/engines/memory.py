@@ -20,15 +20,17 @@ PROBE_TOKENS = 8  # of each reply
 LOOKED_AT = 64  # requests
 
 
-def check_weights(path: str, settings, quantization: str | None) -> None:
+def check_weights(path: str, settings, quantization: str | None):
     """Raise InputError if the weights alone clearly do not fit into the device's free memory. Reads the configuration only.
+
+    Returns the model without weights; None if it cannot be built.
 
     `settings` has device, dtype, device_map and trust_remote_code: an engine, or a stage's arguments.
     """
     device = models.pick_device(settings.device)
-    model, free = meta_model(models.adapted(path) or path, settings.trust_remote_code), free_bytes(settings)
+    model, free = _without_weights(path, settings), free_bytes(settings)
     if model is None or free is None or not memory_estimate.CHECKED:
-        return
+        return model
     needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), models.BITS.get(quantization))
     if needed > CANNOT_FIT * free:
         raise InputError(
@@ -36,6 +38,11 @@ def check_weights(path: str, settings, quantization: str | None) -> None:
             f"{'' if quantization else '--quantization 4bit (for an L-VLM), '}--device-map auto over several GPUs, or a smaller "
             "model. MEMORY_CHECK=0 tries it all the same."
         )
+    return model
+
+
+def _without_weights(path: str, settings):
+    return meta_model(models.adapted(path) or path, settings.trust_remote_code)
 
 
 def free_bytes(settings) -> int | None:
@@ -54,12 +61,11 @@ def _itemsize(dtype: str, device: str) -> int:
     return getattr(torch, models.resolved_dtype(dtype.removeprefix("torch."), device)).itemsize
 
 
-def estimate(engine, requests: Sequence[Request]) -> dict[str, int]:
+def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
     """Bytes by purpose for the largest of the first requests, in all rows of a batch and in all processes of the engine.
 
-    On a GPU of one row: there, a probe finds how many rows fit. {} if it cannot be told.
+    `model` is without weights, or None. On a GPU of one row: there, a probe finds how many rows fit. {} if it cannot be told.
     """
-    model = meta_model(models.adapted(engine.model_path) or engine.model_path, engine.trust_remote_code)
     request = max(requests[:LOOKED_AT], key=engine.plan.estimated_length, default=None)
     if model is None or request is None:
         return {}
@@ -86,7 +92,7 @@ def estimate(engine, requests: Sequence[Request]) -> dict[str, int]:
 
 def line(engine, requests: Sequence[Request]) -> str:
     """`estimate` as text, beside the free memory; "" if there is none."""
-    sizes, free = estimate(engine, requests), free_bytes(engine)
+    sizes, free = estimate(engine, requests, _without_weights(engine.model_path, engine)), free_bytes(engine)
     known = "" if free is None else f" of {free / 1e9:.3g} GB free on {engine.device}"
     rows = "a row" if engine.device.startswith("cuda") else f"{engine.plan.batch_size} rows in each process"
     return f"{described(sizes)}{known} with {rows}" if sizes else ""
@@ -94,8 +100,8 @@ def line(engine, requests: Sequence[Request]) -> str:
 
 def check(engine, requests: Sequence[Request]) -> None:
     """`check_weights`, and a warning if the `estimate` is above the free memory."""
-    check_weights(engine.model_path, engine, engine.quantization)
-    sizes, free = estimate(engine, requests), free_bytes(engine)
+    model = check_weights(engine.model_path, engine, engine.quantization)
+    sizes, free = estimate(engine, requests, model), free_bytes(engine)
     if free is not None and sum(sizes.values()) > free:
         print(
             f"warning: {engine.model_path}: memory may run out: {described(sizes)} of {free / 1e9:.3g} GB free. A smaller "

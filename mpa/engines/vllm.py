@@ -18,7 +18,7 @@ import time
 from collections.abc import Container, Iterable, Iterator
 from importlib.util import find_spec
 
-from mpa import distributed, models
+from mpa import distributed, families, models
 from mpa.engines import Request, follow_up_request
 from mpa.engines.decoding import Decoder
 from mpa.engines.prefetch import PendingRequest, Prefetcher
@@ -44,8 +44,8 @@ class VLLMEngine:
         pipeline_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
         max_model_len: int | None = None,
-        min_pixels: int = models.MIN_PIXELS,
-        max_pixels: int = models.MAX_PIXELS,
+        min_pixels: int = families.MIN_PIXELS,
+        max_pixels: int = families.MAX_PIXELS,
         max_tiles: int | None = None,
     ):
         if find_spec("vllm") is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import cached_property
 
 from PIL import Image
 
@@ -22,6 +23,12 @@ class VLLMInputs:
     def __init__(self, preprocessor: Preprocessor, model: VLLMModel):
         self.preprocessor, self.model = preprocessor, model
         self.verified: set[tuple[int, int]] = set()  # sizes of images
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer, which vLLM calls, puts a start token before a text."""
+        tokenizer = self.preprocessor.tokenizer
+        return tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
     def processor_settings(self) -> dict | None:
         """The limits as vLLM passes them to the processor; None where it takes none."""
@@ -63,10 +70,9 @@ class VLLMInputs:
 
     def _render(self, prompt: str, image) -> dict:
         """What vLLM makes of prompt and image: the token ids, the image's patches."""
-        text, tokenizer = self.preprocessor.chat_text(prompt), self.preprocessor.tokenizer
-        bos = tokenizer.bos_token
-        if bos and text.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-            text = text.removeprefix(bos)  # vLLM's tokenizer writes it once more (Gemma 3)
+        text = self.preprocessor.chat_text(prompt)
+        if families.tokenizer_options(self.preprocessor.processor, text) and self._adds_bos:
+            text = text.removeprefix(self.preprocessor.tokenizer.bos_token)  # which would be there twice (Gemma 3)
         inputs = {"prompt": text, "multi_modal_data": {"image": image}}
         return self.model.engine.renderer.render_cmpl([inputs])[0]
 

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 ORIGINALS = ("internvl_chat", "tiny_llava_stablelm", "tinyllava")  # model types that transformers does not know
-OF_RANKS = ("LAUNCHER_PID", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+OF_RANKS = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 CONVERT = Path(__file__).resolve().parents[3] / "scripts/convert.py"
 
 
@@ -33,7 +33,7 @@ def native(model_id: str) -> str:
     if not CONVERT.is_file():
         raise DataError(f"{model_id}: an original checkpoint, and {CONVERT}, which converts it, is not there.")
     command = [sys.executable, str(CONVERT), "--cached", model_id]
-    # It is no rank of this training: it prints, whichever rank asks, and its parent is not the launcher.
+    # It is no rank of this training: it prints, whichever rank asks, and waits for no other.
     environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

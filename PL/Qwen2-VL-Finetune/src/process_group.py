@@ -21,7 +21,7 @@ def use_launcher_environment() -> None:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):
+        if os.environ.pop("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):
             sys.exit(128 + signal.SIGTERM)  # it was killed before this, while the rank imported torch
 
 
