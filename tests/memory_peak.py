@@ -60,6 +60,7 @@ def reply(folder: Path, model: str, rows: str) -> tuple[int, dict]:
     from mpa.engines import Request
     from mpa.engines.hf import HFEngine
     from mpa.engines.memory import estimate
+    from mpa.memory_estimate import meta_model
 
     paths = sorted(map(str, folder.glob("*.png")))
     asked = [Request(str(i), paths[i % len(paths)], "What is it?", 16) for i in range(int(rows))]
@@ -69,7 +70,7 @@ def reply(folder: Path, model: str, rows: str) -> tuple[int, dict]:
     def run(requests: list) -> None:
         with HFEngine(model, len(asked), **settings) as engine:
             list(engine.generate(requests))
-            sizes.update(estimate(engine, requests))
+            sizes.update(estimate(engine, requests, meta_model(engine.model_path)))
 
     return growth(lambda: run(asked), lambda: run(asked[:1])), sizes
 
