@@ -98,6 +98,7 @@ def test_a_signal_to_PL_saves_a_checkpoint_through_the_launcher(number, ranks, t
     assert running(out) == []
 
 
+@pytest.mark.slow
 def test_processes_by_GPUS_share_a_stage_and_write_what_one_would(tmp_path, monkeypatch):
     flags = ["--limit", "24", "--temperature", "1"]
     assert (

@@ -49,6 +49,7 @@ def test_on_sigterm_it_saves_and_resumes_exactly(whole, capsys):
     assert all(torch.equal(value, weights(whole / "out")[name]) for name, value in weights(whole / "stopped").items())
 
 
+@pytest.mark.slow
 def test_two_ranks_match_one(whole):
     done = launch(whole, *TWO, *zero("zero2"), ranks=2, out="two_ranks")
     assert done.returncode == 0, done.stdout
@@ -177,6 +178,7 @@ def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
         train.main(arguments(tmp_path, *flags.split(), *held_out))
 
 
+@pytest.mark.slow
 def test_adapters_resume_exactly(tmp_path, capsys):
     write(tmp_path, 18)
     flags = [*ONE, *"--lora_enable True --freeze_vision_tower True --lora_dropout 0.1".split()]
