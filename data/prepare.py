@@ -28,7 +28,7 @@ from sources import Source
 from mpa import checking, cli, records
 from mpa.argument_types import number, path_map
 from mpa.datasets import DATASETS
-from mpa.datasets.loading import DATA, check_unique_ids, labelled, load_samples
+from mpa.datasets.loading import check_unique_ids, data_folder, labelled, load_samples
 from mpa.datasets.paths import locate
 from mpa.datasets.protocol import Sample
 from mpa.families import MAX_PIXELS, MIN_PIXELS
@@ -198,7 +198,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=(*PREPARATIONS, "check"), help="a dataset to prepare, or check")
     p.add_argument("dataset", nargs="?", choices=DATASETS, help="the dataset to check")
-    p.add_argument("--data", type=Path, default=DATA, help="the data folder (default: $MPA_DATA, or data/)")
+    p.add_argument("--data", type=Path, default=data_folder(), help="the data folder (default: $MPA_DATA, or data/)")
     p.add_argument("--source", type=Path, metavar="DIR", help="the download, or a zip archive of it")
     p.add_argument(
         "--source-format",

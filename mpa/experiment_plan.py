@@ -52,7 +52,7 @@ def samples(dataset: str, split: str, flags: tuple[str, ...], stage: str) -> int
 
 def works(e: Experiment) -> list[Work]:
     """All jobs that ask a model, with what is shared counted once."""
-    found, runs = [], len(e.presets) * len(e.seeds)
+    found, runs, trained = [], len(e.presets) * len(e.seeds), len(e.trainings)
     for dataset in e.datasets:
         images = samples(dataset, "train", e.flags["PA"], "PA")
         questions = samples(dataset, "test", e.flags["evaluate"], "evaluate")
@@ -60,8 +60,9 @@ def works(e: Experiment) -> list[Work]:
         found += [Work("evaluate", model, dataset, questions, len(e.presets)) for model in e.lvlms | e.svlms]
         for _, svlm in e.pairs:
             found.append(Work("PI", svlm, dataset, images, runs))
-            found.append(Work("PL", svlm, dataset, images, runs * len(e.variants)))
-            found.append(Work("evaluate", svlm, dataset, questions, runs * len(e.variants)))
+            found.append(Work("PL", svlm, dataset, images, trained))
+            of = len(e.datasets) if e.transfer else 1  # those trained on each dataset
+            found.append(Work("evaluate", svlm, dataset, questions, trained * of))
     return found
 
 
@@ -71,7 +72,7 @@ def alone(e: Experiment) -> int:
     for dataset in e.datasets:
         images = samples(dataset, "train", e.flags["PA"], "PA") or 0
         each += 2 * images + 3 * (samples(dataset, "test", e.flags["evaluate"], "evaluate") or 0)
-    return each * len(e.pairs) * len(e.presets) * len(e.seeds) * len(e.variants)
+    return each * len(e.pairs) * len(e.trainings)
 
 
 # --- time and memory -------------------------------------------------------------------------------------
@@ -144,10 +145,11 @@ def row(e: Experiment, results: Path, stage: str, model: Model, of_model: list[W
 
 
 def plan(e: Experiment, results: Path) -> list[str]:
-    runs, cells = len(e.presets) * len(e.seeds), len(e.datasets) * len(e.pairs) * len(e.variants)
+    cells = len(e.datasets) * len(e.pairs) * len(e.trainings)
+    some = ", some variants with fewer" if any(v.seeds for v in e.variants.values()) else ""
     lines = [
-        f"{e.name}: {runs * cells} cells = {len(e.datasets)} datasets × {len(e.pairs)} pairs of L-VLM and S-VLM × "
-        f"{len(e.variants)} variants × {len(e.presets)} presets × {len(e.seeds)} seeds",
+        f"{e.name}: {cells} cells = {len(e.datasets)} datasets × {len(e.pairs)} pairs of L-VLM and S-VLM × "
+        f"{len(e.variants)} variants × {len(e.presets)} presets × {len(e.seeds)} seeds{some}",
         f"  variants: {', '.join(e.variants)}",
     ]
     found, unknown = works(e), set()
@@ -176,7 +178,10 @@ def plan(e: Experiment, results: Path) -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(plan(read(sys.argv[1]), Path(sys.argv[2]))))
+    experiment = read(sys.argv[1])
+    if experiment.data:
+        os.environ["MPA_DATA"] = str(experiment.data)
+    print("\n".join(plan(experiment, Path(sys.argv[2]))))
 
 
 if __name__ == "__main__":

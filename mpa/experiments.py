@@ -28,6 +28,7 @@ from pathlib import Path
 
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
+from mpa.kinds import ANSWER_TYPES
 from mpa.matching import MATCHERS
 from mpa.packages import require
 from mpa.presets import PRESETS
@@ -59,13 +60,37 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Corruption:
+    """The L-VLM's answers of one type (mpa.kinds) are replaced at a share; `where`: "both" or "annotation"."""
+
+    type: str
+    share: float
+    where: str = "both"
+
+    @property
+    def name(self) -> str:
+        return f"{self.type.replace('/', '-').replace(' ', '-')}-{100 * self.share:g}-{self.where}"
+
+
+@dataclass(frozen=True)
 class Variant:
-    """What PL trains on, and with which settings. `match` is None for the matcher that all cells share."""
+    """What PL trains on, and with which settings. `match` is None for the matcher that all cells share.
+
+    `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
+    """
 
     train: str = "mpa"
     match: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    corrupt: Corruption | None = None
+    replay: float = 0.0
+    seeds: tuple[int, ...] | None = None
+
+    @property
+    def selection(self) -> str:
+        """The end of the name of the parity set that it needs: of another matcher, or of corrupted answers."""
+        return f"_{self.match}" if self.match else f"_corrupt-{self.corrupt.name}" if self.corrupt else ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,30 @@ class Experiment:
     settings: dict[str, str]
     flags: dict[str, tuple[str, ...]]
     gpus: dict[str, int]
+    transfer: bool = False
+    data: Path | None = None
+    made_by: Path | None = None
+
+    @property
+    def corruptions(self) -> dict[str, Corruption]:
+        """Those that variants need, by name."""
+        return {v.corrupt.name: v.corrupt for v in self.variants.values() if v.corrupt}
+
+    @property
+    def answer_all(self) -> bool:
+        """Whether the S-VLM answers all questions, so that several parity sets can be selected from its answers."""
+        return bool(self.matchers or self.corruptions)
+
+    @property
+    def trainings(self) -> list[tuple[str, int, str]]:
+        """(preset, seed, variant) of what each pair and dataset is trained with."""
+        return [
+            (preset, seed, name)
+            for preset in self.presets
+            for seed in self.seeds
+            for name, variant in self.variants.items()
+            if variant.seeds is None or seed in variant.seeds
+        ]
 
     @property
     def matchers(self) -> list[str]:
@@ -118,7 +167,19 @@ def _known_files() -> str:
 def read(path: str | Path) -> Experiment:
     """The experiment in a YAML file. Raises InputError, with file and line, for anything unknown in it."""
     file = YamlFile(Path(path), _known_files())
-    keys = ("datasets", "lvlms", "svlms", "variants", "presets", "seeds", "settings", "flags", "gpus")
+    keys = (
+        "datasets",
+        "lvlms",
+        "svlms",
+        "variants",
+        "presets",
+        "seeds",
+        "settings",
+        "flags",
+        "gpus",
+        "transfer",
+        "data",
+    )
     given = file.mapping(file.root, keys, "an experiment file")
     for key in keys[:3]:
         if key not in given:
@@ -126,18 +187,38 @@ def read(path: str | Path) -> Experiment:
     labelled = [name for name, dataset in DATASETS.items() if dataset.labelled]
     datasets = file.distinct(given["datasets"], "datasets", lambda n: file.choice(n, labelled, "dataset"))
     flags = _flags(file, given.get("flags"), datasets)
+    seeds = _list(file, given, "seeds", [0], lambda n: file.number(n, "a seed", 0))
+    data, made_by = _data(file, given.get("data"))
     return Experiment(
         name=Path(path).stem,
         datasets=datasets,
         lvlms=_models(file, given["lvlms"], "lvlms", datasets),
         svlms=_models(file, given["svlms"], "svlms", datasets),
-        variants=_variants(file, given.get("variants")),
+        variants=_variants(file, given.get("variants"), seeds),
         presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, PRESETS, "preset")),
-        seeds=_list(file, given, "seeds", [0], lambda n: file.number(n, "a seed", 0)),
+        seeds=seeds,
         settings=_settings(file, given["settings"], STAGES, "settings") if "settings" in given else {},
         flags=flags,
         gpus=_gpus(file, given.get("gpus")),
+        transfer="transfer" in given and file.choice(given["transfer"], ("true", "false"), "transfer") == "true",
+        data=data,
+        made_by=made_by,
     )
+
+
+def _data(file: YamlFile, node) -> tuple[Path | None, Path | None]:
+    """The data folder, and the script that makes it; paths are relative to the repository."""
+    if node is None:
+        return None, None
+    if not isinstance(node, file.yaml.MappingNode):
+        return REPOSITORY / os.path.expanduser(file.text(node, "data")), None
+    given = file.mapping(node, ("folder", "made_by"), "data")
+    if missing := {"folder", "made_by"} - given.keys():
+        raise file.error(node, f"data: the key {min(missing)!r} is missing.")
+    script = REPOSITORY / file.text(given["made_by"], "made_by")
+    if not script.is_file():
+        raise file.error(given["made_by"], f"made_by: no such script: {script}.")
+    return REPOSITORY / os.path.expanduser(file.text(given["folder"], "folder")), script
 
 
 def _list(file: YamlFile, given: dict, key: str, default: list, read_one) -> list:
@@ -181,7 +262,7 @@ def _model(file: YamlFile, item, what: str, datasets: list[str]) -> Model:
     return Model(path, engine, flags, gpus)
 
 
-def _variants(file: YamlFile, node) -> dict[str, Variant]:
+def _variants(file: YamlFile, node, seeds: list[int]) -> dict[str, Variant]:
     if node is None:
         return {"mpa": Variant()}
     if not isinstance(node, file.yaml.MappingNode):
@@ -190,7 +271,7 @@ def _variants(file: YamlFile, node) -> dict[str, Variant]:
     for name, value in file.mapping(node, None, "variants").items():
         if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
             raise file.error(value, f"a variant's name may hold letters, digits and . - _ only: {name!r}.")
-        found[name] = _variant(file, name, value)
+        found[name] = _variant(file, name, value, seeds)
     return found
 
 
@@ -198,9 +279,10 @@ def _train(file: YamlFile, node) -> str:
     return file.choice(node, TRAIN, "variant")
 
 
-def _variant(file: YamlFile, name: str, node) -> Variant:
+def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     settings = script_settings("PL")
-    given = {} if file.is_empty(node) else file.mapping(node, ("train", "match", "flags", *settings), "a variant")
+    keys = ("train", "match", "corrupt", "replay", "seeds", "flags", *settings)
+    given = {} if file.is_empty(node) else file.mapping(node, keys, "a variant")
     if "train" not in given and name not in TRAIN:
         raise file.error(node, f"unknown variant {name!r}. Known: {', '.join(TRAIN)}; another name needs train: ONE.")
     train = _train(file, given["train"]) if "train" in given else name
@@ -212,8 +294,43 @@ def _variant(file: YamlFile, name: str, node) -> Variant:
     match = file.choice(given["match"], MATCHERS, "matcher") if "match" in given else None
     if match and train in ("all_pseudo", "human"):
         raise file.error(given["match"], f"a matcher has no effect on {train}: PI does not choose its samples.")
+    corrupt = _corruption(file, given["corrupt"]) if "corrupt" in given else None
+    if corrupt and (match or train != "mpa"):
+        raise file.error(given["corrupt"], "corrupt is for variants that train on mpa, without another matcher.")
     own = {key: value for key, value in given.items() if key in settings}
-    return Variant(train, match, {key: _setting(file, value, key, settings[key]) for key, value in own.items()}, flags)
+    return Variant(
+        train,
+        match,
+        {key: _setting(file, value, key, settings[key]) for key, value in own.items()},
+        flags,
+        corrupt,
+        _share(file, given["replay"], "replay") if "replay" in given else 0.0,
+        tuple(file.distinct(given["seeds"], "seeds", lambda n: _seed(file, n, seeds))) if "seeds" in given else None,
+    )
+
+
+def _seed(file: YamlFile, node, seeds: list[int]) -> int:
+    return int(file.choice(node, list(map(str, seeds)), "seed of a variant"))
+
+
+def _share(file: YamlFile, node, what: str) -> float:
+    value = file.text(node, what)
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise file.error(node, f"{what} should be a share between 0 and 1: {value!r}.")
+    return share
+
+
+def _corruption(file: YamlFile, node) -> Corruption:
+    given = file.mapping(node, ("type", "share", "where"), "corrupt")
+    if missing := {"type", "share"} - given.keys():
+        raise file.error(node, f"corrupt: the key {min(missing)!r} is missing.")
+    where = file.choice(given["where"], ("both", "annotation"), "where") if "where" in given else "both"
+    kind = file.choice(given["type"], ANSWER_TYPES, "answer type")
+    return Corruption(kind, _share(file, given["share"], "share"), where)
 
 
 def _settings(file: YamlFile, node, stages, what: str) -> dict[str, str]:
@@ -291,9 +408,11 @@ def _check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
         raise file.error(node, f"flags of PL: {done.stderr.strip().splitlines()[-1]}")
 
 
-if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experiment file
+if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experiment file, and make its data
     try:
         require("scripts/reproduce.sh", "reproduce", "snakemake")
-        read(sys.argv[1])
+        experiment = read(sys.argv[1])
+        if experiment.made_by:
+            subprocess.run([sys.executable, str(experiment.made_by), "--data", str(experiment.data)], check=True)
     except InputError as failure:
         sys.exit(f"error: {failure}")

@@ -17,8 +17,11 @@ from mpa.datasets.paths import inside, locate, missing_images, moved
 from mpa.datasets.protocol import Sample, Split
 from mpa.records import REPOSITORY, InputError, read_json
 
-DATA = Path(os.environ.get("MPA_DATA", REPOSITORY / "data"))
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("MPA_DATA") or REPOSITORY / "data")
 
 
 def _folder_samples(root: Path) -> Iterator[Sample]:
@@ -129,12 +132,12 @@ def load_samples(
     id or an image outside the image root; if the split has no samples; and if no image exists.
     """
     where: Split = getattr(DATASETS[name], split)
-    root = Path(os.path.abspath(image_root or DATA / where.images))
+    root = Path(os.path.abspath(image_root or data_folder() / where.images))
     if DATASETS[name].labelled:
-        source = Path(annotations or DATA / where.annotations)
+        source = Path(annotations or data_folder() / where.annotations)
         samples = list(samples_from(name, where, read_json(source), root, source, path_map))
     elif split == "test":  # PI's held-out file, which has absolute paths
-        source = Path(annotations or DATA / where.annotations)
+        source = Path(annotations or data_folder() / where.annotations)
         samples = list(samples_from(name, where, read_json(source), Path("/"), source, path_map))
         paths = locate([s.image_path for s in samples], {}, image_root)
         samples = [replace(s, image_path=path) for s, path in zip(samples, paths, strict=True)]

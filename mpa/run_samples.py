@@ -1,0 +1,212 @@
+"""The annotated samples of a run with PI's verdict on each, and what changed between two evaluations."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mpa import records
+from mpa.datasets import DATASETS
+from mpa.evaluations import Evaluation, read_meta
+from mpa.parity import ParityRule
+from mpa.presets import PRESETS
+from mpa.records import RELEASED_ALIAS, InputError
+from mpa.runs import Cell
+from mpa.scoring import same_questions
+
+KEPT = "kept"
+REASONS = (
+    KEPT,
+    "no usable annotation",
+    "L-VLM's reply truncated",
+    "L-VLM disagrees with itself",
+    "S-VLM right",
+    "S-VLM not asked",
+    "held out",
+    "image left out",
+    "not reached yet",
+)
+CHANGES = ("fixed", "broken", "still wrong", "still right")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An annotated image. `reason` is PI's verdict, one of REASONS; `detail` says more. Answers not given are None."""
+
+    question_id: str
+    image_path: str
+    question: str | None
+    annotation: str | None
+    lvlm_answer: str | None
+    svlm_answer: str | None
+    reason: str
+    detail: str
+    ground_truth_question: str | None
+    ground_truth: list[str] | None
+    annotation_logprob: float | None
+    lvlm_logprob: float | None
+    svlm_logprob: float | None
+
+    @property
+    def kept(self) -> bool:
+        return self.reason == KEPT
+
+
+class RunSamples:
+    """The files of one cell in a run folder; those that do not exist yet are empty.
+
+    Raises InputError if there is no PA file and no answers of the L-VLM, or if a file is broken.
+    """
+
+    def __init__(self, folder: Path, cell: Cell, ending: str = ""):
+        """`ending` is that of another parity set of the cell, such as `_anls`."""
+        self.folder, self.cell = folder, cell
+        self.train_json = folder / f"PI_{cell.lvlm}_train_{cell.lvlm}_{cell.svlm}_{cell.dataset}{ending}.json"
+        self.pa_json = folder / f"PA_{cell.lvlm}_{cell.dataset}.json"
+        self.answers_json = {m: folder / f"PI_{cell.lvlm}_{m}_{cell.dataset}.json" for m in (cell.lvlm, cell.svlm)}
+        if alias := RELEASED_ALIAS.get(cell.lvlm):
+            self.pa_json = self._or(self.pa_json, f"PA_{alias}_{cell.dataset}.json")
+            released = {
+                m: f"PI_{alias}_{alias if m == cell.lvlm else m}_{cell.dataset}.json" for m in self.answers_json
+            }
+            self.answers_json = {m: self._or(file, released[m]) for m, file in self.answers_json.items()}
+        if not self.pa_json.exists() and not self.answers_json[cell.lvlm].exists():
+            raise InputError(f"{self.pa_json}: no such file. Run PA.sh first, or name another run.")
+
+    def _or(self, file: Path, name: str) -> Path:
+        return file if file.exists() else self.folder / name
+
+    @cached_property
+    def meta(self) -> dict:
+        """The parity set's meta file, {} without one."""
+        file = records.meta_path(self.train_json)
+        return read_meta(file) if file.exists() else {}
+
+    @property
+    def missing(self) -> list[Path]:
+        """The files of PA and PI that are not there."""
+        return [f for f in (self.pa_json, *self.answers_json.values(), self.train_json) if not f.exists()]
+
+    @cached_property
+    def rule(self) -> ParityRule:
+        settings = self.meta.get("settings", {})
+        preset = settings.get("preset", "paper")
+        return ParityRule(settings.get("match", PRESETS[preset].match), preset)
+
+    def _answers(self, model: str) -> dict[str, dict]:
+        file = self.answers_json[model]
+        return {str(r["question_id"]): r for r in records.read_records(file, "PI")} if file.exists() else {}
+
+    @cached_property
+    def annotations(self) -> list[dict]:
+        """PA's records; without a PA file, those that PI's answers hold."""
+        if self.pa_json.exists():
+            return records.read_records(self.pa_json, "PA")
+        return [
+            {**r, "predicted_question": r["PA_question"], "predicted_answer": r["PA_answer"]}
+            for r in self._answers(self.cell.lvlm).values()
+        ]
+
+    @cached_property
+    def held_out(self) -> set[str]:
+        """The ids of the held-out samples."""
+        name = self.meta.get("held_out")
+        return {str(r["question_id"]) for r in records.read_json(self.folder / name)} if name else set()
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """One for each record of PA, in its order."""
+        lvlm, svlm = (self._answers(model) for model in (self.cell.lvlm, self.cell.svlm))
+        kept = None
+        if self.train_json.exists():
+            kept = {str(r["id"]) for r in records.read_records(self.train_json, "train")}
+        found = []
+        for r in self.annotations:
+            key = str(r["question_id"])
+            of_lvlm, of_svlm = lvlm.get(key), svlm.get(key)
+            reason, detail = self._verdict(r, of_lvlm, of_svlm, kept)
+            truth = r.get("ground_truth_answer")
+            found.append(
+                Sample(
+                    key,
+                    (of_svlm or of_lvlm or r)["image_path"],
+                    r["predicted_question"],
+                    r["predicted_answer"],
+                    (of_lvlm or {}).get("predictions"),
+                    (of_svlm or {}).get("predictions"),
+                    reason,
+                    detail,
+                    r.get("ground_truth_question"),
+                    None if truth is None else truth if isinstance(truth, list) else [truth],
+                    *(one.get("logprob") for one in (r, of_lvlm or {}, of_svlm or {})),
+                )
+            )
+        return found
+
+    def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None, kept: set[str] | None) -> tuple[str, str]:
+        """(reason, detail) of one sample. `kept` are the ids of the parity set, None before PI has written it."""
+        key = str(pa["question_id"])
+        if kept and key in kept:
+            return KEPT, ""
+        if not (pa["predicted_question"] and pa["predicted_answer"]) or pa.get("left_out"):
+            return "no usable annotation", pa.get("left_out") or "no question or answer"
+        if lvlm is None:
+            return ("not reached yet" if kept is None else "image left out"), "no answer of the L-VLM"
+        for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
+            if r.get("left_out"):
+                return "image left out", f"{who}: {r['left_out']}"
+        lvlm = lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]}
+        if not self.rule.agrees(lvlm):
+            return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}"
+        if not self.rule.consistent(lvlm):
+            return "L-VLM's reply truncated", f"finish reason: {lvlm['finish_reason']}"
+        if key in self.held_out:
+            return "held out", ""
+        if svlm is None:
+            return ("not reached yet" if kept is None else "S-VLM not asked"), "no answer of the S-VLM"
+        if self.rule.agrees(svlm):
+            return "S-VLM right", ""
+        return (
+            ("not reached yet", "PI has not written it")
+            if kept is None
+            else ("image left out", "not in the parity set")
+        )
+
+
+def task_of(cell: Cell) -> str:
+    return DATASETS[cell.dataset].task
+
+
+@dataclass(frozen=True)
+class Change:
+    """One test question before and after. `kind` is one of CHANGES; right is a score above 0.5."""
+
+    question_id: str
+    image_path: str
+    question: str
+    answers: list[str]
+    before: str | None
+    after: str | None
+    score_before: float
+    score_after: float
+
+    @property
+    def kind(self) -> str:
+        right = (self.score_before > 0.5, self.score_after > 0.5)
+        return {(False, True): "fixed", (True, False): "broken", (False, False): "still wrong"}.get(
+            right, "still right"
+        )
+
+
+def changes(before: Evaluation, after: Evaluation) -> list[Change]:
+    """Each question that both were asked, with its scores by the headline metric. Raises InputError as `scoring.compare`."""
+    by_id = [
+        dict(zip((str(r["question_id"]) for r in e.records), map(float, e.scores), strict=True))
+        for e in (before, after)
+    ]
+    found = []
+    for was, now in same_questions(before.records, after.records):
+        key = str(was["question_id"])
+        answers = was.get("answers") or [was["GT_answer"]]
+        said = (was["predictions"], now["predictions"])
+        found.append(Change(key, was["image_path"], was["GT_question"], answers, *said, *(of[key] for of in by_id)))
+    return found

@@ -1,0 +1,99 @@
+"""A worse L-VLM without another model: replace some of its answers of one type, and select the parity set again.
+
+    python scripts/corrupt.py --train-json results/RUN/PI_…_train_….json --type number --share 0.3 --out corrupted.json
+
+Reads  the parity set with its meta file, and the answers of both models (by default those beside it). PI must have run with
+       --answer-all, so that the S-VLM's answers to all questions are there.
+Writes --out, another parity set, and its meta file: how many corrupted and other samples PI kept.
+
+At the share, annotations of the type get a wrong answer of that type, for one right answer always the same, as a model that
+does not know better. With --where both the L-VLM repeats the wrong answer, so PI cannot see it; with --where annotation it
+does not. The S-VLM's answers stay: they do not depend on the annotation's answer.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import cli, log_file, records
+from mpa.argument_types import number
+from mpa.datasets import DATASETS
+from mpa.kinds import ANSWER_TYPES, answer_type
+from mpa.parity import ParityRule
+from mpa.records import InputError
+
+
+def wrong_answers(answers: list[str], rng: random.Random) -> dict[str, str]:
+    """For each distinct answer another one: the next in a random order."""
+    order = sorted(set(answers))
+    rng.shuffle(order)
+    return dict(zip(order, [*order[1:], *order[:1]], strict=True)) if len(order) > 1 else {}
+
+
+def corrupted(lvlm: list[dict], kind: str, share: float, where: str, task: str, seed: int) -> dict[str, dict]:
+    """{id: the L-VLM's record with a wrong annotation} for `share` of the annotations of this type, rounded."""
+    of_type = [r for r in lvlm if answer_type(r["PA_answer"], task) == kind]
+    wrong = wrong_answers([r["PA_answer"] for r in of_type], random.Random(seed))
+    if not wrong:
+        raise InputError(f"No two annotations with different answers of the type {kind!r}; choose another --type.")
+    chosen = random.Random(seed).sample(of_type, round(share * len(of_type)))
+    changed = {}
+    for r in chosen:
+        answer = wrong[r["PA_answer"]]
+        said = {"predictions": answer} if where == "both" else {}
+        changed[str(r["question_id"])] = r | {"PA_answer": answer} | said
+    return changed
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--train-json", type=Path, required=True, metavar="FILE", help="the parity set")
+    p.add_argument("--lvlm-json", type=Path, required=True, metavar="FILE", help="the L-VLM's answers")
+    p.add_argument("--svlm-json", type=Path, required=True, metavar="FILE", help="the S-VLM's answers to all questions")
+    p.add_argument("--dataset", choices=DATASETS, required=True, help="whose answers these are")
+    p.add_argument("--type", choices=ANSWER_TYPES, required=True, help="which answers to replace")
+    p.add_argument("--share", type=number(0, 1, float), required=True, help="the share of them, from 0 to 1")
+    p.add_argument("--where", choices=("both", "annotation"), default="both", help="see above (default: both)")
+    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the parity set to write")
+    return p.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    log_file.open_log(args.out.parent / "log.txt")
+    base = records.read_json(records.meta_path(args.train_json))
+    lvlm, svlm = (records.read_records(file, "PI") for file in (args.lvlm_json, args.svlm_json))
+    if len(svlm) < len(lvlm):
+        raise InputError(
+            f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
+        )
+    wrong = corrupted(lvlm, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
+    lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
+    svlm = [
+        r | ({"PA_answer": wrong[key]["PA_answer"]} if (key := str(r["question_id"])) in wrong else {}) for r in svlm
+    ]
+    rule = ParityRule(base["settings"]["match"], base["settings"]["preset"])
+    parity = rule.parity_set(lvlm, svlm)
+    kept, consistent = {str(r["id"]) for r in parity}, {str(r["question_id"]) for r in lvlm if rule.consistent(r)}
+    others = [str(r["question_id"]) for r in lvlm if str(r["question_id"]) not in wrong]
+    survived = {
+        name: {"n": len(ids), "consistent": len(consistent & set(ids)), "parity": len(kept & set(ids))}
+        for name, ids in (("corrupted", list(wrong)), ("others", others))
+    }
+    settings = {name: getattr(args, name) for name in ("type", "share", "where", "seed")}
+    funnel = {"L-consistent": len(consistent), "parity": len(parity)}
+    models = {name: base[name] for name in ("model_path_lvlm", "model_path_svlm") if name in base}
+    records.write_result(
+        args.out, parity, base["settings"] | {"corrupt": settings}, funnel=funnel, survived=survived, **models
+    )
+    for name, of in survived.items():
+        print(f"{name}: {of['n']} annotations → {of['consistent']} L-consistent → {of['parity']} parity")
+    print(f"Wrote {args.out}: {len(parity)} samples.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
