@@ -60,20 +60,18 @@ class RunSamples:
     def __init__(self, folder: Path, cell: Cell, ending: str = ""):
         """`ending` is that of another parity set of the cell, such as `_anls`."""
         self.folder, self.cell = folder, cell
-        self.train_json = folder / f"PI_{cell.lvlm}_train_{cell.lvlm}_{cell.svlm}_{cell.dataset}{ending}.json"
-        self.pa_json = folder / f"PA_{cell.lvlm}_{cell.dataset}.json"
-        self.answers_json = {m: folder / f"PI_{cell.lvlm}_{m}_{cell.dataset}.json" for m in (cell.lvlm, cell.svlm)}
-        if alias := RELEASED_ALIAS.get(cell.lvlm):
-            self.pa_json = self._or(self.pa_json, f"PA_{alias}_{cell.dataset}.json")
-            released = {
-                m: f"PI_{alias}_{alias if m == cell.lvlm else m}_{cell.dataset}.json" for m in self.answers_json
-            }
-            self.answers_json = {m: self._or(file, released[m]) for m, file in self.answers_json.items()}
-        if not self.pa_json.exists() and not self.answers_json[cell.lvlm].exists():
+        lvlm, svlm, dataset = cell.lvlm, cell.svlm, cell.dataset
+        self.pa_json = self._file("PA_", f"_{dataset}.json")
+        self.train_json = self._file("PI_", f"_train_{lvlm}_{svlm}_{dataset}{ending}.json")
+        self.answers_json = {model: self._file("PI_", f"_{model}_{dataset}.json") for model in (lvlm, svlm)}
+        if not self.pa_json.exists() and not self.answers_json[lvlm].exists():
             raise InputError(f"{self.pa_json}: no such file. Run PA.sh first, or name another run.")
 
-    def _or(self, file: Path, name: str) -> Path:
-        return file if file.exists() else self.folder / name
+    def _file(self, stage: str, rest: str) -> Path:
+        """A stage's file with the L-VLM's name, or with the alias that the released files have for it."""
+        names = [self.cell.lvlm, RELEASED_ALIAS.get(self.cell.lvlm, self.cell.lvlm)]
+        files = [self.folder / f"{stage}{name}{rest}" for name in names]
+        return files[0] if files[0].exists() else files[1] if files[1].exists() else files[0]
 
     @cached_property
     def meta(self) -> dict:
@@ -84,7 +82,8 @@ class RunSamples:
     @property
     def missing(self) -> list[Path]:
         """The files of PA and PI that are not there."""
-        return [f for f in (self.pa_json, *self.answers_json.values(), self.train_json) if not f.exists()]
+        files = (self.pa_json, *self.answers_json.values(), self.train_json)
+        return [f for f in files[: 4 if self.cell.svlm else 2] if not f.exists()]
 
     @cached_property
     def rule(self) -> ParityRule:

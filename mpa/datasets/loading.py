@@ -158,6 +158,15 @@ def load_samples(
     return samples
 
 
+def train_labels(name: str) -> list[Sample]:
+    """All labelled train questions of a dataset, also where training takes one per image; [] if its file is missing."""
+    train = replace(DATASETS[name].train, records=DATASETS[name].test.records)
+    source = data_folder() / train.annotations
+    if not (DATASETS[name].labelled and source.is_file()):
+        return []
+    return list(samples_from(name, train, read_json(source), data_folder() / train.images, source, None))
+
+
 def check_unique_ids(samples: list[Sample], source) -> None:
     """Raises InputError if two samples have the same id, compared as text."""
     first_with = {}

@@ -1,0 +1,49 @@
+"""Which run folders there are, and which datasets and models each holds, by file names: also of unfinished runs."""
+
+import os
+import re
+from pathlib import Path
+
+from mpa.datasets import DATASETS
+from mpa.records import RELEASED_ALIAS, InputError
+from mpa.runs import Cell
+
+_DATASET = "|".join(map(re.escape, DATASETS))
+_TRAIN = re.compile(rf"PI_(.+)_train_(.+)_({_DATASET})")
+_ANSWERS = re.compile(rf"PI_(.+)_({_DATASET})")
+_PA = re.compile(rf"PA_(.+)_({_DATASET})")
+
+
+def run_folders(folders: list[Path]) -> list[Path]:
+    """The folders with a PA or PI file, here and below. Raises InputError for a missing folder."""
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder. Give run folders, or a folder that holds some.")
+        for place, below, files in os.walk(folder):
+            below[:] = sorted(name for name in below if not name.startswith(("PL_", ".", "lmms-eval", "pace", "logs")))
+            if any(name.startswith(("PA_", "PI_")) and name.endswith(".json") for name in files):
+                found.append(Path(place))
+    return found
+
+
+def cells_in(folder: Path) -> list[Cell]:
+    """The datasets and pairs of models in a run folder. The S-VLM is "" where only the L-VLM has answered yet."""
+    stems = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
+    stems = sorted(stem for stem in stems if not stem.endswith(".meta"))
+    alias = {short: name for name, short in RELEASED_ALIAS.items()}
+    cells = set()
+    for m in filter(None, map(_TRAIN.fullmatch, stems)):
+        lvlm = alias.get(m[1], m[1])
+        if m[2].startswith(f"{lvlm}_"):
+            cells.add(Cell(m[3], lvlm, m[2].removeprefix(f"{lvlm}_")))
+    for written, dataset in (m.groups() for m in filter(None, map(_PA.fullmatch, stems))):
+        lvlm = alias.get(written, written)
+        answered = [
+            m[1] for m in filter(None, map(_ANSWERS.fullmatch, stems)) if m[2] == dataset and "_train_" not in m[1]
+        ]
+        others = [name.removeprefix(f"{written}_") for name in answered if name.startswith(f"{written}_")]
+        cells |= {Cell(dataset, lvlm, svlm) for svlm in others if svlm not in (lvlm, written, "heldout")}
+        if not any(cell[:2] == (dataset, lvlm) for cell in cells):
+            cells.add(Cell(dataset, lvlm, ""))
+    return sorted(cells)

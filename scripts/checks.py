@@ -1,0 +1,74 @@
+"""The checks of the paper's analysis, from result files: look at samples, coverage, two L-VLMs, a worse L-VLM, transfer.
+
+    python scripts/checks.py inspect results/mine                 # 50 kept and 50 rejected samples, and PI's verdicts
+    python scripts/checks.py coverage results/mine                # D_PI by answer and question type, accuracy by type
+    python scripts/checks.py overlap results/small                # the parity sets of two L-VLMs for one S-VLM
+    python scripts/checks.py degraded results/small-checks        # variants with `corrupt`
+    python scripts/checks.py transfer results/small-checks        # experiments with `transfer: true`
+    python scripts/checks.py sweep results/small                  # all variants beside MPA
+
+Reads  the result files of the stages. No model is loaded and nothing is scored anew.
+Prints tables with n and 95 % intervals. experiments/README.md says which experiment files make them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import check_tables, cli, records, runs
+from mpa.argument_types import number
+from mpa.datasets import DATASETS
+from mpa.records import InputError
+from mpa.run_folders import cells_in, run_folders
+from mpa.table_formats import FORMATS, Table
+
+OF_ALL = {
+    "overlap": check_tables.overlap_table,
+    "degraded": check_tables.degraded_table,
+    "transfer": check_tables.transfer_table,
+    "sweep": check_tables.sweep_table,
+}
+
+
+def of_cells(args) -> list[Table]:
+    """The tables of each run folder and pair of models."""
+    wanted = (args.dataset, args.lvlm and records.short_name(args.lvlm), args.svlm and records.short_name(args.svlm))
+    tables = []
+    for folder in run_folders(args.results):
+        for cell in cells_in(folder):
+            if cell.svlm and all(w in (None, part) for w, part in zip(wanted, cell, strict=True)):
+                if args.check == "inspect":
+                    tables.append(check_tables.reasons_table(folder, cell))
+                    tables.append(check_tables.inspection_table(folder, cell, args.n, args.seed))
+                else:
+                    tables += [check_tables.coverage_table(folder, cell, of) for of in ("answer", "question")]
+    return tables
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("check", choices=("inspect", "coverage", *OF_ALL), help="which check")
+    p.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some")
+    p.add_argument("--dataset", choices=DATASETS, help="inspect, coverage: only this dataset")
+    p.add_argument("--lvlm", help="inspect, coverage: only this L-VLM")
+    p.add_argument("--svlm", help="inspect, coverage: only this S-VLM")
+    p.add_argument("-n", type=number(1), default=50, help="inspect: samples of each kind (default: 50)")
+    p.add_argument("--seed", type=int, default=0, help="inspect: random seed (default: 0)")
+    p.add_argument("--format", choices=FORMATS, default="md", help="Markdown, LaTeX or CSV (default: md)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to the terminal")
+    args = p.parse_args(argv)
+    tables = [OF_ALL[args.check](runs.find(args.results))] if args.check in OF_ALL else of_cells(args)
+    if not any(table.rows for table in tables):
+        raise InputError(f"{args.results[0]}: nothing for {args.check} in it or below. Run the stages first.")
+    text = "\n".join(map(FORMATS[args.format], tables))
+    if args.out:
+        records.write_text(args.out, text)
+        print(f"Wrote {args.out}.")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    cli.run(main)

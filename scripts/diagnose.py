@@ -1,0 +1,60 @@
+"""What looks wrong in a run, and what to try: `scripts/mpa.sh` ends with it.
+
+    python scripts/diagnose.py results/mine
+    python scripts/diagnose.py results/paper --short              # one line for each cell of an experiment
+    python scripts/diagnose.py released/ --dataset okVQA --lvlm Qwen2-VL-7B-Instruct --svlm Qwen2-VL-2B-Instruct
+
+Reads  the result files of PA, PI, PL and evaluate, as far as they are there. No model is loaded.
+Prints for each pair of models and dataset the findings: a figure with its interval, what it means, and what to try.
+       docs/diagnosis.md lists the signatures and their thresholds.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import cli, records
+from mpa.datasets import DATASETS
+from mpa.diagnosis import diagnose, looked_at
+from mpa.records import InputError
+from mpa.run_folders import cells_in, run_folders
+
+
+def report(folder: Path, cell, short: bool) -> None:
+    title = f"{folder.name}, {cell.dataset}, {cell.svlm or '(no S-VLM yet)'} from {cell.lvlm}"
+    findings, figures = diagnose(folder, cell), looked_at(folder, cell)
+    if short:
+        counts = Counter(f"{finding.level}: {finding.name}" for finding in findings)
+        print(f"{title}: {'; '.join(counts) or 'nothing unusual'}")
+        return
+    print(f"\nDiagnosis of {title}\n  {figures}.")
+    if not findings:
+        print("  Nothing unusual.")
+    for finding in findings:
+        print(f"  {finding.level}: {finding.name}: {finding.figure}.\n    {finding.meaning} {finding.remedy}")
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some")
+    p.add_argument("--dataset", choices=DATASETS, help="only this dataset")
+    p.add_argument("--lvlm", help="only this L-VLM (a path or a short name)")
+    p.add_argument("--svlm", help="only this S-VLM")
+    p.add_argument("--short", action="store_true", help="one line for each cell")
+    args = p.parse_args(argv)
+    wanted = [args.dataset, *(model and records.short_name(model) for model in (args.lvlm, args.svlm))]
+    n = 0
+    for folder in run_folders(args.results):
+        for cell in cells_in(folder):
+            if all(w in (None, part) for w, part in zip(wanted, cell, strict=True)):
+                report(folder, cell, args.short)
+                n += 1
+    if not n:
+        raise InputError(f"{args.results[0]}: no annotations of such models in it or below. Run PA.sh first.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
