@@ -19,30 +19,28 @@ import contextlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
-from mpa.kinds import ANSWER_TYPES
-from mpa.matching import MATCHERS
+from mpa.experiment_variants import (
+    STAGES,
+    Corruption,
+    Variant,
+    check_trainer_flags,
+    read_variants,
+    script_settings,
+    setting,
+    words,
+)
 from mpa.packages import require
 from mpa.presets import PRESETS
 from mpa.records import REPOSITORY, InputError, short_name
 from mpa.yaml_file import YamlFile
-
-STAGES = {
-    "PA": REPOSITORY / "scripts/PA.sh",
-    "PI": REPOSITORY / "scripts/PI.sh",
-    "PL": REPOSITORY / "PL/Qwen2-VL-Finetune/scripts/PL.sh",
-    "evaluate": REPOSITORY / "scripts/evaluate.sh",
-}
-TRAIN = ("mpa", "all_pseudo", "random_pseudo", "human", "human_n", "rejected")
-SET_BY_RUNNER = set("DATASET LVLM SVLM MODEL RUN PRESET SEED TRAIN_JSON OUTPUT_DIR GPUS".split())
 
 
 @dataclass(frozen=True)
@@ -57,40 +55,6 @@ class Model:
     @property
     def name(self) -> str:
         return short_name(self.path)
-
-
-@dataclass(frozen=True)
-class Corruption:
-    """The L-VLM's answers of one type (mpa.kinds) are replaced at a share; `where`: "both" or "annotation"."""
-
-    type: str
-    share: float
-    where: str = "both"
-
-    @property
-    def name(self) -> str:
-        return f"{self.type.replace('/', '-').replace(' ', '-')}-{100 * self.share:g}-{self.where}"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What PL trains on, and with which settings. `match` is None for the matcher that all cells share.
-
-    `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
-    """
-
-    train: str = "mpa"
-    match: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    corrupt: Corruption | None = None
-    replay: float = 0.0
-    seeds: tuple[int, ...] | None = None
-
-    @property
-    def selection(self) -> str:
-        """The end of the name of the parity set that it needs: of another matcher, or of corrupted answers."""
-        return f"_{self.match}" if self.match else f"_corrupt-{self.corrupt.name}" if self.corrupt else ""
 
 
 @dataclass(frozen=True)
@@ -145,17 +109,6 @@ class Experiment:
         return (model.gpus or self.gpus[stage]) if ENGINES[model.engine].local else 0
 
 
-def script_settings(stage: str) -> dict[str, str]:
-    """{variable: default} of a stage's script, without those that the runner sets."""
-    found = re.findall(r"\$\{([A-Z_]+):-((?:\$\(\(.*?\)\)|[^}])*)\}", STAGES[stage].read_text())
-    return {name: default for name, default in found if name not in SET_BY_RUNNER}
-
-
-def suffix(name: str) -> str:
-    """The end of a variant's file names: none for `mpa`."""
-    return "" if name == "mpa" else f"_{name}"
-
-
 # --- reading and checking --------------------------------------------------------------------------------
 
 
@@ -194,7 +147,7 @@ def read(path: str | Path) -> Experiment:
         datasets=datasets,
         lvlms=_models(file, given["lvlms"], "lvlms", datasets),
         svlms=_models(file, given["svlms"], "svlms", datasets),
-        variants=_variants(file, given.get("variants"), seeds),
+        variants=read_variants(file, given.get("variants"), seeds),
         presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, PRESETS, "preset")),
         seeds=seeds,
         settings=_settings(file, given["settings"], STAGES, "settings") if "settings" in given else {},
@@ -247,7 +200,7 @@ def _model(file: YamlFile, item, what: str, datasets: list[str]) -> Model:
         path_node = given["model"]
     path = file.text(path_node, f"a model of {what}")
     engine = file.choice(given["engine"], ENGINES, "engine") if "engine" in given else "hf"
-    flags = _words(file, given["flags"]) if "flags" in given else ()
+    flags = words(file, given["flags"]) if "flags" in given else ()
     _check_flags(file, given.get("flags", item), "evaluate", ("--engine", engine, *flags), datasets)
     gpus = file.number(given["gpus"], "gpus", 1) if "gpus" in given else None
     if not ENGINES[engine].local:
@@ -262,90 +215,9 @@ def _model(file: YamlFile, item, what: str, datasets: list[str]) -> Model:
     return Model(path, engine, flags, gpus)
 
 
-def _variants(file: YamlFile, node, seeds: list[int]) -> dict[str, Variant]:
-    if node is None:
-        return {"mpa": Variant()}
-    if not isinstance(node, file.yaml.MappingNode):
-        return {name: Variant(name) for name in file.distinct(node, "variants", lambda n: _train(file, n))}
-    found = {}
-    for name, value in file.mapping(node, None, "variants").items():
-        if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
-            raise file.error(value, f"a variant's name may hold letters, digits and . - _ only: {name!r}.")
-        found[name] = _variant(file, name, value, seeds)
-    return found
-
-
-def _train(file: YamlFile, node) -> str:
-    return file.choice(node, TRAIN, "variant")
-
-
-def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
-    settings = script_settings("PL")
-    keys = ("train", "match", "corrupt", "replay", "seeds", "flags", *settings)
-    given = {} if file.is_empty(node) else file.mapping(node, keys, "a variant")
-    if "train" not in given and name not in TRAIN:
-        raise file.error(node, f"unknown variant {name!r}. Known: {', '.join(TRAIN)}; another name needs train: ONE.")
-    train = _train(file, given["train"]) if "train" in given else name
-    if name in TRAIN and train != name:
-        raise file.error(given["train"], f"the variant {name!r} trains on {name}, not on {train}; choose another name.")
-    flags = _words(file, given["flags"]) if "flags" in given else ()
-    if flags:
-        _check_trainer_flags(file, given["flags"], flags)
-    match = file.choice(given["match"], MATCHERS, "matcher") if "match" in given else None
-    if match and train in ("all_pseudo", "human"):
-        raise file.error(given["match"], f"a matcher has no effect on {train}: PI does not choose its samples.")
-    corrupt = _corruption(file, given["corrupt"]) if "corrupt" in given else None
-    if corrupt and (match or train != "mpa"):
-        raise file.error(given["corrupt"], "corrupt is for variants that train on mpa, without another matcher.")
-    own = {key: value for key, value in given.items() if key in settings}
-    return Variant(
-        train,
-        match,
-        {key: _setting(file, value, key, settings[key]) for key, value in own.items()},
-        flags,
-        corrupt,
-        _share(file, given["replay"], "replay") if "replay" in given else 0.0,
-        tuple(file.distinct(given["seeds"], "seeds", lambda n: _seed(file, n, seeds))) if "seeds" in given else None,
-    )
-
-
-def _seed(file: YamlFile, node, seeds: list[int]) -> int:
-    return int(file.choice(node, list(map(str, seeds)), "seed of a variant"))
-
-
-def _share(file: YamlFile, node, what: str) -> float:
-    value = file.text(node, what)
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise file.error(node, f"{what} should be a share between 0 and 1: {value!r}.")
-    return share
-
-
-def _corruption(file: YamlFile, node) -> Corruption:
-    given = file.mapping(node, ("type", "share", "where"), "corrupt")
-    if missing := {"type", "share"} - given.keys():
-        raise file.error(node, f"corrupt: the key {min(missing)!r} is missing.")
-    where = file.choice(given["where"], ("both", "annotation"), "where") if "where" in given else "both"
-    kind = file.choice(given["type"], ANSWER_TYPES, "answer type")
-    return Corruption(kind, _share(file, given["share"], "share"), where)
-
-
 def _settings(file: YamlFile, node, stages, what: str) -> dict[str, str]:
     known = {name: default for stage in stages for name, default in script_settings(stage).items()}
-    return {name: _setting(file, value, name, known[name]) for name, value in file.mapping(node, known, what).items()}
-
-
-def _setting(file: YamlFile, node, name: str, default: str) -> str:
-    value = file.text(node, name)
-    if default[:1].isdigit() or default.startswith(("$((", "$LEARNING_RATE")):
-        try:
-            float(value)
-        except ValueError:
-            raise file.error(node, f"{name} should be a number: {value!r}.") from None
-    return value
+    return {name: setting(file, value, name, known[name]) for name, value in file.mapping(node, known, what).items()}
 
 
 def _gpus(file: YamlFile, node) -> dict[str, int]:
@@ -358,19 +230,12 @@ def _gpus(file: YamlFile, node) -> dict[str, int]:
     }
 
 
-def _words(file: YamlFile, node) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(file.text(node, "flags")))
-    except ValueError as error:
-        raise file.error(node, f"flags: {error}.") from None
-
-
 def _flags(file: YamlFile, node, datasets: list[str]) -> dict[str, tuple[str, ...]]:
     found = dict.fromkeys(STAGES, ())
     for stage, value in file.mapping(node, STAGES, "flags").items() if node is not None else ():
-        found[stage] = _words(file, value)
+        found[stage] = words(file, value)
         if stage == "PL":
-            _check_trainer_flags(file, value, found[stage])
+            check_trainer_flags(file, value, found[stage])
         else:
             _check_flags(file, value, stage, found[stage], datasets)
     return found
@@ -392,20 +257,6 @@ def _check_flags(file: YamlFile, node, stage: str, flags: tuple[str, ...], datas
     except (SystemExit, InputError) as error:
         text = str(error) if isinstance(error, InputError) else said.getvalue().strip().splitlines()[-1]
         raise file.error(node, re.sub(r"^\S+: error: ", f"flags of {stage}: ", text)) from None
-
-
-def _check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
-    """Let the trainer's own parser check its flags, in a process of its own, as it loads torch."""
-    code = "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.DataError as error: sys.exit(str(error))"
-    needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *needed, *flags],
-        cwd=STAGES["PL"].parents[1] / "src",
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise file.error(node, f"flags of PL: {done.stderr.strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experiment file, and make its data
