@@ -30,7 +30,7 @@ LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
 # Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
-PYTHONPATH=$ROOT run python -m mpa.models "${LOCAL[@]}"
+PYTHONPATH=$ROOT run python -P -m mpa.models "${LOCAL[@]}"
 title "PA: $(basename "$LVLM") annotates ${IMAGES:-the images of $DATASET}"
 # shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
@@ -47,3 +47,4 @@ run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-pa
     --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
 run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"
+run python "$ROOT/scripts/diagnose.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM"

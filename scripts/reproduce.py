@@ -62,10 +62,14 @@ def main(argv: list[str]) -> int:
         said = log.read_text().strip().splitlines()[-12:] if log.exists() else []
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
 
-    # --- the tables of what there is ---
+    # --- the tables of what there is, and what looks wrong in it ---
     if not SHOWN & set(flags):
-        print(flush=True)
-        subprocess.run([sys.executable, str(ROOT / "scripts/tables.py"), str(results)], stderr=subprocess.STDOUT)
+        for script in ("tables.py", "diagnose.py --short"):
+            print(flush=True)
+            name, *more = script.split()
+            subprocess.run(
+                [sys.executable, str(ROOT / "scripts" / name), str(results), *more], stderr=subprocess.STDOUT
+            )
     return code
 
 

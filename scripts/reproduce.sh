@@ -16,8 +16,8 @@ run bash "$ROOT/scripts/setup.sh" reproduce
 NAME=$(basename "${FILE%.*}")
 RESULTS=$(realpath -m "${RESULTS:-$ROOT/results/$NAME}")
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
-if [[ ${1:-} == --plan ]]; then exec python -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
-python -m mpa.experiments "$FILE"
+if [[ ${1:-} == --plan ]]; then exec python -P -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
+python -P -m mpa.experiments "$FILE"
 
 # The kernel releases the lock, however this ends.
 mkdir -p "$RESULTS" && cd "$RESULTS"

@@ -82,6 +82,15 @@ def test_the_papers_matrix_is_whole():
         ("--limit 30", "--limit '30", 12, "flags: No closing quotation"),
         ("  PA: ", "  PB: ", 12, "unknown key 'PB' in flags"),
         ("flags:\n", "flags\n", 12, "not YAML"),
+        ("EPOCHS: 3", "seeds: [2]", 8, "unknown seed of a variant '2'. Known: 0, 1"),
+        ("EPOCHS: 3", "replay: 1", 8, "replay should be a share between 0 and 1: '1'"),
+        ("match: anls", "corrupt: {type: number}", 9, "corrupt: the key 'share' is missing"),
+        ("match: anls", "corrupt: {type: numbers, share: 0.1}", 9, "unknown answer type 'numbers'"),
+        ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without another matcher"),
+        ("EPOCHS: 3", "corrupt: {type: number, share: 0.1}", 8, "corrupt is for variants that train on mpa"),
+        ("seeds: [0, 1]", "transfer: yes", 10, "unknown transfer 'yes'. Known: true, false"),
+        ("seeds: [0, 1]", "data: {folder: x}", 10, "data: the key 'made_by' is missing"),
+        ("seeds: [0, 1]", "data: {folder: x, made_by: none.py}", 10, "made_by: no such script"),
     ],
 )
 def test_what_is_unknown_is_named_with_file_and_line(file, old, new, line, message):
@@ -120,6 +129,16 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
     assert experiment_plan.alone(e) == 6 * (2 * 30 + 3 * 50)
     text = "\n".join(experiment_plan.plan(e, tmp_path))
     assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
+
+
+def test_the_plan_counts_transfer_and_variants_of_some_seeds(file):
+    more = GOOD.replace("slow: {train: all_pseudo", "slow: {seeds: [0], train: all_pseudo") + "transfer: true\n"
+    file.write_text(more.replace("[easyVQA]", "[easyVQA, okVQA]"))
+    e = experiments.read(file)
+    jobs = {}
+    for w in experiment_plan.works(e):
+        jobs[w.stage, w.model] = jobs.get((w.stage, w.model), 0) + w.times
+    assert jobs["PL", "student"] == 2 * 5 and jobs["evaluate", "student"] == 2 * (1 + 2 * 5)
 
 
 def test_the_plans_hours_come_from_results_or_dry_runs_and_are_open_without(file, tmp_path):

@@ -103,6 +103,47 @@ def test_each_file_is_made_once_and_what_cells_share_is_shared(repository):
     assert reproduce(repository)[0] == 0 and calls(repository) == made
 
 
+MORE = """
+data: {folder: somewhere, made_by: make_data.py}
+datasets: [textVQA, chartVQA]
+lvlms: [models/big]
+svlms: [models/small]
+seeds: [0, 1]
+transfer: true
+variants:
+  mpa:
+  once: {train: mpa, seeds: [1], EPOCHS: 2}
+  mixed: {train: mpa, replay: 0.2}
+  wrong: {train: mpa, corrupt: {type: yes/no, share: 0.3}}
+"""
+CORRUPT = """
+import sys
+from pathlib import Path
+Path(sys.argv[sys.argv.index("--out") + 1]).write_text(" ".join(sys.argv[sys.argv.index("--type") :]))
+"""
+
+
+def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
+    (repository / "experiments/fake.yaml").write_text(MORE)
+    (repository / "scripts/corrupt.py").write_text(CORRUPT)
+    (repository / "make_data.py").write_text("import sys; print('made', sys.argv[1:])")
+    code, said = reproduce(repository)
+    assert code == 0, said
+    assert f"made ['--data', '{repository / 'somewhere'}']" in said
+    files = results(repository)
+    trained = {name.split("/PL_big_small_")[1].split("/")[0] for name in files if "/PL_" in name and name[6] == "0"}
+    assert trained == {f"{d}{v}" for d in ("textVQA", "chartVQA") for v in ("", "_mixed", "_wrong")}
+    assert files["paper-1/PL_big_small_textVQA_once/train_meta.json"] == "big small 1 2 1e-5\n"
+    assert "--type yes/no" in files["paper-0/PL_big_small_textVQA_wrong/train_meta.json"]
+    tested = [name for name in files if "/Eval_PL_" in name and "meta" not in name]
+    assert len(tested) == 2 * 2 * (3 + 4)  # on both datasets, those trained on each: 3 with seed 0 and 4 with seed 1
+    assert "paper-0/Eval_PL_big_small_textVQA_mixed_chartVQA.json" in files
+    *_, own, other, data = files["paper-0/PL_big_small_textVQA_mixed/train_meta.json"].split()
+    run = repository / "results/fake/paper-0"
+    assert own == f"{run}/PI_big_train_big_small_textVQA.json:0.8" and data == str(repository / "somewhere")
+    assert other == f"{run}/PI_big_train_big_small_chartVQA.json:0.2"
+
+
 def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
     code, said = reproduce(repository, BROKEN="bigger")
     assert code == 1

@@ -2,13 +2,14 @@
 # Stands for PA.sh, PI.sh, PL.sh and evaluate.sh in tests/test_reproduce.py: writes the files that they would write, each whole
 # and once. $CALLS gets a line per file that is made. A model that is named in $BROKEN fails.
 set -euo pipefail
-STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' ONLY_LVLM='' MATCH=exact
+STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' ONLY_LVLM='' MATCH=exact MIXED=()
 while (($#)); do
     case $1 in
     --only-lvlm) ONLY_LVLM=1 ;;
     --model-path) PATH_OF_MODEL=$2 && shift ;;
     --match) MATCH=$2 && shift ;;
     --out) OUT=$2 && shift ;;
+    --data_path) MIXED=("${@:2}" "$MPA_DATA") ;;
     --lvlm-json | --svlm-json) [[ -f $2 ]] && shift ;;
     esac
     shift
@@ -41,6 +42,6 @@ PI)
         [[ $ONLY_LVLM ]] || make "$RUN/PI_${L}_train_${L}_${S}_$DATASET.json" "$L" "$S"
     fi
     ;;
-PL) make "$OUTPUT_DIR/train_meta.json" "$(cat "$TRAIN_JSON")" "$SEED" "${EPOCHS:-1}" "${LEARNING_RATE:-1e-5}" ;;
+PL) make "$OUTPUT_DIR/train_meta.json" "$(cat "$TRAIN_JSON")" "$SEED" "${EPOCHS:-1}" "${LEARNING_RATE:-1e-5}" "${MIXED[@]}" ;;
 evaluate) make "$RUN/Eval_$(basename "$PATH_OF_MODEL")_$DATASET.json" "$(cat "$PATH_OF_MODEL/train_meta.json" 2>/dev/null)" ;;
 esac

@@ -1,0 +1,132 @@
+"""scripts/checks.py and scripts/corrupt.py: the checks of the paper's analysis, from result files."""
+
+import csv
+import json
+
+import answered_runs
+import pytest
+import synthetic_runs as fake
+from answered_runs import sample, word
+from conftest import python
+from corrupt import corrupted
+
+from mpa.runs import Cell
+
+SAMPLES = [*(sample(i) for i in range(20)), *(sample(i, svlm=word(i)) for i in range(20, 30))]
+SAMPLES += [sample(i, lvlm="else", svlm="x") for i in range(30, 40)]
+NUMBERS = [sample(i, annotation=str(i % 7), svlm="x") for i in range(40, 80)]
+
+
+def table(check: str, *folders, flags=()) -> list[dict]:
+    """The rows of a check's last table, as its CSV has them."""
+    done = python("checks.py", check, *folders, "--format", "csv", *flags)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.split("# ")[1:]
+    lines = [line for part in text for line in part.splitlines()[1:]]
+    first = max(i for i, line in enumerate(lines) if line.endswith("notes"))
+    return list(csv.DictReader(lines[first:]))
+
+
+def test_inspection_shows_kept_and_rejected_samples_by_reason(tmp_path):
+    answered_runs.write(tmp_path, SAMPLES)
+    rows = table("inspect", tmp_path, flags=("-n", "8"))
+    verdicts = [row["verdict"] for row in rows]
+    assert verdicts[:8] == ["kept"] * 8 and set(verdicts[8:]) == {"L-VLM disagrees with itself", "S-VLM right"}
+    assert verdicts[8:] == sorted(verdicts[8:])
+    assert rows == table("inspect", tmp_path, flags=("-n", "8"))
+    assert rows != table("inspect", tmp_path, flags=("-n", "8", "--seed", "1"))
+    done = python("checks.py", "inspect", tmp_path)
+    assert "| kept | 20 | 50.0 (35.2 to 64.8) |" in done.stdout
+
+
+def test_coverage_compares_the_parity_set_with_annotations_labels_and_the_test(tmp_path):
+    labelled = [s | {"truth_question": "is it?", "truth": "yes"} for s in [*SAMPLES, *NUMBERS]]
+    answered_runs.write(tmp_path, labelled)
+    fake.evaluation(tmp_path, "hub/small", "textVQA", [1, 0, 0, 0])
+    fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 1, 0], 60)
+    done = python("checks.py", "coverage", tmp_path)
+    assert done.returncode == 0
+    number = next(line for line in done.stdout.splitlines() if line.startswith("| number"))
+    assert "| 50.0 (39.3 to 60.7) | 66.7 (54.1 to 77.3) | 0.0 (0.0 to 4.6) | 4 | 25.0" in number and "+50.0" in number
+    yes = next(line for line in done.stdout.splitlines() if line.startswith("| yes/no"))
+    assert "100.0 (95.4 to 100.0) | 0 | – | – | – |" in yes
+
+
+def test_the_overlap_of_two_lvlms_and_what_each_gives(tmp_path):
+    other = Cell("textVQA", "large", "small")
+    answered_runs.write(tmp_path, SAMPLES)
+    same = [s | {"question": "another?"} if i < 5 else s for i, s in enumerate(SAMPLES[:10])]
+    answered_runs.write(tmp_path, [*same, *(sample(i, image=f"/x/{i}.png") for i in range(4))], other)
+    fake.evaluation(tmp_path, "hub/small", "textVQA", [0, 0, 0, 0])
+    for lvlm, right in (("big", [1, 0, 0, 0]), ("large", [1, 1, 0, 0])):
+        fake.trained(tmp_path, "textVQA", f"hub/{lvlm}", "hub/small", right, 10)
+    (row,) = table("overlap", tmp_path)
+    assert (row["L-VLMs"], row["parity sets"]) == ("big and large", "20 and 14")
+    assert [float(row[name]) for name in ("images in both", "same question", "same answer")] == [71.4286, 5, 5]
+    assert row["gains"].startswith("+25.0") and float(row["second minus first"]) == 25
+
+
+@pytest.mark.parametrize(("where", "consistent"), [("both", 12), ("annotation", 0)])
+def test_a_corrupted_lvlm_is_selected_from_again(tmp_path, where, consistent):
+    train = answered_runs.write(tmp_path, [*SAMPLES, *NUMBERS])
+    out = tmp_path / f"{train.stem}_corrupt-number-30-{where}.json"
+    files = [tmp_path / f"PI_big_{model}_textVQA.json" for model in ("big", "small")]
+    flags = ["--train-json", train, "--lvlm-json", files[0], "--svlm-json", files[1], "--dataset", "textVQA"]
+    done = python("corrupt.py", *flags, "--type", "number", "--share", "0.3", "--where", where, "--out", out)
+    assert done.returncode == 0, done.stderr
+    survived = json.loads(out.with_suffix(".meta.json").read_text())["survived"]
+    assert survived["corrupted"] == {"n": 12, "consistent": consistent, "parity": consistent}
+    assert survived["others"] == {"n": 68, "consistent": 58, "parity": 48}
+    was, now = ({r["id"]: r["conversations"][1]["value"] for r in json.loads(f.read_text())} for f in (train, out))
+    wrong = {key for key in now if now[key] != was[key]}
+    assert len(wrong) == consistent and all(was[key].isdigit() and now[key].isdigit() for key in wrong)
+    pair = {(was[key], now[key]) for key in wrong}
+    assert len({a for a, _ in pair}) == len(pair)  # one wrong answer for each right one
+
+    fake.evaluation(tmp_path, "hub/small", "textVQA", [0, 0, 0, 0])
+    fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 1, 0], 60)
+    pl = {"data_path": [str(out)]}
+    fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 0, 0, 0], 60, variant="wrong", pl=pl)
+    (row,) = table("degraded", tmp_path)
+    assert row["corrupted"] == f"30 % of number, {where}" and float(row["kept, %"]) == 100 * consistent / 12
+    assert float(row["minus MPA's"]) == -50 and float(row["minus MPA's, of this type"]) == -50
+
+
+def test_corruption_needs_all_answers_and_two_answers_of_the_type(tmp_path):
+    train = answered_runs.write(tmp_path, [sample(0), sample(1, lvlm="else", svlm=None)])
+    files = [tmp_path / f"PI_big_{model}_textVQA.json" for model in ("big", "small")]
+    flags = ["--train-json", train, "--lvlm-json", files[0], "--svlm-json", files[1], "--dataset", "textVQA"]
+    done = python("corrupt.py", *flags, "--type", "number", "--share", "0.3", "--out", tmp_path / "out.json")
+    assert done.returncode == 1 and "answers 1 of 2 questions. Run PI.sh with --answer-all first" in done.stderr
+    answers = [{"question_id": 1, "PA_answer": "7", "predictions": "7"}]
+    with pytest.raises(Exception, match="No two annotations with different answers of the type 'number'"):
+        corrupted(answers, "number", 0.5, "both", "text", 0)
+
+
+def test_transfer_and_sweep(tmp_path):
+    for dataset, before in (("textVQA", [1, 0, 0, 0]), ("okVQA", [1, 1, 0, 0])):
+        fake.parity(tmp_path, dataset, "hub/big", "hub/small", 10, 100)
+        fake.evaluation(tmp_path, "hub/small", dataset, before)
+    fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 1, 0], 10)
+    fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 0, 0], 20, variant="epochs-2")
+    fake.evaluation(tmp_path, "PL_big_small_textVQA", "okVQA", [0, 1, 0, 0])
+    fake.trained(tmp_path, "okVQA", "hub/big", "hub/small", [1, 1, 1, 1], 10)
+    rows = table("transfer", tmp_path)
+    matrix = {(row["trained on"], row["variant"]): (row["textVQA"], row["okVQA"]) for row in rows}
+    assert matrix == {
+        ("textVQA", "mpa"): ("50", "-25"),
+        ("textVQA", "epochs-2"): ("25", ""),
+        ("okVQA", "mpa"): ("", "50"),
+    }
+    swept = {(row["dataset"], row["variant"]): row for row in table("sweep", tmp_path)}
+    assert float(swept["textVQA", "epochs-2"]["minus MPA's"]) == -25 and swept["textVQA", "mpa"]["minus MPA's"] == ""
+    assert float(swept["textVQA", "epochs-2"]["gain"]) == 25 and swept["textVQA", "epochs-2"]["samples"] == "20"
+
+
+def test_nothing_to_check_is_an_error(tmp_path):
+    answered_runs.write(tmp_path, SAMPLES)
+    for check in ("overlap", "degraded", "transfer", "sweep"):
+        done = python("checks.py", check, tmp_path)
+        assert done.returncode == 1 and f"nothing for {check}" in done.stderr
+    done = python("checks.py", "coverage", tmp_path, "--lvlm", "other")
+    assert done.returncode == 1 and "nothing for coverage" in done.stderr
