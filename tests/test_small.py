@@ -79,7 +79,7 @@ def test_prepare_reads_the_four_layouts_as_official_downloads(tmp_path, monkeypa
         images = [{hashlib.sha256(Path(s.image_path).read_bytes()).digest() for s in found} for found in parts.values()]
         assert not images[0] & images[1]
         assert all(len(s.answers) == {"textVQA": 10, "okVQA": 10}.get(dataset, 1) for s in parts["test"])
-    assert {s.extra["type"] for s in load_samples("chartVQA", "test")} <= {"human", "augmented"}
+    assert {s.more["type"] for s in load_samples("chartVQA", "test")} <= {"human", "augmented"}
     done = draw.main(["--data", str(tmp_path)])  # a second time there is nothing to do
     assert done is None
 
