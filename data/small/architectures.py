@@ -16,9 +16,14 @@ from mpa.prompts import TASK_PROMPTS, answer_prompt
 PATCH, PATCHES, VISUAL_TOKENS = 8, 144, 36
 # Width and layers of the vision tower; width, layers and heads of the language model; width of its MLP; training steps.
 LARGE = {"vision": (128, 4), "text": (192, 4, 6), "hidden": 512}
-LARGE |= {"vision_steps": (2000, 2000), "language_steps": 3000, "annotating": 0.2}  # share of the images
+LARGE |= {
+    "vision_steps": (2000, 2000),
+    "language_steps": 3000,
+    "joint_steps": 800,
+    "annotating": 0.2,
+}  # share of the images
 SMALL = {"vision": (64, 3), "text": (96, 2, 3), "hidden": 256}
-SMALL |= {"vision_steps": (1200,), "language_steps": 800, "annotating": 0.0}
+SMALL |= {"vision_steps": (2500,), "language_steps": 600, "joint_steps": 0, "annotating": 0.0}
 MODELS = {
     "qwen-large": {**LARGE, "family": "qwen", "seed": 1},
     "internvl-large": {**LARGE, "family": "internvl", "seed": 2},

@@ -263,6 +263,26 @@ def learn_to_speak(learner: Learner, images: Images, size: dict, log: list) -> N
     core.language_model = library_way
 
 
+def learn_together(learner: Learner, images: Images, size: dict, log: list) -> None:
+    """Train both parts of an L-VLM at once, at a lower learning rate."""
+    steps, parameters = size["joint_steps"], list(learner.model.parameters())
+    optimizer, schedule = one_cycle(parameters, 4e-4, steps)
+    core, library_way = learner.model.model, learner.model.model.language_model
+    core.language_model = torch.compile(library_way, dynamic=False)
+    rng, started = random.Random(33), time.time()
+    for step in tqdm(range(steps), desc="together", mininterval=10, disable=None):
+        rows = sorted(rng.sample(range(len(images.scenes)), k=64))
+        told = [lessons(images.scenes[row], rng.random() < size["annotating"], False, rng) for row in rows]
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = learner.see(torch.from_numpy(images.pixels[rows]))[1]
+            loss = language_loss(learner, Packed(learner.processor, learner.family, told), tokens.float())
+        descend(loss, parameters, optimizer, schedule)
+        if step % 100 == 99:
+            log.append({"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)})
+            print(learner.name, log[-1], flush=True)
+    core.language_model = library_way
+
+
 @torch.no_grad()
 def exam(learner: Learner, n: int) -> dict:
     """Accuracy on `n` new drawings of each kind, one random question each, by kind of question."""
@@ -313,6 +333,8 @@ def make(name: str, args) -> None:
     for cycle, steps in enumerate(size["vision_steps"], 1):
         part(learner, f"vision-{cycle}", lambda log, n=steps: learn_to_see(learner, images, n, log), log)
     part(learner, "language", lambda log: learn_to_speak(learner, images, size, log), log)
+    if size["joint_steps"]:
+        part(learner, "together", lambda log: learn_together(learner, images, size, log), log)
     log["new drawings"] = exam(learner, 500)
     print(name, json.dumps(log["new drawings"]), flush=True)
     learner.model.half().save_pretrained(HERE / name)
