@@ -12,6 +12,7 @@ BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/dem
 [[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
 SEEDS=${SEEDS:-0}
 PICTURES=${PICTURES:-1000}  # images to annotate
+REPORT=${REPORT:-1}          # 0: no HTML report at the end
 QUESTIONS=${QUESTIONS:-2000} # test questions, drawn at random from 9,673
 export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
 export BATCH_SIZE=${BATCH_SIZE:-64} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=3136
@@ -24,7 +25,7 @@ for SEED in $SEEDS; do
     RUN=$BASE$([[ $SEED == 0 ]] || echo "-$SEED")
     export SEED RUN
     RUNS+=("$RUN")
-    LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
+    REPORT=0 LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
 
     # The baselines of the paper's table 6: one epoch each, with the same settings.
     NAMES=teacher_student_easyVQA
@@ -41,3 +42,4 @@ for SEED in $SEEDS; do
     run bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"
 done
 run python "$ROOT/scripts/tables.py" --dataset easyVQA --lvlm "$LVLM" --svlm "$SVLM" "${RUNS[@]}"
+if [[ $REPORT != 0 ]]; then run python "$ROOT/scripts/report.py" "${RUNS[@]}"; fi

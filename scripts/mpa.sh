@@ -16,6 +16,7 @@ ENGINE=${ENGINE:-hf}                                # the engine of the models
 LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is served by an API
 SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g. "--base-url http://localhost:8000/v1"
 QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
+REPORT=${REPORT:-1}                                 # 0: no HTML report at the end
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
@@ -48,3 +49,6 @@ run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-pa
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
 run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"
 run python "$ROOT/scripts/diagnose.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM"
+if [[ $REPORT != 0 ]]; then
+    run python "$ROOT/scripts/report.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" ${IMAGES:+--image-root "$IMAGES"}
+fi

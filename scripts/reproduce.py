@@ -12,7 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import experiments
+from mpa.records import REPOSITORY as ROOT
+
 ALWAYS = [
     *("--snakefile", str(ROOT / "experiments/Snakefile")),
     *("--nolock", "--keep-going"),  # reproduce.sh holds a lock that a kill releases
@@ -53,6 +57,9 @@ def report_failures(results: Path) -> int:
 
 def main(argv: list[str]) -> int:
     results, flags = Path(argv[0]), argv[1:]
+    file = next(flag.removeprefix("experiment=") for flag in flags if flag.startswith("experiment="))
+    if data := experiments.read(file).data:
+        os.environ["MPA_DATA"] = str(data)
     screen = os.dup(sys.stderr.fileno())
     code = snakemake(results, flags)
     os.dup2(screen, sys.stderr.fileno())
@@ -62,9 +69,10 @@ def main(argv: list[str]) -> int:
         said = log.read_text().strip().splitlines()[-12:] if log.exists() else []
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
 
-    # --- the tables of what there is, and what looks wrong in it ---
+    # --- the tables of what there is, what looks wrong in it, and how it looks ---
     if not SHOWN & set(flags):
-        for script in ("tables.py", "diagnose.py --short"):
+        scripts = ["tables.py", "diagnose.py --short", *(["report.py"] if os.environ.get("REPORT") != "0" else [])]
+        for script in scripts:
             print(flush=True)
             name, *more = script.split()
             subprocess.run(

@@ -6,7 +6,7 @@
 #   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
 # The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets those
 # that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs); on a CPU JOBS (1) run at once.
-# RESULTS=DIR is another folder for the results.
+# RESULTS=DIR is another folder for the results. It ends with an HTML report; REPORT=0 leaves it out.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

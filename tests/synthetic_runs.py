@@ -11,7 +11,7 @@ PL = {"num_train_epochs": 1.0, "learning_rate": 1e-5, "per_device_train_batch_si
 
 def write(path: Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", "utf-8", errors="backslashreplace")
 
 
 def evaluation(folder: Path, model: str, dataset: str, right: list[int], /, seed=0, ids=None, **changed) -> Path:

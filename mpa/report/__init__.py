@@ -1,0 +1,1 @@
+"""The HTML report of runs: `content` reads result files, `figures` draws, `thumbnails` shrinks, `page` writes."""

@@ -1,0 +1,246 @@
+"""What a report shows of one cell of a run, as plain data; what is not there yet is named."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from mpa import records, scoring
+from mpa.check_tables import coverage_table, reasons_table
+from mpa.datasets import DATASETS
+from mpa.diagnosis import Case, diagnose
+from mpa.evaluations import gains
+from mpa.kinds import answer_type, question_type
+from mpa.normalise import normalise
+from mpa.run_samples import changes
+from mpa.run_summary import ROWS
+from mpa.runs import Cell, model_name
+
+LONGEST = 2000  # characters of a text that the page holds
+
+
+def shortened(text: str | None) -> str | None:
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … ({len(text):,} characters)"
+
+
+class CellContent:
+    """One dataset and pair of models in one run folder."""
+
+    def __init__(self, folder: Path, cell: Cell):
+        self.folder, self.cell, self.case = folder, cell, Case(folder, cell)
+        self.title = f"{folder.name}: {cell.dataset}, {cell.svlm or 'no S-VLM yet'} from {cell.lvlm}"
+        self.what = "accuracy" if DATASETS[cell.dataset].labelled else "agreement with the L-VLM"
+        self.before, self.after = (self.case.evaluation(model) for model in (cell.svlm, model_name(cell)))
+
+    # --- overview ---
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the files that later stages will write."""
+        names = [path.name for path in self.case.run.missing]
+        if self.cell.svlm:
+            folder = model_name(self.cell)
+            names += [] if (self.folder / folder / "train_meta.json").exists() else [f"{folder}/"]
+            for model, found in ((self.cell.svlm, self.before), (folder, self.after)):
+                names += [] if found else [f"Eval_{model}_{self.cell.dataset}.json"]
+        return names
+
+    def funnel(self) -> list[tuple[str, int]]:
+        case, steps = self.case, [("images", len(self.case.run.samples)), ("annotated", len(self.case.annotated))]
+        if case.usable:
+            steps.append(("L-VLM repeats itself", len(case.consistent)))
+        if case.run.train_json.exists():
+            steps.append(("parity set", len(case.kept)))
+        return steps
+
+    def results(self) -> list[dict]:
+        rows = []
+        for key, name in ROWS.items():
+            own = model_name(self.cell) + ("" if key == "mpa" else f"_{key}")
+            model = {"base": self.cell.svlm, "lvlm": self.cell.lvlm}.get(key, own)
+            found = self.case.evaluation(model)
+            if found and not (key == "lvlm" and not DATASETS[self.cell.dataset].labelled):
+                meta = self.folder / model / "train_meta.json"
+                trained = records.read_json(meta).get("samples") if meta.exists() else None
+                row = {"key": key, "name": name, "samples": trained, "accuracy": found.summary["score"]}
+                rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"]})
+        return rows
+
+    def gain(self) -> dict | None:
+        return scoring.summary(gains(self.before, self.after).tolist()) if self.before and self.after else None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Models, settings, versions, time and cost by stage."""
+        files = {"PA": self.case.run.pa_json, "PI": self.case.run.train_json}
+        metas = {stage: _meta(records.meta_path(path)) for stage, path in files.items()}
+        metas["PL"] = _meta(self.folder / model_name(self.cell) / "train_meta.json")
+        metas["evaluate"] = self.after.meta if self.after else {}
+        settings = metas["PA"].get("settings", {}) | metas["PI"].get("settings", {})
+        made_by = next((m["made_by"] for m in metas.values() if m.get("made_by")), {})
+        versions = made_by.get("packages") or {}
+        facts = [
+            ("dataset", self.cell.dataset),
+            ("L-VLM", metas["PA"].get("model_path") or self.cell.lvlm),
+            ("S-VLM", metas["PI"].get("model_path_svlm") or self.cell.svlm),
+            ("preset, matcher", ", ".join(str(settings[k]) for k in ("preset", "match") if k in settings)),
+            ("task prompt", metas["PA"].get("prompt")),
+            ("seconds", ", ".join(f"{stage} {m['seconds']:,.0f}" for stage, m in metas.items() if m.get("seconds"))),
+            ("cost", self._cost()),
+            ("device", ", ".join(dict.fromkeys(str(m["device"]) for m in metas.values() if m.get("device")))),
+            ("commit", f"{made_by.get('commit')}{' and changes' if made_by.get('uncommitted_changes') else ''}"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ]
+        commands = [(f"command, {s}", " ".join(m["made_by"]["command"])) for s, m in metas.items() if m.get("made_by")]
+        return [(name, value) for name, value in [*facts, *commands] if value and value != "None"]
+
+    def _cost(self) -> str:
+        file = self.folder / "spending.json"
+        spent = records.read_json(file) if file.exists() else {}
+        parts = [(s, v.get("cost")) for s, v in spent.items() if isinstance(v, dict)] if isinstance(spent, dict) else []
+        return ", ".join(f"{stage} $ {cost:.2f}" for stage, cost in parts if isinstance(cost, int | float))
+
+    # --- parity ---
+
+    def agreement(self) -> dict[str, list[int]]:
+        """{L-VLM agrees with its annotation or not: [S-VLM right, wrong, not asked]}"""
+        rule, found, consistent = self.case.run.rule, {}, {s.question_id for s in self.case.consistent}
+        for s in self.case.usable:
+            row = found.setdefault(
+                "L-VLM repeats itself" if s.question_id in consistent else "L-VLM differs", [0, 0, 0]
+            )
+            right = s.svlm_answer is not None and rule.match(s.svlm_answer, s.annotation)
+            row[2 if s.svlm_answer is None else 0 if right else 1] += 1
+        return found
+
+    def most_frequent(self, n: int = 8) -> dict[str, list[tuple[str, int]]]:
+        """The most frequent questions and answers of the parity set, and of the annotations without one."""
+        samples = self.case.kept or self.case.annotated
+        tables = {}
+        for name in ("question", "annotation"):
+            texts = {}
+            counts = Counter()
+            for s in samples:
+                key = normalise(getattr(s, name))
+                texts.setdefault(key, getattr(s, name))
+                counts[key] += 1
+            tables[name] = [(shortened(texts[key]), count) for key, count in counts.most_common(n)]
+        return tables
+
+    def distributions(self) -> tuple[dict, dict]:
+        groups = {"kept": self.case.kept, "rejected": [s for s in self.case.annotated if not s.kept]}
+        lengths = {
+            name: {
+                "question": [len(s.question.split()) for s in found],
+                "answer": [len(s.annotation.split()) for s in found],
+            }
+            for name, found in groups.items()
+        }
+        of = {name: [s.annotation_logprob for s in g if s.annotation_logprob is not None] for name, g in groups.items()}
+        return lengths, of
+
+    def history(self) -> list[dict]:
+        file = self.folder / model_name(self.cell) / "trainer_state.json"
+        return [e for e in _meta(file).get("log_history", []) if isinstance(e, dict)]
+
+    def training_facts(self) -> list[tuple[str, str]]:
+        meta = _meta(self.folder / model_name(self.cell) / "train_meta.json")
+        names = ("samples", "tokens", "steps", "loss", "seconds")
+        last = next((e for e in reversed(self.history()) if "train_runtime" in e), {})
+        facts = [(name.replace("_", " "), meta[name]) for name in names if meta.get(name) is not None]
+        facts += [(k.replace("_", " "), last[k]) for k in ("train_samples_per_second",) if k in last]
+        return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
+
+    def coverage(self):
+        return [coverage_table(self.folder, self.cell, of) for of in ("answer", "question")]
+
+    def reasons(self):
+        return reasons_table(self.folder, self.cell)
+
+    def findings(self):
+        return diagnose(self.folder, self.cell)
+
+    # --- gallery ---
+
+    def records(self) -> list[dict]:
+        """The samples of the gallery: annotated images, then test questions. `image` is a path."""
+        task = DATASETS[self.cell.dataset].task
+        found = [
+            {
+                "source": "annotated",
+                "id": s.question_id,
+                "image": s.image_path,
+                "question": shortened(s.question),
+                "answer": shortened(s.annotation),
+                "lvlm": shortened(s.lvlm_answer),
+                "svlm": shortened(s.svlm_answer),
+                "verdict": s.reason,
+                "detail": shortened(s.detail),
+                "logprob": s.annotation_logprob,
+                "answerType": answer_type(s.annotation or "", task),
+                "questionType": question_type(s.question or ""),
+            }
+            for s in self.case.run.samples
+        ]
+        return found + self._tested(task)
+
+    def _tested(self, task: str) -> list[dict]:
+        if not self.before:
+            return []
+        lvlm = self.case.evaluation(self.cell.lvlm)
+        of_lvlm = {str(r["question_id"]): r["predictions"] for r in lvlm.records} if lvlm else {}
+        logprobs = {str(r["question_id"]): r.get("logprob") for r in (self.after or self.before).records}
+        return [
+            {
+                "source": "test",
+                "id": c.question_id,
+                "image": c.image_path,
+                "question": shortened(c.question),
+                "answer": shortened(", ".join(dict.fromkeys(c.answers))),
+                "lvlm": shortened(of_lvlm.get(c.question_id)),
+                "svlm": shortened(c.before),
+                "after": shortened(c.after) if self.after else None,
+                "verdict": c.kind if self.after else "before PL only",
+                "logprob": logprobs.get(c.question_id),
+                "answerType": answer_type(c.answers[0] if c.answers else "", task),
+                "questionType": question_type(c.question),
+            }
+            for c in changes(self.before, self.after or self.before)
+        ]
+
+
+def _meta(file: Path) -> dict:
+    content = records.read_json(file) if file.exists() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def compared(cells: list[CellContent]) -> list[dict]:
+    """Each two trained S-VLMs that were asked the same questions: the paired difference and the questions that flipped."""
+    found = []
+    for i, one in enumerate(cells):
+        for other in cells[i + 1 :]:
+            if not (
+                one.after and other.after and (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
+            ):
+                continue
+            if one.after.content == other.after.content:
+                found.append(_pair(one, other))
+    return found
+
+
+def _pair(one: CellContent, other: CellContent) -> dict:
+    change = scoring.summary(gains(one.after, other.after).tolist())
+    flips = [c for c in changes(one.after, other.after) if c.kind in ("fixed", "broken")]
+    return {"first": one.title, "second": other.title, "change": change, "flips": flips}
+
+
+def without_folders(text: str) -> str:
+    """Absolute paths in a text as their last part: for --redact-paths."""
+    return re.sub(r"(?<![\w.:/])(?:/[^\s/:,\"']+)+/?", lambda m: m[0].rstrip("/").rpartition("/")[2], text)
+
+
+def as_json(value) -> str:
+    """JSON that cannot end a script element: <, >, & and line separators are escaped, as is all that is not ASCII."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,209 @@
+"""Write the report: one HTML page for all cells of some run folders, and its thumbnails."""
+
+import base64
+import hashlib
+import random
+import re
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from mpa import records
+from mpa.report import figures, thumbnails
+from mpa.report.content import CellContent, as_json, compared, without_folders
+from mpa.table_formats import Table
+
+HERE = Path(__file__).parent
+INSPECTED = 50  # kept, and rejected, samples of the inspection view
+FLIPS = 40  # shown of each pair
+
+
+def plain(text) -> str:
+    """Text that a file and an HTML page can hold: without NUL and lone surrogates."""
+    return re.sub("[\0\ud800-\udfff]", "\ufffd", str(text))
+
+
+def policy(script: str, style: str, single_file: bool) -> str:
+    """Nothing but this page's own script and style, and images."""
+    hashes = [
+        "'sha256-" + base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() + "'" for t in (script, style)
+    ]
+    images = "data:" if single_file else "'self' data: file:"
+    return f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; img-src {images}; base-uri 'none'; form-action 'none'"
+
+
+def shown_table(table: Table) -> dict:
+    names, lines, footnotes = table.with_notes()
+    notes = [*table.notes, *footnotes]
+    return {"title": table.title, "names": names, "lines": [list(map(plain, line)) for line in lines], "notes": notes}
+
+
+def shown_figure(svg: str | None, caption: str, alt: str) -> dict | None:
+    if svg is None:
+        return None
+    return {
+        "uri": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
+        "caption": caption,
+        "alt": alt,
+    }
+
+
+def results_table(content: CellContent) -> dict:
+    lines = []
+    for row in content.results():
+        low, high = (100 * bound for bound in row["ci95"])
+        samples = "–" if row["samples"] is None else f"{row['samples']:,}"
+        lines.append(
+            [row["name"], samples, f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}", f"{row['n']:,}"]
+        )
+    notes = []
+    if gain := content.gain():
+        low, high = (100 * bound for bound in gain["ci95"])
+        notes = [
+            f"Gain of MPA: {100 * gain['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {gain['n']:,}."
+        ]
+    names = ["model", "train samples", content.what, "95 % interval", "n"]
+    return {"title": f"Results: {content.what}", "names": names, "lines": lines, "notes": notes}
+
+
+def agreement_table(content: CellContent) -> dict:
+    lines = [[name, *(f"{n:,}" for n in counts)] for name, counts in content.agreement().items()]
+    title = "Agreement of both models with the annotation"
+    return {"title": title, "names": ["", "S-VLM right", "S-VLM wrong", "S-VLM not asked"], "lines": lines, "notes": []}
+
+
+def frequent_tables(content: CellContent) -> list[dict]:
+    return [
+        {
+            "title": f"Most frequent {'questions' if name == 'question' else 'answers'}",
+            "names": [name, "times"],
+            "lines": [[plain(text), str(n)] for text, n in found],
+            "notes": [],
+        }
+        for name, found in content.most_frequent().items()
+    ]
+
+
+def shown_cell(content: CellContent) -> dict:
+    steps, rows = content.funnel(), content.results()
+    lengths, logprobs = content.distributions()
+    told = ", ".join(f"{name} {n:,}" for name, n in steps)
+    plot = figures.results(rows, content.what) if rows else None
+    return {
+        "title": plain(content.title),
+        "missing": content.missing,
+        "funnel": shown_figure(figures.funnel(steps), "From images to the parity set.", f"Funnel: {told}"),
+        "reasons": shown_table(content.reasons()),
+        "plot": shown_figure(
+            plot, f"{content.what.capitalize()} with 95 % intervals.", "The numbers of the next table."
+        ),
+        "results": results_table(content),
+        "facts": [(name, plain(value)) for name, value in content.facts()],
+        "coverage": [shown_table(table) for table in content.coverage()],
+        "agreement": agreement_table(content),
+        "distributions": shown_figure(
+            figures.distributions(lengths, logprobs),
+            "Kept (solid) and rejected (dashed) samples.",
+            "Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples.",
+        ),
+        "frequent": frequent_tables(content),
+        "training": shown_figure(
+            figures.training(content.history()),
+            "The trainer's own log.",
+            "Loss, learning rate and gradient norm by step.",
+        ),
+        "training_facts": content.training_facts(),
+        "findings": content.findings(),
+    }
+
+
+def compare_section(contents: list[CellContent]) -> dict | None:
+    """Paired differences of trained S-VLMs, and the questions that flipped."""
+    pairs = compared(contents)
+    if not pairs:
+        return None
+    lines, flips = [], []
+    for pair in pairs:
+        low, high = (100 * bound for bound in pair["change"]["ci95"])
+        value = f"{100 * pair['change']['score']:+.1f}"
+        better = sum(c.kind == "fixed" for c in pair["flips"])
+        row = [pair["first"], pair["second"], value, f"{low:+.1f} to {high:+.1f}", str(pair["change"]["n"])]
+        lines.append(list(map(plain, [*row, better, len(pair["flips"]) - better])))
+        rows = [[c.question, ", ".join(dict.fromkeys(c.answers)), c.before, c.after] for c in pair["flips"][:FLIPS]]
+        table = {"title": "Questions that flipped", "names": ["question", "right answer", "first", "second"]}
+        table |= {"lines": [list(map(plain, row)) for row in rows], "notes": []}
+        if len(pair["flips"]) > FLIPS:
+            table["notes"] = [f"The first {FLIPS} of {len(pair['flips'])}."]
+        if rows:
+            flips.append({"title": plain(f"{pair['first']} → {pair['second']}"), "table": table})
+    names = [
+        "first",
+        "second",
+        "second minus first, points",
+        "95 % interval",
+        "n",
+        "only second right",
+        "only first right",
+    ]
+    return {"table": {"title": "Paired differences", "names": names, "lines": lines, "notes": []}, "flips": flips}
+
+
+def inspected(samples: list[dict], seed: int) -> list[int]:
+    """The places of 50 random kept and 50 random rejected samples."""
+    rng, chosen = random.Random(seed), []
+    for kept in (True, False):
+        of_kind = [i for i, s in enumerate(samples) if s["source"] == "annotated" and (s["verdict"] == "kept") == kept]
+        chosen += rng.sample(of_kind, min(INSPECTED, len(of_kind)))
+    return sorted(chosen)
+
+
+def gallery(contents: list[CellContent], thumbs: Path, image_root: str | None, single_file: bool, redact: bool) -> dict:
+    """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src" or "why", "name"}]}."""
+    of_cells = [content.records() for content in contents]
+    wanted = {}
+    for content, found in zip(contents, of_cells, strict=True):
+        roots = thumbnails.roots_of(content.cell.dataset, image_root)
+        for sample in found:
+            wanted.setdefault(sample["image"], []).extend(roots)
+    made = thumbnails.make(wanted, thumbs)
+    images, places = [], {}
+    for path, (name, why) in made.items():
+        places[path] = len(images)
+        shown = Path(path).name if redact else path
+        entry = {"name": shown[-300:], **({"why": without_folders(why) if redact else why} if name is None else {})}
+        if name is not None:
+            entry["src"] = thumbnails.data_uri(thumbs / name) if single_file else f"{thumbs.name}/{name}"
+        images.append(entry)
+    cells = []
+    for found in of_cells:
+        for sample in found:
+            sample["name"] = images[places[sample["image"]]]["name"]
+            sample["image"] = places[sample["image"]]
+        cells.append({"samples": found, "inspected": inspected(found, 0)})
+    return {"cells": cells, "images": images}
+
+
+def write(
+    contents: list[CellContent], out: Path, thumbs: Path, image_root: str | None = None, single_file=False, redact=False
+) -> None:
+    """Write the page of these cells to `out`; without `single_file`, its thumbnails lie in `thumbs`, beside it."""
+    data = gallery(contents, thumbs, image_root, single_file, redact)
+    cells = [shown_cell(content) for content in contents]
+    if redact:
+        for cell in cells:
+            cell["facts"] = [(name, without_folders(value)) for name, value in cell["facts"]]
+    script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made = records.made_by()
+    page = environment.get_template("page.html.j2").render(
+        title=plain(", ".join(dict.fromkeys(content.folder.name for content in contents))),
+        policy=policy(script, style, single_file),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(as_json(data)),
+        cells=cells,
+        compare=compare_section(contents),
+        footer=f"Made by scripts/report.py, commit {made['commit']}.",
+    )
+    records.write_text(out, page)
