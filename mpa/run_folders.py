@@ -1,11 +1,12 @@
 """Which run folders there are, and which datasets and models each holds, by file names: also of unfinished runs."""
 
+import argparse
 import os
 import re
 from pathlib import Path
 
 from mpa.datasets import DATASETS
-from mpa.records import RELEASED_ALIAS, InputError
+from mpa.records import RELEASED_ALIAS, InputError, short_name
 from mpa.runs import Cell
 
 _DATASET = "|".join(map(re.escape, DATASETS))
@@ -47,3 +48,27 @@ def cells_in(folder: Path) -> list[Cell]:
         if not any(cell[:2] == (dataset, lvlm) for cell in cells):
             cells.add(Cell(dataset, lvlm, ""))
     return sorted(cells)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """RESULTS, and the flags that select some of the datasets and models in them."""
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some"
+    )
+    parser.add_argument("--dataset", choices=DATASETS, help="only this dataset")
+    parser.add_argument("--lvlm", help="only this L-VLM (a path or a short name)")
+    parser.add_argument("--svlm", help="only this S-VLM")
+
+
+def selected(args) -> list[tuple[Path, Cell]]:
+    """The run folders and cells that the flags of `add_selection` select. Raises InputError if there are none."""
+    wanted = (args.dataset, args.lvlm and short_name(args.lvlm), args.svlm and short_name(args.svlm))
+    found = [
+        (folder, cell)
+        for folder in run_folders(args.results)
+        for cell in cells_in(folder)
+        if all(w in (None, part) for w, part in zip(wanted, cell, strict=True))
+    ]
+    if not found:
+        raise InputError(f"{args.results[0]}: no annotations of such models in it or below. Run PA.sh first.")
+    return found

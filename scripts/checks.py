@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import check_tables, cli, records, runs
 from mpa.argument_types import number
-from mpa.datasets import DATASETS
 from mpa.records import InputError
-from mpa.run_folders import cells_in, run_folders
+from mpa.run_folders import add_selection, selected
 from mpa.table_formats import FORMATS, Table
 
 OF_ALL = {
@@ -34,26 +33,20 @@ OF_ALL = {
 
 def of_cells(args) -> list[Table]:
     """The tables of each run folder and pair of models."""
-    wanted = (args.dataset, args.lvlm and records.short_name(args.lvlm), args.svlm and records.short_name(args.svlm))
     tables = []
-    for folder in run_folders(args.results):
-        for cell in cells_in(folder):
-            if cell.svlm and all(w in (None, part) for w, part in zip(wanted, cell, strict=True)):
-                if args.check == "inspect":
-                    tables.append(check_tables.reasons_table(folder, cell))
-                    tables.append(check_tables.inspection_table(folder, cell, args.n, args.seed))
-                else:
-                    tables += [check_tables.coverage_table(folder, cell, of) for of in ("answer", "question")]
+    for folder, cell in selected(args):
+        if args.check == "inspect" and cell.svlm:
+            tables.append(check_tables.reasons_table(folder, cell))
+            tables.append(check_tables.inspection_table(folder, cell, args.n, args.seed))
+        elif cell.svlm:
+            tables += [check_tables.coverage_table(folder, cell, of) for of in ("answer", "question")]
     return tables
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("check", choices=("inspect", "coverage", *OF_ALL), help="which check")
-    p.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some")
-    p.add_argument("--dataset", choices=DATASETS, help="inspect, coverage: only this dataset")
-    p.add_argument("--lvlm", help="inspect, coverage: only this L-VLM")
-    p.add_argument("--svlm", help="inspect, coverage: only this S-VLM")
+    add_selection(p)
     p.add_argument("-n", type=number(1), default=50, help="inspect: samples of each kind (default: 50)")
     p.add_argument("--seed", type=int, default=0, help="inspect: random seed (default: 0)")
     p.add_argument("--format", choices=FORMATS, default="md", help="Markdown, LaTeX or CSV (default: md)")

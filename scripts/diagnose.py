@@ -16,11 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
-from mpa.datasets import DATASETS
+from mpa import cli
 from mpa.diagnosis import diagnose, looked_at
-from mpa.records import InputError
-from mpa.run_folders import cells_in, run_folders
+from mpa.run_folders import add_selection, selected
 
 
 def report(folder: Path, cell, short: bool) -> None:
@@ -39,21 +37,11 @@ def report(folder: Path, cell, short: bool) -> None:
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="run folders, or folders that hold some")
-    p.add_argument("--dataset", choices=DATASETS, help="only this dataset")
-    p.add_argument("--lvlm", help="only this L-VLM (a path or a short name)")
-    p.add_argument("--svlm", help="only this S-VLM")
+    add_selection(p)
     p.add_argument("--short", action="store_true", help="one line for each cell")
     args = p.parse_args(argv)
-    wanted = [args.dataset, *(model and records.short_name(model) for model in (args.lvlm, args.svlm))]
-    n = 0
-    for folder in run_folders(args.results):
-        for cell in cells_in(folder):
-            if all(w in (None, part) for w, part in zip(wanted, cell, strict=True)):
-                report(folder, cell, args.short)
-                n += 1
-    if not n:
-        raise InputError(f"{args.results[0]}: no annotations of such models in it or below. Run PA.sh first.")
+    for folder, cell in selected(args):
+        report(folder, cell, args.short)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
+from mpa import cli
 from mpa.argument_types import number
-from mpa.datasets import DATASETS
 from mpa.diagnosis import Case
 from mpa.image_files import ImageError, open_image
 from mpa.records import InputError
-from mpa.run_folders import cells_in, run_folders
+from mpa.run_folders import add_selection, selected
 from mpa.run_samples import changes
 from mpa.runs import model_name
 
@@ -75,7 +74,7 @@ def printable(text: str | None) -> str:
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("results", type=Path, metavar="RESULTS", help="a run folder")
+    add_selection(p)
     kinds = p.add_mutually_exclusive_group()
     for kind, text in (
         ("kept", "the parity set (default)"),
@@ -86,9 +85,6 @@ def main(argv=None) -> None:
         kinds.add_argument(f"--{kind}", dest="what", action="store_const", const=kind, help=text)
     p.add_argument("-n", type=number(1), default=5, help="samples of each pair of models (default: 5)")
     p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    p.add_argument("--dataset", choices=DATASETS, help="only this dataset")
-    p.add_argument("--lvlm", help="only this L-VLM (a path or a short name)")
-    p.add_argument("--svlm", help="only this S-VLM")
     p.add_argument("--no-images", action="store_true", help="only text")
     args = p.parse_args(argv)
     from rich.console import Console
@@ -97,16 +93,7 @@ def main(argv=None) -> None:
 
     console, what = Console(highlight=False), args.what or "kept"
     images = not args.no_images and console.is_terminal and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    wanted = [args.dataset, *(model and records.short_name(model) for model in (args.lvlm, args.svlm))]
-    cells = [
-        (folder, cell)
-        for folder in run_folders([args.results])
-        for cell in cells_in(folder)
-        if cell.svlm and all(w in (None, part) for w, part in zip(wanted, cell, strict=True))
-    ]
-    if not cells:
-        raise InputError(f"{args.results}: no answers of such models in it or below. Run PI.sh first.")
-    for folder, cell in cells:
+    for folder, cell in selected(args):
         found = chosen(Case(folder, cell), what)
         picked = random.Random(args.seed).sample(found, min(args.n, len(found)))
         console.print(

@@ -129,4 +129,4 @@ def test_nothing_to_check_is_an_error(tmp_path):
         done = python("checks.py", check, tmp_path)
         assert done.returncode == 1 and f"nothing for {check}" in done.stderr
     done = python("checks.py", "coverage", tmp_path, "--lvlm", "other")
-    assert done.returncode == 1 and "nothing for coverage" in done.stderr
+    assert done.returncode == 1 and "no annotations of such models" in done.stderr

@@ -218,6 +218,13 @@ def test_several_runs_are_compared(browser, tmp_path):
     assert done.returncode == 0 and "2 pairs of models and datasets" in done.stdout
     with page_of(browser, tmp_path / "report/index.html") as page:
         assert "+66.7" in page.text_content("#compare") and page.locator("#compare details").count() == 1
+        page.click("text=two: textVQA")
+        assert page.text_content("#count") == "20 of 20 shown"
+        page.click("text=all runs")
+        assert page.locator("tbody a").count() == 2
+    done = python("report.py", tmp_path, "--image-root", tmp_path / "images", "--single-file")
+    assert done.returncode == 0, done.stderr
+    with page_of(browser, tmp_path / "report.html") as page:
         page.select_option("#cell", "1")
         assert "two: textVQA" in page.text_content("#overview [data-cell='1'] h3")
         assert page.is_hidden("#overview [data-cell='0']")

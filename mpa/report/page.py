@@ -1,4 +1,4 @@
-"""Write the report: one HTML page for all cells of some run folders, and its thumbnails."""
+"""Write the report: HTML pages of cells, an index of several, and thumbnails."""
 
 import base64
 import hashlib
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from tqdm import tqdm
 
 from mpa import records
 from mpa.report import figures, thumbnails
@@ -16,7 +17,7 @@ from mpa.table_formats import Table
 
 HERE = Path(__file__).parent
 INSPECTED = 50  # kept, and rejected, samples of the inspection view
-FLIPS = 40  # shown of each pair
+FLIPS = 20  # shown of each pair
 
 
 def plain(text) -> str:
@@ -158,7 +159,9 @@ def inspected(samples: list[dict], seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def gallery(contents: list[CellContent], thumbs: Path, image_root: str | None, single_file: bool, redact: bool) -> dict:
+def gallery(
+    contents: list[CellContent], thumbs: Path, single_file: bool, image_root: str | None = None, redact: bool = False
+) -> dict:
     """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src" or "why", "name"}]}."""
     of_cells = [content.records() for content in contents]
     wanted = {}
@@ -184,26 +187,59 @@ def gallery(contents: list[CellContent], thumbs: Path, image_root: str | None, s
     return {"cells": cells, "images": images}
 
 
-def write(
-    contents: list[CellContent], out: Path, thumbs: Path, image_root: str | None = None, single_file=False, redact=False
-) -> None:
-    """Write the page of these cells to `out`; without `single_file`, its thumbnails lie in `thumbs`, beside it."""
-    data = gallery(contents, thumbs, image_root, single_file, redact)
-    cells = [shown_cell(content) for content in contents]
-    if redact:
-        for cell in cells:
-            cell["facts"] = [(name, without_folders(value)) for name, value in cell["facts"]]
+def render(template: str, single_file: bool, contents: list[CellContent], **values) -> str:
+    """A page with its policy, style, title and footer."""
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made = records.made_by()
-    page = environment.get_template("page.html.j2").render(
-        title=plain(", ".join(dict.fromkeys(content.folder.name for content in contents))),
-        policy=policy(script, style, single_file),
-        style=Markup(style),
-        script=Markup(script),
-        data=Markup(as_json(data)),
-        cells=cells,
-        compare=compare_section(contents),
-        footer=f"Made by scripts/report.py, commit {made['commit']}.",
+    title = plain(", ".join(dict.fromkeys(content.folder.name for content in contents)))
+    fixed = {"style": Markup(style), "script": Markup(script), "policy": policy(script, style, single_file)}
+    footer = f"Made by scripts/report.py, commit {records.made_by()['commit']}."
+    return environment.get_template(template).render(title=title, footer=footer, **fixed, **values)
+
+
+def write(contents: list[CellContent], out: Path, thumbs: Path, index: str = "", single_file=False, **how) -> None:
+    """Write one page of these cells to `out`; without `single_file`, its thumbnails lie in `thumbs`, beside it.
+
+    `index` links to the page of all runs. `how`: image_root, and redact.
+    """
+    data = gallery(contents, thumbs, single_file=single_file, **how)
+    cells = [shown_cell(content) for content in contents]
+    if how.get("redact"):
+        for cell in cells:
+            cell["facts"] = [(name, without_folders(value)) for name, value in cell["facts"]]
+    compare = compare_section(contents)
+    page = render(
+        "page.html.j2", single_file, contents, data=Markup(as_json(data)), cells=cells, compare=compare, index=index
     )
     records.write_text(out, page)
+
+
+def write_folder(contents: list[CellContent], folder: Path, **how) -> None:
+    """A page for each cell, and index.html; of one cell index.html alone. The thumbnails are shared."""
+    thumbs = folder / "thumbnails"
+    if len(contents) == 1:
+        write(contents, folder / "index.html", thumbs, **how)
+        return
+    rows = []
+    for content in tqdm(contents, desc="pages", disable=None):
+        name = f"{records.digest(content.folder.name, *content.cell)}.html"
+        write([content], folder / name, thumbs, index="index.html", **how)
+        rows.append({"page": name, "title": plain(content.title), "cells": _summary(content)})
+    names = ["run", "images", "parity set", "before", "after", "gain, points", "95 % interval", "n", "findings"]
+    note = "Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."
+    page = render(
+        "index.html.j2", False, contents, rows=rows, names=names, note=note, compare=compare_section(contents)
+    )
+    records.write_text(folder / "index.html", page)
+
+
+def _summary(content: CellContent) -> list[str]:
+    """A row of the index."""
+    by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f} %" for row in content.results()}, content.gain()
+    low, high = (100 * bound for bound in gain["ci95"]) if gain else (0, 0)
+    paired = (
+        [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"] if gain else ["–", "–", "–"]
+    )
+    counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
+    found = ", ".join(f"{f.level}: {f.name}" for f in content.findings() if f.level != "note")
+    return [*counts, by_key.get("base", "–"), by_key.get("mpa", "–"), *paired, found or "none"]
