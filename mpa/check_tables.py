@@ -13,9 +13,9 @@ import numpy as np
 from mpa import records, scoring
 from mpa.agreement import wilson
 from mpa.datasets import DATASETS
-from mpa.diagnosis import Case, checked_against_labels
 from mpa.evaluations import Evaluation, gains
 from mpa.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
+from mpa.run_case import Case, checked_against_labels
 from mpa.run_samples import REASONS, RunSamples, Sample, task_of
 from mpa.runs import Cell, Experiment, Runs, model_name
 from mpa.table_formats import Estimate, Figure, Table

@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,11 @@ import numpy as np
 from mpa import records, scoring
 from mpa.agreement import wilson
 from mpa.datasets import DATASETS
-from mpa.datasets.loading import train_labels
-from mpa.evaluations import Evaluation, gains
+from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
-from mpa.matching import Match
 from mpa.normalise import normalise
-from mpa.run_samples import RunSamples, Sample
-from mpa.runs import Cell, model_name
+from mpa.run_case import Case, checked_against_labels
+from mpa.runs import Cell
 
 # Thresholds, with their reasons.
 FEW_SAMPLES = 100  # the paper trains on about 2,000; below this, one epoch is a handful of steps
@@ -55,45 +52,6 @@ def share(k: int, n: int) -> str:
         return "0 of 0"
     low, high = wilson(k / n, n)
     return f"{k:,} of {n:,} ({100 * k / n:.0f} %, 95 % interval {100 * low:.0f} to {100 * high:.0f})"
-
-
-class Case:
-    """The files of one cell of a run; those that are missing are None or empty."""
-
-    def __init__(self, folder: Path, cell: Cell, variant: str = "mpa"):
-        self.folder, self.cell, self.task = folder, cell, DATASETS[cell.dataset].task
-        self.model = model_name(cell) + ("" if variant == "mpa" else f"_{variant}")
-        self.run = RunSamples(folder, cell)
-
-    @cached_property
-    def kept(self) -> list[Sample]:
-        return [s for s in self.run.samples if s.kept]
-
-    @cached_property
-    def annotated(self) -> list[Sample]:
-        """The samples with a question and an answer."""
-        return [s for s in self.run.samples if s.question and s.annotation and s.reason != "no usable annotation"]
-
-    @cached_property
-    def consistent(self) -> list[Sample]:
-        """The samples on which the L-VLM agrees with itself."""
-        return [s for s in self.run.samples if s.reason in ("kept", "S-VLM right", "S-VLM not asked", "held out")]
-
-    @cached_property
-    def usable(self) -> list[Sample]:
-        without = ("no usable annotation", "image left out", "not reached yet")
-        return [s for s in self.run.samples if s.reason not in without]
-
-    def evaluation(self, model: str, dataset: str | None = None) -> Evaluation | None:
-        path = self.folder / f"Eval_{model}_{dataset or self.cell.dataset}.json"
-        return Evaluation.read(path) if path.exists() and records.meta_path(path).exists() else None
-
-    @cached_property
-    def losses(self) -> list[float]:
-        """The training loss at each logging step."""
-        path = self.folder / self.model / "trainer_state.json"
-        history = records.read_json(path).get("log_history", []) if path.exists() else []
-        return [entry["loss"] for entry in history if isinstance(entry.get("loss"), int | float)]
 
 
 # --- the parity set --------------------------------------------------------------------------------------
@@ -150,27 +108,6 @@ def low_consistency(case: Case):
             "Its questions are too hard or too vague for it, or answers differ only in form.",
             "Look at the samples (scripts/checks.py inspect). If answers differ in form: --match anls or tolerant.",
         )
-
-
-def _labelled(case: Case) -> dict[tuple[str, str], list[str]]:
-    """{(image's file name, normalised question): answers} of the dataset's train questions, and of the PA file's."""
-    labels = train_labels(case.cell.dataset)
-    known = {(Path(s.image_path).name, normalise(s.question)): list(s.answers) for s in labels}
-    for s in case.run.samples:
-        if s.ground_truth_question and s.ground_truth:
-            known[Path(s.image_path).name, normalise(s.ground_truth_question)] = s.ground_truth
-    return known
-
-
-def checked_against_labels(case: Case, samples: list[Sample]) -> list[tuple[Sample, bool]]:
-    """(sample, whether its annotation is right) for those whose question a label of the same image answers."""
-    known, match = _labelled(case), Match("tolerant", "paper")
-    found = []
-    for s in samples:
-        answers = known.get((Path(s.image_path).name, normalise(s.question)))
-        if answers:
-            found.append((s, any(match(s.annotation, answer) for answer in answers)))
-    return found
 
 
 def wrong_targets(case: Case):

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli
 from mpa.argument_types import number
-from mpa.diagnosis import Case
 from mpa.image_files import ImageError, open_image
 from mpa.records import InputError
+from mpa.run_case import Case
 from mpa.run_folders import add_selection, selected
 from mpa.run_samples import changes
 from mpa.runs import model_name

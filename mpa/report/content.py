@@ -8,10 +8,11 @@ from pathlib import Path
 from mpa import records, scoring
 from mpa.check_tables import coverage_table, reasons_table
 from mpa.datasets import DATASETS
-from mpa.diagnosis import Case, diagnose
+from mpa.diagnosis import diagnose
 from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
+from mpa.run_case import Case
 from mpa.run_samples import changes
 from mpa.run_summary import ROWS
 from mpa.runs import Cell, model_name

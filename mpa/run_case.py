@@ -1,0 +1,72 @@
+"""The files of one cell of a run together: its samples by PI's verdict, evaluations, training log, and what labels say."""
+
+from functools import cached_property
+from pathlib import Path
+
+from mpa import records
+from mpa.datasets.loading import train_labels
+from mpa.evaluations import Evaluation
+from mpa.matching import Match
+from mpa.normalise import normalise
+from mpa.run_samples import RunSamples, Sample, task_of
+from mpa.runs import Cell, model_name
+
+
+class Case:
+    """The files of one cell of a run; those that are missing are None or empty."""
+
+    def __init__(self, folder: Path, cell: Cell, variant: str = "mpa"):
+        self.folder, self.cell, self.task = folder, cell, task_of(cell)
+        self.model = model_name(cell) + ("" if variant == "mpa" else f"_{variant}")
+        self.run = RunSamples(folder, cell)
+
+    @cached_property
+    def kept(self) -> list[Sample]:
+        return [s for s in self.run.samples if s.kept]
+
+    @cached_property
+    def annotated(self) -> list[Sample]:
+        """The samples with a question and an answer."""
+        return [s for s in self.run.samples if s.question and s.annotation and s.reason != "no usable annotation"]
+
+    @cached_property
+    def consistent(self) -> list[Sample]:
+        """The samples on which the L-VLM agrees with itself."""
+        return [s for s in self.run.samples if s.reason in ("kept", "S-VLM right", "S-VLM not asked", "held out")]
+
+    @cached_property
+    def usable(self) -> list[Sample]:
+        without = ("no usable annotation", "image left out", "not reached yet")
+        return [s for s in self.run.samples if s.reason not in without]
+
+    def evaluation(self, model: str, dataset: str | None = None) -> Evaluation | None:
+        path = self.folder / f"Eval_{model}_{dataset or self.cell.dataset}.json"
+        return Evaluation.read(path) if path.exists() and records.meta_path(path).exists() else None
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """The training loss at each logging step."""
+        path = self.folder / self.model / "trainer_state.json"
+        history = records.read_json(path).get("log_history", []) if path.exists() else []
+        return [entry["loss"] for entry in history if isinstance(entry.get("loss"), int | float)]
+
+
+def _labelled(case: Case) -> dict[tuple[str, str], list[str]]:
+    """{(image's file name, normalised question): answers} of the dataset's train questions, and of the PA file's."""
+    labels = train_labels(case.cell.dataset)
+    known = {(Path(s.image_path).name, normalise(s.question)): list(s.answers) for s in labels}
+    for s in case.run.samples:
+        if s.ground_truth_question and s.ground_truth:
+            known[Path(s.image_path).name, normalise(s.ground_truth_question)] = s.ground_truth
+    return known
+
+
+def checked_against_labels(case: Case, samples: list[Sample]) -> list[tuple[Sample, bool]]:
+    """(sample, whether its annotation is right) for those whose question a label of the same image answers."""
+    known, match = _labelled(case), Match("tolerant", "paper")
+    found = []
+    for s in samples:
+        answers = known.get((Path(s.image_path).name, normalise(s.question)))
+        if answers:
+            found.append((s, any(match(s.annotation, answer) for answer in answers)))
+    return found
