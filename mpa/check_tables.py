@@ -3,7 +3,7 @@
 All intervals are 95 %: of shares by Wilson's score, of accuracies and paired differences by a bootstrap over the questions.
 """
 
-import random
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, gains
 from mpa.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 from mpa.run_case import Case, checked_against_labels
-from mpa.run_samples import REASONS, RunSamples, Sample, task_of
+from mpa.run_samples import REASONS, inspected, task_of
 from mpa.runs import Cell, Experiment, Runs, model_name
 from mpa.table_formats import Estimate, Figure, Table
 
@@ -54,10 +54,9 @@ NAMES = {"dataset": str, "L-VLM": str, "S-VLM": str}
 # --- inspection ------------------------------------------------------------------------------------------
 
 
-def reasons_table(folder: Path, cell: Cell) -> Table:
+def reasons_table(case: Case) -> Table:
     """How many annotations PI kept and rejected, by reason, and how many of those are right where a label tells."""
-    case = Case(folder, cell)
-    samples, right = case.run.samples, Counter()
+    cell, samples, right = case.cell, case.run.samples, Counter()
     checked = checked_against_labels(case, [s for s in samples if s.question and s.annotation])
     for sample, is_right in checked:
         right[sample.reason, is_right] += 1
@@ -78,29 +77,20 @@ def reasons_table(folder: Path, cell: Cell) -> Table:
     return table
 
 
-def inspected(samples: list[Sample], n: int, seed: int) -> list[Sample]:
-    """n random kept and n random rejected samples; the rejected in the order of their reasons."""
-    rng, chosen = random.Random(seed), []
-    for kept in (True, False):
-        of_kind = [s for s in samples if s.kept == kept]
-        chosen += sorted(rng.sample(of_kind, min(n, len(of_kind))), key=lambda s: REASONS.index(s.reason))
-    return chosen
-
-
-def inspection_table(folder: Path, cell: Cell, n: int, seed: int) -> Table:
+def inspection_table(case: Case, n: int, seed: int) -> Table:
+    cell = case.cell
     columns = {"verdict": str, "image": str, "question": str, "annotation": str, "L-VLM": str, "S-VLM": str}
     table = Table(
         "inspection", f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: up to {n} kept and {n} rejected samples", columns
     )
-    for s in inspected(RunSamples(folder, cell).samples, n, seed):
+    for s in inspected(case.run.samples, n, seed):
         texts = [
             ("" if text is None else text[:200]) for text in (s.question, s.annotation, s.lvlm_answer, s.svlm_answer)
         ]
         row = dict(zip(columns, [s.reason, Path(s.image_path).name, *texts], strict=True))
         table.rows.append(row | {"notes": [s.detail[:200]] if s.reason == "no usable annotation" else []})
-    table.notes.append(
-        f"Drawn with seed {seed}. Images in {Path(RunSamples(folder, cell).samples[0].image_path).parent}."
-    )
+    folders = sorted({str(Path(s.image_path).parent) for s in case.run.samples})
+    table.notes.append(f"Drawn with seed {seed}. Images in {', '.join(folders[:3])}.")
     return table
 
 
@@ -111,9 +101,9 @@ def _by(kind, pairs) -> Counter:
     return Counter(kind(question, answer) for question, answer in pairs if question and answer)
 
 
-def coverage_table(folder: Path, cell: Cell, of: str) -> Table:
+def coverage_table(case: Case, of: str) -> Table:
     """D_PA, D_PI, human train questions and test questions by answer or question type (`of`: "answer" or "question")."""
-    case, task = Case(folder, cell), task_of(cell)
+    cell, task = case.cell, case.task
     kind = (lambda q, a: answer_type(a, task)) if of == "answer" else (lambda q, a: question_type(q))
     samples = [s for s in case.run.samples if s.question and s.annotation]
     sets = {
@@ -224,7 +214,7 @@ def degraded_table(runs: Runs) -> Table:
 
 
 def _train_json(training) -> str:
-    return str((training.pl.get("settings", {}).get("data_path") or [""])[0])
+    return re.sub(r":[\d.]+$", "", str((training.pl.get("settings", {}).get("data_path") or [""])[0]))
 
 
 def _against_mpa(after: Evaluation, mpa, kind: str, task: str) -> dict:
@@ -248,21 +238,21 @@ def transfer_table(runs: Runs) -> Table:
     for e in runs.experiments:
         row = {"L-VLM": e.cell.lvlm, "S-VLM": e.cell.svlm, "trained on": e.cell.dataset, "variant": e.variant}
         for dataset in datasets:
-            found = [_gain_on(runs, t, dataset) for t in e.seeds]
-            if all(gain is not None and len(gain) == len(found[0]) for gain in found):
-                row[dataset] = points(np.mean(found, axis=0))
+            found = [_on(runs, t, dataset) for t in e.seeds]
+            if all(all(pair) for pair in found):
+                row[dataset] = _over_seeds(found)
         table.rows.append(row)
     table.notes.append(
-        "A negative number outside the row's own dataset is forgetting. Over several seeds: the mean of their gains."
+        "A negative number outside the row's own dataset is forgetting. Over several seeds: the mean of their gains, if all were asked the same questions."
     )
     return table
 
 
-def _gain_on(runs: Runs, training, dataset: str) -> np.ndarray | None:
+def _on(runs: Runs, training, dataset: str) -> tuple[Evaluation | None, Evaluation | None]:
+    """The S-VLM's evaluations on a dataset before and after a training."""
     folder = training.after.path.parent
     after = runs.evaluation(dataset, training.after.model, folder)
-    before = after and runs.evaluation(dataset, training.cell.svlm, folder, after.content)
-    return gains(before, after) if before else None
+    return after and runs.evaluation(dataset, training.cell.svlm, folder, after.content), after
 
 
 def sweep_table(runs: Runs) -> Table:
@@ -274,7 +264,7 @@ def sweep_table(runs: Runs) -> Table:
     for e in runs.experiments:
         of_cell.setdefault(e.cell, []).append(e)
     for experiments in of_cell.values():
-        mpa = {t.seed: t for e in experiments if e.variant == "mpa" for t in e.seeds}
+        mpa = {t.after.path.parent: t for e in experiments if e.variant == "mpa" for t in e.seeds}
         table.rows += [_sweep_row(e, mpa) for e in experiments]
     table.notes.append("Over several seeds the mean of their differences; the interval is over the questions.")
     return table
@@ -287,7 +277,14 @@ def _sweep_row(e: Experiment, mpa: dict) -> dict:
     row["samples"] = Figure(float(np.mean(samples)), digits=0) if samples else None
     if all(t.before for t in e.seeds):
         row["before"] = mean(e.seeds[0].before.scores)
-        row["gain"] = points(np.mean([gains(t.before, t.after) for t in e.seeds], axis=0))
-    if e.variant != "mpa" and all(t.seed in mpa for t in e.seeds):
-        row["minus MPA's"] = points(np.mean([gains(mpa[t.seed].after, t.after) for t in e.seeds], axis=0))
+        row["gain"] = _over_seeds([(t.before, t.after) for t in e.seeds])
+    if e.variant != "mpa" and all(t.after.path.parent in mpa for t in e.seeds):
+        row["minus MPA's"] = _over_seeds([(mpa[t.after.path.parent].after, t.after) for t in e.seeds])
     return row
+
+
+def _over_seeds(pairs: list[tuple[Evaluation, Evaluation]]) -> Estimate | None:
+    """The mean over seeds of the paired differences; None if they were not all asked the same questions."""
+    if len({evaluation.content for pair in pairs for evaluation in pair}) > 1:
+        return None
+    return points(np.mean([gains(*pair) for pair in pairs], axis=0))

@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
 from mpa.run_case import Case, checked_against_labels
-from mpa.runs import Cell
 
 # Thresholds, with their reasons.
 FEW_SAMPLES = 100  # the paper trains on about 2,000; below this, one epoch is a handful of steps
@@ -70,7 +68,7 @@ def few_samples(case: Case):
 
 def small_gap(case: Case):
     asked = [s for s in case.run.samples if s.reason in ("kept", "S-VLM right")]
-    if len(asked) >= FEW_CHECKED and len(case.kept) < SMALL_GAP * len(asked):
+    if case.run.train_json.exists() and len(asked) >= FEW_CHECKED and len(case.kept) < SMALL_GAP * len(asked):
         yield Finding(
             "no gap",
             "warning",
@@ -98,7 +96,7 @@ def disagreement(annotation: str, answer: str | None) -> str:
 def low_consistency(case: Case):
     n = len(case.usable)
     if n >= FEW_CHECKED and len(case.consistent) < LOW_CONSISTENCY * n:
-        differing = [s for s in case.usable if s.reason == "L-VLM disagrees with itself"]
+        differing = [s for s in case.usable if not s.consistent]
         kinds = Counter(disagreement(s.annotation, s.lvlm_answer) for s in differing).most_common(3)
         yield Finding(
             "the L-VLM disagrees with itself",
@@ -131,7 +129,7 @@ def duplicates(case: Case):
     questions = Counter(normalise(s.question) for s in samples)
     pairs = Counter((normalise(s.question), normalise(s.annotation)) for s in samples)
     question, most = questions.most_common(1)[0]
-    if most > SAME_QUESTION * n:
+    if most > max(2, SAME_QUESTION * n):
         text = next(s.question for s in samples if normalise(s.question) == question)
         same = pairs.most_common(1)[0][1]
         yield Finding(
@@ -193,7 +191,7 @@ def missing_types(case: Case):
 def left_out(case: Case):
     n = len(case.run.samples)
     reasons = Counter(
-        s.detail.split(":")[0] for s in case.run.samples if s.reason in ("no usable annotation", "image left out")
+        s.detail.split(":")[0][:80] for s in case.run.samples if s.reason in ("no usable annotation", "image left out")
     )
     if n and reasons.total() > LOST * n:
         common = ", ".join(f"{why} ({count})" for why, count in reasons.most_common(3))
@@ -207,7 +205,7 @@ def left_out(case: Case):
 
 
 def truncated(case: Case):
-    cut = [s for s in case.usable if s.reason == "L-VLM's reply truncated"]
+    cut = [s for s in case.usable if s.cut]
     if len(cut) > LOST * max(1, len(case.usable)):
         yield Finding(
             "truncated answers",
@@ -292,16 +290,15 @@ CHECKS = (
 )
 
 
-def diagnose(folder: Path, cell: Cell, variant: str = "mpa") -> list[Finding]:
-    """All findings about one cell of a run folder, the worst first. Raises InputError if its PA file is missing or broken."""
-    case = Case(folder, cell, variant)
+def diagnose(case: Case) -> list[Finding]:
+    """All findings about one cell of a run folder, the worst first. Raises InputError for a broken file."""
     found = [finding for check in CHECKS for finding in check(case)]
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
-def looked_at(folder: Path, cell: Cell, variant: str = "mpa") -> str:
+def looked_at(case: Case) -> str:
     """The figures of a run in one line, also what is not there yet."""
-    case = Case(folder, cell, variant)
+    cell = case.cell
     parts = [
         f"{len(case.run.samples):,} images",
         f"L-VLM repeats {len(case.consistent):,} of {len(case.usable):,}",

@@ -66,7 +66,7 @@ def suffix(name: str) -> str:
     return "" if name == "mpa" else f"_{name}"
 
 
-def read_variants(file: YamlFile, node, seeds: list[int]) -> dict[str, Variant]:
+def read_variants(file: YamlFile, node, seeds: list[int], datasets: list[str]) -> dict[str, Variant]:
     if node is None:
         return {"mpa": Variant()}
     if not isinstance(node, file.yaml.MappingNode):
@@ -76,6 +76,8 @@ def read_variants(file: YamlFile, node, seeds: list[int]) -> dict[str, Variant]:
         if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
             raise file.error(value, f"a variant's name may hold letters, digits and . - _ only: {name!r}.")
         found[name] = _variant(file, name, value, seeds)
+        if found[name].replay and len(datasets) == 1:
+            raise file.error(value, f"{name}: replay needs another dataset to replay from.")
     return found
 
 

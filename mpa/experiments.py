@@ -147,7 +147,7 @@ def read(path: str | Path) -> Experiment:
         datasets=datasets,
         lvlms=_models(file, given["lvlms"], "lvlms", datasets),
         svlms=_models(file, given["svlms"], "svlms", datasets),
-        variants=read_variants(file, given.get("variants"), seeds),
+        variants=read_variants(file, given.get("variants"), seeds, datasets),
         presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, PRESETS, "preset")),
         seeds=seeds,
         settings=_settings(file, given["settings"], STAGES, "settings") if "settings" in given else {},

@@ -40,7 +40,8 @@ def answer_type(answer: str, task: str) -> str:
     words = re.findall(r"[^\W\d_]+|\d+", answer.casefold())
     if normalise(answer) in ("yes", "no"):
         return "yes/no"
-    if words and (re.search(r"\d", answer) or set(words) <= NUMBERS):
+    counted = [word for word in words if word.isdigit() or word in NUMBERS]
+    if counted and (len(counted) == len(words) or words[0].isdigit()):
         return "number"
     if words and len(words) <= 3 and set(words) & COLORS and set(words) <= COLORS | {"and", "light", "dark"}:
         return "color"
@@ -51,9 +52,9 @@ def answer_type(answer: str, task: str) -> str:
 
 def question_type(question: str) -> str:
     """One of QUESTION_TYPES, by the first words; also where the question word comes later, after a comma or "in"."""
-    words = re.findall(r"[\w']+", question.casefold())
+    words = re.findall(r"[\w']+", question.casefold().replace("’", "'"))
     text = " ".join(words)
-    if "how many" in text or "how much" in text:
+    if re.search(r"\bhow (?:many|much)\b", text):
         return "how many"
     if re.search(r"\b(?:what|which) (?:is the )?colou?rs?\b", text):
         return "what color"

@@ -15,9 +15,9 @@ from mpa.runs import Cell, model_name
 class Case:
     """The files of one cell of a run; those that are missing are None or empty."""
 
-    def __init__(self, folder: Path, cell: Cell, variant: str = "mpa"):
+    def __init__(self, folder: Path, cell: Cell):
         self.folder, self.cell, self.task = folder, cell, task_of(cell)
-        self.model = model_name(cell) + ("" if variant == "mpa" else f"_{variant}")
+        self.model = model_name(cell)
         self.run = RunSamples(folder, cell)
 
     @cached_property
@@ -32,23 +32,28 @@ class Case:
     @cached_property
     def consistent(self) -> list[Sample]:
         """The samples on which the L-VLM agrees with itself."""
-        return [s for s in self.run.samples if s.reason in ("kept", "S-VLM right", "S-VLM not asked", "held out")]
+        return [s for s in self.run.samples if s.consistent]
 
     @cached_property
     def usable(self) -> list[Sample]:
-        without = ("no usable annotation", "image left out", "not reached yet")
-        return [s for s in self.run.samples if s.reason not in without]
+        """Those that the L-VLM has answered."""
+        return [s for s in self.run.samples if s.consistent is not None]
 
     def evaluation(self, model: str, dataset: str | None = None) -> Evaluation | None:
         path = self.folder / f"Eval_{model}_{dataset or self.cell.dataset}.json"
         return Evaluation.read(path) if path.exists() and records.meta_path(path).exists() else None
 
     @cached_property
-    def losses(self) -> list[float]:
-        """The training loss at each logging step."""
+    def history(self) -> list[dict]:
+        """What the trainer logged, by step; [] if it has not trained or the file is of another kind."""
         path = self.folder / self.model / "trainer_state.json"
-        history = records.read_json(path).get("log_history", []) if path.exists() else []
-        return [entry["loss"] for entry in history if isinstance(entry.get("loss"), int | float)]
+        content = records.read_json(path) if path.exists() else {}
+        history = content.get("log_history") if isinstance(content, dict) else None
+        return [e for e in history or [] if isinstance(e, dict) and isinstance(e.get("step"), int | float)]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.history if isinstance(entry.get("loss"), int | float)]
 
 
 def _labelled(case: Case) -> dict[tuple[str, str], list[str]]:

@@ -22,10 +22,17 @@ def run_folders(folders: list[Path]) -> list[Path]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Give run folders, or a folder that holds some.")
         for place, below, files in os.walk(folder):
-            below[:] = sorted(name for name in below if not name.startswith(("PL_", ".", "lmms-eval", "pace", "logs")))
+            skipped = ("lmms-eval", "pace", "logs", "report")
+            below[:] = sorted(n for n in below if not n.startswith(("PL_", ".")) and n not in skipped)
             if any(name.startswith(("PA_", "PI_")) and name.endswith(".json") for name in files):
                 found.append(Path(place))
     return found
+
+
+def run_name(folder: Path) -> str:
+    """A run's name for people: of an experiment's run also the experiment's."""
+    parent = folder.resolve().parent.name
+    return folder.name if parent == "results" else f"{parent}/{folder.name}"
 
 
 def cells_in(folder: Path) -> list[Cell]:
@@ -38,12 +45,16 @@ def cells_in(folder: Path) -> list[Cell]:
         lvlm = alias.get(m[1], m[1])
         if m[2].startswith(f"{lvlm}_"):
             cells.add(Cell(m[3], lvlm, m[2].removeprefix(f"{lvlm}_")))
-    for written, dataset in (m.groups() for m in filter(None, map(_PA.fullmatch, stems))):
+    annotated = [m.groups() for m in filter(None, map(_PA.fullmatch, stems))]
+    for written, dataset in annotated:
         lvlm = alias.get(written, written)
         answered = [
             m[1] for m in filter(None, map(_ANSWERS.fullmatch, stems)) if m[2] == dataset and "_train_" not in m[1]
         ]
-        others = [name.removeprefix(f"{written}_") for name in answered if name.startswith(f"{written}_")]
+        # A name that begins with a longer L-VLM's is that one's file.
+        longer = [name for name, _ in annotated if name.startswith(f"{written}_")]
+        own = [name for name in answered if not name.startswith(tuple(f"{other}_" for other in longer))]
+        others = [name.removeprefix(f"{written}_") for name in own if name.startswith(f"{written}_")]
         cells |= {Cell(dataset, lvlm, svlm) for svlm in others if svlm not in (lvlm, written, "heldout")}
         if not any(cell[:2] == (dataset, lvlm) for cell in cells):
             cells.add(Cell(dataset, lvlm, ""))

@@ -1,5 +1,7 @@
 """The annotated samples of a run with PI's verdict on each, and what changed between two evaluations."""
 
+import math
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from mpa import records
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, read_meta
+from mpa.matching import MATCHERS
 from mpa.parity import ParityRule
 from mpa.presets import PRESETS
 from mpa.records import RELEASED_ALIAS, InputError
@@ -30,7 +33,10 @@ CHANGES = ("fixed", "broken", "still wrong", "still right")
 
 @dataclass(frozen=True)
 class Sample:
-    """An annotated image. `reason` is PI's verdict, one of REASONS; `detail` says more. Answers not given are None."""
+    """An annotated image. `reason` is PI's verdict, one of REASONS; `detail` says more. Answers not given are None.
+
+    `consistent`: does the L-VLM agree with itself? None if it was not asked. `cut`: was its answer truncated?
+    """
 
     question_id: str
     image_path: str
@@ -40,6 +46,8 @@ class Sample:
     svlm_answer: str | None
     reason: str
     detail: str
+    consistent: bool | None
+    cut: bool
     ground_truth_question: str | None
     ground_truth: list[str] | None
     annotation_logprob: float | None
@@ -49,6 +57,11 @@ class Sample:
     @property
     def kept(self) -> bool:
         return self.reason == KEPT
+
+    @property
+    def rejected(self) -> bool:
+        """PI has judged it and not kept it. A held-out sample is neither kept nor rejected."""
+        return self.reason not in (KEPT, "held out", "not reached yet")
 
 
 class RunSamples:
@@ -87,9 +100,14 @@ class RunSamples:
 
     @cached_property
     def rule(self) -> ParityRule:
-        settings = self.meta.get("settings", {})
-        preset = settings.get("preset", "paper")
-        return ParityRule(settings.get("match", PRESETS[preset].match), preset)
+        """That of the parity set's meta file. Files without one are the released code's, if they have its alias."""
+        settings, alias = self.meta.get("settings", {}), RELEASED_ALIAS.get(self.cell.lvlm)
+        released = not self.meta and alias and self.answers_json[self.cell.lvlm].name.startswith(f"PI_{alias}_")
+        preset = settings.get("preset", "released" if released else "paper")
+        match = settings.get("match", PRESETS[preset].match if preset in PRESETS else None)
+        if preset not in PRESETS or match not in MATCHERS:
+            raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
+        return ParityRule(match, preset)
 
     def _answers(self, model: str) -> dict[str, dict]:
         file = self.answers_json[model]
@@ -122,6 +140,7 @@ class RunSamples:
         for r in self.annotations:
             key = str(r["question_id"])
             of_lvlm, of_svlm = lvlm.get(key), svlm.get(key)
+            consistent = self._consistent(of_lvlm, of_svlm)
             reason, detail = self._verdict(r, of_lvlm, of_svlm, kept)
             truth = r.get("ground_truth_answer")
             found.append(
@@ -134,12 +153,20 @@ class RunSamples:
                     (of_svlm or {}).get("predictions"),
                     reason,
                     detail,
+                    consistent,
+                    (of_lvlm or {}).get("finish_reason") == "length",
                     r.get("ground_truth_question"),
-                    None if truth is None else truth if isinstance(truth, list) else [truth],
-                    *(one.get("logprob") for one in (r, of_lvlm or {}, of_svlm or {})),
+                    None if truth is None else [truth],
+                    *(finite(one.get("logprob")) for one in (r, of_lvlm or {}, of_svlm or {})),
                 )
             )
         return found
+
+    def _consistent(self, lvlm: dict | None, svlm: dict | None) -> bool | None:
+        """Does the L-VLM agree with the annotation? PI reads it from the S-VLM's record. None without an answer."""
+        if lvlm is None or lvlm.get("left_out"):
+            return None
+        return self.rule.consistent(lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]})
 
     def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None, kept: set[str] | None) -> tuple[str, str]:
         """(reason, detail) of one sample. `kept` are the ids of the parity set, None before PI has written it."""
@@ -169,6 +196,18 @@ class RunSamples:
             if kept is None
             else ("image left out", "not in the parity set")
         )
+
+
+def finite(value) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def inspected(samples: list, n: int, seed: int) -> list:
+    """n random kept and n random rejected samples, as the paper's analysis looks at; the rejected by their reasons."""
+    rng, chosen = random.Random(seed), []
+    for of_kind in ([s for s in samples if s.kept], [s for s in samples if s.rejected]):
+        chosen += sorted(rng.sample(of_kind, min(n, len(of_kind))), key=lambda s: REASONS.index(s.reason))
+    return chosen
 
 
 def task_of(cell: Cell) -> str:

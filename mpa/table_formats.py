@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mpa.printable import printable
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -82,7 +84,9 @@ def markdown(table: Table) -> str:
     def line(cells) -> str:
         return (
             "| "
-            + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+            + " | ".join(
+                printable(re.sub(r"\s+", " ", cell)).replace("|", "\\|").replace("<", "&lt;") for cell in cells
+            )
             + " |"
         )
 

@@ -3,8 +3,8 @@
     python scripts/checks.py inspect results/mine                 # 50 kept and 50 rejected samples, and PI's verdicts
     python scripts/checks.py coverage results/mine                # D_PI by answer and question type, accuracy by type
     python scripts/checks.py overlap results/small                # the parity sets of two L-VLMs for one S-VLM
-    python scripts/checks.py degraded results/small-checks        # variants with `corrupt`
-    python scripts/checks.py transfer results/small-checks        # experiments with `transfer: true`
+    python scripts/checks.py degraded results/small-sweep         # variants with `corrupt`
+    python scripts/checks.py transfer results/small-transfer      # experiments with `transfer: true`
     python scripts/checks.py sweep results/small                  # all variants beside MPA
 
 Reads  the result files of the stages. No model is loaded and nothing is scored anew.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import check_tables, cli, records, runs
 from mpa.argument_types import number
 from mpa.records import InputError
+from mpa.run_case import Case
 from mpa.run_folders import add_selection, selected
 from mpa.table_formats import FORMATS, Table
 
@@ -35,11 +36,12 @@ def of_cells(args) -> list[Table]:
     """The tables of each run folder and pair of models."""
     tables = []
     for folder, cell in selected(args):
-        if args.check == "inspect" and cell.svlm:
-            tables.append(check_tables.reasons_table(folder, cell))
-            tables.append(check_tables.inspection_table(folder, cell, args.n, args.seed))
-        elif cell.svlm:
-            tables += [check_tables.coverage_table(folder, cell, of) for of in ("answer", "question")]
+        case = Case(folder, cell)
+        if args.check == "inspect" and case.run.samples:
+            tables.append(check_tables.reasons_table(case))
+            tables.append(check_tables.inspection_table(case, args.n, args.seed))
+        elif args.check == "coverage":
+            tables += [check_tables.coverage_table(case, of) for of in ("answer", "question")]
     return tables
 
 
@@ -52,6 +54,8 @@ def main(argv=None) -> None:
     p.add_argument("--format", choices=FORMATS, default="md", help="Markdown, LaTeX or CSV (default: md)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to the terminal")
     args = p.parse_args(argv)
+    if args.check in OF_ALL and (args.dataset or args.lvlm or args.svlm):
+        p.error(f"--dataset, --lvlm and --svlm are for inspect and coverage; {args.check} shows all that it finds")
     tables = [OF_ALL[args.check](runs.find(args.results))] if args.check in OF_ALL else of_cells(args)
     if not any(table.rows for table in tables):
         raise InputError(f"{args.results[0]}: nothing for {args.check} in it or below. Run the stages first.")

@@ -1,9 +1,10 @@
 """A worse L-VLM without another model: replace some of its answers of one type, and select the parity set again.
 
-    python scripts/corrupt.py --train-json results/RUN/PI_…_train_….json --type number --share 0.3 --out corrupted.json
+    python scripts/corrupt.py --dataset textVQA --train-json results/RUN/PI_…_train_….json --lvlm-json PI_…7B….json \\
+        --svlm-json PI_…2B….json --type number --share 0.3 --out corrupted.json
 
-Reads  the parity set with its meta file, and the answers of both models (by default those beside it). PI must have run with
-       --answer-all, so that the S-VLM's answers to all questions are there.
+Reads  the parity set with its meta file, and the answers of both models. PI must have run with --answer-all, so that the
+       S-VLM's answers to all questions are there. Experiments call it: `corrupt` in experiments/README.md.
 Writes --out, another parity set, and its meta file: how many corrupted and other samples PI kept.
 
 At the share, annotations of the type get a wrong answer of that type, for one right answer always the same, as a model that
@@ -22,19 +23,27 @@ from mpa import cli, log_file, records
 from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.kinds import ANSWER_TYPES, answer_type
+from mpa.normalise import normalise
 from mpa.parity import ParityRule
 from mpa.records import InputError
 
 
 def wrong_answers(answers: list[str], rng: random.Random) -> dict[str, str]:
-    """For each distinct answer another one: the next in a random order."""
-    order = sorted(set(answers))
+    """{normalised answer: a wrong one}: for each distinct answer the next in a random order."""
+    spelling = {}
+    for answer in answers:
+        spelling.setdefault(normalise(answer), answer)
+    order = sorted(spelling)
     rng.shuffle(order)
-    return dict(zip(order, [*order[1:], *order[:1]], strict=True)) if len(order) > 1 else {}
+    following = [spelling[answer] for answer in [*order[1:], *order[:1]]]
+    return dict(zip(order, following, strict=True)) if len(order) > 1 else {}
 
 
-def corrupted(lvlm: list[dict], kind: str, share: float, where: str, task: str, seed: int) -> dict[str, dict]:
-    """{id: the L-VLM's record with a wrong annotation} for `share` of the annotations of this type, rounded."""
+def corrupted(lvlm: list[dict], rule: ParityRule, kind: str, share: float, where: str, task: str, seed: int) -> dict:
+    """{id: the L-VLM's record with a wrong annotation} for `share` of the annotations of this type, rounded.
+
+    Where the L-VLM disagreed with itself before, it still does.
+    """
     of_type = [r for r in lvlm if answer_type(r["PA_answer"], task) == kind]
     wrong = wrong_answers([r["PA_answer"] for r in of_type], random.Random(seed))
     if not wrong:
@@ -42,8 +51,8 @@ def corrupted(lvlm: list[dict], kind: str, share: float, where: str, task: str, 
     chosen = random.Random(seed).sample(of_type, round(share * len(of_type)))
     changed = {}
     for r in chosen:
-        answer = wrong[r["PA_answer"]]
-        said = {"predictions": answer} if where == "both" else {}
+        answer = wrong[normalise(r["PA_answer"])]
+        said = {"predictions": answer} if where == "both" and rule.agrees(r) else {}
         changed[str(r["question_id"])] = r | {"PA_answer": answer} | said
     return changed
 
@@ -71,12 +80,12 @@ def main(argv=None) -> None:
         raise InputError(
             f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
         )
-    wrong = corrupted(lvlm, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
+    rule = ParityRule(base["settings"]["match"], base["settings"]["preset"])
+    wrong = corrupted(lvlm, rule, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
     lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
     svlm = [
         r | ({"PA_answer": wrong[key]["PA_answer"]} if (key := str(r["question_id"])) in wrong else {}) for r in svlm
     ]
-    rule = ParityRule(base["settings"]["match"], base["settings"]["preset"])
     parity = rule.parity_set(lvlm, svlm)
     kept, consistent = {str(r["id"]) for r in parity}, {str(r["question_id"]) for r in lvlm if rule.consistent(r)}
     others = [str(r["question_id"]) for r in lvlm if str(r["question_id"]) not in wrong]

@@ -18,21 +18,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli
 from mpa.diagnosis import diagnose, looked_at
-from mpa.run_folders import add_selection, selected
+from mpa.printable import printable
+from mpa.records import InputError
+from mpa.run_case import Case
+from mpa.run_folders import add_selection, run_name, selected
 
 
 def report(folder: Path, cell, short: bool) -> None:
-    title = f"{folder.name}, {cell.dataset}, {cell.svlm or '(no S-VLM yet)'} from {cell.lvlm}"
-    findings, figures = diagnose(folder, cell), looked_at(folder, cell)
+    case = Case(folder, cell)
+    title = f"{run_name(folder)}, {cell.dataset}, {cell.svlm or '(no S-VLM yet)'} from {cell.lvlm}"
+    findings, figures = diagnose(case), looked_at(case)
     if short:
         counts = Counter(f"{finding.level}: {finding.name}" for finding in findings)
-        print(f"{title}: {'; '.join(counts) or 'nothing unusual'}")
+        print(printable(f"{title}: {'; '.join(counts) or 'nothing unusual'}"))
         return
-    print(f"\nDiagnosis of {title}\n  {figures}.")
+    print("\nDiagnosis of " + printable(title), f"  {printable(figures)}.", sep="\n")
     if not findings:
         print("  Nothing unusual.")
     for finding in findings:
-        print(f"  {finding.level}: {finding.name}: {finding.figure}.\n    {finding.meaning} {finding.remedy}")
+        print(
+            f"  {finding.level}: {finding.name}: {printable(finding.figure)}.\n    {finding.meaning} {finding.remedy}"
+        )
 
 
 def main(argv=None) -> None:
@@ -40,8 +46,15 @@ def main(argv=None) -> None:
     add_selection(p)
     p.add_argument("--short", action="store_true", help="one line for each cell")
     args = p.parse_args(argv)
+    broken = 0
     for folder, cell in selected(args):
-        report(folder, cell, args.short)
+        try:
+            report(folder, cell, args.short)
+        except InputError as error:  # the others may be whole
+            print(printable(f"error: {error}"), file=sys.stderr)
+            broken += 1
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

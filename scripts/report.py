@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli
+from mpa.records import InputError
 from mpa.run_folders import add_selection, selected
 
 
@@ -31,6 +32,8 @@ def main(argv=None) -> None:
     from mpa.report import page
     from mpa.report.content import CellContent
 
+    if args.image_root and not Path(args.image_root).is_dir():
+        raise InputError(f"{args.image_root}: no such folder; --image-root is a folder of images.")
     contents = [CellContent(folder, cell) for folder, cell in selected(args)]
     first, how = args.results[0], {"image_root": args.image_root, "redact": args.redact_paths}
     if args.single_file:

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import cli
 from mpa.argument_types import number
 from mpa.image_files import ImageError, open_image
+from mpa.printable import printable
 from mpa.records import InputError
 from mpa.run_case import Case
-from mpa.run_folders import add_selection, selected
+from mpa.run_folders import add_selection, run_name, selected
 from mpa.run_samples import changes
 from mpa.runs import model_name
 
@@ -58,18 +59,13 @@ def rows_of(sample, what: str) -> list[tuple[str, str | None]]:
 def chosen(case: Case, what: str) -> list:
     """The annotated samples that PI kept or rejected, or the test questions that changed."""
     if what in ("kept", "rejected"):
-        return [s for s in case.run.samples if s.kept == (what == "kept")]
+        return [s for s in case.run.samples if (s.kept if what == "kept" else s.rejected)]
     before, after = case.evaluation(case.cell.svlm), case.evaluation(model_name(case.cell))
     if not (before and after):
         raise InputError(
             f"{case.folder}: no evaluations before and after PL of {case.cell.svlm}. Run evaluate.sh first."
         )
     return [c for c in changes(before, after) if c.kind == what]
-
-
-def printable(text: str | None) -> str:
-    """A text without control characters, which a terminal would obey."""
-    return "–" if text is None else "".join(c if c.isprintable() else "\ufffd" for c in text[:1000])
 
 
 def main(argv=None) -> None:
@@ -96,9 +92,10 @@ def main(argv=None) -> None:
     for folder, cell in selected(args):
         found = chosen(Case(folder, cell), what)
         picked = random.Random(args.seed).sample(found, min(args.n, len(found)))
-        console.print(
-            f"\n{folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: {len(picked)} of {len(found)} {what}"
+        title = (
+            f"{run_name(folder)}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: {len(picked)} of {len(found)} {what}"
         )
+        console.print("\n" + printable(title), markup=False)
         for sample in picked:
             table = Table(show_header=False)
             table.add_column(no_wrap=True)

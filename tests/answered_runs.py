@@ -16,7 +16,7 @@ def write(folder: Path, samples: list[dict], cell: Cell = CELL, ending: str = ""
     """
     pa, lvlm, svlm = [], [], []
     for i, s in enumerate(samples):
-        image = {"question_id": i, "image_path": s.get("image", f"/images/{i}.png")}
+        image = {"question_id": s.get("id", i), "image_path": s.get("image", f"/images/{i}.png")}
         left_out = s.get("left_out")
         truth = {"ground_truth_question": s.get("truth_question"), "ground_truth_answer": s.get("truth")}
         annotation = {"predicted_question": s["question"], "predicted_answer": s["annotation"]}

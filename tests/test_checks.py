@@ -10,6 +10,8 @@ from answered_runs import sample, word
 from conftest import python
 from corrupt import corrupted
 
+from mpa.parity import ParityRule
+from mpa.records import InputError
 from mpa.runs import Cell
 
 SAMPLES = [*(sample(i) for i in range(20)), *(sample(i, svlm=word(i)) for i in range(20, 30))]
@@ -25,6 +27,13 @@ def table(check: str, *folders, flags=()) -> list[dict]:
     lines = [line for part in text for line in part.splitlines()[1:]]
     first = max(i for i, line in enumerate(lines) if line.endswith("notes"))
     return list(csv.DictReader(lines[first:]))
+
+
+def answers_are_numbers(folder) -> None:
+    """Give the evaluations' questions numbers as answers; their scores stay."""
+    for path in folder.glob("Eval_*VQA.json"):
+        records = json.loads(path.read_text())
+        fake.write(path, [r | {"answers": [str(r["question_id"])] * 10} for r in records])
 
 
 def test_inspection_shows_kept_and_rejected_samples_by_reason(tmp_path):
@@ -44,6 +53,7 @@ def test_coverage_compares_the_parity_set_with_annotations_labels_and_the_test(t
     answered_runs.write(tmp_path, labelled)
     fake.evaluation(tmp_path, "hub/small", "textVQA", [1, 0, 0, 0])
     fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 1, 0], 60)
+    answers_are_numbers(tmp_path)
     done = python("checks.py", "coverage", tmp_path)
     assert done.returncode == 0
     number = next(line for line in done.stdout.splitlines() if line.startswith("| number"))
@@ -87,6 +97,7 @@ def test_a_corrupted_lvlm_is_selected_from_again(tmp_path, where, consistent):
     fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 1, 1, 0], 60)
     pl = {"data_path": [str(out)]}
     fake.trained(tmp_path, "textVQA", "hub/big", "hub/small", [1, 0, 0, 0], 60, variant="wrong", pl=pl)
+    answers_are_numbers(tmp_path)
     (row,) = table("degraded", tmp_path)
     assert row["corrupted"] == f"30 % of number, {where}" and float(row["kept, %"]) == 100 * consistent / 12
     assert float(row["minus MPA's"]) == -50 and float(row["minus MPA's, of this type"]) == -50
@@ -99,8 +110,9 @@ def test_corruption_needs_all_answers_and_two_answers_of_the_type(tmp_path):
     done = python("corrupt.py", *flags, "--type", "number", "--share", "0.3", "--out", tmp_path / "out.json")
     assert done.returncode == 1 and "answers 1 of 2 questions. Run PI.sh with --answer-all first" in done.stderr
     answers = [{"question_id": 1, "PA_answer": "7", "predictions": "7"}]
-    with pytest.raises(Exception, match="No two annotations with different answers of the type 'number'"):
-        corrupted(answers, "number", 0.5, "both", "text", 0)
+    rule = ParityRule("exact", "paper")
+    with pytest.raises(InputError, match="No two annotations with different answers of the type 'number'"):
+        corrupted(answers, rule, "number", 0.5, "both", "text", 0)
 
 
 def test_transfer_and_sweep(tmp_path):

@@ -19,7 +19,7 @@ HEALTHY += [sample(i, lvlm="else", svlm=None) for i in range(240, 300)]
 
 
 def found(folder, cell=CELL) -> dict:
-    return {finding.name: finding for finding in diagnose(folder, cell)}
+    return {finding.name: finding for finding in diagnose(Case(folder, cell))}
 
 
 def trained(folder, losses=(1.0, 0.8, 0.6, 0.4), steps=40, after=(0.6, 1.0), n=400) -> None:
@@ -44,7 +44,7 @@ def test_a_healthy_run_has_no_finding(tmp_path):
     answered_runs.write(tmp_path, HEALTHY)
     trained(tmp_path, after=(0.6, 0.5))
     assert found(tmp_path) == {}
-    assert "300 images; L-VLM repeats 240 of 300; parity set 120; +" in looked_at(tmp_path, CELL)
+    assert "300 images; L-VLM repeats 240 of 300; parity set 120; +" in looked_at(Case(tmp_path, CELL))
     done = python("diagnose.py", tmp_path)
     assert done.returncode == 0 and "Nothing unusual." in done.stdout
 

@@ -84,6 +84,7 @@ def test_the_papers_matrix_is_whole():
         ("flags:\n", "flags\n", 12, "not YAML"),
         ("EPOCHS: 3", "seeds: [2]", 8, "unknown seed of a variant '2'. Known: 0, 1"),
         ("EPOCHS: 3", "replay: 1", 8, "replay should be a share between 0 and 1: '1'"),
+        ("EPOCHS: 3", "replay: 0.1", 8, "slow: replay needs another dataset"),
         ("match: anls", "corrupt: {type: number}", 9, "corrupt: the key 'share' is missing"),
         ("match: anls", "corrupt: {type: numbers, share: 0.1}", 9, "unknown answer type 'numbers'"),
         ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without another matcher"),

@@ -49,7 +49,7 @@ def make_run(folder, images, texts=None, cell=answered_runs.CELL, n=130, evaluat
         more = {"svlm": word(i)} if i % 3 == 1 else {"lvlm": "else", "svlm": None} if i % 3 == 2 else {}
         samples.append(sample(i, image=str(path), **more))
     for s, text in zip(samples, texts or [], strict=False):
-        s |= {"question": text, "annotation": text, "lvlm": text, "svlm": "other " + text[:50]}
+        s |= {"question": text, "annotation": text, "lvlm": text, "svlm": "other " + text[:50], "id": text}
     (images / "4.png").write_text("not an image")
     answered_runs.write(folder, samples, cell)
     if evaluated:
@@ -277,6 +277,8 @@ def test_thumbnails_are_made_once(tmp_path):
         ("python /home/me/mpa/PA.py --out=/data/x y", "python PA.py --out=x y"),
         ("data/mini/teacher and 1/2", "data/mini/teacher and 1/2"),
         ("https://example.org/v1", "https://example.org/v1"),
+        ("broken: no such file '/home/alice/private/x.png'", "broken: no such file 'x.png'"),
+        ("a:/home/alice/b file:///home/alice/x", "a:b x"),
     ],
 )
 def test_redacted_paths(text, expected):

@@ -3,6 +3,8 @@
 import json
 import re
 from collections import Counter
+from dataclasses import is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from mpa import records, scoring
@@ -12,8 +14,10 @@ from mpa.diagnosis import diagnose
 from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
+from mpa.records import REPOSITORY
 from mpa.run_case import Case
-from mpa.run_samples import changes
+from mpa.run_folders import run_name
+from mpa.run_samples import changes, finite
 from mpa.run_summary import ROWS
 from mpa.runs import Cell, model_name
 
@@ -31,7 +35,7 @@ class CellContent:
 
     def __init__(self, folder: Path, cell: Cell):
         self.folder, self.cell, self.case = folder, cell, Case(folder, cell)
-        self.title = f"{folder.name}: {cell.dataset}, {cell.svlm or 'no S-VLM yet'} from {cell.lvlm}"
+        self.title = f"{run_name(folder)}: {cell.dataset}, {cell.svlm or 'no S-VLM yet'} from {cell.lvlm}"
         self.what = "accuracy" if DATASETS[cell.dataset].labelled else "agreement with the L-VLM"
         self.before, self.after = (self.case.evaluation(model) for model in (cell.svlm, model_name(cell)))
 
@@ -41,6 +45,7 @@ class CellContent:
     def missing(self) -> list[str]:
         """The names of the files that later stages will write."""
         names = [path.name for path in self.case.run.missing]
+        names += [] if self.cell.svlm else ["the S-VLM's answers", "the parity set"]
         if self.cell.svlm:
             folder = model_name(self.cell)
             names += [] if (self.folder / folder / "train_meta.json").exists() else [f"{folder}/"]
@@ -58,14 +63,21 @@ class CellContent:
 
     def results(self) -> list[dict]:
         rows = []
-        for key, name in ROWS.items():
-            own = model_name(self.cell) + ("" if key == "mpa" else f"_{key}")
+        trained = model_name(self.cell)
+        others = [
+            path.stem for path in sorted(self.folder.glob("Eval_PL_*.json")) if path.stem.startswith(f"Eval_{trained}_")
+        ]
+        variants = [stem.removeprefix(f"Eval_{trained}_").removesuffix(f"_{self.cell.dataset}") for stem in others]
+        shown = ROWS | {v: v for v in variants if v not in ROWS and v != self.cell.dataset and not v.endswith(".meta")}
+        shown = {key: name for key, name in shown.items() if key != "lvlm"} | {"lvlm": ROWS["lvlm"]}
+        for key, name in shown.items():
+            own = trained + ("" if key == "mpa" else f"_{key}")
             model = {"base": self.cell.svlm, "lvlm": self.cell.lvlm}.get(key, own)
             found = self.case.evaluation(model)
             if found and not (key == "lvlm" and not DATASETS[self.cell.dataset].labelled):
                 meta = self.folder / model / "train_meta.json"
-                trained = records.read_json(meta).get("samples") if meta.exists() else None
-                row = {"key": key, "name": name, "samples": trained, "accuracy": found.summary["score"]}
+                row = {"key": key, "name": name, "samples": _meta(meta).get("samples")}
+                row["accuracy"] = found.summary["score"]
                 rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"]})
         return rows
 
@@ -87,7 +99,7 @@ class CellContent:
             ("S-VLM", metas["PI"].get("model_path_svlm") or self.cell.svlm),
             ("preset, matcher", ", ".join(str(settings[k]) for k in ("preset", "match") if k in settings)),
             ("task prompt", metas["PA"].get("prompt")),
-            ("seconds", ", ".join(f"{stage} {m['seconds']:,.0f}" for stage, m in metas.items() if m.get("seconds"))),
+            ("seconds", ", ".join(f"{stage} {s:,.0f}" for stage, s in self._seconds(metas).items() if s)),
             ("cost", self._cost()),
             ("device", ", ".join(dict.fromkeys(str(m["device"]) for m in metas.values() if m.get("device")))),
             ("commit", f"{made_by.get('commit')}{' and changes' if made_by.get('uncommitted_changes') else ''}"),
@@ -96,9 +108,15 @@ class CellContent:
         commands = [(f"command, {s}", " ".join(m["made_by"]["command"])) for s, m in metas.items() if m.get("made_by")]
         return [(name, value) for name, value in [*facts, *commands] if value and value != "None"]
 
+    def _seconds(self, metas: dict[str, dict]) -> dict[str, float]:
+        """Of each stage; PI's are those of both models' answers, evaluate's those of before and after."""
+        answers = [_meta(records.meta_path(path)) for path in self.case.run.answers_json.values()]
+        parts = {"PA": [metas["PA"]], "PI": answers, "PL": [metas["PL"]]}
+        parts["evaluate"] = [e.meta for e in (self.before, self.after) if e]
+        return {stage: sum(m.get("seconds") or 0 for m in of) for stage, of in parts.items()}
+
     def _cost(self) -> str:
-        file = self.folder / "spending.json"
-        spent = records.read_json(file) if file.exists() else {}
+        spent = _meta(self.folder / "spending.json").get("spent")
         parts = [(s, v.get("cost")) for s, v in spent.items() if isinstance(v, dict)] if isinstance(spent, dict) else []
         return ", ".join(f"{stage} $ {cost:.2f}" for stage, cost in parts if isinstance(cost, int | float))
 
@@ -106,11 +124,9 @@ class CellContent:
 
     def agreement(self) -> dict[str, list[int]]:
         """{L-VLM agrees with its annotation or not: [S-VLM right, wrong, not asked]}"""
-        rule, found, consistent = self.case.run.rule, {}, {s.question_id for s in self.case.consistent}
+        rule, found = self.case.run.rule, {}
         for s in self.case.usable:
-            row = found.setdefault(
-                "L-VLM repeats itself" if s.question_id in consistent else "L-VLM differs", [0, 0, 0]
-            )
+            row = found.setdefault("L-VLM repeats itself" if s.consistent else "L-VLM differs", [0, 0, 0])
             right = s.svlm_answer is not None and rule.match(s.svlm_answer, s.annotation)
             row[2 if s.svlm_answer is None else 0 if right else 1] += 1
         return found
@@ -130,7 +146,7 @@ class CellContent:
         return tables
 
     def distributions(self) -> tuple[dict, dict]:
-        groups = {"kept": self.case.kept, "rejected": [s for s in self.case.annotated if not s.kept]}
+        groups = {"kept": self.case.kept, "rejected": [s for s in self.case.annotated if s.rejected]}
         lengths = {
             name: {
                 "question": [len(s.question.split()) for s in found],
@@ -142,8 +158,7 @@ class CellContent:
         return lengths, of
 
     def history(self) -> list[dict]:
-        file = self.folder / model_name(self.cell) / "trainer_state.json"
-        return [e for e in _meta(file).get("log_history", []) if isinstance(e, dict)]
+        return self.case.history
 
     def training_facts(self) -> list[tuple[str, str]]:
         meta = _meta(self.folder / model_name(self.cell) / "train_meta.json")
@@ -154,13 +169,14 @@ class CellContent:
         return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
 
     def coverage(self):
-        return [coverage_table(self.folder, self.cell, of) for of in ("answer", "question")]
+        return [coverage_table(self.case, of) for of in ("answer", "question")]
 
     def reasons(self):
-        return reasons_table(self.folder, self.cell)
+        return reasons_table(self.case)
 
-    def findings(self):
-        return diagnose(self.folder, self.cell)
+    @cached_property
+    def findings(self) -> list:
+        return diagnose(self.case)
 
     # --- gallery ---
 
@@ -203,7 +219,7 @@ class CellContent:
                 "svlm": shortened(c.before),
                 "after": shortened(c.after) if self.after else None,
                 "verdict": c.kind if self.after else "before PL only",
-                "logprob": logprobs.get(c.question_id),
+                "logprob": finite(logprobs.get(c.question_id)),
                 "answerType": answer_type(c.answers[0] if c.answers else "", task),
                 "questionType": question_type(c.question),
             }
@@ -238,10 +254,24 @@ def _pair(one: CellContent, other: CellContent) -> dict:
 
 def without_folders(text: str) -> str:
     """Absolute paths in a text as their last part: for --redact-paths."""
-    return re.sub(r"(?<![\w.:/])(?:/[^\s/:,\"']+)+/?", lambda m: m[0].rstrip("/").rpartition("/")[2], text)
+    for root in (str(REPOSITORY), str(Path.cwd()), str(Path.home())):
+        text = text.replace(f"{root}/", "") if len(root) > 1 else text
+    path = r"(?<![\w./])(?:file://)?/(?:[^\s/:,\"'<>]+/)*[^\s/:,\"'<>]+/?"
+    return re.sub(path, lambda m: m[0].rstrip("/").rpartition("/")[2], text)
+
+
+def redacted(value):
+    """The same value with `without_folders` applied to every text in it."""
+    if isinstance(value, str):
+        return without_folders(value)
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return replace(value, **redacted(vars(value))) if is_dataclass(value) else value
 
 
 def as_json(value) -> str:
     """JSON that cannot end a script element: <, >, & and line separators are escaped, as is all that is not ASCII."""
-    text = json.dumps(value, separators=(",", ":"))
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -64,12 +64,12 @@ def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]
         values = [v for group in groups.values() for v in group]
         whole = all(isinstance(v, int) for v in values)
         low, high = min(values), max(values)
-        bins = [low - 0.5 + i for i in range(min(40, int(high - low) + 2))] if whole else 24
+        bins = [low - 0.5 + i for i in range(int(high - low) + 2)] if whole and high - low < 40 else 24
         for (name, group), color in zip(groups.items(), (ORANGE, GRAY), strict=False):
+            if not group:
+                continue
             style = {"histtype": "step", "linewidth": 1.8, "linestyle": "-" if color == ORANGE else "--"}
-            panel.hist(
-                group, bins=bins, range=None if whole else (low, high), color=color, label=name, density=True, **style
-            )
+            panel.hist(group, bins=bins, range=(low - 0.5, high + 0.5), color=color, label=name, density=True, **style)
         panel.set_xlabel(title)
         panel.set_yticks([])
     axes[0].legend(frameon=False)

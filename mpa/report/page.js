@@ -14,6 +14,7 @@
     if (parent) parent.append(element);
     return element;
   };
+  const key = (sample) => encodeURIComponent(String(sample.id).toWellFormed());
   const source = () => at("source").value;
   const samples = () => data.cells[cell].samples;
 
@@ -54,7 +55,7 @@
 
   function card(sample) {
     const item = make("li");
-    const link = `s=${cell}/${sample.source}/${encodeURIComponent(sample.id)}`;
+    const link = `s=${cell}/${sample.source}/${key(sample)}`;
     if (link === wanted) item.className = "target";
     const image = data.images[sample.image];
     if (image.src) {
@@ -135,7 +136,7 @@
     reset();
     at("source").value = match[2];
     show(Number(match[1]));
-    const position = found.findIndex((sample) => encodeURIComponent(sample.id) === match[3]);
+    const position = found.findIndex((sample) => key(sample) === match[3]);
     if (position < 0) return;
     page = Math.floor(position / PAGE);
     draw();

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import random
 import re
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from tqdm import tqdm
 
 from mpa import records
 from mpa.report import figures, thumbnails
-from mpa.report.content import CellContent, as_json, compared, without_folders
+from mpa.report.content import CellContent, as_json, compared, redacted, without_folders
+from mpa.run_samples import inspected
 from mpa.table_formats import Table
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def shown_cell(content: CellContent) -> dict:
             "Loss, learning rate and gradient norm by step.",
         ),
         "training_facts": content.training_facts(),
-        "findings": content.findings(),
+        "findings": content.findings,
     }
 
 
@@ -150,13 +150,11 @@ def compare_section(contents: list[CellContent]) -> dict | None:
     return {"table": {"title": "Paired differences", "names": names, "lines": lines, "notes": []}, "flips": flips}
 
 
-def inspected(samples: list[dict], seed: int) -> list[int]:
-    """The places of 50 random kept and 50 random rejected samples."""
-    rng, chosen = random.Random(seed), []
-    for kept in (True, False):
-        of_kind = [i for i, s in enumerate(samples) if s["source"] == "annotated" and (s["verdict"] == "kept") == kept]
-        chosen += rng.sample(of_kind, min(INSPECTED, len(of_kind)))
-    return sorted(chosen)
+def inspection(content: CellContent) -> list[int]:
+    """The places of the samples of the inspection view."""
+    samples = content.case.run.samples
+    places = {s.question_id: i for i, s in enumerate(samples)}
+    return [places[s.question_id] for s in inspected(samples, INSPECTED, seed=0)]
 
 
 def gallery(
@@ -179,11 +177,11 @@ def gallery(
             entry["src"] = thumbnails.data_uri(thumbs / name) if single_file else f"{thumbs.name}/{name}"
         images.append(entry)
     cells = []
-    for found in of_cells:
+    for content, found in zip(contents, of_cells, strict=True):
         for sample in found:
             sample["name"] = images[places[sample["image"]]]["name"]
             sample["image"] = places[sample["image"]]
-        cells.append({"samples": found, "inspected": inspected(found, 0)})
+        cells.append({"samples": found, "inspected": inspection(content)})
     return {"cells": cells, "images": images}
 
 
@@ -204,10 +202,10 @@ def write(contents: list[CellContent], out: Path, thumbs: Path, index: str = "",
     """
     data = gallery(contents, thumbs, single_file=single_file, **how)
     cells = [shown_cell(content) for content in contents]
-    if how.get("redact"):
-        for cell in cells:
-            cell["facts"] = [(name, without_folders(value)) for name, value in cell["facts"]]
     compare = compare_section(contents)
+    if how.get("redact"):
+        images, cells, compare = data["images"], redacted(cells), redacted(compare)
+        data = {"cells": redacted(data["cells"]), "images": images}
     page = render(
         "page.html.j2", single_file, contents, data=Markup(as_json(data)), cells=cells, compare=compare, index=index
     )
@@ -222,7 +220,7 @@ def write_folder(contents: list[CellContent], folder: Path, **how) -> None:
         return
     rows = []
     for content in tqdm(contents, desc="pages", disable=None):
-        name = f"{records.digest(content.folder.name, *content.cell)}.html"
+        name = f"{records.digest(str(content.folder.resolve()), *content.cell)}.html"
         write([content], folder / name, thumbs, index="index.html", **how)
         rows.append({"page": name, "title": plain(content.title), "cells": _summary(content)})
     names = ["run", "images", "parity set", "before", "after", "gain, points", "95 % interval", "n", "findings"]
@@ -241,5 +239,5 @@ def _summary(content: CellContent) -> list[str]:
         [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"] if gain else ["–", "–", "–"]
     )
     counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
-    found = ", ".join(f"{f.level}: {f.name}" for f in content.findings() if f.level != "note")
+    found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note")
     return [*counts, by_key.get("base", "–"), by_key.get("mpa", "–"), *paired, found or "none"]

@@ -28,7 +28,7 @@ def roots_of(dataset: str, image_root: str | None) -> list[str]:
 
 def allowed(path: str, roots: list[str]) -> bool:
     """Is the path below one of the folders? As it is written: a folder of images may hold links to them."""
-    path = os.path.normpath(path)
+    path = os.path.normpath(path or "")
     return os.path.isabs(path) and any(path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
@@ -57,7 +57,7 @@ def make(paths: dict[str, list[str]], folder: Path) -> dict[str, tuple[str | Non
         if not allowed(path, roots):
             return None, "outside the image folders: name them with --image-root or $MPA_DATA"
         try:
-            return _make(path, folder), ""
+            return _make(os.path.normpath(path), folder), ""
         except ImageError as error:
             return None, str(error)
 
