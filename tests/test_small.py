@@ -89,9 +89,13 @@ def test_the_weights_are_small_and_their_figures_are_on_record():
     weights += [ROOT / f"data/mini/{model}/model.safetensors" for model in ("teacher", "student")]
     assert sum(path.stat().st_size for path in weights) < 20e6
     logs = {model: json.loads((SMALL / model / "train_log.json").read_text())["new drawings"] for model in MODELS}
+    least = {"signs": 0.8, "labels": 0.7, "chart": 0.95, "picture": 0.95}  # data/small/README.md has the figures
     for name in scenes.DRAW:
-        best = {model: log[name]["accuracy"] for model, log in logs.items()}
-        assert min(best["qwen-large"], best["internvl-large"]) >= 0.85
+        found = {model: log[name]["accuracy"] for model, log in logs.items()}
+        assert min(found["qwen-large"], found["internvl-large"]) >= least[name]
+        assert (
+            max(found["qwen-small"], found["internvl-small"]) <= min(found["qwen-large"], found["internvl-large"]) - 0.1
+        )
 
 
 @pytest.mark.parametrize("model", ["qwen-large", "internvl-large"])
