@@ -163,7 +163,7 @@ def overlap_table(runs: Runs) -> Table:
 
 
 def _overlap(runs: Runs, folder: Path, pair: tuple[Cell, Cell]) -> dict:
-    sets = [records.read_records(runs.parity[folder, cell, "mpa"].file, "train") for cell in pair]
+    sets = [records.read_parity(runs.parity[folder, cell, "mpa"].file) for cell in pair]
     by_image = [{r["image"]: tuple(turn["value"] for turn in r["conversations"][:2]) for r in found} for found in sets]
     both = by_image[0].keys() & by_image[1].keys()
     asked = [image for image in both if by_image[0][image][0] == by_image[1][image][0]]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
+from mpa.anchors import ANCHOR_BY
 from mpa.kinds import ANSWER_TYPES
 from mpa.matching import MATCHERS
 from mpa.records import REPOSITORY
@@ -38,7 +39,7 @@ class Corruption:
 class Variant:
     """What PL trains on, and with which settings. `match` is None for the matcher that all cells share.
 
-    `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
+    `anchors` per parity sample are added, chosen by `anchor_by`. `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
     """
 
     train: str = "mpa"
@@ -48,11 +49,22 @@ class Variant:
     corrupt: Corruption | None = None
     replay: float = 0.0
     seeds: tuple[int, ...] | None = None
+    anchors: float = 0.0
+    anchor_by: str = "answer"
 
     @property
     def selection(self) -> str:
-        """The end of the name of the parity set that it needs: of another matcher, or of corrupted answers."""
-        return f"_{self.match}" if self.match else f"_corrupt-{self.corrupt.name}" if self.corrupt else ""
+        """The end of the name of the train file that it needs: of another matcher, with anchors, or of corrupted answers."""
+        if self.corrupt:
+            return f"_corrupt-{self.corrupt.name}"
+        by = "" if self.anchor_by == "answer" else f"-{self.anchor_by}"
+        return (f"_{self.match}" if self.match else "") + (f"_anchors-{self.anchors:g}{by}" if self.anchors else "")
+
+    @property
+    def selecting_flags(self) -> tuple[str, ...]:
+        """PI's flags that select this train file from existing answers of both models; none for the shared parity set."""
+        match = ("--match", self.match) if self.match else ()
+        return match + (("--anchors", f"{self.anchors:g}", "--anchor-by", self.anchor_by) if self.anchors else ())
 
 
 def script_settings(stage: str) -> dict[str, str]:
@@ -87,7 +99,7 @@ def _train(file: YamlFile, node) -> str:
 
 def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     settings = script_settings("PL")
-    keys = ("train", "match", "corrupt", "replay", "seeds", "flags", *settings)
+    keys = ("train", "match", "anchors", "anchor_by", "corrupt", "replay", "seeds", "flags", *settings)
     given = {} if file.is_empty(node) else file.mapping(node, keys, "a variant")
     if "train" not in given and name not in TRAIN:
         raise file.error(node, f"unknown variant {name!r}. Known: {', '.join(TRAIN)}; another name needs train: ONE.")
@@ -101,8 +113,13 @@ def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     if match and train in ("all_pseudo", "human"):
         raise file.error(given["match"], f"a matcher has no effect on {train}: PI does not choose its samples.")
     corrupt = _corruption(file, given["corrupt"]) if "corrupt" in given else None
-    if corrupt and (match or train != "mpa"):
-        raise file.error(given["corrupt"], "corrupt is for variants that train on mpa, without another matcher.")
+    anchors = _anchors(file, given["anchors"], train) if "anchors" in given else 0.0
+    if "anchor_by" in given and not anchors:
+        raise file.error(given["anchor_by"], "anchor_by needs anchors: R.")
+    if corrupt and (match or anchors or train != "mpa"):
+        raise file.error(
+            given["corrupt"], "corrupt is for variants that train on mpa, without another matcher or anchors."
+        )
     own = {key: value for key, value in given.items() if key in settings}
     return Variant(
         train,
@@ -112,7 +129,22 @@ def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
         corrupt,
         _share(file, given["replay"], "replay") if "replay" in given else 0.0,
         tuple(file.distinct(given["seeds"], "seeds", lambda n: _seed(file, n, seeds))) if "seeds" in given else None,
+        anchors,
+        file.choice(given["anchor_by"], ANCHOR_BY, "anchor_by") if "anchor_by" in given else "answer",
     )
+
+
+def _anchors(file: YamlFile, node, train: str) -> float:
+    if train != "mpa":
+        raise file.error(node, f"anchors are added to the parity set (train: mpa), not to {train}.")
+    value = file.text(node, "anchors")
+    try:
+        anchors = float(value)
+    except ValueError:
+        anchors = 0.0
+    if not 0 < anchors <= 100:
+        raise file.error(node, f"anchors should be a number per parity sample, above 0 and up to 100: {value!r}.")
+    return anchors
 
 
 def _seed(file: YamlFile, node, seeds: list[int]) -> int:

@@ -100,6 +100,11 @@ class Experiment:
         return sorted({v.match for v in self.variants.values() if v.match})
 
     @property
+    def selections(self) -> dict[str, tuple[str, ...]]:
+        """{end of a train file's name: PI's flags that select it from existing answers}."""
+        return {v.selection.removeprefix("_"): v.selecting_flags for v in self.variants.values() if v.selecting_flags}
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
         """(L-VLM, S-VLM) by name. A model that is in both lists is not paired with itself."""
         return [(lvlm, svlm) for lvlm in self.lvlms for svlm in self.svlms if lvlm != svlm]

@@ -181,6 +181,8 @@ def data_card(train_json: Path, meta: dict, n: int, file: str) -> str:
     """The dataset card: what the dataset is and how it was made. `meta` is the parity set's meta file."""
     funnel = funnel_line(meta.get("funnel", {})) or "not known"
     lvlm, svlm = (records.short_name(meta.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
+    anchors = meta.get("funnel", {}).get("anchors", 0)
+    which = f"{n - anchors} of them wrongly, and {anchors}, the anchors, rightly" if anchors else "each of them wrongly"
     return f"""---
 task_categories:
 - visual-question-answering
@@ -197,7 +199,7 @@ configs:
 # Parity set {train_json.stem}
 
 {n} questions about images. A large vision-language model (L-VLM) wrote and answered them; a small one (S-VLM)
-answered each of them wrongly: {MADE_BY}. No human wrote or checked an answer.
+answered {which}: {MADE_BY}. No human wrote or checked an answer.
 
 - L-VLM: {lvlm}
 - S-VLM: {svlm}

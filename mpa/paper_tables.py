@@ -62,7 +62,7 @@ def main_row(experiment: Experiment) -> dict:
     row["settings"] = experiment.label
     row["after"] = over_seeds((t.after.summary["score"] for t in seeds), 100)
     row["seeds"] = Figure(len(seeds), digits=0)
-    row["parity samples"] = over_seeds((t.samples for t in seeds), digits=0)
+    row["parity samples"] = over_seeds((t.parity_samples for t in seeds), digits=0)
     evaluations = [e for t in seeds for e in (t.before, t.after) if e]
     if unfinished := sum(e.meta.get("unfinished") or 0 for e in evaluations):
         notes.append(f"{unfinished} replies failed with a temporary error and count as wrong: repeat the evaluation.")

@@ -51,7 +51,7 @@ def pools(
         for r in records.read_records(pa_json, "PA")
         if r["predicted_question"] and r["predicted_answer"] and not r.get("left_out")
     ]
-    kept = {str(r["id"]): r["image"] for r in records.read_records(train_json, "train")}
+    kept = {str(r["id"]): r["image"] for r in records.read_parity(train_json)}
     missing = kept.keys() - {str(r["question_id"]) for r in annotations}
     if missing:
         raise InputError(

@@ -118,6 +118,11 @@ def read_records(path: str | Path, kind: str) -> list[dict]:
     return records
 
 
+def read_parity(path: str | Path) -> list[dict]:
+    """The parity samples of a train file, without the anchors that PI's --anchors adds. Raises InputError as `read_records`."""
+    return [r for r in read_records(path, "train") if r.get("kind") != "anchor"]
+
+
 def _type_error(record: dict, kind: str) -> str:
     """Describe a wrong type of a record's id or of its extra fields; "" if there is none."""
     name = FIELDS[kind][0]

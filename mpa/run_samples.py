@@ -133,15 +133,17 @@ class RunSamples:
     def samples(self) -> list[Sample]:
         """One for each record of PA, in its order."""
         lvlm, svlm = (self._answers(model) for model in (self.cell.lvlm, self.cell.svlm))
-        kept = None
+        kept, anchors = None, set()
         if self.train_json.exists():
-            kept = {str(r["id"]) for r in records.read_records(self.train_json, "train")}
+            kept = {str(r["id"]) for r in records.read_parity(self.train_json)}
+            anchors = {str(r["id"]) for r in records.read_records(self.train_json, "train")} - kept
         found = []
         for r in self.annotations:
             key = str(r["question_id"])
             of_lvlm, of_svlm = lvlm.get(key), svlm.get(key)
             consistent = self._consistent(of_lvlm, of_svlm)
             reason, detail = self._verdict(r, of_lvlm, of_svlm, kept)
+            detail = "an anchor: PL also trains on it" if key in anchors else detail
             truth = r.get("ground_truth_answer")
             found.append(
                 Sample(

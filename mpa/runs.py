@@ -25,7 +25,7 @@ TELLING = {
     "images": ("PA", "limit"),
     "sampled images": ("PA", "sample"),
     **{name: ("PA", name) for name in ("temperature", "top_p", "keep_refusals")},
-    **{name: ("PI", name) for name in ("preset", "match", "hold_out")},
+    **{name: ("PI", name) for name in ("preset", "match", "hold_out", "anchors")},
     **{name: ("PL", name) for name in "num_train_epochs max_steps learning_rate vision_lr merger_lr".split()},
     **{name: ("PL", name) for name in "lr_scheduler_type samples_per_step optim lora_enable lora_rank".split()},
     **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger".split()},
@@ -70,11 +70,18 @@ class Training:
     def samples(self) -> int | None:
         return self.pl.get("samples")
 
+    @property
+    def parity_samples(self) -> int | None:
+        """Without the anchors that were trained on beside them."""
+        return self.samples and self.samples - self.pi.get("funnel", {}).get("anchors", 0)
+
     @cached_property
     def settings(self) -> dict:
         """The settings of TELLING, those of stages whose meta file is there."""
         of = {"PA": self.pa, "PI": self.pi, "PL": self.pl, "Eval": self.after.meta}
         of = {stage: dict(meta.get("settings", {})) for stage, meta in of.items()}
+        if of["PI"]:
+            of["PI"].setdefault("anchors", "none")
         if pl := of["PL"]:
             parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
             device, accumulation, devices = (pl.get(part) or 1 for part in parts)

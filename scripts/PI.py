@@ -9,6 +9,7 @@ Reads  the PA file of the same run, or --pa-json. With --lvlm-json and --svlm-js
        If the images have moved, use --path-map OLD=NEW or --image-root.
 Writes results/RUN/PI_<lvlm>_<lvlm>_<dataset>.json and PI_<lvlm>_<svlm>_<dataset>.json, the answers, and
        PI_<lvlm>_train_<lvlm>_<svlm>_<dataset>.json, the parity set (paper, section 3.2, equations 1 and 2).
+       With --anchors R also samples that both models answer right; each record's `kind` is "parity" or "anchor".
 One model is in memory at a time. The S-VLM is asked only the questions on which the L-VLM agrees with itself.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, distributed, holdout, records
+from mpa import anchors, cli, distributed, holdout, records
 from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
@@ -71,6 +72,7 @@ def arguments(argv=None):
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
     )
+    anchors.add_flags(p)
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
         p.error("--lvlm-json and --svlm-json must be given together")
@@ -227,7 +229,25 @@ def read_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str
     return lvlm_answers, svlm_answers, funnel, threshold
 
 
-def write_parity(args, parity: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
+def train_set(args, rule: ParityRule, lvlm_answers: list[dict], svlm_answers: list[dict], threshold: str):
+    """(train records, the number of parity samples in it and with --anchors that of anchors)."""
+    parity, right = rule.answered(lvlm_answers, svlm_answers)
+    right = right if args.anchors else []
+    if threshold:  # also drop copies of held-out images under other paths
+        hashes = holdout.hashes(r["image_path"] for r in [*parity, *right])
+        parity, right = (
+            [r for r in found if not holdout.is_held_out(hashes[r["image_path"]], threshold)]
+            for found in (parity, right)
+        )
+    if not args.anchors:
+        return [rule.train_record(r) for r in parity], {"parity": len(parity)}
+    chosen = anchors.choose(parity, right, args.anchors, args.anchor_by, args.seed)
+    if len(chosen) < round(args.anchors * len(parity)):
+        print(f"PI: only {len(chosen)} anchors: both models answer no other samples right.", file=sys.stderr)
+    return anchors.train_records(rule, parity, chosen), {"parity": len(parity), "anchors": len(chosen)}
+
+
+def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
     out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
     settings = {name: getattr(args, name) for name in ("preset", "match", "hold_out")}
@@ -235,11 +255,13 @@ def write_parity(args, parity: list[dict], lvlm_answers: list[dict], svlm_answer
         settings |= {"lvlm_json": str(args.lvlm_json), "svlm_json": str(args.svlm_json)}
     else:
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
+    if args.anchors:
+        settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     if held_out_file(args).exists():
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
     if not finished(out, settings, args.restart):
-        records.write_result(out, parity, settings, **facts)
+        records.write_result(out, train, settings, **facts)
     return out
 
 
@@ -253,16 +275,13 @@ def main(argv=None) -> Path:
         return answers_file(args, args.model_path_lvlm)
     rule = ParityRule(args.match, args.preset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
-    parity = rule.parity_set(lvlm_answers, svlm_answers)
-    if threshold:  # also drop copies of held-out images under other paths
-        hashes = holdout.hashes(r["image"] for r in parity)
-        parity = [r for r in parity if not holdout.is_held_out(hashes[r["image"]], threshold)]
-    funnel["parity"] = len(parity)
+    train, counts = train_set(args, rule, lvlm_answers, svlm_answers, threshold)
+    funnel |= counts
     facts, wrapped = {"funnel": funnel}, {}
     if not PRESETS[args.preset].literal:
         wrapped = {"L-VLM": rule.only_unwrapped(lvlm_answers), "S-VLM": rule.only_unwrapped(svlm_answers)}
         facts["matched_within_words"] = wrapped
-    out = write_parity(args, parity, lvlm_answers, svlm_answers, **facts)
+    out = write_train_set(args, train, lvlm_answers, svlm_answers, **facts)
 
     print("PI: " + funnel_line(funnel))
     if any(wrapped.values()):
@@ -270,7 +289,7 @@ def main(argv=None) -> Path:
         print(f"PI: answers that match only without the words around them, such as 'The answer is …': {what}.")
     if left_out := counted(r["left_out"] for r in [*lvlm_answers, *svlm_answers] if r.get("left_out")):
         print(f"PI: {left_out}")
-    if not parity:
+    if not counts["parity"]:
         print("PI: the parity set is empty: the S-VLM already answers all that the L-VLM answers.", file=sys.stderr)
     print(f"The parity set is {out}. Next: PL/Qwen2-VL-Finetune/scripts/PL.sh with the same RUN and DATASET.")
     return out

@@ -66,7 +66,7 @@ def main(argv=None) -> None:
     p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = p.parse_args(argv)
     log_file.open_log(args.train_json.parent / "log.txt")
-    parity = records.read_records(args.train_json, "train")
+    parity = records.read_parity(args.train_json)
     meta = records.read_json(records.meta_path(args.train_json))
     annotations, threshold = records.read_records(args.pa_json, "PA"), holdout.threshold_of(args.train_json)
     current_paths = {str(r["id"]): r["image"] for r in parity}  # as PI found the images

@@ -94,10 +94,11 @@ def main(argv=None) -> None:
         for name, ids in (("corrupted", list(wrong)), ("others", others))
     }
     settings = {name: getattr(args, name) for name in ("type", "share", "where", "seed")}
+    chosen_by = {name: value for name, value in base["settings"].items() if name != "anchors"}  # it writes none
     funnel = {"L-consistent": len(consistent), "parity": len(parity)}
     models = {name: base[name] for name in ("model_path_lvlm", "model_path_svlm") if name in base}
     records.write_result(
-        args.out, parity, base["settings"] | {"corrupt": settings}, funnel=funnel, survived=survived, **models
+        args.out, parity, chosen_by | {"corrupt": settings}, funnel=funnel, survived=survived, **models
     )
     for name, of in survived.items():
         print(f"{name}: {of['n']} annotations → {of['consistent']} L-consistent → {of['parity']} parity")

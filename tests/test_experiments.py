@@ -40,6 +40,20 @@ def test_a_file_is_read(file):
     assert e.gpus_of("PL", e.svlms["student"]) == 2 and e.gpus_of("PA", e.lvlms["teacher"]) == 1
 
 
+def test_variants_with_anchors_select_from_the_same_answers(file):
+    more = "  loose: {train: mpa, match: anls}\n  both: {train: mpa, match: anls, anchors: 0.5, anchor_by: kind}\n"
+    file.write_text(
+        GOOD.replace("  loose: {train: mpa, match: anls}\n", f"{more}  anchored: {{train: mpa, anchors: 2}}\n")
+    )
+    e = experiments.read(file)
+    assert e.selections == {
+        "anls": ("--match", "anls"),
+        "anls_anchors-0.5-kind": ("--match", "anls", "--anchors", "0.5", "--anchor-by", "kind"),
+        "anchors-2": ("--anchors", "2", "--anchor-by", "answer"),
+    }
+    assert e.variants["mpa"].selection == "" and e.variants["anchored"].selection == "_anchors-2"
+
+
 @pytest.mark.parametrize("name", [path.name for path in (ROOT / "experiments").glob("*.yaml")])
 def test_the_repositorys_files_are_valid(name):
     e = experiments.read(ROOT / "experiments" / name)
@@ -88,6 +102,10 @@ def test_the_papers_matrix_is_whole():
         ("match: anls", "corrupt: {type: number}", 9, "corrupt: the key 'share' is missing"),
         ("match: anls", "corrupt: {type: numbers, share: 0.1}", 9, "unknown answer type 'numbers'"),
         ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without another matcher"),
+        ("match: anls", "anchors: 0", 9, "anchors should be a number per parity sample, above 0 and up to 100: '0'"),
+        ("match: anls", "anchor_by: kind", 9, "anchor_by needs anchors: R"),
+        ("match: anls", "anchors: 1, anchor_by: kinds", 9, "unknown anchor_by 'kinds'. Known: answer, kind, random"),
+        ("EPOCHS: 3", "anchors: 1", 8, "anchors are added to the parity set (train: mpa), not to all_pseudo"),
         ("EPOCHS: 3", "corrupt: {type: number, share: 0.1}", 8, "corrupt is for variants that train on mpa"),
         ("seeds: [0, 1]", "transfer: yes", 10, "unknown transfer 'yes'. Known: true, false"),
         ("seeds: [0, 1]", "data: {folder: x}", 10, "data: the key 'made_by' is missing"),

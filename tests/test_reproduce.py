@@ -115,6 +115,7 @@ variants:
   once: {train: mpa, seeds: [1], EPOCHS: 2}
   mixed: {train: mpa, replay: 0.2}
   wrong: {train: mpa, corrupt: {type: yes/no, share: 0.3}}
+  anchored: {train: mpa, anchors: 0.5}
 """
 CORRUPT = """
 import sys
@@ -132,11 +133,12 @@ def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
     assert f"made ['--data', '{repository / 'somewhere'}']" in said
     files = results(repository)
     trained = {name.split("/PL_big_small_")[1].split("/")[0] for name in files if "/PL_" in name and name[6] == "0"}
-    assert trained == {f"{d}{v}" for d in ("textVQA", "chartVQA") for v in ("", "_mixed", "_wrong")}
+    assert trained == {f"{d}{v}" for d in ("textVQA", "chartVQA") for v in ("", "_mixed", "_wrong", "_anchored")}
     assert files["paper-1/PL_big_small_textVQA_once/train_meta.json"] == "big small 1 2 1e-5\n"
     assert "--type yes/no" in files["paper-0/PL_big_small_textVQA_wrong/train_meta.json"]
+    assert files["paper-0/PL_big_small_textVQA_anchored/train_meta.json"] == "exact 0.5 anchors 0 1 1e-5\n"
     tested = [name for name in files if "/Eval_PL_" in name and "meta" not in name]
-    assert len(tested) == 2 * 2 * (3 + 4)  # on both datasets, those trained on each: 3 with seed 0 and 4 with seed 1
+    assert len(tested) == 2 * 2 * (4 + 5)  # on both datasets, those trained on each: 4 with seed 0 and 5 with seed 1
     assert "paper-0/Eval_PL_big_small_textVQA_mixed_chartVQA.json" in files
     *_, own, other, data = files["paper-0/PL_big_small_textVQA_mixed/train_meta.json"].split()
     run = repository / "results/fake/paper-0"

@@ -2,12 +2,13 @@
 # Stands for PA.sh, PI.sh, PL.sh and evaluate.sh in tests/test_reproduce.py: writes the files that they would write, each whole
 # and once. $CALLS gets a line per file that is made. A model that is named in $BROKEN fails.
 set -euo pipefail
-STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' ONLY_LVLM='' MATCH=exact MIXED=()
+STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' ONLY_LVLM='' MATCH=exact ANCHORS='' MIXED=()
 while (($#)); do
     case $1 in
     --only-lvlm) ONLY_LVLM=1 ;;
     --model-path) PATH_OF_MODEL=$2 && shift ;;
     --match) MATCH=$2 && shift ;;
+    --anchors) ANCHORS="$2 anchors" && shift ;;
     --out) OUT=$2 && shift ;;
     --data_path) MIXED=("${@:2}" "$MPA_DATA") ;;
     --lvlm-json | --svlm-json) [[ -f $2 ]] && shift ;;
@@ -34,7 +35,7 @@ case $STAGE in
 PA) make "$RUN/PA_${L}_$DATASET.json" "$L" "$DATASET" "$SEED" ;;
 PI)
     if [[ $OUT ]]; then
-        make "$OUT" "$MATCH"
+        make "$OUT" "$MATCH${ANCHORS:+ $ANCHORS}"
     else
         [[ -f $RUN/PA_${L}_$DATASET.json ]]
         make "$RUN/PI_${L}_${L}_$DATASET.json" "$L"

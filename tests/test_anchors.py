@@ -1,0 +1,129 @@
+"""Anchored parity: which samples are added, what the train file says of them, and that nobody takes them for parity samples."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import baselines
+import export
+import PI
+import pytest
+from answered_by_rule import annotate, answers_by, flags
+from conftest import MINI, STUDENT, TEACHER
+from record_formats import read_record
+
+from mpa import anchors, holdout, image_files, run_samples, runs
+from mpa.records import read_json, read_parity
+
+CELL = runs.Cell("easyVQA", "teacher", "student")
+
+
+def asked(n: int, question: str, answer: str, first: int) -> list[dict]:
+    return [{"question_id": first + i, "PA_question": question, "PA_answer": answer} for i in range(n)]
+
+
+# Of 400 consistent samples 200 are yes/no questions, half of them "yes"; the S-VLM errs on 60, nearly all of them "no".
+PARITY = [*asked(50, "is there no circle?", "no", 0), *asked(10, "is it red?", "yes", 100)]
+RIGHT = [*asked(50, "is it red?", "no", 200), *asked(90, "is it red?", "yes", 300)]
+RIGHT += [*asked(150, "what shape is it?", "circle", 400), *asked(40, "what shape is it?", "square", 600)]
+RIGHT += [r | {"PA_answer": f"shape {i}"} for i, r in enumerate(asked(10, "what shape is it?", "", 700))]
+
+
+def distance(parity: list[dict], chosen: list[dict]) -> float:
+    """Half the sum of absolute differences of the answers' shares: from all consistent samples, and in the train file."""
+    of_all, of_train = (Counter(r["PA_answer"] for r in found) for found in ([*PARITY, *RIGHT], [*parity, *chosen]))
+    return sum(abs(of_all[a] / of_all.total() - of_train[a] / of_train.total()) for a in of_all) / 2
+
+
+def test_anchors_make_the_answers_distributed_as_in_all_consistent_samples():
+    chosen = {by: anchors.choose(PARITY, RIGHT, 2, by, seed=3) for by in anchors.ANCHOR_BY}
+    assert {len(found) for found in chosen.values()} == {120}
+    far = {by: distance(PARITY, found) for by, found in chosen.items()}
+    assert far["answer"] < 0.06 < min(far["kind"], far["random"]) < distance(PARITY, [])
+    train = Counter(r["PA_answer"] for r in [*PARITY, *chosen["answer"]])
+    assert (train["no"], train["yes"], train["circle"]) == (50, 44, 66)  # "no" is 5 over its share already
+    kinds = Counter(r["PA_question"].split()[0] for r in [*PARITY, *chosen["kind"]])
+    assert kinds == {"is": 90, "what": 90}
+
+
+def test_the_choice_depends_on_the_seed_alone_and_ends_with_the_samples():
+    first, again, other = (anchors.choose(PARITY, RIGHT, 0.5, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 30
+    assert first == [r for r in RIGHT if r in first]  # in their order
+    assert anchors.choose(PARITY, RIGHT, 100) == RIGHT and anchors.choose(PARITY, [], 1) == []
+    assert anchors.choose([], RIGHT, 1) == []
+
+
+@pytest.fixture
+def select(easy_run, tmp_path):
+    """PI from the existing answers of `easy_run`, in a run folder of its own with links to its files."""
+    for file in Path(easy_run).glob("P*"):
+        (tmp_path / file.name).symlink_to(file)
+
+    def select(*more) -> Path:
+        answers = ["--lvlm-json", tmp_path / "PI_teacher_teacher_easyVQA.json"]
+        answers += ["--svlm-json", tmp_path / "PI_teacher_student_easyVQA.json"]
+        models = ["--model-path-lvlm", TEACHER, "--model-path-svlm", STUDENT]
+        return PI.main([*map(str, [*answers, *models, *MINI, "--run", f"{tmp_path}/", *more])])
+
+    return select
+
+
+def test_the_train_file_says_what_each_record_is(select, easy_run, tmp_path, capsys):
+    name = "PI_teacher_train_teacher_student_easyVQA.json"
+    plain = select("--out", tmp_path / "plain.json")
+    assert plain.read_bytes() == (Path(easy_run) / name).read_bytes()
+    out = select("--out", tmp_path / "anchored.json", "--anchors", "1")
+    parity, train = json.loads(plain.read_text()), json.loads(out.read_text())
+    found = [r for r in train if r["kind"] == "anchor"]
+    assert [{k: v for k, v in r.items() if k != "kind"} for r in train if r["kind"] == "parity"] == parity
+    assert len(found) == len(parity) > 0 and len({r["id"] for r in train}) == len(train)
+    asked = {r["question_id"]: r for r in read_json(tmp_path / "PI_teacher_student_easyVQA.json")}
+    assert all(asked[r["id"]]["predictions"] == r["conversations"][1]["value"] for r in found)
+    meta = read_json(out.with_suffix(".meta.json"))
+    assert meta["settings"]["anchors"] == "1 by answer" and meta["funnel"]["anchors"] == len(found)
+    assert f"{len(parity)} parity + {len(found)} anchors" in capsys.readouterr().out
+    assert [r["id"] for r in read_parity(out)] == [r["id"] for r in parity]
+    again = select("--out", tmp_path / "again.json", "--anchors", "1")
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_too_few_anchors_are_said(select, tmp_path, capsys):
+    out = select("--out", tmp_path / "anchored.json", "--anchors", "100")
+    assert "PI: only " in capsys.readouterr().err
+    assert len(json.loads(out.read_text())) > len(read_parity(out))
+
+
+def test_the_trainer_and_the_export_take_an_anchored_file(select, tmp_path, capsys):
+    out = select("--out", tmp_path / "anchored.json", "--anchors", "1")
+    train = json.loads(out.read_text())
+    assert [read_record(r, "", i)["id"] for i, r in enumerate(train)] == [r["id"] for r in train]
+    export.main([str(out), "--to", "ms-swift", "--out", str(tmp_path / "swift.jsonl")])
+    assert len((tmp_path / "swift.jsonl").read_text().splitlines()) == len(train)
+
+
+def test_no_reader_takes_an_anchor_for_a_parity_sample(select, tmp_path):
+    for file in tmp_path.glob("*_train_*"):
+        file.unlink()
+    train = select("--anchors", "1")
+    parity, found = read_parity(train), read_json(train)
+    run = run_samples.RunSamples(tmp_path, CELL)
+    of_reason = Counter(s.reason for s in run.samples)
+    assert of_reason["kept"] == len(parity)
+    details = [s.reason for s in run.samples if s.detail.startswith("an anchor")]
+    assert details == ["S-VLM right"] * (len(found) - len(parity))
+    baselines.main(["--pa-json", str(tmp_path / "PA_teacher_easyVQA.json"), "--train-json", str(train)])
+    assert len(read_json(train.with_name(f"{train.stem}_random_pseudo.json"))) == len(parity)
+    (of_folder,) = runs.find([tmp_path]).parity.values()
+    training = runs.Training(CELL, "mpa", None, None, {"samples": len(found)}, of_folder.meta, {})
+    assert training.parity_samples == len(parity)
+
+
+def test_held_out_images_are_no_anchors_either(serve, copied_images, tmp_path):
+    server, run = serve(answers_by()), tmp_path / "run"
+    annotate(server, copied_images, run)
+    train = PI.main(flags(server, copied_images, run, "--hold-out", "0.3", "--anchors", "1"))
+    tested = {r["image_hash"] for r in read_json(holdout.file_of(run, "big", "images"))}
+    found = read_json(train)
+    assert {r["kind"] for r in found} == {"parity", "anchor"}
+    assert not tested & {image_files.content_hash(r["image"]) for r in found}
