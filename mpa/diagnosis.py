@@ -24,7 +24,7 @@ SMALL_GAP = 0.10  # the paper's S-VLMs err on a quarter or more of the consisten
 LOW_CONSISTENCY = 0.50  # raters found 68 % of the L-VLM's annotations correct (table 4)
 WRONG = 0.10  # raters found 84 % of the parity set correct (table 4), some of the rest arguable
 SAME_QUESTION = 0.01  # in the released OK-VQA annotations one question stands 150 times, 1.7 %
-YES_NO = 0.30  # above it, trainings of the embedded pair lost accuracy (docs/departures.md)
+YES_NO = 0.30  # above it, trainings of the embedded pair lost accuracy (docs/no-harm.md)
 LOST = 0.05  # of the images or replies: losses are then part of the result
 MISSING = 0.05  # a type with this share elsewhere and none in the parity set
 FEW_STEPS = 10  # a cosine schedule with warm-up has hardly begun
@@ -154,9 +154,8 @@ def yes_no(case: Case):
             "warning",
             f"{share(len(of_type), len(case.kept))} of the parity set are yes/no questions; in {opposite} of them the target "
             "is the opposite of what the S-VLM says",
-            "The S-VLM can learn to contradict itself instead of looking (docs/departures.md).",
-            "Ask open questions (--prompt-file), or add samples that it answers right: "
-            "DATA='parity.json:0.5 all_pseudo.json:0.5'.",
+            "The S-VLM can learn to contradict itself instead of looking (docs/no-harm.md).",
+            "Ask open questions (--prompt-file), or add samples that it answers right (PI's --anchors; docs/no-harm.md).",
         )
 
 
@@ -270,7 +269,7 @@ def no_gain(case: Case):
                 "problem",
                 figure,
                 "The levelled S-VLM is worse than before.",
-                "Keep the S-VLM from before. Then try a lower LEARNING_RATE, or add samples that it answers right."
+                "Keep the S-VLM from before. Then try a lower LEARNING_RATE, or PI's --anchors (docs/no-harm.md)."
                 if own
                 else "Mix in other data with a share: DATA='parity.json:0.9 other.json:0.1'.",
             )

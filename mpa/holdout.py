@@ -1,4 +1,4 @@
-"""The held-out set: which images are used to evaluate and never to train. It is decided once per run and L-VLM.
+"""The held-out set: which images are used to evaluate or to guard, and never to train. It is decided once per run and L-VLM.
 
 An image is held out if the hash of its content is at most the threshold. So copies of an image are on the same side,
 images that are added later do not move others, and the S-VLM has no influence. The threshold is stored in the meta file
@@ -75,8 +75,17 @@ def threshold_of(train_json: Path) -> str:
     return threshold
 
 
+def share_of(file: Path) -> float:
+    """The share of the images that a run holds out."""
+    meta = records.meta_path(file)
+    share = records.read_json(meta).get("settings", {}).get("share")
+    if not isinstance(share, int | float) or not share:
+        raise InputError(f"{meta}: does not say what is held out. Run PI.sh again with another --run.")
+    return share
+
+
 def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
-    """Raises InputError if a parity set in `folder` shares a question or an image with `test`, a list of `Sample`s."""
+    """Raises InputError if a train file in `folder` shares a question or an image with `test`, a list of `Sample`s."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}
     for train_json in sorted(folder.glob(f"PI_*_train_*_{dataset}*.json")):
         if train_json.name.endswith(".meta.json"):

@@ -6,7 +6,7 @@
 import statistics
 from pathlib import Path
 
-from mpa import log_file, records, scoring
+from mpa import guard, holdout, log_file, records, scoring
 from mpa.datasets import DATASETS
 from mpa.matching import Match
 from mpa.parity import funnel_line
@@ -73,7 +73,8 @@ def summary(run: Run) -> dict:
     metric = scoring.metric_names(run.dataset, run.preset)[0]
     rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
     for row, found in evaluated.items():
-        if not found:
+        # The L-VLM's agreement with itself is why a question is held out.
+        if not found or (row == "lvlm" and not DATASETS[run.dataset].labelled):
             continue
         meta = run.folder / run.model(row) / "train_meta.json"
         mean = scoring.summary(scoring.values(found, metric))
@@ -85,8 +86,14 @@ def summary(run: Run) -> dict:
         }
     result = {"rows": rows, "funnel": run.meta["funnel"], "seconds": run.seconds()}
     if evaluated["base"] and evaluated["mpa"]:
-        gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
-        result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
+        if DATASETS[run.dataset].labelled:
+            gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
+            result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
+        else:
+            found = guard.compare(evaluated["base"], evaluated["mpa"], run.preset)
+            share = holdout.share_of(holdout.file_of(run.folder, run.lvlm, run.dataset))
+            result["gain"] = {"accuracy": found.gain, "ci95": found.interval}
+            result["guard"] = found.as_json() | {"conclusion": guard.conclusion(found, share)}
     return result
 
 
@@ -133,9 +140,9 @@ def examples(run: Run, n: int = 6) -> list[str]:
 
 
 def cautions(result: dict) -> list[str]:
-    """What makes the table say little: few test questions, few training samples."""
-    lines, mpa = [], result["rows"].get("mpa")
-    if mpa and mpa["n"] < FEW_QUESTIONS:
+    """What makes the table say little: few test questions, few training samples. Without labels also the guard's conclusion."""
+    lines, mpa = [f"  {line}" for line in result.get("guard", {}).get("conclusion", ())], result["rows"].get("mpa")
+    if mpa and mpa["n"] < FEW_QUESTIONS and "guard" not in result:
         lines.append(
             f"  Only {mpa['n']} test questions: a gain of 0, or an interval of width 0, says that no answer changed."
         )

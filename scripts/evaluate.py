@@ -8,7 +8,8 @@ Reads  the dataset's test questions. With --predictions or --compare it reads re
        code's, or lmms-eval's samples_….jsonl) and scores them without a model.
 Writes results/RUN/Eval_<model>_<dataset>.json for each model, with the scores of each question. The meta file has
        the means. With --log-samples it also writes lmms-eval's files to results/RUN/lmms-eval/<model>/.
-The dataset `images` has no human labels: its score is agreement with the L-VLM on the held-out set.
+The dataset `images` has no human labels: its score is agreement with the L-VLM on the held-out set. With --held-out, so it is for
+every dataset, and the files are results/RUN/Heldout_<lvlm>_<model>_<dataset>.json: scripts/guard.py compares them.
 """
 
 import sys
@@ -22,6 +23,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import labelled, load_samples
 from mpa.datasets.protocol import Sample
 from mpa.engines import ENGINES
+from mpa.guard import SCORED_AS, answers_file
 from mpa.metrics import most_common
 from mpa.stage import Model, counted, short_replies
 
@@ -41,9 +43,18 @@ def arguments(argv=None):
         "--model-path-lvlm", default=cli.LVLM, help="the L-VLM; for `images`, the score is agreement with it"
     )
     p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
+    p.add_argument(
+        "--held-out",
+        action="store_true",
+        help="ask the run's held-out questions (PI's --hold-out) instead of the test's; `images` has no others",
+    )
     args = cli.parse(p, argv, named_by=("predictions", "compare"))
     if args.quantization and args.model_path_lvlm not in args.model_path:
         p.error("--quantization is for the L-VLM, and none of these models is it; name it with --model-path-lvlm")
+    if args.held_out and (args.log_samples or args.predictions or args.compare):
+        p.error("--held-out goes with none of --log-samples, --predictions and --compare")
+    args.held_out = args.held_out or not DATASETS[args.dataset].labelled
+    args.scored_as = SCORED_AS if args.held_out else args.dataset
     if args.out and len(args.model_path) > 1:
         p.error("--out names one file; with several models use --run")
     return args
@@ -54,16 +65,20 @@ class Evaluation(Answers):
 
     def record(self, question: Question, reply: dict) -> dict:
         record = super().record(question, reply)
-        names = scoring.metric_names(self.model.args.dataset, self.preset)
+        names = scoring.metric_names(self.model.args.scored_as, self.preset)
         return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
 
     def summary(self, result: list[dict]) -> dict:
-        return {"scores": scoring.score(result, self.model.args.dataset, self.preset)}
+        return {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
 
 
 def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
     name = records.short_name(model.path)
-    out = args.out or records.run_folder(args.run) / f"Eval_{name}_{args.dataset}.json"
+    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
+    file = (
+        answers_file(folder, lvlm, name, args.dataset) if args.held_out else folder / f"Eval_{name}_{args.dataset}.json"
+    )
+    out = args.out or file
     questions = []
     for s in samples:
         before = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
@@ -113,9 +128,9 @@ def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
 
 def report(args, what: str, result: list[dict]) -> dict:
     """Print and return the scores of a result."""
-    scores = scoring.score(result, args.dataset, args.preset)
-    agreement = ": agreement with the L-VLM, not accuracy" if not DATASETS[args.dataset].labelled else ""
-    print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores, args.dataset)]))
+    scores = scoring.score(result, args.scored_as, args.preset)
+    agreement = ", held-out questions: agreement with the L-VLM, not accuracy" if args.held_out else ""
+    print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores, args.scored_as)]))
     left_out = counted(r["left_out"] for r in result if r.get("left_out"))
     if left_out:
         print(f"  {left_out}; counted as wrong")
@@ -159,20 +174,24 @@ def main(argv=None) -> None:
         return
     cli.open_log(args)
     annotations = args.annotations
-    if not DATASETS[args.dataset].labelled and not annotations:
+    if args.held_out and not annotations:
         lvlm = records.short_name(args.model_path_lvlm)
         annotations = records.find_input(
-            records.run_folder(args.run), f"PI_{{lvlm}}_heldout_{args.dataset}.json", lvlm, "--annotations", "PI.sh"
+            records.run_folder(args.run),
+            f"PI_{{lvlm}}_heldout_{args.dataset}.json",
+            lvlm,
+            "--annotations",
+            "PI.sh with --hold-out 0.15",
         )
     models = [Model(args, path) for path in args.model_path]
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
         raise records.InputError(f"Models with the same name would share a file: {', '.join(names)}. Rename a folder.")
-    samples = load_samples(args.dataset, "test", annotations, args.image_root, args.path_map)
+    samples = load_samples(args.scored_as, "test", annotations, args.image_root, args.path_map)
     samples = cli.selected(samples, args)
     for model in models:
         model.check()
-    if not DATASETS[args.dataset].labelled:
+    if args.held_out:
         holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
     if args.dry_run:
         requests = [question_request(args, s.key, s.image_path, s.question) for s in samples]
@@ -192,7 +211,7 @@ def main(argv=None) -> None:
             interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model.path)
             print(f"lmms-eval's files are in {folder}.")
     if len(scores) > 1:
-        print("\n".join(["", *scoring.side_by_side(scores, args.dataset)]))
+        print("\n".join(["", *scoring.side_by_side(scores, args.scored_as)]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is serve
 SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g. "--base-url http://localhost:8000/v1"
 QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
 REPORT=${REPORT:-1}                                 # 0: no HTML report at the end
+GUARD=${GUARD:-$([[ $DATASET == images ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
+export REMEDY=${REMEDY:-0}                          # 1: if it did, try remedies; scripts/guard.sh -h
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
@@ -26,6 +28,7 @@ if [[ $IMAGES && $DATASET != images ]]; then
     echo "error: IMAGES is a folder of your own images, and DATASET is $DATASET. Unset one of them." >&2
     exit 2
 fi
+if [[ $GUARD$REMEDY != 00 && $DATASET != images ]]; then PI_FLAGS="--hold-out 0.15 $PI_FLAGS"; fi
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
 LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
 
@@ -42,11 +45,23 @@ run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $PI_FLAGS
 title "PL: fine-tune $(basename "$SVLM") on the parity set"
 run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
-title "evaluate: before, after, and the L-VLM"
-# shellcheck disable=SC2086
-run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" \
-    --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
-    ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
+SVLM_FLAGS="--engine $ENGINE $SERVER_FLAGS"
+if [[ $DATASET == images ]]; then # the held-out set is what the L-VLM agrees with, so only the S-VLM is asked
+    title "evaluate: before and after"
+    SVLM_FLAGS+=" $EVALUATE_FLAGS"
+    # shellcheck disable=SC2086
+    run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" --model-path-lvlm "$LVLM" $SVLM_FLAGS
+else
+    title "evaluate: before, after, and the L-VLM"
+    # shellcheck disable=SC2086
+    run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" $SVLM_FLAGS \
+        --engine-lvlm "$LVLM_ENGINE" ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
+fi
+if [[ $GUARD$REMEDY != 00 ]]; then
+    title "guard: is the levelled $(basename "$SVLM") worse on held-out questions?"
+    # shellcheck disable=SC2086
+    PI_FLAGS=$PI_FLAGS run bash "$ROOT/scripts/guard.sh" $SVLM_FLAGS
+fi
 run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"
 run python "$ROOT/scripts/diagnose.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM"
 if [[ $REPORT != 0 ]]; then

@@ -41,8 +41,12 @@ def test_a_folder_of_images_goes_through_all_stages_with_no_label(tmp_path):
     evaluated = read(run / f"Eval_{LEVELLED}_images_images.json")
     assert [r["question_id"] for r in evaluated] == [r["question_id"] for r in held_out]
     assert all(r["predictions"] for r in evaluated)
-    # The L-VLM agrees with itself on these images; they were chosen for this.
-    assert read(run / "summary.json")["rows"]["lvlm"]["accuracy"] == 1.0
+    # The L-VLM agrees with itself on these images: they were chosen for this, so it has no row.
+    summary, guard = read(run / "summary.json"), read(run / "guard_teacher_student_images.json")
+    assert list(summary["rows"]) == ["base", "mpa"] and "Guard of run, images" in done.stdout
+    assert (
+        guard["models"]["mpa"]["n"] == len(held_out) and guard["models"]["mpa"]["gain"] == summary["gain"]["accuracy"]
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,150 @@
+"""The guard: is a levelled S-VLM worse than the one it came from? Told without labels, from held-out questions.
+
+Both models answer the questions of PI's held-out set, which the L-VLM answers consistently and PL never trains on: those that the
+S-VLM answered right and wrong, in their natural share. An answer counts as right if it agrees with the L-VLM's.
+"""
+
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpa import holdout, records, scoring
+from mpa.agreement import Z, paired_difference, wilson
+from mpa.datasets import DATASETS
+from mpa.records import InputError
+from mpa.runs import Cell, model_name
+
+BETTER, WORSE, OPEN = "better", "worse", "not told apart"
+SCORED_AS = "images"  # the dataset whose metrics measure agreement
+POWER = 0.841621  # the normal distribution's 80 % quantile
+GAIN = 0.05  # besides the measured gain, the gain for which the number of questions is told
+MOST_HELD_OUT = 0.5  # above this share, more images help more than a larger share
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`n` questions that both models were asked; `fixed` became right by PL, `broken` became wrong."""
+
+    n: int
+    right_before: int
+    fixed: int
+    broken: int
+
+    @property
+    def gain(self) -> float:
+        return (self.fixed - self.broken) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the gain, paired by question."""
+        return paired_difference(self.fixed, self.broken, self.n)
+
+    @property
+    def verdict(self) -> str:
+        low, high = self.interval
+        return WORSE if high < 0 else BETTER if low > 0 else OPEN
+
+    def needed(self, gain: float) -> int:
+        """How many questions tell such a gain from chance in 4 of 5 cases, if as many answers change as changed here.
+
+        McNemar's test at 5 %: Connor 1987, Sample size for testing differences in proportions for the paired-sample design. If
+        no answer changed, the upper bound of the share stands for it.
+        """
+        changed = (self.fixed + self.broken) / self.n or wilson(0, self.n)[1]
+        changed = max(changed, abs(gain))
+        return math.ceil((Z * math.sqrt(changed) + POWER * math.sqrt(changed - gain**2)) ** 2 / gain**2)
+
+    def as_json(self) -> dict:
+        return asdict(self) | {"gain": self.gain, "ci95": self.interval, "verdict": self.verdict}
+
+
+def compare(before: list[dict], after: list[dict], preset: str) -> Comparison:
+    """From the records of two Eval files. Raises InputError where one id means two questions, and if none is in both."""
+    pairs, metric = scoring.same_questions(before, after), scoring.metric_names(SCORED_AS, preset)[0]
+    if not pairs:
+        raise InputError("No held-out question was asked before and after PL: evaluate both on the same held-out set.")
+    was, now = (scoring.values(list(found), metric) for found in zip(*pairs, strict=True))
+    fixed, broken = (sum(a < b for a, b in zip(*both, strict=True)) for both in ((was, now), (now, was)))
+    return Comparison(len(pairs), round(sum(was)), fixed, broken)
+
+
+def answers_file(folder: Path, lvlm: str, model: str, dataset: str) -> Path:
+    """A model's answers to the held-out questions. For unlabelled images these are the evaluation itself."""
+    labelled = DATASETS[dataset].labelled
+    return folder / (f"Heldout_{lvlm}_{model}_{dataset}.json" if labelled else f"Eval_{model}_{dataset}.json")
+
+
+class Guard:
+    """The held-out answers of one cell of a run: the S-VLM's before PL, and those of its levelled models, by variant."""
+
+    def __init__(self, folder: Path, cell: Cell):
+        self.folder, self.cell = folder, cell
+
+    @property
+    def variants(self) -> list[str]:
+        """The levelled models that were asked the held-out questions, MPA's first."""
+        file = answers_file(self.folder, self.cell.lvlm, model_name(self.cell), self.cell.dataset)
+        end = f"_{self.cell.dataset}.json"
+        pattern = re.compile(f"{re.escape(file.name.removesuffix(end))}(?:_(.+))?{re.escape(end)}")
+        found = filter(None, map(pattern.fullmatch, os.listdir(self.folder)))
+        return sorted((m[1] or "mpa" for m in found), key=lambda name: (name != "mpa", name))
+
+    @property
+    def share(self) -> float:
+        """Of the images that are held out."""
+        return holdout.share_of(holdout.file_of(self.folder, self.cell.lvlm, self.cell.dataset))
+
+    def model(self, variant: str) -> Path:
+        return self.folder / (model_name(self.cell) + ("" if variant == "mpa" else f"_{variant}"))
+
+    def compare(self, variant: str) -> Comparison:
+        """Raises InputError for a missing file, and for one with replies that are still to be asked again."""
+        (before, preset), (after, _) = (self._answers(model) for model in (self.cell.svlm, self.model(variant).name))
+        return compare(before, after, preset)
+
+    def _answers(self, model: str) -> tuple[list[dict], str]:
+        """(records, preset) of a model's answers to the held-out questions."""
+        path = answers_file(self.folder, self.cell.lvlm, model, self.cell.dataset)
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such file. Ask the model first: scripts/evaluate.py --held-out, or scripts/guard.sh."
+            )
+        meta = records.read_json(records.meta_path(path))
+        if meta.get("unfinished"):
+            raise InputError(
+                f"{path}: {meta['unfinished']} replies failed with a temporary error, so nothing can be told yet. "
+                "The same command of evaluate asks them again."
+            )
+        return records.read_records(path, "Eval"), meta["settings"]["preset"]
+
+
+def how_to_get(have: int, questions: int, share: float) -> str:
+    """How to get so many held-out questions where `share` of the images gave `have`."""
+    larger = share * questions / have
+    if larger <= MOST_HELD_OUT:
+        return f"hold out more images: PI's --hold-out {math.ceil(100 * larger) / 100:g}, with another RUN"
+    return f"annotate about {math.ceil(questions / have)} times as many images"
+
+
+def conclusion(found: Comparison, share: float) -> list[str]:
+    """What the comparison says, in words. `share` is that of the held-out images."""
+    if found.verdict != OPEN:
+        return [f"The levelled S-VLM is {found.verdict} than the one it came from."]
+    needed = {size: found.needed(size) for size in dict.fromkeys((abs(found.gain) or GAIN, GAIN))}
+    told = [f"{n:,} for a gain of {100 * size:.1f} points" for size, n in needed.items()]
+    told[0] += ", as measured" if found.gain else ""
+    first, changed = next(iter(needed.values())), found.fixed + found.broken
+    remedy = f" To get {first:,}, {how_to_get(found.n, first, share)}." if first > found.n else ""
+    return [
+        f"Nothing can be concluded: {found.n} held-out questions, of which {changed} changed from right to wrong or back, do not "
+        "tell the models apart.",
+        f"Questions that would, in 4 of 5 cases: {'; '.join(told)}.{remedy}",
+    ]
+
+
+def recommended(found: dict[str, Comparison]) -> str | None:
+    """The variant with the highest gain of those that are better than the S-VLM before; None: keep the S-VLM before."""
+    better = [name for name, one in found.items() if one.verdict == BETTER]
+    return max(better, key=lambda name: found[name].gain) if better else None

@@ -1,0 +1,80 @@
+"""The guard: is the levelled S-VLM worse than the one it came from? Needs no labels.
+
+    python scripts/guard.py results/mine                          # all levelled models of the run
+    python scripts/guard.py results/okvqa --dataset okVQA --variant anchors
+    bash scripts/guard.sh -h                                      # asks the models first, and tries remedies
+
+Reads  both models' answers to the run's held-out questions, on which the L-VLM agrees with itself (PI's --hold-out): the files
+       that `scripts/evaluate.py --held-out` writes. For the dataset `images` these are the evaluation. No model is loaded.
+Prints for each levelled model its gain with a 95 % interval, paired by question, and a verdict: better, worse, or not told apart.
+Writes results/RUN/guard_<lvlm>_<svlm>_<dataset>.json: the same figures, and which model to use.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpa import cli, records
+from mpa.datasets import DATASETS
+from mpa.guard import WORSE, Guard, conclusion, recommended
+from mpa.records import InputError
+from mpa.run_folders import add_selection, selected
+
+
+def report(guard: Guard, variants: list[str]) -> None:
+    cell, found = guard.cell, {variant: guard.compare(variant) for variant in variants}
+    print(
+        f"\nGuard of {guard.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM, held-out set"
+    )
+    for name, one in found.items():
+        low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
+        before, after = (
+            f"{100 * k / one.n:.1f}" for k in (one.right_before, one.right_before + one.fixed - one.broken)
+        )
+        print(
+            f"  {guard.model(name).name}: {before} → {after} %, {100 * one.gain:+.1f} points (95 % interval {low} to {high}, "
+            f"n = {one.n}; {one.fixed} fixed, {one.broken} broken): {one.verdict}"
+        )
+    highest = max(found, key=lambda name: found[name].gain)
+    for name in dict.fromkeys((variants[0], highest)):
+        named = f"{guard.model(name).name}: " if len(found) > 1 else ""
+        print("\n".join(f"  {named}{line}" for line in conclusion(found[name], guard.share)))
+    best = recommended(found)
+    print(f"  Use {guard.model(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one is better'}.")
+    if [one.verdict for one in found.values()] == [WORSE]:
+        print("  To try remedies: REMEDY=1 bash scripts/guard.sh, with the variables of the run.")
+    out = guard.folder / f"guard_{cell.lvlm}_{cell.svlm}_{cell.dataset}.json"
+    models = {name: one.as_json() for name, one in found.items()}
+    records.write_json(out, {"models": models, "recommended": best and guard.model(best).name})
+    next_command = (
+        f" Next: MODEL={guard.model(best)} bash evaluate.sh" if best and DATASETS[cell.dataset].labelled else ""
+    )
+    print(f"Wrote {out}.{next_command}")
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_selection(p)
+    p.add_argument(
+        "--variant", nargs="+", metavar="NAME", help="only these: mpa, anchors … (default: all that were asked)"
+    )
+    p.add_argument("--verdict", action="store_true", help="print only the verdict on --variant, and write nothing")
+    args = p.parse_args(argv)
+    guards = [Guard(folder, cell) for folder, cell in selected(args) if cell.svlm]
+    asked = [guard for guard in guards if args.variant or guard.variants]
+    if not asked:
+        raise InputError(
+            f"{args.results[0]}: no levelled S-VLM was asked held-out questions. Run scripts/guard.sh; for a labelled dataset PI "
+            "needs --hold-out 0.15."
+        )
+    for guard in asked:
+        if args.verdict:
+            print(*(guard.compare(variant).verdict for variant in args.variant or ["mpa"]), sep="\n")
+        else:
+            report(guard, args.variant or guard.variants)
+
+
+if __name__ == "__main__":
+    cli.run(main)
