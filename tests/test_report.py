@@ -13,7 +13,9 @@ from answered_runs import sample, word
 from conftest import python
 from PIL import Image
 
-from mpa.report import content, thumbnails
+from mpa.report import figures, texts, thumbnails
+from mpa.report.content import CellContent
+from mpa.report.page import stages_table
 from mpa.runs import Cell
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -64,7 +66,10 @@ def make_run(folder, images, texts=None, cell=answered_runs.CELL, n=130, evaluat
             fake.write(path, records)
         model = folder / f"PL_{cell.lvlm}_{cell.svlm}_{cell.dataset}"
         fake.write(model / "train_meta.json", {"settings": {}, "samples": 44, "steps": 12})
-        history = [{"step": i, "loss": 1 / (i + 1), "learning_rate": 1e-5 * i, "grad_norm": 1.0} for i in range(12)]
+        rates = {"lr_language": 1e-5, "lr_vision": 2e-6}
+        history = [
+            {"step": i, "loss": 1 / (i + 1), "grad_norm": 1.0, "samples_per_second": 9.5} | rates for i in range(12)
+        ]
         fake.write(model / "trainer_state.json", {"log_history": history})
 
 
@@ -196,11 +201,14 @@ def test_hostile_text_is_shown_as_text(browser, tmp_path, single_file):
 
 @in_browser
 @pytest.mark.parametrize(("width", "scheme"), [(375, "light"), (1440, "dark")])
-def test_accessibility_and_width(browser, report, width, scheme):
+def test_accessibility_and_width(browser, tmp_path, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    make_run(tmp_path / "run", tmp_path / "images", HOSTILE)
+    done = python("report.py", tmp_path / "run", "--image-root", tmp_path / "images")
+    assert done.returncode == 0, done.stderr
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
-    page.goto(f"file://{report}")
+    page.goto((tmp_path / "run/report/index.html").as_uri())
     found = axe.run(page).response["violations"]
     assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -228,6 +236,31 @@ def test_several_runs_are_compared(browser, tmp_path):
         page.select_option("#cell", "1")
         assert "two: textVQA" in page.text_content("#overview [data-cell='1'] h3")
         assert page.is_hidden("#overview [data-cell='0']")
+
+
+def test_losses_duplicates_and_the_trainers_log(tmp_path):
+    make_run(tmp_path / "run", tmp_path / "images")
+    cell = CellContent(tmp_path / "run", answered_runs.CELL)
+    assert cell.funnel()[-1] == ("parity set", 44)
+    assert cell.losses() == [("L-VLM disagrees with itself", 43), ("S-VLM right", 43)]
+    assert cell.repeats() == [("D_PA", [130, 130, 130, 130]), ("parity set", [44, 44, 44, 44])]
+    assert ("lr vision at step 11", "2e-06") in cell.training_facts()
+    assert ("samples per second at step 11", "9.5") in cell.training_facts()
+    drawn = figures.training(cell.history())
+    assert all(f"<!-- {text} -->" in drawn for text in ("language", "vision", "samples per second", "gradient norm"))
+
+
+def test_repeated_samples_are_counted(tmp_path):
+    samples = [sample(0, image="/a.png"), sample(0, image="/a.png"), sample(0, annotation="other", image="/b.png")]
+    answered_runs.write(tmp_path, [s | {"id": i} for i, s in enumerate(samples)])
+    assert CellContent(tmp_path, answered_runs.CELL).repeats()[1] == ("parity set", [3, 1, 2, 2])
+
+
+def test_time_and_cost_by_stage(tmp_path):
+    make_run(tmp_path, tmp_path / "images", n=3)
+    fake.write(tmp_path / "spending.json", {"spent": {"PA big": {"cost": 1.5}, "broken": None}, "reserved": {}})
+    table = stages_table(CellContent(tmp_path, answered_runs.CELL))
+    assert table["lines"] == [["evaluate", "2 s", ""], ["PA big", "", "1.50"]]
 
 
 def test_an_unfinished_run_says_what_is_not_there(tmp_path):
@@ -282,7 +315,7 @@ def test_thumbnails_are_made_once(tmp_path):
     ],
 )
 def test_redacted_paths(text, expected):
-    assert content.without_folders(text) == expected
+    assert texts.without_folders(text) == expected
 
 
 def test_a_real_run_and_the_terminal(easy_run, tmp_path):

@@ -1,1 +1,3 @@
-"""The HTML report of runs: `content` reads result files, `figures` draws, `thumbnails` shrinks, `page` writes."""
+"""The HTML report of runs: `content` reads result files, `figures` draws, `thumbnails` shrinks, `texts` cuts
+and redacts, `page` writes.
+"""

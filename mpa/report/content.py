@@ -1,9 +1,6 @@
 """What a report shows of one cell of a run, as plain data; what is not there yet is named."""
 
-import json
-import re
 from collections import Counter
-from dataclasses import is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,20 +11,12 @@ from mpa.diagnosis import diagnose
 from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
-from mpa.records import REPOSITORY
+from mpa.report.texts import shortened
 from mpa.run_case import Case
 from mpa.run_folders import run_name
-from mpa.run_samples import changes, finite
+from mpa.run_samples import REASONS, changes, finite
 from mpa.run_summary import ROWS
 from mpa.runs import Cell, model_name
-
-LONGEST = 2000  # characters of a text that the page holds
-
-
-def shortened(text: str | None) -> str | None:
-    if text is None or len(text) <= LONGEST:
-        return text
-    return f"{text[:LONGEST]} … ({len(text):,} characters)"
 
 
 class CellContent:
@@ -61,6 +50,11 @@ class CellContent:
             steps.append(("parity set", len(case.kept)))
         return steps
 
+    def losses(self) -> list[tuple[str, int]]:
+        """What is not in the parity set, by cause, in the order in which PI finds it."""
+        counts = Counter(s.reason for s in self.case.run.samples if not s.kept)
+        return [(reason, counts[reason]) for reason in REASONS if counts[reason]]
+
     def results(self) -> list[dict]:
         rows = []
         trained = model_name(self.cell)
@@ -85,11 +79,8 @@ class CellContent:
         return scoring.summary(gains(self.before, self.after).tolist()) if self.before and self.after else None
 
     def facts(self) -> list[tuple[str, str]]:
-        """Models, settings, versions, time and cost by stage."""
-        files = {"PA": self.case.run.pa_json, "PI": self.case.run.train_json}
-        metas = {stage: _meta(records.meta_path(path)) for stage, path in files.items()}
-        metas["PL"] = _meta(self.folder / model_name(self.cell) / "train_meta.json")
-        metas["evaluate"] = self.after.meta if self.after else {}
+        """Models, settings, versions and commands."""
+        metas = self._metas
         settings = metas["PA"].get("settings", {}) | metas["PI"].get("settings", {})
         made_by = next((m["made_by"] for m in metas.values() if m.get("made_by")), {})
         versions = made_by.get("packages") or {}
@@ -99,8 +90,6 @@ class CellContent:
             ("S-VLM", metas["PI"].get("model_path_svlm") or self.cell.svlm),
             ("preset, matcher", ", ".join(str(settings[k]) for k in ("preset", "match") if k in settings)),
             ("task prompt", metas["PA"].get("prompt")),
-            ("seconds", ", ".join(f"{stage} {s:,.0f}" for stage, s in self._seconds(metas).items() if s)),
-            ("cost", self._cost()),
             ("device", ", ".join(dict.fromkeys(str(m["device"]) for m in metas.values() if m.get("device")))),
             ("commit", f"{made_by.get('commit')}{' and changes' if made_by.get('uncommitted_changes') else ''}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -108,17 +97,28 @@ class CellContent:
         commands = [(f"command, {s}", " ".join(m["made_by"]["command"])) for s, m in metas.items() if m.get("made_by")]
         return [(name, value) for name, value in [*facts, *commands] if value and value != "None"]
 
-    def _seconds(self, metas: dict[str, dict]) -> dict[str, float]:
+    @cached_property
+    def _metas(self) -> dict[str, dict]:
+        files = {"PA": self.case.run.pa_json, "PI": self.case.run.train_json}
+        metas = {stage: _meta(records.meta_path(path)) for stage, path in files.items()}
+        metas["PL"] = _meta(self.folder / model_name(self.cell) / "train_meta.json")
+        metas["evaluate"] = self.after.meta if self.after else {}
+        return metas
+
+    def seconds(self) -> dict[str, float]:
         """Of each stage; PI's are those of both models' answers, evaluate's those of before and after."""
         answers = [_meta(records.meta_path(path)) for path in self.case.run.answers_json.values()]
-        parts = {"PA": [metas["PA"]], "PI": answers, "PL": [metas["PL"]]}
+        parts = {"PA": [self._metas["PA"]], "PI": answers, "PL": [self._metas["PL"]]}
         parts["evaluate"] = [e.meta for e in (self.before, self.after) if e]
-        return {stage: sum(m.get("seconds") or 0 for m in of) for stage, of in parts.items()}
+        found = {stage: sum(m.get("seconds") or 0 for m in of) for stage, of in parts.items()}
+        return {stage: seconds for stage, seconds in found.items() if seconds}
 
-    def _cost(self) -> str:
+    def costs(self) -> dict[str, float]:
+        """What the run has paid for each stage and model, of all its cells, in the currency of --price-in."""
         spent = _meta(self.folder / "spending.json").get("spent")
-        parts = [(s, v.get("cost")) for s, v in spent.items() if isinstance(v, dict)] if isinstance(spent, dict) else []
-        return ", ".join(f"{stage} $ {cost:.2f}" for stage, cost in parts if isinstance(cost, int | float))
+        accounts = spent.items() if isinstance(spent, dict) else ()
+        costs = {stage: account.get("cost") for stage, account in accounts if isinstance(account, dict)}
+        return {stage: float(cost) for stage, cost in costs.items() if isinstance(cost, int | float)}
 
     # --- parity ---
 
@@ -145,6 +145,20 @@ class CellContent:
             tables[name] = [(shortened(texts[key]), count) for key, count in counts.most_common(n)]
         return tables
 
+    def repeats(self) -> list[tuple[str, list[int]]]:
+        """(set, [samples, distinct questions, distinct questions with their answers, distinct images]).
+
+        An image is its content where PA recorded its hash, else its path.
+        """
+        hashes = {str(r["question_id"]): r.get("image_hash") for r in self.case.run.annotations}
+        found = []
+        for name, samples in (("D_PA", self.case.annotated), ("parity set", self.case.kept)):
+            questions = [normalise(s.question) for s in samples]
+            pairs = {(q, normalise(s.annotation)) for q, s in zip(questions, samples, strict=True)}
+            images = {hashes.get(s.question_id) or s.image_path for s in samples}
+            found.append((name, [len(samples), len(set(questions)), len(pairs), len(images)]))
+        return found
+
     def distributions(self) -> tuple[dict, dict]:
         groups = {"kept": self.case.kept, "rejected": [s for s in self.case.annotated if s.rejected]}
         lengths = {
@@ -163,9 +177,13 @@ class CellContent:
     def training_facts(self) -> list[tuple[str, str]]:
         meta = _meta(self.folder / model_name(self.cell) / "train_meta.json")
         names = ("samples", "tokens", "steps", "loss", "seconds")
-        last = next((e for e in reversed(self.history()) if "train_runtime" in e), {})
-        facts = [(name.replace("_", " "), meta[name]) for name in names if meta.get(name) is not None]
-        facts += [(k.replace("_", " "), last[k]) for k in ("train_samples_per_second",) if k in last]
+        facts = [(name, meta[name]) for name in names if meta.get(name) is not None]
+        last = next((e for e in reversed(self.history()) if "loss" in e), {})
+        facts += [
+            (f"{key.replace('_', ' ')} at step {last['step']}", last[key])
+            for key in [*sorted(k for k in last if k.startswith("lr_")), "grad_norm", "samples_per_second"]
+            if isinstance(last.get(key), int | float)
+        ]
         return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
 
     def coverage(self):
@@ -250,28 +268,3 @@ def _pair(one: CellContent, other: CellContent) -> dict:
     change = scoring.summary(gains(one.after, other.after).tolist())
     flips = [c for c in changes(one.after, other.after) if c.kind in ("fixed", "broken")]
     return {"first": one.title, "second": other.title, "change": change, "flips": flips}
-
-
-def without_folders(text: str) -> str:
-    """Absolute paths in a text as their last part: for --redact-paths."""
-    for root in (str(REPOSITORY), str(Path.cwd()), str(Path.home())):
-        text = text.replace(f"{root}/", "") if len(root) > 1 else text
-    path = r"(?<![\w./])(?:file://)?/(?:[^\s/:,\"'<>]+/)*[^\s/:,\"'<>]+/?"
-    return re.sub(path, lambda m: m[0].rstrip("/").rpartition("/")[2], text)
-
-
-def redacted(value):
-    """The same value with `without_folders` applied to every text in it."""
-    if isinstance(value, str):
-        return without_folders(value)
-    if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    return replace(value, **redacted(vars(value))) if is_dataclass(value) else value
-
-
-def as_json(value) -> str:
-    """JSON that cannot end a script element: <, >, & and line separators are escaped, as is all that is not ASCII."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

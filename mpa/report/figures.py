@@ -6,6 +6,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GRAY = "#0b5cad", "#c05000", "#6b6b6b"
+WIDTH = 5.6  # inches; wider figures have illegible texts on a telephone
+LINES = [("-", BLUE), ("--", ORANGE), (":", GRAY), ("-.", BLUE)]
 
 
 def _svg(figure: Figure) -> str:
@@ -15,19 +17,22 @@ def _svg(figure: Figure) -> str:
     return file.getvalue()
 
 
-def _axes(width: float, height: float, columns: int = 1):
-    figure = Figure(figsize=(width, height), facecolor="white")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+def _axes(width: float, height: float, panels: int = 1):
+    """A figure with panels of this height, two in a row."""
+    rows = (panels + 1) // 2
+    figure = Figure(figsize=(width, height * rows), facecolor="white")
+    axes = [figure.add_subplot(rows, min(panels, 2), place + 1) for place in range(panels)]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def funnel(steps: list[tuple[str, int]]) -> str:
-    """Bars from the images to the parity set."""
-    figure, (axes,) = _axes(6.4, 0.5 + 0.42 * len(steps))
-    names, counts = [name for name, _ in steps], [n for _, n in steps]
-    bars = axes.barh(names, counts, color=BLUE)
+def funnel(steps: list[tuple[str, int]], losses: list[tuple[str, int]]) -> str:
+    """Bars from the images to the parity set, and hatched ones of what is not in it, by cause."""
+    names, counts = zip(*steps, *((f"not kept: {cause}", n) for cause, n in losses), strict=True)
+    figure, (axes,) = _axes(WIDTH, 0.5 + 0.36 * len(names))
+    looks = [(BLUE, "")] * len(steps) + [("#bdbdbd", "///")] * len(losses)
+    bars = axes.barh(names, counts, color=[color for color, _ in looks], hatch=[h for _, h in looks], edgecolor="white")
     axes.bar_label(bars, [f"{n:,}" for n in counts], padding=4)
     axes.set_xlim(0, 1.15 * max([1, *counts]))
     axes.invert_yaxis()
@@ -37,7 +42,7 @@ def funnel(steps: list[tuple[str, int]]) -> str:
 
 def results(rows: list[dict], what: str) -> str:
     """Accuracy with 95 % intervals, one line per model."""
-    figure, (axes,) = _axes(6.4, 0.7 + 0.38 * len(rows))
+    figure, (axes,) = _axes(WIDTH, 0.7 + 0.38 * len(rows))
     for place, row in enumerate(rows):
         value, (low, high) = 100 * row["accuracy"], (100 * bound for bound in row["ci95"])
         color = ORANGE if row["key"] == "mpa" else BLUE
@@ -59,7 +64,7 @@ def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]
     found = [(title, groups) for title, groups in found if any(groups.values())]
     if not found:
         return None
-    figure, axes = _axes(3.1 * len(found), 2.6, len(found))
+    figure, axes = _axes(WIDTH, 2.3, len(found))
     for panel, (title, groups) in zip(axes, found, strict=True):
         values = [v for group in groups.values() for v in group]
         whole = all(isinstance(v, int) for v in values)
@@ -77,19 +82,20 @@ def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]
 
 
 def training(history: list[dict]) -> str | None:
-    """Loss, learning rates and gradient norm over the steps, as far as the trainer logged them."""
+    """Loss, learning rate by group, gradient norm and throughput over the steps, as far as the trainer logged them."""
     steps = [entry for entry in history if isinstance(entry.get("loss"), int | float)]
-    rates = sorted({key for entry in steps for key in entry if "learning_rate" in key or key.endswith("_lr")})
+    rates = sorted({key for entry in steps for key in entry if key == "learning_rate" or key.startswith("lr_")})
     panels = [("loss", ["loss"]), ("learning rate", rates), ("gradient norm", ["grad_norm"])]
+    panels += [("samples per second", ["samples_per_second"])]
     panels = [(title, [k for k in keys if any(k in entry for entry in steps)]) for title, keys in panels]
     panels = [(title, keys) for title, keys in panels if keys]
     if len(steps) < 2 or not panels:
         return None
-    figure, axes = _axes(3.1 * len(panels), 2.6, len(panels))
+    figure, axes = _axes(WIDTH, 2.3, len(panels))
     for panel, (title, keys) in zip(axes, panels, strict=True):
-        for key, line in zip(keys, ("-", "--", ":", "-."), strict=False):
+        for key, (line, color) in zip(keys, LINES, strict=False):
             pairs = [(entry["step"], entry[key]) for entry in steps if isinstance(entry.get(key), int | float)]
-            panel.plot(*zip(*pairs, strict=True), line, color=BLUE if line == "-" else ORANGE, label=key)
+            panel.plot(*zip(*pairs, strict=True), line, color=color, label=key.removeprefix("lr_"))
         panel.set_xlabel("step")
         panel.set_title(title, fontsize=10)
         if len(keys) > 1:

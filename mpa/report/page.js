@@ -97,6 +97,8 @@
   function draw() {
     const pages = Math.max(1, Math.ceil(found.length / PAGE));
     at("cards").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
+    // What scrolls must be reachable with the keyboard.
+    for (const box of document.querySelectorAll("#cards .text, #cards .none")) if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
     at("count").textContent = `${found.length.toLocaleString("en")} of ${samples().filter((s) => s.source === source()).length.toLocaleString("en")} shown`;
     at("place").textContent = `page ${page + 1} of ${pages}`;
     at("previous").disabled = page === 0;

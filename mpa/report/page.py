@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -11,18 +10,14 @@ from tqdm import tqdm
 
 from mpa import records
 from mpa.report import figures, thumbnails
-from mpa.report.content import CellContent, as_json, compared, redacted, without_folders
+from mpa.report.content import CellContent, compared
+from mpa.report.texts import as_json, plain, redacted, without_folders
 from mpa.run_samples import inspected
 from mpa.table_formats import Table
 
 HERE = Path(__file__).parent
 INSPECTED = 50  # kept, and rejected, samples of the inspection view
 FLIPS = 20  # shown of each pair
-
-
-def plain(text) -> str:
-    """Text that a file and an HTML page can hold: without NUL and lone surrogates."""
-    return re.sub("[\0\ud800-\udfff]", "\ufffd", str(text))
 
 
 def policy(script: str, style: str, single_file: bool) -> str:
@@ -68,6 +63,28 @@ def results_table(content: CellContent) -> dict:
     return {"title": f"Results: {content.what}", "names": names, "lines": lines, "notes": notes}
 
 
+def stages_table(content: CellContent) -> dict | None:
+    """Time and cost by stage; None if neither is recorded."""
+    lines = [[stage, f"{seconds:,.0f} s", ""] for stage, seconds in content.seconds().items()]
+    lines += [[stage, "", f"{cost:,.2f}"] for stage, cost in content.costs().items()]
+    if not lines:
+        return None
+    notes = ["Cost: by --price-in and --price-out, of all datasets and models of this run."] if content.costs() else []
+    names = ["stage", "time", "cost"] if content.costs() else ["stage", "time"]
+    return {
+        "title": "Time and cost by stage",
+        "names": names,
+        "lines": [line[: len(names)] for line in lines],
+        "notes": notes,
+    }
+
+
+def repeats_table(content: CellContent) -> dict:
+    lines = [[name, *(f"{n:,}" for n in counts)] for name, counts in content.repeats()]
+    names = ["", "samples", "distinct questions", "distinct questions with answer", "distinct images"]
+    return {"title": "Duplicates", "names": names, "lines": lines, "notes": []}
+
+
 def agreement_table(content: CellContent) -> dict:
     lines = [[name, *(f"{n:,}" for n in counts)] for name, counts in content.agreement().items()]
     title = "Agreement of both models with the annotation"
@@ -89,17 +106,23 @@ def frequent_tables(content: CellContent) -> list[dict]:
 def shown_cell(content: CellContent) -> dict:
     steps, rows = content.funnel(), content.results()
     lengths, logprobs = content.distributions()
-    told = ", ".join(f"{name} {n:,}" for name, n in steps)
+    losses = content.losses()
+    told = ", ".join(f"{name} {n:,}" for name, n in steps + [(f"not kept, {cause}", n) for cause, n in losses])
     plot = figures.results(rows, content.what) if rows else None
     return {
         "title": plain(content.title),
-        "missing": content.missing,
-        "funnel": shown_figure(figures.funnel(steps), "From images to the parity set.", f"Funnel: {told}"),
+        "missing": list(map(plain, content.missing)),
+        "funnel": shown_figure(
+            figures.funnel(steps, losses),
+            "From images to the parity set (blue), and what is not in it.",
+            f"Funnel: {told}",
+        ),
         "reasons": shown_table(content.reasons()),
         "plot": shown_figure(
             plot, f"{content.what.capitalize()} with 95 % intervals.", "The numbers of the next table."
         ),
         "results": results_table(content),
+        "stages": stages_table(content),
         "facts": [(name, plain(value)) for name, value in content.facts()],
         "coverage": [shown_table(table) for table in content.coverage()],
         "agreement": agreement_table(content),
@@ -108,11 +131,12 @@ def shown_cell(content: CellContent) -> dict:
             "Kept (solid) and rejected (dashed) samples.",
             "Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples.",
         ),
+        "repeats": repeats_table(content),
         "frequent": frequent_tables(content),
         "training": shown_figure(
             figures.training(content.history()),
             "The trainer's own log.",
-            "Loss, learning rate and gradient norm by step.",
+            "Loss, learning rate by group, gradient norm and samples per second by step.",
         ),
         "training_facts": content.training_facts(),
         "findings": content.findings,
