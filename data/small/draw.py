@@ -21,7 +21,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from scenes import DRAW, Question, Scene  # noqa: E402
+from scenes import SUITE, Question, Scene  # noqa: E402
 
 DATA = HERE / ".data"
 SEEDS = {"textVQA": 1_000_000, "stVQA": 2_000_000, "chartVQA": 3_000_000, "okVQA": 4_000_000}
@@ -34,7 +34,7 @@ def scenes(name: str, seed: int, n: int):
     """`n` scenes with their questions in random order."""
     for i in tqdm(range(n), desc=f"draw {name}", disable=None):
         rng = random.Random(seed + i)
-        scene = DRAW[name](rng)
+        scene = SUITE[name](rng)
         rng.shuffle(scene.questions)
         yield i, scene
 

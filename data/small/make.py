@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from architectures import MODELS, PATCHES, VISUAL_TOKENS, make_model, make_processor, make_tokenizer  # noqa: E402
 from fast_cpu import speed_up  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from scenes import DRAW, FACTS, LETTERS, TASK  # noqa: E402
+from scenes import FACTS, LETTERS, SUITE, TASK  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -285,11 +285,11 @@ def learn_together(learner: Learner, images: Images, size: dict, log: list) -> N
 
 @torch.no_grad()
 def exam(learner: Learner, n: int) -> dict:
-    """Accuracy on `n` new drawings of each kind, one random question each, by kind of question."""
+    """Accuracy on `n` new drawings of each kind as the suite has them, one random question each, by kind of question."""
     learner.model.eval()
     right = {}
-    for name in DRAW:
-        scenes = [DRAW[name](random.Random(20_000_000 + i)) for i in range(n)]
+    for name in SUITE:
+        scenes = [SUITE[name](random.Random(20_000_000 + i)) for i in range(n)]
         rng = random.Random(0)
         asked = [rng.choice(scene.questions) for scene in scenes]
         prompts = [prompt_ids(learner.processor, answer_prompt(question.text)) for question in asked]

@@ -11,7 +11,7 @@ Every image has 96×96 pixels. The same generator state draws the same pixels wi
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import font_caladea
@@ -79,13 +79,13 @@ def write(pen: ImageDraw.ImageDraw, text: str, x: float, y: float, path: str, si
     return [(letter, left + (ends[i] + ends[i + 1]) / 2, y) for i, letter in enumerate(text)]
 
 
-def boards(rng: random.Random, colors: list[str], texts: list[list[str]]) -> tuple[Image.Image, list]:
-    """One board for each colour, below each other, with lines of text."""
+def boards(rng: random.Random, colors: list[str], texts: list[list[str]], smallest: int) -> tuple[Image.Image, list]:
+    """One board for each colour, below each other, with lines of text of `smallest` to 19 pixels."""
     image, letters = canvas(rng), []
     pen = ImageDraw.Draw(image)
     heights = SIZE // len(colors)
     for i, (color, lines) in enumerate(zip(colors, texts, strict=True)):
-        path, size = rng.choice(FONTS), rng.randint(15, 19)
+        path, size = rng.choice(FONTS), rng.randint(smallest, 19)
         width = max(font(path, size).getlength(line) for line in lines) + rng.randint(6, 14)
         height = len(lines) * (size + 1) + rng.randint(4, 8)
         left = rng.uniform(1, SIZE - width - 1)
@@ -103,10 +103,10 @@ def boards(rng: random.Random, colors: list[str], texts: list[list[str]]) -> tup
     return image, letters
 
 
-def signs(rng: random.Random) -> Scene:
+def signs(rng: random.Random, smallest: int = 15) -> Scene:
     number = rng.choice([1, 2, 2])
     colors, words = rng.sample(list(COLORS), number), rng.sample(SIGNS, number)
-    image, letters = boards(rng, colors, [[word] for word in words])
+    image, letters = boards(rng, colors, [[word] for word in words], smallest)
     facts = {"scene": "signs"} | {f"color {i}": c for i, c in enumerate(colors)}
     scene = Scene(image, facts | {f"word {i}": w for i, w in enumerate(words)}, letters=letters)
     for color, word, place in zip(colors, words, ("upper", "lower"), strict=False):
@@ -122,17 +122,19 @@ def signs(rng: random.Random) -> Scene:
     return scene
 
 
-def labels(rng: random.Random) -> Scene:
+def labels(rng: random.Random, smallest: int = 15) -> Scene:
     number = rng.choice([1, 2, 2])
     colors, products = rng.sample(list(COLORS), number), rng.sample(PRODUCTS, number)
     prices = [str(n) for n in rng.sample(range(1, 10), number)]
-    image, letters = boards(rng, colors, [[word, f"${price}"] for word, price in zip(products, prices, strict=True)])
+    texts = [[word, f"${price}"] for word, price in zip(products, prices, strict=True)]
+    image, letters = boards(rng, colors, texts, smallest)
     facts = {"scene": "labels"} | {f"color {i}": c for i, c in enumerate(colors)}
     facts |= {f"word {i}": w for i, w in enumerate(products)} | {f"price {i}": p for i, p in enumerate(prices)}
     scene = Scene(image, facts, letters=letters)
     for color, word, price in zip(colors, products, prices, strict=True):
-        scene.ask("price", [f"how much does the {word} cost?", f"what is the price of the {word}?"], price, rng)
-        scene.ask("product", [f"what costs {price} dollars?", f"which product costs {price} dollars?"], word, rng)
+        price_of, product_of = ("price", "product") if number == 1 else ("look-up", "look-up")
+        scene.ask(price_of, [f"how much does the {word} cost?", f"what is the price of the {word}?"], price, rng)
+        scene.ask(product_of, [f"what costs {price} dollars?", f"which product costs {price} dollars?"], word, rng)
         if number == 2:
             scene.ask("read", [f"what is on the {color} label?", f"what does the {color} label say?"], word, rng)
             scene.ask("price", [f"what is the price on the {color} label?"], price, rng)
@@ -260,7 +262,15 @@ def picture(rng: random.Random) -> Scene:
     return scene
 
 
+def suite_labels(rng: random.Random) -> Scene:
+    scene = labels(rng, smallest=17)
+    scene.questions = [q for q in scene.questions if q.kind != "look-up"]
+    return scene
+
+
 DRAW = {"signs": signs, "labels": labels, "chart": chart, "picture": picture}
+# The suite leaves out what the L-VLMs cannot do: the smallest text, and to find one of two labels by what is written on it.
+SUITE = DRAW | {"signs": partial(signs, smallest=17), "labels": suite_labels}
 TASK = {"signs": "text", "labels": "text", "chart": "chart", "picture": "knowledge"}  # keys of mpa.prompts.TASK_PROMPTS
 # What a vision tower can see: {fact: its values}; "none" where a scene has no such fact.
 _WORDS, _NUMBERS = [*SIGNS, *PRODUCTS], [str(n) for n in range(1, 10)]
