@@ -20,7 +20,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.engines import ENGINES
 from mpa.experiments import Experiment, Model, read, stage_arguments
-from mpa.records import InputError
+from mpa.records import REPOSITORY, InputError
 
 NOT_KNOWN = "–"
 
@@ -37,25 +37,31 @@ class Work:
 
 
 @cache
-def samples(dataset: str, split: str, flags: tuple[str, ...], stage: str) -> int | None:
-    """The number of samples that a stage takes; None if neither the file nor an expected number is there."""
+def samples(dataset: str, split: str, flags: tuple[str, ...], stage: str, official: bool) -> int | None:
+    """The number of samples that a stage takes; None if neither the file nor, for `official` data, an expected number is there."""
     args = stage_arguments(stage, ("--dataset", dataset, *flags))
     try:
         n = len(load_samples(dataset, split, args.annotations, args.image_root, images=False))
     except InputError:
-        preparation = DATASETS[dataset].preparation
+        preparation = DATASETS[dataset].preparation if official else None
         expected = preparation.expected if preparation else {}
         n = expected.get(Path(getattr(DATASETS[dataset], split).annotations).name, (None,))[0]
     limit = args.limit or args.sample
     return n if n is None or not limit else min(n, limit)
 
 
+def sizes(e: Experiment, dataset: str) -> tuple[int | None, int | None]:
+    """Train images of PA, and test questions."""
+    official = e.data is None  # an experiment's own data have other numbers than the official ones
+    images = samples(dataset, "train", e.flags["PA"], "PA", official)
+    return images, samples(dataset, "test", e.flags["evaluate"], "evaluate", official)
+
+
 def works(e: Experiment) -> list[Work]:
     """All jobs that ask a model, with what is shared counted once."""
     found, runs, trained = [], len(e.presets) * len(e.seeds), len(e.trainings)
     for dataset in e.datasets:
-        images = samples(dataset, "train", e.flags["PA"], "PA")
-        questions = samples(dataset, "test", e.flags["evaluate"], "evaluate")
+        images, questions = sizes(e, dataset)
         found += [Work("PA", lvlm, dataset, images, runs) for lvlm in e.lvlms]
         found += [Work("evaluate", model, dataset, questions, len(e.presets)) for model in e.lvlms | e.svlms]
         for _, svlm in e.pairs:
@@ -70,8 +76,8 @@ def alone(e: Experiment) -> int:
     """The requests of all cells if each ran alone: PA, PI, and three models evaluated. Unknown numbers count as 0."""
     each = 0
     for dataset in e.datasets:
-        images = samples(dataset, "train", e.flags["PA"], "PA") or 0
-        each += 2 * images + 3 * (samples(dataset, "test", e.flags["evaluate"], "evaluate") or 0)
+        images, questions = sizes(e, dataset)
+        each += 2 * (images or 0) + 3 * (questions or 0)
     return each * len(e.pairs) * len(e.trainings)
 
 
@@ -119,8 +125,8 @@ def memory(model: Model, stage: str, zero: str, gpus: int) -> str:
     if stage != "PL":
         return f"{weight_bytes(built, 2) / 1e9:.3g} GB"
     offload = "offload" in zero
-    sizes = states(built, 2, Sharding(int(zero[4]), gpus, offload, offload and zero[4] == "3"))
-    return f"{sum(size for name, size in sizes.items() if name != 'offloaded') / 1e9:.3g} GB on each of {gpus}"
+    held = states(built, 2, Sharding(int(zero[4]), gpus, offload, offload and zero[4] == "3"))
+    return f"{sum(size for name, size in held.items() if name != 'offloaded') / 1e9:.3g} GB on each of {gpus}"
 
 
 # --- the text --------------------------------------------------------------------------------------------
@@ -154,8 +160,7 @@ def plan(e: Experiment, results: Path) -> list[str]:
     ]
     found, unknown = works(e), set()
     for dataset in e.datasets:
-        images = samples(dataset, "train", e.flags["PA"], "PA")
-        questions = samples(dataset, "test", e.flags["evaluate"], "evaluate")
+        images, questions = sizes(e, dataset)
         lines.append(f"  {dataset}: {number(images)} train images, {number(questions)} test questions")
         unknown |= {dataset} if None in (images, questions) else set()
     lines += ["", f"  {'stage':<10}{'model':<32}{'jobs':>6}{'requests':>14}{'hours':>9}   GPU memory"]
@@ -170,10 +175,13 @@ def plan(e: Experiment, results: Path) -> list[str]:
         "  PI asks the L-VLM nothing if PA has its answers. PI's requests and PL's samples are at most PA's.",
         "  GPU memory: 16-bit weights; in PL also gradients and optimizer state. Activations come on top.",
         "",
-        f"Sharing: {asked:,} requests instead of {alone(e):,}, if each cell ran alone: {alone(e) / max(1, asked):.1f} times fewer.",
     ]
+    if asked:
+        times = f"{alone(e) / asked:.1f} times fewer"
+        lines.append(f"Sharing: {asked:,} requests instead of {alone(e):,}, if each cell ran alone: {times}.")
     if unknown:
-        lines.append(f"Not counted, as the numbers are not known before data/prepare.py: {', '.join(sorted(unknown))}.")
+        first = e.made_by.relative_to(REPOSITORY) if e.made_by else "data/prepare.py"
+        lines.append(f"Not counted, as the numbers are not known before {first}: {', '.join(sorted(unknown))}.")
     return lines
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli
+from mpa.printable import printable
 from mpa.records import InputError
 from mpa.run_folders import add_selection, selected
 
@@ -34,17 +35,31 @@ def main(argv=None) -> None:
 
     if args.image_root and not Path(args.image_root).is_dir():
         raise InputError(f"{args.image_root}: no such folder; --image-root is a folder of images.")
-    contents = [CellContent(folder, cell) for folder, cell in selected(args)]
-    first, how = args.results[0], {"image_root": args.image_root, "redact": args.redact_paths}
+    contents, broken = [], []
+    for folder, cell in selected(args):
+        try:
+            content = CellContent(folder, cell)
+            content.evaluations, content.findings  # noqa: B018 - what is broken in it shows here
+            contents.append(content)
+        except InputError as error:  # the others may be whole
+            broken.append(str(error))
+            print(printable(f"error: {error}"), file=sys.stderr)
+    if not contents:
+        sys.exit(1)
+    first, how = args.results[0], {"image_root": args.image_root, "redact": args.redact_paths, "broken": broken}
     if args.single_file:
         out = args.out or first / "report.html"
-        page.write(contents, out, first / ".thumbnails", single_file=True, **how)
+        images = page.write(contents, out, first / ".thumbnails", single_file=True, **how)
     else:
         folder = args.out or first / "report"
-        page.write_folder(contents, folder, **how)
+        images = page.write_folder(contents, folder, **how)
         out = folder / "index.html"
-    size = out.stat().st_size / 1e6
-    print(f"Wrote {out} ({size:.1f} MB): {len(contents)} pairs of models and datasets. Open it in a browser.")
+    told = f"{len(contents)} pairs of models and datasets, {len(images):,} images"
+    if hidden := sum(not shown for shown in images.values()):
+        told += f", {hidden:,} of them not shown; the page says why"
+    print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {told}. Open it in a browser.")
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import python
 from PIL import Image
 
 from mpa.report import figures, texts, thumbnails
-from mpa.report.content import CellContent
+from mpa.report.content import CellContent, compared
 from mpa.report.page import stages_table
 from mpa.runs import Cell
 
@@ -236,6 +236,37 @@ def test_several_runs_are_compared(browser, tmp_path):
         page.select_option("#cell", "1")
         assert "two: textVQA" in page.text_content("#overview [data-cell='1'] h3")
         assert page.is_hidden("#overview [data-cell='0']")
+
+
+def test_a_broken_cell_costs_only_itself_and_the_page_of_a_removed_run_goes(tmp_path):
+    for name in ("one", "two", "three"):
+        make_run(tmp_path / name, tmp_path / "images", n=60)
+    report = ["report.py", tmp_path, "--image-root", tmp_path / "images"]
+    done = python(*report)
+    assert done.returncode == 0 and "3 pairs" in done.stdout, done.stderr
+    assert "60 images, 2 of them not shown" in done.stdout  # 3.png is missing, 4.png is broken
+    assert len(list((tmp_path / "report").glob("*.html"))) == 4
+    shutil.rmtree(tmp_path / "three")
+    (tmp_path / "report/notes.html").write_text("mine")
+    (tmp_path / "one/PA_big_textVQA.json").write_text('[{"question": ')
+    (tmp_path / "two/Eval_small_textVQA.meta.json").write_text("[")
+    done = python(*report)
+    assert done.returncode == 1 and "error: " in done.stderr and "two/Eval_small_textVQA.meta.json" in done.stderr
+    (tmp_path / "two/Eval_small_textVQA.meta.json").unlink()
+    done = python(*report)
+    assert done.returncode == 1 and "1 pairs" in done.stdout and "one/PA_big_textVQA.json" in done.stderr
+    text = (tmp_path / "report/index.html").read_text()
+    assert "Not in this report: <bdi>" in text and "one/PA_big_textVQA.json" in text
+    assert {path.name for path in (tmp_path / "report").glob("*.html")} == {"index.html", "notes.html"}
+
+
+def test_train_sets_of_one_cell_are_compared_with_mpa(tmp_path):
+    make_run(tmp_path, tmp_path / "images", n=12)
+    fake.evaluation(tmp_path, "PL_big_small_textVQA_human", "textVQA", [1] * 60)
+    (pair,) = compared([CellContent(tmp_path, answered_runs.CELL)])
+    assert pair["first"].endswith(", human") and not pair["second"].endswith(", human")
+    assert pair["change"]["n"] == 60 and len(pair["flips"]) == 40  # MPA is right on every third
+    assert {flip.kind for flip in pair["flips"]} == {"broken"}
 
 
 def test_losses_duplicates_and_the_trainers_log(tmp_path):

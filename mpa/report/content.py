@@ -8,7 +8,7 @@ from mpa import records, scoring
 from mpa.check_tables import coverage_table, reasons_table
 from mpa.datasets import DATASETS
 from mpa.diagnosis import diagnose
-from mpa.evaluations import gains
+from mpa.evaluations import Evaluation, gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
 from mpa.report.texts import shortened
@@ -55,9 +55,10 @@ class CellContent:
         counts = Counter(s.reason for s in self.case.run.samples if not s.kept)
         return [(reason, counts[reason]) for reason in REASONS if counts[reason]]
 
-    def results(self) -> list[dict]:
-        rows = []
-        trained = model_name(self.cell)
+    @cached_property
+    def evaluations(self) -> dict[str, tuple[str, str, Evaluation]]:
+        """{key: (row name, model, evaluation)} of the S-VLM before PL, after it on each train set, and of the L-VLM."""
+        found_of, trained = {}, model_name(self.cell)
         others = [
             path.stem for path in sorted(self.folder.glob("Eval_PL_*.json")) if path.stem.startswith(f"Eval_{trained}_")
         ]
@@ -69,11 +70,22 @@ class CellContent:
             model = {"base": self.cell.svlm, "lvlm": self.cell.lvlm}.get(key, own)
             found = self.case.evaluation(model)
             if found and not (key == "lvlm" and not DATASETS[self.cell.dataset].labelled):
-                meta = self.folder / model / "train_meta.json"
-                row = {"key": key, "name": name, "samples": _meta(meta).get("samples")}
-                row["accuracy"] = found.summary["score"]
-                rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"]})
+                found_of[key] = (name, model, found)
+        return found_of
+
+    def results(self) -> list[dict]:
+        rows = []
+        for key, (name, model, found) in self.evaluations.items():
+            row = {"key": key, "name": name, "samples": _meta(self.folder / model / "train_meta.json").get("samples")}
+            row["accuracy"] = found.summary["score"]
+            rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"]})
         return rows
+
+    def trained(self) -> list[tuple[str, Evaluation]]:
+        """(title, evaluation) of the S-VLM after PL: by MPA first, then on the other train sets."""
+        of = [(key, found) for key, (_, _, found) in self.evaluations.items() if key not in ("base", "lvlm")]
+        of.sort(key=lambda pair: pair[0] != "mpa")
+        return [(self.title + ("" if key == "mpa" else f", {key}"), found) for key, found in of]
 
     def gain(self) -> dict | None:
         return scoring.summary(gains(self.before, self.after).tolist()) if self.before and self.after else None
@@ -251,20 +263,22 @@ def _meta(file: Path) -> dict:
 
 
 def compared(cells: list[CellContent]) -> list[dict]:
-    """Each two trained S-VLMs that were asked the same questions: the paired difference and the questions that flipped."""
+    """Paired differences of trained S-VLMs that were asked the same questions, and the questions that flipped.
+
+    Within a cell each other train set is compared with MPA, which is second; of different cells MPA with MPA.
+    """
     found = []
     for i, one in enumerate(cells):
+        pairs = [(other, one.trained()[0]) for other in one.trained()[1:]] if one.after else []
         for other in cells[i + 1 :]:
-            if not (
-                one.after and other.after and (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
-            ):
-                continue
-            if one.after.content == other.after.content:
-                found.append(_pair(one, other))
+            same = (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
+            if same and one.after and other.after:
+                pairs.append((one.trained()[0], other.trained()[0]))
+        found += [_pair(*pair) for pair in pairs if pair[0][1].content == pair[1][1].content]
     return found
 
 
-def _pair(one: CellContent, other: CellContent) -> dict:
-    change = scoring.summary(gains(one.after, other.after).tolist())
-    flips = [c for c in changes(one.after, other.after) if c.kind in ("fixed", "broken")]
-    return {"first": one.title, "second": other.title, "change": change, "flips": flips}
+def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict:
+    change = scoring.summary(gains(first[1], second[1]).tolist())
+    flips = [c for c in changes(first[1], second[1]) if c.kind in ("fixed", "broken")]
+    return {"first": first[0], "second": second[0], "change": change, "flips": flips}

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -183,8 +184,11 @@ def inspection(content: CellContent) -> list[int]:
 
 def gallery(
     contents: list[CellContent], thumbs: Path, single_file: bool, image_root: str | None = None, redact: bool = False
-) -> dict:
-    """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src" or "why", "name"}]}."""
+) -> tuple[dict, dict[str, bool]]:
+    """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src" or "why", "name"}]}.
+
+    Also {image: whether it is shown}.
+    """
     of_cells = [content.records() for content in contents]
     wanted = {}
     for content, found in zip(contents, of_cells, strict=True):
@@ -206,53 +210,74 @@ def gallery(
             sample["name"] = images[places[sample["image"]]]["name"]
             sample["image"] = places[sample["image"]]
         cells.append({"samples": found, "inspected": inspection(content)})
-    return {"cells": cells, "images": images}
+    return {"cells": cells, "images": images}, {path: name is not None for path, (name, _) in made.items()}
 
 
-def render(template: str, single_file: bool, contents: list[CellContent], **values) -> str:
-    """A page with its policy, style, title and footer."""
+def render(template: str, single_file: bool, contents: list[CellContent], broken: list[str], **values) -> str:
+    """A page with its policy, style, title and footer. `broken`: why other cells are not in it."""
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     title = plain(", ".join(dict.fromkeys(content.folder.name for content in contents)))
     fixed = {"style": Markup(style), "script": Markup(script), "policy": policy(script, style, single_file)}
     footer = f"Made by scripts/report.py, commit {records.made_by()['commit']}."
-    return environment.get_template(template).render(title=title, footer=footer, **fixed, **values)
+    return environment.get_template(template).render(
+        title=title, footer=footer, broken=list(map(plain, broken)), **fixed, **values
+    )
 
 
-def write(contents: list[CellContent], out: Path, thumbs: Path, index: str = "", single_file=False, **how) -> None:
+def write(
+    contents: list[CellContent],
+    out: Path,
+    thumbs: Path,
+    index: str = "",
+    single_file: bool = False,
+    broken: list[str] | tuple = (),
+    **how,
+) -> dict[str, bool]:
     """Write one page of these cells to `out`; without `single_file`, its thumbnails lie in `thumbs`, beside it.
 
-    `index` links to the page of all runs. `how`: image_root, and redact.
+    `index` links to the page of all runs. `how`: image_root, and redact. Returns {image: whether it is shown}.
     """
-    data = gallery(contents, thumbs, single_file=single_file, **how)
+    data, shown = gallery(contents, thumbs, single_file=single_file, **how)
     cells = [shown_cell(content) for content in contents]
     compare = compare_section(contents)
     if how.get("redact"):
         images, cells, compare = data["images"], redacted(cells), redacted(compare)
-        data = {"cells": redacted(data["cells"]), "images": images}
-    page = render(
-        "page.html.j2", single_file, contents, data=Markup(as_json(data)), cells=cells, compare=compare, index=index
-    )
-    records.write_text(out, page)
+        data, broken = {"cells": redacted(data["cells"]), "images": images}, redacted(list(broken))
+    values = {"data": Markup(as_json(data)), "cells": cells, "compare": compare, "index": index}
+    records.write_text(out, render("page.html.j2", single_file, contents, broken, **values))
+    return shown
 
 
-def write_folder(contents: list[CellContent], folder: Path, **how) -> None:
-    """A page for each cell, and index.html; of one cell index.html alone. The thumbnails are shared."""
-    thumbs = folder / "thumbnails"
+def write_folder(contents: list[CellContent], folder: Path, broken: list[str], **how) -> dict[str, bool]:
+    """A page for each cell, and index.html; of one cell index.html alone. The thumbnails are shared.
+
+    Pages of cells that are no longer there are removed. Returns {image: whether it is shown}.
+    """
+    thumbs, rows, shown = folder / "thumbnails", [], {}
     if len(contents) == 1:
-        write(contents, folder / "index.html", thumbs, **how)
-        return
-    rows = []
+        shown = write(contents, folder / "index.html", thumbs, broken=broken, **how)
+        _remove_others(folder, rows)
+        return shown
     for content in tqdm(contents, desc="pages", disable=None):
         name = f"{records.digest(str(content.folder.resolve()), *content.cell)}.html"
-        write([content], folder / name, thumbs, index="index.html", **how)
+        shown |= write([content], folder / name, thumbs, index="index.html", **how)
         rows.append({"page": name, "title": plain(content.title), "cells": _summary(content)})
     names = ["run", "images", "parity set", "before", "after", "gain, points", "95 % interval", "n", "findings"]
     note = "Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."
-    page = render(
-        "index.html.j2", False, contents, rows=rows, names=names, note=note, compare=compare_section(contents)
-    )
-    records.write_text(folder / "index.html", page)
+    compare = compare_section(contents)
+    if how.get("redact"):
+        compare, broken = redacted(compare), redacted(broken)
+    values = {"rows": rows, "names": names, "note": note, "compare": compare}
+    records.write_text(folder / "index.html", render("index.html.j2", False, contents, broken, **values))
+    _remove_others(folder, rows)
+    return shown
+
+
+def _remove_others(folder: Path, rows: list[dict]) -> None:
+    for path in folder.glob("*.html"):
+        if path.name not in {"index.html", *(row["page"] for row in rows)} and re.fullmatch(r"[0-9a-f]+", path.stem):
+            path.unlink()
 
 
 def _summary(content: CellContent) -> list[str]:
