@@ -150,6 +150,20 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
     assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
 
 
+def test_the_plan_does_not_take_official_numbers_for_an_experiments_own_data(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPA_DATA", str(tmp_path / "nothing"))
+    official = GOOD.replace("[easyVQA]", "[okVQA]").replace("limit 30", "limit 30000")
+    for text, said in (
+        (official, "okVQA: 9,009 train images, 50 test questions"),
+        (
+            official + "data: {folder: nothing, made_by: data/small/draw.py}\n",
+            "not known before data/small/draw.py: okVQA.",
+        ),
+    ):
+        file.write_text(text)
+        assert said in "\n".join(experiment_plan.plan(experiments.read(file), tmp_path))
+
+
 def test_the_plan_counts_transfer_and_variants_of_some_seeds(file):
     more = GOOD.replace("slow: {train: all_pseudo", "slow: {seeds: [0], train: all_pseudo") + "transfer: true\n"
     file.write_text(more.replace("[easyVQA]", "[easyVQA, okVQA]"))
