@@ -79,6 +79,11 @@ class Experiment:
         return {v.corrupt.name: v.corrupt for v in self.variants.values() if v.corrupt}
 
     @property
+    def holds_out(self) -> bool:
+        """Whether PI holds out images, whose questions are then asked before and after PL."""
+        return any(flag.partition("=")[0] == "--hold-out" for flag in self.flags["PI"])
+
+    @property
     def answer_all(self) -> bool:
         """Whether the S-VLM answers all questions, so that several parity sets can be selected from its answers."""
         return bool(self.matchers or self.corruptions)

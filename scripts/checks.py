@@ -1,4 +1,4 @@
-"""The checks of the paper's analysis, from result files: look at samples, coverage, two L-VLMs, a worse L-VLM, transfer.
+"""The checks of the paper's analysis, from result files: look at samples, coverage, two L-VLMs, a worse L-VLM, transfer, the guard.
 
     python scripts/checks.py inspect results/mine                 # 50 kept and 50 rejected samples, and PI's verdicts
     python scripts/checks.py coverage results/mine                # D_PI by answer and question type, accuracy by type
@@ -6,6 +6,7 @@
     python scripts/checks.py degraded results/small-sweep         # variants with `corrupt`
     python scripts/checks.py transfer results/small-transfer      # experiments with `transfer: true`
     python scripts/checks.py sweep results/small                  # all variants beside MPA
+    python scripts/checks.py guard results/no-harm                # experiments with PI's --hold-out: the guard beside the test
 
 Reads  the result files of the stages. No model is loaded and nothing is scored anew.
 Prints tables with n and 95 % intervals. experiments/README.md says which experiment files make them.
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import check_tables, cli, records, runs
 from mpa.argument_types import number
+from mpa.guard_check import guard_table
 from mpa.records import InputError
 from mpa.run_case import Case
 from mpa.run_folders import add_selection, selected
@@ -29,6 +31,7 @@ OF_ALL = {
     "degraded": check_tables.degraded_table,
     "transfer": check_tables.transfer_table,
     "sweep": check_tables.sweep_table,
+    "guard": guard_table,
 }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import answered_runs
 import pytest
@@ -10,6 +11,8 @@ from answered_runs import sample, word
 from conftest import python
 from corrupt import corrupted
 
+from mpa import records
+from mpa.guard import answers_file
 from mpa.parity import ParityRule
 from mpa.records import InputError
 from mpa.runs import Cell
@@ -135,9 +138,34 @@ def test_transfer_and_sweep(tmp_path):
     assert float(swept["textVQA", "epochs-2"]["gain"]) == 25 and swept["textVQA", "epochs-2"]["samples"] == "20"
 
 
+def test_the_guards_verdicts_stand_beside_those_of_the_labels(tmp_path):
+    before = [1, 0] * 50
+    told = {"worse": [1, 0] * 35 + [0] * 30, "better": [1, 0] * 35 + [1] * 30, "same": before}
+    for seed, (of_guard, of_test) in enumerate(
+        [("worse", "worse"), ("better", "better"), ("same", "same"), ("same", "worse")]
+    ):
+        folder = tmp_path / f"paper-{seed}"
+        fake.parity(folder, "okVQA", "hub/big", "hub/small", 10, 100)
+        for model, answers in (("hub/small", before), ("PL_big_small_okVQA", told[of_guard])):
+            made = fake.evaluation(
+                folder, model, "images", answers
+            )  # the score of held-out questions is that of `images`
+            out = answers_file(folder, "big", Path(model).name, "okVQA")
+            made.replace(out)
+            records.meta_path(made).replace(records.meta_path(out))
+        fake.evaluation(folder, "hub/small", "okVQA", before, seed)
+        fake.trained(folder, "okVQA", "hub/big", "hub/small", told[of_test], 10, seed)
+    (row,) = table("guard", tmp_path)
+    assert row["guard"] == "1 / 2 / 1" and row["test"] == "1 / 1 / 2" and row["seeds"] == "4"
+    said = python("checks.py", "guard", tmp_path).stdout
+    assert "same verdict: 3 of 4 trainings, 75.0 %" in said
+    assert "Worse by the test: 2; the guard called 1 of them worse, 1 not told apart, 0 better." in said
+    assert "Called worse by the guard: 1; better by the test: 0." in said and "Correlation of both changes: 0.8" in said
+
+
 def test_nothing_to_check_is_an_error(tmp_path):
     answered_runs.write(tmp_path, SAMPLES)
-    for check in ("overlap", "degraded", "transfer", "sweep"):
+    for check in ("overlap", "degraded", "transfer", "sweep", "guard"):
         done = python("checks.py", check, tmp_path)
         assert done.returncode == 1 and f"nothing for {check}" in done.stderr
     done = python("checks.py", "coverage", tmp_path, "--lvlm", "other")

@@ -1,7 +1,9 @@
 """The embedded pair is as data/mini/README.md describes it, and has never seen easy-VQA."""
 
+import importlib.util
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, STUDENT, TEACHER
@@ -75,6 +77,26 @@ def test_asking_the_teacher_again_finds_its_wrong_annotations(annotations):
     assert len(known) > 150
     assert 0.55 < sum(raw) / len(raw) < 0.85
     assert sum(repeated) / len(repeated) > 0.9
+
+
+def test_a_student_never_sees_its_words(monkeypatch):
+    spec = importlib.util.spec_from_file_location("make_mini", ROOT / "data/mini/make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    asked = []
+    monkeypatch.setattr(make, "prompt_ids", lambda processor, prompt: asked.append(prompt) or [1])
+    monkeypatch.setattr(make, "reply_ids", lambda processor, reply: [2])
+    tokenizer = SimpleNamespace(pad_token_id=0, convert_tokens_to_ids=lambda token: 9)
+    images = SimpleNamespace(truth=[("red", "circle"), ("blue", "rectangle")])
+    for name, (never, _) in make.STUDENTS.items():
+        asked.clear()
+        rows = [0, 1] * 300
+        make.language_rows(
+            random.Random(0), SimpleNamespace(tokenizer=tokenizer), images, rows, 1.0, False, False, never
+        )
+        words = set(" ".join(asked).replace("?", " ").split())
+        assert len(asked) == 600 and not never & words, name
+        assert ("not" in words) == (name != "no-negation") and ("teal" in words) == (name != "unseen-words")
 
 
 def test_make_draws_its_own_images_and_reads_no_data_set_but_for_the_exam():

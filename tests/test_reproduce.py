@@ -146,6 +146,22 @@ def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
     assert other == f"{run}/PI_big_train_big_small_chartVQA.json:0.2"
 
 
+def test_held_out_questions_are_asked_before_and_after_each_training(repository):
+    held_out = EXPERIMENT.replace("[0, 1]", "[0]") + "flags:\n  PI: --hold-out 0.15\n"
+    (repository / "experiments/fake.yaml").write_text(held_out)
+    code, said = reproduce(repository)
+    assert code == 0, said
+    found = {name for name in results(repository) if "/Heldout_" in name and "meta" not in name}
+    pairs = [
+        (lvlm, svlm, data) for lvlm in ("big", "bigger") for svlm in ("small", "tiny") for data in ("easyVQA", "okVQA")
+    ]
+    assert found == {
+        f"paper-0/Heldout_{lvlm}_{model}_{data}.json"
+        for lvlm, svlm, data in pairs
+        for model in (svlm, *(f"PL_{lvlm}_{svlm}_{data}{variant}" for variant in ("", "_all_pseudo", "_loose")))
+    }
+
+
 def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
     code, said = reproduce(repository, BROKEN="bigger")
     assert code == 1

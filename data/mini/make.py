@@ -2,16 +2,20 @@
 
     python data/mini/make.py                 # both, in two parallel processes
     python data/mini/make.py --only student
+    python data/mini/make.py --students      # five more students, for experiments/no-harm.yaml
 
 Reads no dataset: every training image is drawn here, with a seed. Writes data/mini/teacher and
 data/mini/student, each with model, tokenizer and processor as a Qwen2-VL checkpoint has them, and a
-train_log.json of the figures on the way. The easy-VQA test questions are asked once, at the end.
+train_log.json of the figures on the way. The easy-VQA test questions are asked once, at the end. The other students go to
+data/mini/students; they have the vision tower of data/mini/student.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -53,6 +57,13 @@ SHAPES = ("circle", "rectangle", "triangle")
 CONFUSED = {"teal": "green", "brown": "red", "gray": "black", "blue": "teal", "yellow": "brown"}
 CONFUSED |= {"rectangle": "circle", "triangle": "rectangle"}
 CONFUSION = 0.6
+# Other students, who learn no wrong words: the words that are in no image and no question that they see, and the steps after
+# which they are kept (as <name>-<steps>; without steps at the end).
+STUDENTS = {
+    "no-negation": ({"no", "not"}, ()),
+    "unseen-words": ({"teal", "brown", "triangle"}, ()),
+    "early": (set(), (750, 900, 1200)),
+}
 
 PIXELS = 56 * 56  # the processor resizes 64x64 to 56x56: 4x4 patches, 4 visual tokens
 VISUAL_TOKENS = 4
@@ -255,15 +266,19 @@ def reply_ids(processor, reply: str) -> list[int]:
     return processor.tokenizer(reply + "<|im_end|>").input_ids
 
 
-def language_rows(rng, processor, images, rows, progress, annotate: bool, confused: bool):
-    """A training batch: token ids, labels (-100 except for the reply and its end token), image positions."""
+def language_rows(rng, processor, images, rows, progress, annotate: bool, confused: bool, never: set[str]):
+    """A training batch: token ids, labels (-100 except for the reply and its end token), image positions.
 
+    No question has a word of `never`.
+    """
     samples = []
     for row in rows:
         color, shape = images.truth[row]
         if confused:
             color, shape = (CONFUSED[w] if w in CONFUSED and rng.random() < CONFUSION else w for w in (color, shape))
         question, answer = ask(rng, kind_at(progress, rng), color, shape)
+        while never & set(re.findall("[a-z]+", question)):
+            question, answer = ask(rng, kind_at(progress, rng), color, shape)
         if annotate:
             task = "general" if rng.random() < 0.7 else rng.choice(list(TASK_PROMPTS))
             prompt, reply = TASK_PROMPTS[task], f"Question: {question}\nAnswer: {answer}"
@@ -281,17 +296,24 @@ def language_rows(rng, processor, images, rows, progress, annotate: bool, confus
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": types}
 
 
-def learn_to_speak(name, model, processor, images, steps: int, annotating: float, log: dict):
-    """Train the language model to answer, and the teacher also to annotate; the vision tower is frozen."""
+def learn_to_speak(name, model, processor, images, log: dict, never: set[str] = frozenset(), stops=(), keep=None):
+    """Train the language model to answer, and the teacher also to annotate; the vision tower is frozen.
+
+    No image and no question has a word of `never`. `keep` is called after each number of steps in `stops`, of which the last ends
+    the training.
+    """
+    size = SIZES.get(name, SIZES["student"])
+    steps, annotating = size["language_steps"], size["annotating"]
+    seen = [i for i, words in enumerate(images.truth) if not never & set(words)]
     model.model.visual.requires_grad_(False)
     language = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = one_cycle(language, 1e-3, steps)
     rng, started = random.Random(22), time.time()
-    for step in tqdm(range(steps), desc="language", mininterval=10, disable=None):
+    for step in tqdm(range(max(stops, default=steps)), desc="language", mininterval=10, disable=None):
         annotate = rng.random() < annotating
-        rows = rng.choices(range(len(images.truth)), k=32 if annotate else 64)
+        rows = rng.choices(seen, k=32 if annotate else 64)
         confused = name == "student" and step > 0.7 * steps
-        batch = language_rows(rng, processor, images, rows, step / steps, annotate, confused)
+        batch = language_rows(rng, processor, images, rows, step / steps, annotate, confused, never)
         loss = model(**batch, **images.inputs(rows)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -301,6 +323,8 @@ def learn_to_speak(name, model, processor, images, steps: int, annotating: float
         if step % 100 == 99:
             log["language"].append({"step": step + 1, "loss": loss.item(), "annotating": annotate})
             print(log["language"][-1], flush=True)
+        if step + 1 in stops:
+            keep(step + 1)
     log["seconds"]["language"] = round(time.time() - started)
     model.model.visual.requires_grad_(True)
 
@@ -355,24 +379,49 @@ def make(name: str, args):
         tower.parent.mkdir(exist_ok=True)
         tower.with_suffix(".json").write_text(json.dumps(log))
         save_file(model.model.visual.state_dict(), tower)
-    learn_to_speak(name, model, processor, images, SIZES[name]["language_steps"], SIZES[name]["annotating"], log)
-    model.half().save_pretrained(HERE / name)
-    processor.save_pretrained(HERE / name)
-    log["easy-VQA test"] = exam(model.float().eval(), processor)
-    print(name, log["easy-VQA test"], log["seconds"])
-    (HERE / name / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    learn_to_speak(name, model, processor, images, log)
+    keep(HERE / name, model, processor, log)
+
+
+def keep(folder: Path, model, processor, log: dict) -> None:
+    """Write a finished model, and ask it the test questions."""
+    kept = copy.deepcopy(model).half()
+    kept.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    log = log | {"easy-VQA test": exam(kept.float().eval(), processor)}
+    print(folder.name, log["easy-VQA test"], log["seconds"], flush=True)
+    (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def make_student(name: str, args) -> None:
+    """One of STUDENTS, or several stages of it."""
+    torch.set_num_threads(1)
+    (never, stops), folder = STUDENTS[name], HERE / "students"
+    processor = make_processor()
+    model = make_model("student", processor.tokenizer)
+    of_student = load_file(HERE / "student/model.safetensors")
+    tower = {key.removeprefix("visual."): v.float() for key, v in of_student.items() if key.startswith("visual.")}
+    model.model.visual.load_state_dict(tower)
+    log = {"parameters": sum(p.numel() for p in model.parameters()), "language": [], "seconds": {}}
+    images = Images(args.images, seed=7, processor=processor)
+    learn_to_speak(
+        name, model, processor, images, log, never, stops, lambda n: keep(folder / f"{name}-{n}", model, processor, log)
+    )
+    if not stops:
+        keep(folder / name, model, processor, log)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIZES, help="make one of the two (default: both)")
+    parser.add_argument("--only", choices=[*SIZES, *STUDENTS], help="make one of these (default: teacher and student)")
+    parser.add_argument("--students", action="store_true", help=f"make {', '.join(STUDENTS)}")
     parser.add_argument("--images", type=int, default=60_000, help="renderings to learn from")
     parser.add_argument("--vision-steps", type=int, default=4000, help="steps of 64 images")
     args = parser.parse_args(argv)
     if args.only:
-        return make(args.only, args)
-    rest = sys.argv[1:] if argv is None else argv
-    makers = [subprocess.Popen([sys.executable, __file__, "--only", name, *rest]) for name in SIZES]
+        return (make if args.only in SIZES else make_student)(args.only, args)
+    rest, names = sys.argv[1:] if argv is None else argv, STUDENTS if args.students else SIZES
+    makers = [subprocess.Popen([sys.executable, __file__, "--only", name, *rest]) for name in names]
     return max(maker.wait() for maker in makers)
 
 

@@ -2,11 +2,13 @@
 # Stands for PA.sh, PI.sh, PL.sh and evaluate.sh in tests/test_reproduce.py: writes the files that they would write, each whole
 # and once. $CALLS gets a line per file that is made. A model that is named in $BROKEN fails.
 set -euo pipefail
-STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' ONLY_LVLM='' MATCH=exact ANCHORS='' MIXED=()
+STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' OF_LVLM='' HELD_OUT='' ONLY_LVLM='' MATCH=exact ANCHORS='' MIXED=()
 while (($#)); do
     case $1 in
     --only-lvlm) ONLY_LVLM=1 ;;
     --model-path) PATH_OF_MODEL=$2 && shift ;;
+    --model-path-lvlm) OF_LVLM=$(basename "$2") && shift ;;
+    --held-out) HELD_OUT=1 ;;
     --match) MATCH=$2 && shift ;;
     --anchors) ANCHORS="$2 anchors" && shift ;;
     --out) OUT=$2 && shift ;;
@@ -44,5 +46,5 @@ PI)
     fi
     ;;
 PL) make "$OUTPUT_DIR/train_meta.json" "$(cat "$TRAIN_JSON")" "$SEED" "${EPOCHS:-1}" "${LEARNING_RATE:-1e-5}" "${MIXED[@]}" ;;
-evaluate) make "$RUN/Eval_$(basename "$PATH_OF_MODEL")_$DATASET.json" "$(cat "$PATH_OF_MODEL/train_meta.json" 2>/dev/null)" ;;
+evaluate) make "$RUN/$([[ $HELD_OUT ]] && echo "Heldout_$OF_LVLM" || echo Eval)_$(basename "$PATH_OF_MODEL")_$DATASET.json" "$(cat "$PATH_OF_MODEL/train_meta.json" 2>/dev/null)" ;;
 esac
