@@ -1,16 +1,24 @@
 """The parity rule (paper, section 3.2): keep what the L-VLM answers consistently and the S-VLM gets wrong."""
 
+import math
+import random
+from collections import Counter
+
 from mpa import records
 from mpa.matching import Match
+from mpa.normalise import normalise
 from mpa.presets import PRESETS
 from mpa.prompts import train_prompt
 
 
 class ParityRule:
-    """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files."""
+    """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files.
 
-    def __init__(self, match: str, preset: str):
-        self.match, self.preset = Match(match, preset), preset
+    With `min_probability` the L-VLM's answer must also have that probability; the paper has no such threshold.
+    """
+
+    def __init__(self, match: str, preset: str, min_probability: float = 0.0):
+        self.match, self.preset, self.min_probability = Match(match, preset), preset, min_probability
 
     def agrees(self, record: dict) -> bool:
         """Does the model's answer match the annotation's answer?"""
@@ -18,7 +26,13 @@ class ParityRule:
 
     def consistent(self, record: dict) -> bool:
         """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
-        return self.agrees(record) and not (PRESETS[self.preset].checked and record.get("finish_reason"))
+        cut = PRESETS[self.preset].checked and record.get("finish_reason")
+        return self.agrees(record) and not cut and self.sure(record)
+
+    def sure(self, record: dict) -> bool:
+        """Has the answer the least probability? Without a log-probability it has not."""
+        logprob = record.get("logprob")
+        return not self.min_probability or (logprob is not None and math.exp(logprob) >= self.min_probability)
 
     def only_unwrapped(self, answers: list[dict]) -> int:
         """How many answers match only after the words or Markdown around them are removed."""
@@ -47,6 +61,24 @@ class ParityRule:
     def parity_set(self, lvlm: list[dict], svlm: list[dict]) -> list[dict]:
         """D_PI = {(I, Q, A): the L-VLM's answer matches A, the S-VLM's does not}, as train records (equations 1 and 2)."""
         return [self.train_record(r) for r in self.answered(lvlm, svlm)[0]]
+
+
+def capped(samples: list[dict], per_question: int, per_answer: int, seed: int) -> list[dict]:
+    """At most so many PI records of one question and of one answer, normalised, chosen at random, in their order. 0: no limit.
+
+    In 9,009 released annotations of OK-VQA one question stands 150 times. The paper has no such limit.
+    """
+    counts, kept = Counter(), []
+    for place in random.Random(seed).sample(range(len(samples)), len(samples)):
+        r = samples[place]
+        limited = {
+            "question": (normalise(r["PA_question"] or ""), per_question),
+            "answer": (normalise(r["PA_answer"]), per_answer),
+        }
+        if all(not most or counts[what, text] < most for what, (text, most) in limited.items()):
+            counts.update((what, text) for what, (text, _) in limited.items())
+            kept.append(place)
+    return [samples[place] for place in sorted(kept)]
 
 
 def funnel_line(funnel: dict[str, int]) -> str:

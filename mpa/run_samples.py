@@ -21,8 +21,10 @@ REASONS = (
     KEPT,
     "no usable annotation",
     "L-VLM's reply truncated",
+    "L-VLM unsure",
     "L-VLM disagrees with itself",
     "S-VLM right",
+    "over the limit",
     "S-VLM not asked",
     "held out",
     "image left out",
@@ -107,7 +109,7 @@ class RunSamples:
         match = settings.get("match", PRESETS[preset].match if preset in PRESETS else None)
         if preset not in PRESETS or match not in MATCHERS:
             raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
-        return ParityRule(match, preset)
+        return ParityRule(match, preset, settings.get("min_probability", 0.0))
 
     def _answers(self, model: str) -> dict[str, dict]:
         file = self.answers_json[model]
@@ -185,6 +187,8 @@ class RunSamples:
         lvlm = lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]}
         if not self.rule.agrees(lvlm):
             return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}"
+        if not self.rule.sure(lvlm):
+            return "L-VLM unsure", f"log-probability {lvlm.get('logprob')}"
         if not self.rule.consistent(lvlm):
             return "L-VLM's reply truncated", f"finish reason: {lvlm['finish_reason']}"
         if key in self.held_out:
@@ -193,11 +197,11 @@ class RunSamples:
             return ("not reached yet" if kept is None else "S-VLM not asked"), "no answer of the S-VLM"
         if self.rule.agrees(svlm):
             return "S-VLM right", ""
-        return (
-            ("not reached yet", "PI has not written it")
-            if kept is None
-            else ("image left out", "not in the parity set")
-        )
+        if kept is None:
+            return "not reached yet", "PI has not written it"
+        if {"max_per_question", "max_per_answer"} & self.meta.get("settings", {}).keys():
+            return "over the limit", "of --max-per-question or --max-per-answer"
+        return "image left out", "not in the parity set"
 
 
 def finite(value) -> float | None:

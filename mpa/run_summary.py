@@ -8,8 +8,7 @@ from pathlib import Path
 
 from mpa import guard, holdout, log_file, records, scoring
 from mpa.datasets import DATASETS
-from mpa.matching import Match
-from mpa.parity import funnel_line
+from mpa.parity import ParityRule, funnel_line
 
 ROWS = {
     "base": "S-VLM before",
@@ -97,25 +96,31 @@ def summary(run: Run) -> dict:
     return result
 
 
-def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], match) -> str:
-    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked."""
+def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], rule: ParityRule, parity: set[str]) -> str:
+    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked. `parity`: the ids of the parity set."""
     for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
         if r.get("left_out"):
             return f"{who}: {r['left_out']}"
-    if not match(lvlm["predictions"], lvlm["PA_answer"]):
+    if not rule.agrees(lvlm):
         return "L-VLM disagrees with itself"
+    if not rule.sure(lvlm):
+        return "L-VLM unsure"
     if lvlm["image_path"] in held_out:
         return "held out for evaluation"
     if not svlm:
         return "S-VLM not asked"
-    return "S-VLM answers correctly" if match(svlm["predictions"], lvlm["PA_answer"]) else "parity sample"
+    if rule.match(svlm["predictions"], lvlm["PA_answer"]):
+        return "S-VLM answers correctly"
+    return "parity sample" if str(lvlm["question_id"]) in parity else "not chosen"
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
     """A few annotated images and their verdicts, as text: the first of each verdict, then the first of all."""
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
-    match, held_out = Match(run.meta["settings"]["match"], run.preset), set()
+    settings, held_out = run.meta["settings"], set()
+    rule = ParityRule(settings["match"], run.preset, settings.get("min_probability", 0.0))
+    parity = {str(r["id"]) for r in records.read_parity(run.train)}
     if run.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
     annotated, lines, first = records.read_records(run.pa, "PA"), [], {}
@@ -128,7 +133,7 @@ def examples(run: Run, n: int = 6) -> list[str]:
             answer = svlm.get(key)
             reply, why = (
                 f" · S-VLM: {answer['predictions']}" if answer else "",
-                verdict(lvlm[key], answer, held_out, match),
+                verdict(lvlm[key], answer, held_out, rule, parity),
             )
             lines.append(
                 f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"

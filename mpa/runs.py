@@ -25,7 +25,10 @@ TELLING = {
     "images": ("PA", "limit"),
     "sampled images": ("PA", "sample"),
     **{name: ("PA", name) for name in ("temperature", "top_p", "keep_refusals")},
-    **{name: ("PI", name) for name in ("preset", "match", "hold_out", "anchors")},
+    **{
+        name: ("PI", name)
+        for name in "preset match hold_out anchors min_probability max_per_question max_per_answer".split()
+    },
     **{name: ("PL", name) for name in "num_train_epochs max_steps learning_rate vision_lr merger_lr".split()},
     **{name: ("PL", name) for name in "lr_scheduler_type samples_per_step optim lora_enable lora_rank".split()},
     **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger".split()},

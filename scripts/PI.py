@@ -31,11 +31,17 @@ from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.parity import ParityRule, funnel_line
+from mpa.parity import ParityRule, capped, funnel_line
 from mpa.presets import PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.stage import Model, counted
+
+CHOICES = (
+    "min_probability",
+    "max_per_question",
+    "max_per_answer",
+)  # beyond the paper; in the meta file where they are set
 
 
 def arguments(argv=None):
@@ -72,6 +78,21 @@ def arguments(argv=None):
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
     )
+    p.add_argument(
+        "--min-probability",
+        type=number(0, 1, float),
+        default=0.0,
+        metavar="P",
+        help="the L-VLM agrees with itself only if its answer has this probability (default: 0, as in the paper)",
+    )
+    for what in ("question", "answer"):
+        p.add_argument(
+            f"--max-per-{what}",
+            type=number(1),
+            default=0,
+            metavar="N",
+            help=f"at most N parity samples of one {what}, chosen at random by --seed (default: any number)",
+        )
     anchors.add_flags(p)
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
@@ -197,6 +218,11 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
         Model(args, path).check()
     questions, lvlm_answers = without_marks(args, *ask_lvlm(args, pa_json, annotations))
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
+    if args.min_probability and all(r.get("logprob") is None for r in lvlm_answers):
+        raise InputError(
+            f"{answers_file(args, args.model_path_lvlm)}: no answer has a log-probability, so --min-probability cannot be used. "
+            "This server or engine does not give it."
+        )
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
     for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
@@ -211,6 +237,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
+    choices |= {"min_probability": args.min_probability} if args.min_probability else {}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
@@ -239,6 +266,10 @@ def train_set(args, rule: ParityRule, lvlm_answers: list[dict], svlm_answers: li
             [r for r in found if not holdout.is_held_out(hashes[r["image_path"]], threshold)]
             for found in (parity, right)
         )
+    found = len(parity)
+    parity, right = (capped(r, args.max_per_question, args.max_per_answer, args.seed) for r in (parity, right))
+    if len(parity) < found:
+        print(f"PI: {found - len(parity)} parity samples are over --max-per-question or --max-per-answer.")
     if not args.anchors:
         return [rule.train_record(r) for r in parity], {"parity": len(parity)}
     chosen = anchors.choose(parity, right, args.anchors, args.anchor_by, args.seed)
@@ -257,6 +288,8 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if args.anchors:
         settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
+    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
+    settings |= chosen | ({"seed": args.seed} if chosen else {})
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     if held_out_file(args).exists():
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
@@ -273,7 +306,7 @@ def main(argv=None) -> Path:
         Model(args, args.model_path_lvlm).check()
         ask_lvlm(args, pa_json, annotations)
         return answers_file(args, args.model_path_lvlm)
-    rule = ParityRule(args.match, args.preset)
+    rule = ParityRule(args.match, args.preset, args.min_probability)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     train, counts = train_set(args, rule, lvlm_answers, svlm_answers, threshold)
     funnel |= counts

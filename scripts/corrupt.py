@@ -80,7 +80,8 @@ def main(argv=None) -> None:
         raise InputError(
             f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
         )
-    rule = ParityRule(base["settings"]["match"], base["settings"]["preset"])
+    settings = base["settings"]
+    rule = ParityRule(settings["match"], settings["preset"], settings.get("min_probability", 0.0))
     wrong = corrupted(lvlm, rule, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
     lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
     svlm = [

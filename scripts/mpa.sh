@@ -17,7 +17,8 @@ LVLM_ENGINE=${LVLM_ENGINE:-$ENGINE}                 # openai: the L-VLM is serve
 SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g. "--base-url http://localhost:8000/v1"
 QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
 REPORT=${REPORT:-1}                                 # 0: no HTML report at the end
-GUARD=${GUARD:-$([[ $DATASET == images ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
+ROUNDS=${ROUNDS:-1}                                 # more: PI, PL and evaluate again with the levelled S-VLM, in results/$RUN/round-2 …
+GUARD=${GUARD:-$([[ $DATASET == images || $ROUNDS != 1 ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
 export REMEDY=${REMEDY:-0}                          # 1: if it did, try remedies; scripts/guard.sh -h
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
@@ -30,20 +31,29 @@ if [[ $IMAGES && $DATASET != images ]]; then
 fi
 if [[ $GUARD$REMEDY != 00 && $DATASET != images ]]; then PI_FLAGS="--hold-out 0.15 $PI_FLAGS"; fi
 FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
-LEVELLED=$FOLDER/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET
+L=$(basename "$LVLM") S=$(basename "$SVLM") ROUND=1
+LEVELLED=$FOLDER/PL_${L}_${S}_$DATASET
+if [[ $FOLDER == */round-* ]]; then ROUND=${FOLDER##*/round-}; fi
 
 # Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
 PYTHONPATH=$ROOT run python -P -m mpa.models "${LOCAL[@]}"
-title "PA: $(basename "$LVLM") annotates ${IMAGES:-the images of $DATASET}"
+title "PA: $L annotates ${IMAGES:-the images of $DATASET}"
 # shellcheck disable=SC2086 # the flags must be split into words
 run bash "$ROOT/scripts/PA.sh" --engine "$LVLM_ENGINE" $SERVER_FLAGS \
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} ${IMAGES:+--image-root "$IMAGES"} ${LIMIT:+--limit "$LIMIT"} $PA_FLAGS
-title "PI: keep what $(basename "$LVLM") answers consistently and $(basename "$SVLM") gets wrong"
+title "PI: keep what $L answers consistently and $S gets wrong"
 # shellcheck disable=SC2086
 run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $PI_FLAGS
-title "PL: fine-tune $(basename "$SVLM") on the parity set"
+if ((ROUND > 1)); then
+    SAMPLES=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$FOLDER/PI_${L}_train_${L}_${S}_$DATASET.json")
+    if ((SAMPLES < 50)); then
+        echo "No round $ROUND: its parity set has $SAMPLES samples, fewer than 50. Use the model of the round before, $(realpath "$SVLM")."
+        exit
+    fi
+fi
+title "PL: fine-tune $S on the parity set"
 run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
 SVLM_FLAGS="--engine $ENGINE $SERVER_FLAGS"
 if [[ $DATASET == images ]]; then # the held-out set is what the L-VLM agrees with, so only the S-VLM is asked
@@ -58,7 +68,7 @@ else
         --engine-lvlm "$LVLM_ENGINE" ${QUANTIZATION:+--quantization "$QUANTIZATION"} $EVALUATE_FLAGS
 fi
 if [[ $GUARD$REMEDY != 00 ]]; then
-    title "guard: is the levelled $(basename "$SVLM") worse on held-out questions?"
+    title "guard: is the levelled $S worse on held-out questions?"
     # shellcheck disable=SC2086
     PI_FLAGS=$PI_FLAGS run bash "$ROOT/scripts/guard.sh" $SVLM_FLAGS
 fi
@@ -66,4 +76,21 @@ run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm 
 run python "$ROOT/scripts/diagnose.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM"
 if [[ $REPORT != 0 ]]; then
     run python "$ROOT/scripts/report.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" ${IMAGES:+--image-root "$IMAGES"}
+fi
+
+if ((ROUNDS > 1)); then
+    BETTER=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["recommended"] or "")' "$FOLDER/guard_${L}_${S}_$DATASET.json")
+    if [[ ! $BETTER ]]; then
+        echo "No round $((ROUND + 1)): the guard calls no levelled $S better than the one before."
+        exit
+    fi
+    # A run of its own, which has the L-VLM's part of this one, and in which the levelled model is the S-VLM.
+    NEXT=${FOLDER%/round-*}/round-$((ROUND + 1)) PREVIOUS=..$( ((ROUND == 1)) || echo "/round-$ROUND")
+    mkdir -p "$NEXT"
+    for FILE in "$FOLDER/"{PA,PI_"$L",Eval}_"${L}_$DATASET".* "$FOLDER/PI_${L}_heldout_$DATASET".*; do
+        if [[ -e $FILE ]]; then ln -f "$FILE" "$NEXT"; fi
+    done
+    ln -sfn "$PREVIOUS/$BETTER" "$NEXT/$S"
+    title "Round $((ROUND + 1)): $BETTER is the S-VLM"
+    exec env RUN="$NEXT" SVLM="$NEXT/$S" ROUNDS=$((ROUNDS - 1)) GUARD=1 bash "$ROOT/scripts/mpa.sh"
 fi

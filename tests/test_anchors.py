@@ -1,6 +1,7 @@
-"""Anchored parity: which samples are added, what the train file says of them, and that nobody takes them for parity samples."""
+"""PI beyond the paper, anchors, limits and a least probability: what is chosen, and that all readers see it so."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from answered_by_rule import annotate, answers_by, flags
 from conftest import MINI, STUDENT, TEACHER
 from record_formats import read_record
 
-from mpa import anchors, holdout, image_files, run_samples, runs
-from mpa.records import read_json, read_parity
+from mpa import anchors, holdout, image_files, parity, run_samples, run_summary, runs
+from mpa.records import InputError, read_json, read_parity
 
 CELL = runs.Cell("easyVQA", "teacher", "student")
 
@@ -127,3 +128,50 @@ def test_held_out_images_are_no_anchors_either(serve, copied_images, tmp_path):
     found = read_json(train)
     assert {r["kind"] for r in found} == {"parity", "anchor"}
     assert not tested & {image_files.content_hash(r["image"]) for r in found}
+
+
+def test_limits_leave_so_many_of_one_question_and_of_one_answer():
+    samples = [*PARITY, *asked(3, "What colour?", "red", 900), *asked(3, "what  colour", "red.", 910)]
+    once = parity.capped(samples, 1, 0, seed=0)
+    assert len(once) == 3 and once == [r for r in samples if r in once]  # the two spellings are one question
+    both = parity.capped(samples, 20, 4, seed=0)
+    assert Counter(r["PA_answer"].strip(".") for r in both) == {"no": 4, "yes": 4, "red": 4}
+    assert parity.capped(samples, 0, 0, seed=0) == samples
+    assert parity.capped(samples, 20, 0, 1) == parity.capped(samples, 20, 0, 1) != parity.capped(samples, 20, 0, 2)
+
+
+def test_what_a_limit_leaves_out_is_explained(select, tmp_path, capsys):
+    for file in tmp_path.glob("*_train_*"):
+        file.unlink()
+    train = select("--max-per-answer", "1")
+    kept, meta = read_json(train), read_json(train.with_suffix(".meta.json"))
+    answers = [r["conversations"][1]["value"] for r in kept]
+    assert len(set(answers)) == len(answers) == meta["funnel"]["parity"]
+    assert meta["settings"]["max_per_answer"] == 1 and meta["settings"]["seed"] == 0
+    reasons = Counter(s.reason for s in run_samples.RunSamples(tmp_path, CELL).samples)
+    assert reasons["kept"] == len(kept) and reasons["over the limit"] > 0
+    assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
+    shown = "".join(run_summary.examples(run_summary.Run(tmp_path, *CELL), 100))
+    assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
+
+
+def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
+    for file in tmp_path.glob("*_train_*"):
+        file.unlink()
+    lvlm = {r["question_id"]: r["logprob"] for r in read_json(tmp_path / "PI_teacher_teacher_easyVQA.json")}
+    train = select("--min-probability", "0.99")
+    kept = [r["id"] for r in read_json(train)]
+    assert kept and all(lvlm[key] >= math.log(0.99) for key in kept)
+    samples = run_samples.RunSamples(tmp_path, CELL).samples
+    assert [s.question_id for s in samples if s.kept] == list(map(str, kept))
+    unsure = [s for s in samples if s.reason == "L-VLM unsure"]
+    assert unsure and all(s.lvlm_logprob < math.log(0.99) and not s.consistent for s in unsure)
+    rule = parity.ParityRule("exact", "paper", 0.5)
+    assert not rule.consistent({"predictions": "a", "PA_answer": "a", "logprob": None})
+
+
+def test_a_server_without_log_probabilities_cannot_be_asked_for_one(serve, copied_images, tmp_path):
+    server, run = serve(answers_by()), tmp_path / "run"
+    annotate(server, copied_images, run)
+    with pytest.raises(InputError, match="no answer has a log-probability, so --min-probability cannot be used"):
+        PI.main(flags(server, copied_images, run, "--min-probability", "0.5"))
