@@ -3,6 +3,8 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 from mpa import records
 from mpa.matching import Match
@@ -14,11 +16,25 @@ from mpa.prompts import train_prompt
 class ParityRule:
     """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files.
 
-    With `min_probability` the L-VLM's answer must also have that probability; the paper has no such threshold.
+    Not in the paper: with `min_probability` the L-VLM's answer must also have that probability; and `blind` are the ids of the
+    questions that it answers as annotated without seeing the image, on which it never counts as consistent.
     """
 
-    def __init__(self, match: str, preset: str, min_probability: float = 0.0):
-        self.match, self.preset, self.min_probability = Match(match, preset), preset, min_probability
+    def __init__(self, match: str, preset: str, min_probability: float = 0.0, blind: Iterable[str] = ()):
+        self.match, self.preset = Match(match, preset), preset
+        self.min_probability, self.blind = min_probability, set(blind)
+
+    @classmethod
+    def of(cls, settings: dict, folder: Path, lvlm: str, dataset: str) -> "ParityRule":
+        """The rule of a parity set, from its meta file's settings and its run folder."""
+        rule = cls(settings["match"], settings["preset"], settings.get("min_probability", 0.0))
+        if settings.get("blind"):
+            rule.see_blind(records.read_records(blind_file(folder, lvlm, dataset), "PI"))
+        return rule
+
+    def see_blind(self, answers: list[dict]) -> None:
+        """Take the L-VLM's answers without the image."""
+        self.blind = {str(r["question_id"]) for r in answers if self.agrees(r)}
 
     def agrees(self, record: dict) -> bool:
         """Does the model's answer match the annotation's answer?"""
@@ -27,7 +43,9 @@ class ParityRule:
     def consistent(self, record: dict) -> bool:
         """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
         cut = PRESETS[self.preset].checked and record.get("finish_reason")
-        return self.agrees(record) and not cut and self.sure(record)
+        return (
+            self.agrees(record) and not cut and self.sure(record) and str(record.get("question_id")) not in self.blind
+        )
 
     def sure(self, record: dict) -> bool:
         """Has the answer the least probability? Without a log-probability it has not."""
@@ -61,6 +79,11 @@ class ParityRule:
     def parity_set(self, lvlm: list[dict], svlm: list[dict]) -> list[dict]:
         """D_PI = {(I, Q, A): the L-VLM's answer matches A, the S-VLM's does not}, as train records (equations 1 and 2)."""
         return [self.train_record(r) for r in self.answered(lvlm, svlm)[0]]
+
+
+def blind_file(folder: Path, lvlm: str, dataset: str) -> Path:
+    """The L-VLM's answers to its questions about a grey image (PI's --blind)."""
+    return folder / f"PI_{lvlm}_blind_{dataset}.json"
 
 
 def capped(samples: list[dict], per_question: int, per_answer: int, seed: int) -> list[dict]:

@@ -22,6 +22,7 @@ REASONS = (
     "no usable annotation",
     "L-VLM's reply truncated",
     "L-VLM unsure",
+    "L-VLM needs no image",
     "L-VLM disagrees with itself",
     "S-VLM right",
     "over the limit",
@@ -109,7 +110,8 @@ class RunSamples:
         match = settings.get("match", PRESETS[preset].match if preset in PRESETS else None)
         if preset not in PRESETS or match not in MATCHERS:
             raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
-        return ParityRule(match, preset, settings.get("min_probability", 0.0))
+        chosen = settings | {"match": match, "preset": preset}
+        return ParityRule.of(chosen, self.folder, self.cell.lvlm, self.cell.dataset)
 
     def _answers(self, model: str) -> dict[str, dict]:
         file = self.answers_json[model]
@@ -189,6 +191,8 @@ class RunSamples:
             return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}"
         if not self.rule.sure(lvlm):
             return "L-VLM unsure", f"log-probability {lvlm.get('logprob')}"
+        if key in self.rule.blind:
+            return "L-VLM needs no image", "it answers the same about a grey image"
         if not self.rule.consistent(lvlm):
             return "L-VLM's reply truncated", f"finish reason: {lvlm['finish_reason']}"
         if key in self.held_out:

@@ -105,6 +105,8 @@ def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], rule: ParityRule,
         return "L-VLM disagrees with itself"
     if not rule.sure(lvlm):
         return "L-VLM unsure"
+    if str(lvlm["question_id"]) in rule.blind:
+        return "L-VLM needs no image"
     if lvlm["image_path"] in held_out:
         return "held out for evaluation"
     if not svlm:
@@ -119,7 +121,7 @@ def examples(run: Run, n: int = 6) -> list[str]:
     lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
     svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
     settings, held_out = run.meta["settings"], set()
-    rule = ParityRule(settings["match"], run.preset, settings.get("min_probability", 0.0))
+    rule = ParityRule.of(settings, run.folder, run.lvlm, run.dataset)
     parity = {str(r["id"]) for r in records.read_parity(run.train)}
     if run.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}

@@ -17,8 +17,11 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +34,7 @@ from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.parity import ParityRule, capped, funnel_line
+from mpa.parity import ParityRule, blind_file, capped, funnel_line
 from mpa.presets import PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
@@ -39,6 +42,7 @@ from mpa.stage import Model, counted
 
 CHOICES = (
     "min_probability",
+    "blind",
     "max_per_question",
     "max_per_answer",
 )  # beyond the paper; in the meta file where they are set
@@ -85,6 +89,11 @@ def arguments(argv=None):
         metavar="P",
         help="the L-VLM agrees with itself only if its answer has this probability (default: 0, as in the paper)",
     )
+    p.add_argument(
+        "--blind",
+        action="store_true",
+        help="leave out what the L-VLM answers as annotated when it sees a grey image instead; it is asked once more",
+    )
     for what in ("question", "answer"):
         p.add_argument(
             f"--max-per-{what}",
@@ -130,6 +139,22 @@ def ask_model(args, who: str, path: str, questions: list[Question], ready=None, 
 def answers_file(args, path: str) -> Path:
     name, lvlm = records.short_name(path), records.short_name(args.model_path_lvlm)
     return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
+
+
+def ask_blind(args, questions: list[Question]) -> list[dict]:
+    """The L-VLM's answers to the questions about a grey image."""
+    folder, lvlm = records.run_folder(args.run), args.model_path_lvlm
+    grey = folder / "grey.png"
+    if distributed.FIRST and not grey.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (448, 448), (128, 128, 128)).save(grey)
+    distributed.wait()
+    asked = []
+    for q in questions:
+        request = replace(q.request, image_path=str(grey))
+        asked.append(replace(q, request=request, before=q.before | {"image_path": str(grey)}))
+    file = blind_file(folder, records.short_name(lvlm), args.dataset)
+    return Answers(Model(args, lvlm), file, "PI L-VLM without the image", "PI", asked).records({})
 
 
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
@@ -182,6 +207,8 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     requests = [question.request for question in questions]
     if pending := [request for request in requests if request.key not in ready]:
         Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
+    if args.blind:
+        Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image, at most")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
 
@@ -223,6 +250,10 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"{answers_file(args, args.model_path_lvlm)}: no answer has a log-probability, so --min-probability cannot be used. "
             "This server or engine does not give it."
         )
+    if args.blind:
+        ids = {str(r["question_id"]) for r in consistent}
+        rule.see_blind(ask_blind(args, [q for q in questions if q.request.key in ids]))
+        consistent = [r for r in consistent if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
     for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
@@ -237,7 +268,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
-    choices |= {"min_probability": args.min_probability} if args.min_probability else {}
+    choices |= {name: getattr(args, name) for name in ("min_probability", "blind") if getattr(args, name)}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
@@ -307,6 +338,12 @@ def main(argv=None) -> Path:
         ask_lvlm(args, pa_json, annotations)
         return answers_file(args, args.model_path_lvlm)
     rule = ParityRule(args.match, args.preset, args.min_probability)
+    if args.blind and args.lvlm_json:
+        folder, lvlm = args.lvlm_json.parent, records.short_name(args.model_path_lvlm)
+        file = records.find_input(
+            folder, f"PI_{{lvlm}}_blind_{args.dataset}.json", lvlm, "--model-path-lvlm", "PI.sh --blind"
+        )
+        rule.see_blind(records.read_records(file, "PI"))
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     train, counts = train_set(args, rule, lvlm_answers, svlm_answers, threshold)
     funnel |= counts

@@ -80,8 +80,8 @@ def main(argv=None) -> None:
         raise InputError(
             f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
         )
-    settings = base["settings"]
-    rule = ParityRule(settings["match"], settings["preset"], settings.get("min_probability", 0.0))
+    lvlm_name = records.short_name(base.get("model_path_lvlm", ""))
+    rule = ParityRule.of(base["settings"], args.lvlm_json.parent, lvlm_name, args.dataset)
     wrong = corrupted(lvlm, rule, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
     lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
     svlm = [
