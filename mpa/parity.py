@@ -3,7 +3,6 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from mpa import records
@@ -11,30 +10,50 @@ from mpa.matching import Match
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
 from mpa.prompts import train_prompt
+from mpa.records import InputError
 
 
 class ParityRule:
     """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files.
 
-    Not in the paper: with `min_probability` the L-VLM's answer must also have that probability; and `blind` are the ids of the
-    questions that it answers as annotated without seeing the image, on which it never counts as consistent.
+    Not in the paper: with `min_probability` the L-VLM's answer must also have that probability; `see_blind` and `see_votes` take
+    further answers of the L-VLM into account.
     """
 
-    def __init__(self, match: str, preset: str, min_probability: float = 0.0, blind: Iterable[str] = ()):
-        self.match, self.preset = Match(match, preset), preset
-        self.min_probability, self.blind = min_probability, set(blind)
+    def __init__(self, match: str, preset: str, min_probability: float = 0.0):
+        self.match, self.preset, self.min_probability = Match(match, preset), preset, min_probability
+        self.blind: set[str] = set()  # ids of questions that the L-VLM answers as annotated without seeing the image
+        self.votes: dict[str, list[str]] = {}  # the L-VLM's sampled answers, by id
+        self.min_agreement = 0.0
 
     @classmethod
     def of(cls, settings: dict, folder: Path, lvlm: str, dataset: str) -> "ParityRule":
         """The rule of a parity set, from its meta file's settings and its run folder."""
         rule = cls(settings["match"], settings["preset"], settings.get("min_probability", 0.0))
         if settings.get("blind"):
-            rule.see_blind(records.read_records(blind_file(folder, lvlm, dataset), "PI"))
+            rule.see_blind(_asked_again(folder, lvlm, "blind", dataset))
+        if settings.get("votes"):
+            rule.see_votes(_asked_again(folder, lvlm, "votes", dataset), settings["min_agreement"])
         return rule
 
     def see_blind(self, answers: list[dict]) -> None:
         """Take the L-VLM's answers without the image."""
         self.blind = {str(r["question_id"]) for r in answers if self.agrees(r)}
+
+    def see_votes(self, answers: list[dict], min_agreement: float) -> None:
+        """Take the L-VLM's sampled answers, with ids such as "17#3". They decide instead of its one greedy answer."""
+        self.votes, self.min_agreement = {}, min_agreement
+        for r in answers:
+            self.votes.setdefault(str(r["question_id"]).rpartition("#")[0], []).append(r["predictions"])
+
+    def agreement(self, record: dict) -> float:
+        """The share of the sampled answers that match the annotation's answer; 0 without any."""
+        votes = self.votes.get(str(record.get("question_id")), [])
+        return sum(self.match(vote, record["PA_answer"]) for vote in votes) / max(1, len(votes))
+
+    def repeats(self, record: dict) -> bool:
+        """Does the L-VLM's greedy answer, or with votes a large enough share of these, match the annotation's answer?"""
+        return self.agreement(record) >= self.min_agreement if self.votes else self.agrees(record)
 
     def agrees(self, record: dict) -> bool:
         """Does the model's answer match the annotation's answer?"""
@@ -43,9 +62,8 @@ class ParityRule:
     def consistent(self, record: dict) -> bool:
         """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
         cut = PRESETS[self.preset].checked and record.get("finish_reason")
-        return (
-            self.agrees(record) and not cut and self.sure(record) and str(record.get("question_id")) not in self.blind
-        )
+        seen = str(record.get("question_id")) not in self.blind
+        return self.repeats(record) and not cut and self.sure(record) and seen
 
     def sure(self, record: dict) -> bool:
         """Has the answer the least probability? Without a log-probability it has not."""
@@ -81,9 +99,16 @@ class ParityRule:
         return [self.train_record(r) for r in self.answered(lvlm, svlm)[0]]
 
 
-def blind_file(folder: Path, lvlm: str, dataset: str) -> Path:
-    """The L-VLM's answers to its questions about a grey image (PI's --blind)."""
-    return folder / f"PI_{lvlm}_blind_{dataset}.json"
+def asked_again_file(folder: Path, lvlm: str, how: str, dataset: str) -> Path:
+    """The L-VLM's further answers to its questions: "blind", about a grey image (PI's --blind); or "votes", sampled (--votes)."""
+    return folder / f"PI_{lvlm}_{how}_{dataset}.json"
+
+
+def _asked_again(folder: Path, lvlm: str, how: str, dataset: str) -> list[dict]:
+    file = asked_again_file(folder, lvlm, how, dataset)
+    if not file.exists():
+        raise InputError(f"{file}: no such file. Run PI.sh with --{how} first, without --lvlm-json.")
+    return records.read_records(file, "PI")
 
 
 def capped(samples: list[dict], per_question: int, per_answer: int, seed: int) -> list[dict]:

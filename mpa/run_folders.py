@@ -55,7 +55,9 @@ def cells_in(folder: Path) -> list[Cell]:
         longer = [name for name, _ in annotated if name.startswith(f"{written}_")]
         own = [name for name in answered if not name.startswith(tuple(f"{other}_" for other in longer))]
         others = [name.removeprefix(f"{written}_") for name in own if name.startswith(f"{written}_")]
-        cells |= {Cell(dataset, lvlm, svlm) for svlm in others if svlm not in (lvlm, written, "heldout", "blind")}
+        cells |= {
+            Cell(dataset, lvlm, svlm) for svlm in others if svlm not in (lvlm, written, "heldout", "blind", "votes")
+        }
         if not any(cell[:2] == (dataset, lvlm) for cell in cells):
             cells.add(Cell(dataset, lvlm, ""))
     return sorted(cells)

@@ -187,8 +187,13 @@ class RunSamples:
             if r.get("left_out"):
                 return "image left out", f"{who}: {r['left_out']}"
         lvlm = lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]}
-        if not self.rule.agrees(lvlm):
-            return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}"
+        if not self.rule.repeats(lvlm):
+            share = (
+                f", and the same as annotated in {self.rule.agreement(lvlm):.0%} of the votes"
+                if self.rule.votes
+                else ""
+            )
+            return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}{share}"
         if not self.rule.sure(lvlm):
             return "L-VLM unsure", f"log-probability {lvlm.get('logprob')}"
         if key in self.rule.blind:

@@ -101,7 +101,7 @@ def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], rule: ParityRule,
     for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
         if r.get("left_out"):
             return f"{who}: {r['left_out']}"
-    if not rule.agrees(lvlm):
+    if not rule.repeats(lvlm):
         return "L-VLM disagrees with itself"
     if not rule.sure(lvlm):
         return "L-VLM unsure"

@@ -34,7 +34,7 @@ from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.parity import ParityRule, blind_file, capped, funnel_line
+from mpa.parity import ParityRule, asked_again_file, capped, funnel_line
 from mpa.presets import PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
@@ -43,6 +43,7 @@ from mpa.stage import Model, counted
 CHOICES = (
     "min_probability",
     "blind",
+    "votes",
     "max_per_question",
     "max_per_answer",
 )  # beyond the paper; in the meta file where they are set
@@ -94,6 +95,21 @@ def arguments(argv=None):
         action="store_true",
         help="leave out what the L-VLM answers as annotated when it sees a grey image instead; it is asked once more",
     )
+    p.add_argument(
+        "--votes",
+        type=number(1),
+        default=0,
+        metavar="K",
+        help="ask the L-VLM each question K times more, sampled; then these answers decide whether it agrees with itself, not "
+        "the greedy one (default: 0, as in the paper)",
+    )
+    p.add_argument(
+        "--min-agreement",
+        type=number(0, 1, float),
+        default=0.5,
+        metavar="SHARE",
+        help="with --votes: the least share of them that match the annotation (default: 0.5)",
+    )
     for what in ("question", "answer"):
         p.add_argument(
             f"--max-per-{what}",
@@ -119,6 +135,12 @@ def arguments(argv=None):
     return args
 
 
+def beyond_paper(args) -> dict:
+    """The settings of CHOICES that are in use."""
+    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
+    return chosen | ({"min_agreement": args.min_agreement} if args.votes else {})
+
+
 def questions_of(annotations: list[dict], args) -> list[Question]:
     questions = []
     for r in annotations:
@@ -141,20 +163,34 @@ def answers_file(args, path: str) -> Path:
     return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
 
 
-def ask_blind(args, questions: list[Question]) -> list[dict]:
-    """The L-VLM's answers to the questions about a grey image."""
+def ask_again(args, how: str, questions: list[Question]) -> list[dict]:
+    """The L-VLM's further answers, in a file of their own: "blind" or "votes" (`parity.asked_again_file`)."""
     folder, lvlm = records.run_folder(args.run), args.model_path_lvlm
-    grey = folder / "grey.png"
+    file = asked_again_file(folder, records.short_name(lvlm), how, args.dataset)
+    sampled = {"temperature": 1.0} if how == "votes" else {}
+    return Answers(Model(args, lvlm), file, f"PI L-VLM, {how}", "PI", questions, **sampled).records({})
+
+
+def without_image(args, questions: list[Question]) -> list[Question]:
+    """The questions about a grey image."""
+    grey = records.run_folder(args.run) / "grey.png"
     if distributed.FIRST and not grey.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        grey.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (448, 448), (128, 128, 128)).save(grey)
     distributed.wait()
-    asked = []
+    shown = {"image_path": str(grey)}
+    return [replace(q, request=replace(q.request, **shown), before=q.before | shown) for q in questions]
+
+
+def sampled(args, questions: list[Question]) -> list[Question]:
+    """Each question as often as there are votes, with ids such as "17#3"."""
+    found = []
     for q in questions:
-        request = replace(q.request, image_path=str(grey))
-        asked.append(replace(q, request=request, before=q.before | {"image_path": str(grey)}))
-    file = blind_file(folder, records.short_name(lvlm), args.dataset)
-    return Answers(Model(args, lvlm), file, "PI L-VLM without the image", "PI", asked).records({})
+        for vote in range(1, args.votes + 1):
+            key = f"{q.request.key}#{vote}"
+            request = replace(q.request, key=key, temperature=1.0, seed=args.seed)
+            found.append(replace(q, request=request, before=q.before | {"question_id": key}))
+    return found
 
 
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
@@ -207,6 +243,8 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     requests = [question.request for question in questions]
     if pending := [request for request in requests if request.key not in ready]:
         Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
+    if args.votes:
+        Model(args, args.model_path_lvlm).dry_run([q.request for q in sampled(args, questions)], "PI L-VLM, votes")
     if args.blind:
         Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image, at most")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
@@ -244,6 +282,8 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
     questions, lvlm_answers = without_marks(args, *ask_lvlm(args, pa_json, annotations))
+    if args.votes:
+        rule.see_votes(ask_again(args, "votes", sampled(args, questions)), args.min_agreement)
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
     if args.min_probability and all(r.get("logprob") is None for r in lvlm_answers):
         raise InputError(
@@ -252,7 +292,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
         )
     if args.blind:
         ids = {str(r["question_id"]) for r in consistent}
-        rule.see_blind(ask_blind(args, [q for q in questions if q.request.key in ids]))
+        rule.see_blind(ask_again(args, "blind", without_image(args, [q for q in questions if q.request.key in ids])))
         consistent = [r for r in consistent if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
@@ -268,7 +308,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
-    choices |= {name: getattr(args, name) for name in ("min_probability", "blind") if getattr(args, name)}
+    choices |= {name: value for name, value in beyond_paper(args).items() if not name.startswith("max_per")}
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
@@ -319,7 +359,7 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if args.anchors:
         settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
-    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
+    chosen = beyond_paper(args)
     settings |= chosen | ({"seed": args.seed} if chosen else {})
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     if held_out_file(args).exists():
@@ -338,12 +378,8 @@ def main(argv=None) -> Path:
         ask_lvlm(args, pa_json, annotations)
         return answers_file(args, args.model_path_lvlm)
     rule = ParityRule(args.match, args.preset, args.min_probability)
-    if args.blind and args.lvlm_json:
-        folder, lvlm = args.lvlm_json.parent, records.short_name(args.model_path_lvlm)
-        file = records.find_input(
-            folder, f"PI_{{lvlm}}_blind_{args.dataset}.json", lvlm, "--model-path-lvlm", "PI.sh --blind"
-        )
-        rule.see_blind(records.read_records(file, "PI"))
+    if args.lvlm_json:
+        rule = ParityRule.of(vars(args), args.lvlm_json.parent, records.short_name(args.model_path_lvlm), args.dataset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     train, counts = train_set(args, rule, lvlm_answers, svlm_answers, threshold)
     funnel |= counts

@@ -213,3 +213,33 @@ def test_questions_that_need_no_image_are_left_out(serve, copied_images, tmp_pat
     again = PI.main([*given[:-1], *map(str, [*answers, "--out", tmp_path / "again.json"])])
     assert again.read_bytes() == train.read_bytes() and server.number == n
     assert run_folders.cells_in(run) == [cell]
+
+
+def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_path):
+    """Greedily the L-VLM always repeats itself. Its sampled answers do so for two of three images only."""
+
+    def rule(body, number=0):
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        if "Question:" in text_of(body):
+            return 200, completion("Question: what color?\nAnswer: red")
+        if body["model"] != "big":
+            return 200, completion("blue")
+        return 200, completion("green" if body["temperature"] and sum(map(ord, url)) % 3 == 0 else "red")
+
+    server, run = serve(rule), tmp_path / "run"
+    annotate(server, copied_images, run)
+    given = flags(server, copied_images, run, "--hold-out", "0", "--votes", "4", "--min-agreement", "0.75")
+    train = PI.main(given)
+    votes = read_json(run / "PI_big_votes_images.json")
+    shares = Counter(r["question_id"].rpartition("#")[0] for r in votes if r["predictions"] == "red")
+    assert len(votes) == 4 * 30 and set(shares.values()) == {4} and 0 < len(shares) < 30
+    assert {str(r["id"]) for r in read_json(train)} == set(shares)
+    samples = run_samples.RunSamples(run, runs.Cell("images", "big", "small")).samples
+    assert {s.reason for s in samples if s.question_id not in shares} == {"L-VLM disagrees with itself"}
+    assert "in 0% of the votes" in next(s.detail for s in samples if not s.kept)
+    n, answers = server.number, ["--lvlm-json", run / "PI_big_big_images.json"]
+    answers += ["--svlm-json", run / "PI_big_small_images.json", "--out", tmp_path / "again.json"]
+    assert PI.main([*given, *map(str, answers)]).read_bytes() == train.read_bytes() and server.number == n
+    (run / "PI_big_votes_images.json").unlink()
+    with pytest.raises(InputError, match=r"PI_big_votes_images.json: no such file. Run PI.sh with --votes first"):
+        PI.main([*given, *map(str, answers), "--restart"])
