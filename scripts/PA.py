@@ -7,11 +7,15 @@ Reads  the dataset's train images. The model never sees their labels.
 Writes results/RUN/PA_<lvlm>_<dataset>.json (paper, section 3.1).
 If a reply cannot be parsed, the image is asked again; after the last try it is left out, with the reason.
 If the stage is stopped or killed, the same command continues it.
+With --questions-per-image N the L-VLM writes N questions about each image, each asked to differ from those before; the later ones
+have ids such as 17/2.
 Your own images: --task selects the kind of question, or --prompt-file gives your own prompt.
 """
 
 import argparse
 import sys
+from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +29,7 @@ from mpa.engines import Request, ask, cut_off
 from mpa.image_files import fingerprints
 from mpa.journal import Journal, passing
 from mpa.metrics import most_common
+from mpa.normalise import normalise
 from mpa.presets import PRESETS
 from mpa.prompts import TASK_PROMPTS, Annotation, holds_mark, parse_annotation
 from mpa.stage import Model, Stage, counted
@@ -60,6 +65,13 @@ def arguments(argv=None):
         help="retries, sampled, for replies that cannot be parsed (default: 2)",
     )
     p.add_argument(
+        "--questions-per-image",
+        type=number(1),
+        default=1,
+        metavar="N",
+        help="write N different questions about each image (default: 1, as in the paper)",
+    )
+    p.add_argument(
         "--keep-refusals",
         action="store_true",
         help='keep annotations whose answer is a refusal, such as "N/A"; they teach the S-VLM to refuse',
@@ -88,12 +100,12 @@ def own_prompt(file: Path) -> str:
     return prompt
 
 
-def request(sample: Sample, attempt: int, args) -> Request:
-    """The request for one annotation. Retries are sampled, since a greedy retry would return the same reply."""
+def request(sample: Sample, attempt: int, args, earlier: list[str]) -> Request:
+    """The request for one annotation, unlike the `earlier` questions. Retries are sampled, as a greedy one would return the same."""
     return Request(
         key=f"{sample.key}#{attempt}",
         image_path=sample.image_path,
-        prompt=args.prompt,
+        prompt="\n".join([args.prompt, "The question must differ from these:", *earlier] if earlier else [args.prompt]),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature if attempt == 0 else args.temperature or 1.0,
         top_p=args.top_p,
@@ -103,7 +115,13 @@ def request(sample: Sample, attempt: int, args) -> Request:
     )
 
 
-def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
+def repeated(question: str, earlier: list[str]) -> bool:
+    """Is the question nearly one of the earlier ones? Nearly: 90 % of the characters, normalised, are the same in order."""
+    asked = normalise(question)
+    return any(SequenceMatcher(None, asked, normalise(other), autojunk=False).ratio() >= 0.9 for other in earlier)
+
+
+def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> Annotation:
     """The annotation in a reply, with the reason if it cannot be used."""
     if "text" not in reply:
         return Annotation(None, None, reply["error"])
@@ -117,6 +135,8 @@ def annotation(reply: dict, args, marks: frozenset[str]) -> Annotation:
         and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
     ):
         return Annotation(parsed.question, parsed.answer, "a mark of the prompt format")  # in every preset
+    if parsed.question and not parsed.reason and repeated(parsed.question, earlier):
+        return Annotation(parsed.question, parsed.answer, "asked before about this image")
     return parsed
 
 
@@ -139,19 +159,40 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
     }
 
 
-def annotate(
+def another(sample: Sample, place: int) -> Sample:
+    """The sample of an image's question number `place`. Labels belong to the first."""
+    return sample if place == 1 else replace(sample, question_id=f"{sample.key}/{place}", question=None, answers=[])
+
+
+def annotate_all(
     samples: list[Sample], tries: int, engine, stage: Stage, marks: frozenset[str], images: dict
 ) -> list[dict]:
-    """A record for each sample. Unusable replies are retried; images that cannot be read are not."""
+    """The records of all images, by image. A further question is asked only where the one before could be used."""
+    found = {s.key: [] for s in samples}
+    for place in range(1, stage.model.args.questions_per_image + 1):
+        asked = [s for s in samples if len(found[s.key]) == place - 1 and not any(r["left_out"] for r in found[s.key])]
+        if not asked:
+            break
+        earlier = {another(s, place).key: [r["predicted_question"] for r in found[s.key]] for s in asked}
+        result = annotate([another(s, place) for s in asked], tries, engine, stage, marks, images, earlier)
+        for s, r in zip(asked, result, strict=True):
+            found[s.key].append(r)
+    return [r for of_image in found.values() for r in of_image]
+
+
+def annotate(
+    samples: list[Sample], tries: int, engine, stage: Stage, marks: frozenset[str], images: dict, earlier: dict
+) -> list[dict]:
+    """A record for each sample. Unusable replies are retried; images that cannot be read are not. `earlier`: {key: questions}."""
     done, pending, args = {}, samples, stage.model.args
     for attempt in range(tries + 1):
         label = "PA" if attempt == 0 else f"PA, try {attempt + 1}"
-        ask(engine, [request(sample, attempt, args) for sample in pending], stage.journal, label)
+        ask(engine, [request(sample, attempt, args, earlier[sample.key]) for sample in pending], stage.journal, label)
         for sample in pending:
             reply = stage.journal[f"{sample.key}#{attempt}"]
             if attempt and "error" in reply:  # keep the earlier reply; the next call asks again
                 continue
-            parsed = annotation(reply, args, marks)
+            parsed = annotation(reply, args, marks, earlier[sample.key])
             done[sample.key] = record(sample, attempt, reply, parsed, images.get(sample.image_path))
         pending = [s for s in pending if done[s.key]["left_out"] and done[s.key]["reply"] is not None]
     return [done[sample.key] for sample in samples]
@@ -183,13 +224,15 @@ def main(argv=None) -> Path:
         tries=tries,
         fused=args.fused,
         keep_refusals=args.keep_refusals,
+        **({"questions_per_image": args.questions_per_image} if args.questions_per_image > 1 else {}),
         # Engines sample differently; greedy replies are the same with all engines.
         engine=model.replies_from if args.temperature or tries else "any",
     )
     if stage.finished():
         return out
+    questions = [another(s, place) for s in samples for place in range(1, args.questions_per_image + 1)]
     if args.dry_run:
-        model.dry_run([request(sample, 0, args) for sample in samples], "PA")
+        model.dry_run([request(s, 0, args, []) for s in questions], "PA")
         return out
 
     marks = model.marks
@@ -198,17 +241,20 @@ def main(argv=None) -> Path:
             f"{args.prompt_file}: contains a special token of the model's prompt format, such as <image>; remove it."
         )
     with stage.running() as engine:
-        result = annotate(samples, tries, engine, stage, marks, images)
+        result = annotate_all(samples, tries, engine, stage, marks, images)
     reasons = [r["left_out"] for r in result if r["left_out"]]
-    counts = {"pictures": len(result), "parsed": len(result) - len(reasons), "left_out": counted(reasons)}
-    print(f"PA: {counts['parsed']} of {counts['pictures']} images annotated. {counts['left_out']}".rstrip())
+    counts = {"pictures": len(samples), "parsed": len(result) - len(reasons), "left_out": counted(reasons)}
+    if args.questions_per_image == 1:
+        print(f"PA: {counts['parsed']} of {len(samples)} images annotated. {counts['left_out']}".rstrip())
+    else:
+        print(f"PA: {counts['parsed']} questions about {len(samples)} images. {counts['left_out']}".rstrip())
     if len(reasons) > len(result) / 2:
         example = next(r for r in result if r["left_out"])
         print(
             f"PA: most images were left out. One reply: {str(example['reply'])[:200]!r}. Check the model, --prompt-file and"
         )
         print("    --min-pixels and --max-pixels, which can override the sizes that the model was trained with.")
-    stage.write(result, failed(samples, tries, stage.journal), counts["parsed"], prompt=args.prompt, counts=counts)
+    stage.write(result, failed(questions, tries, stage.journal), counts["parsed"], prompt=args.prompt, counts=counts)
     if not counts["parsed"]:
         raise records.InputError(f"{out}: no image could be annotated; its fields `reply` and `left_out` say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")

@@ -236,7 +236,7 @@ def read_annotations(args) -> tuple[Path, int, list[dict]]:
     if not usable:
         raise InputError(f"{pa_json}: none of its {len(annotations)} records has a usable question and answer.")
     missing_images([r["image_path"] for r in usable])
-    return pa_json, len(annotations), usable
+    return pa_json, len({r["image_path"] for r in annotations}), usable
 
 
 def dry_run(args, questions: list[Question], ready: dict) -> None:
