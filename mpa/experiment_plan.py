@@ -72,13 +72,29 @@ def works(e: Experiment) -> list[Work]:
     return found
 
 
-def alone(e: Experiment) -> int:
-    """The requests of all cells if each ran alone: PA, PI, and three models evaluated. Unknown numbers count as 0."""
-    each = 0
+def alone(e: Experiment) -> list[Work]:
+    """The jobs of all cells if each ran alone: PA, PI, PL, and three models evaluated."""
+    found, n = [], len(e.trainings)
     for dataset in e.datasets:
         images, questions = sizes(e, dataset)
-        each += 2 * (images or 0) + 3 * (questions or 0)
-    return each * len(e.pairs) * len(e.trainings)
+        for lvlm, svlm in e.pairs:
+            found += [Work("PA", lvlm, dataset, images, n), Work("PI", svlm, dataset, images, n)]
+            found += [Work("PL", svlm, dataset, images, n), Work("evaluate", lvlm, dataset, questions, n)]
+            found.append(Work("evaluate", svlm, dataset, questions, 2 * n))
+    return found
+
+
+def requests(of: list[Work]) -> int:
+    """All requests to models. Unknown numbers count as 0."""
+    return sum((work.requests or 0) * work.times for work in of if work.stage != "PL")
+
+
+def hours(results: Path, of: list[Work]) -> float | None:
+    """The models' hours, by the pace of results or of --dry-run; None if a number or a pace is not known."""
+    paces = {work: seconds_each(results, work) for work in of if work.requests is not None}
+    if not paces or len(paces) < len(set(of)) or None in paces.values():
+        return None
+    return sum(paces[work] * work.requests * work.times for work in of) / 3600
 
 
 # --- time and memory -------------------------------------------------------------------------------------
@@ -139,15 +155,12 @@ def number(n: int | None) -> str:
 def row(e: Experiment, results: Path, stage: str, model: Model, of_model: list[Work]) -> str:
     """A line of the table: requests, hours and memory of one model in one stage."""
     known = [work for work in of_model if work.requests is not None]
-    n = sum(work.requests * work.times for work in known)
-    paces = {work: seconds_each(results, work) for work in known}
-    hours = NOT_KNOWN
-    if known and None not in paces.values() and len(known) == len(of_model):
-        hours = f"{sum(paces[work] * work.requests * work.times for work in known) / 3600:.2f}"
+    n, time = sum(work.requests * work.times for work in known), hours(results, of_model)
     most = "≤ " if stage in ("PI", "PL") else ""
     size = memory(model, stage, e.settings.get("ZERO", "zero2"), e.gpus_of(stage, model))
     count = (most + number(n)) if known else NOT_KNOWN
-    return f"  {stage:<10}{model.name:<32}{sum(w.times for w in of_model):>6}{count:>14}{hours:>9}   {size}"
+    jobs, told = sum(w.times for w in of_model), NOT_KNOWN if time is None else f"{time:.2f}"
+    return f"  {stage:<10}{model.name:<32}{jobs:>6}{count:>14}{told:>9}   {size}"
 
 
 def plan(e: Experiment, results: Path) -> list[str]:
@@ -170,15 +183,20 @@ def plan(e: Experiment, results: Path) -> list[str]:
     models = e.lvlms | e.svlms
     for (stage, name), of_model in sorted(by_job.items(), key=lambda job: "PA PI PL evaluate".split().index(job[0][0])):
         lines.append(row(e, results, stage, models[name], of_model))
-    asked = sum((w.requests or 0) * w.times for w in found if w.stage != "PL")
+    asked, of_cells = requests(found), alone(e)
     lines += [
         "  PI asks the L-VLM nothing if PA has its answers. PI's requests and PL's samples are at most PA's.",
         "  GPU memory: 16-bit weights; in PL also gradients and optimizer state. Activations come on top.",
         "",
     ]
     if asked:
-        times = f"{alone(e) / asked:.1f} times fewer"
-        lines.append(f"Sharing: {asked:,} requests instead of {alone(e):,}, if each cell ran alone: {times}.")
+        each = requests(of_cells)
+        lines.append(
+            f"Sharing: {asked:,} requests instead of {each:,}, if each cell ran alone: {each / asked:.1f} times fewer."
+        )
+    here, there = hours(results, found), hours(results, of_cells)
+    if here and there:
+        lines.append(f"Sharing: {here:.2f} hours of the models instead of {there:.2f}: {there / here:.1f} times fewer.")
     if unknown:
         first = e.made_by.relative_to(REPOSITORY) if e.made_by else "data/prepare.py"
         lines.append(f"Not counted, as the numbers are not known before {first}: {', '.join(sorted(unknown))}.")

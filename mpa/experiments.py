@@ -72,6 +72,12 @@ class Experiment:
     transfer: bool = False
     data: Path | None = None
     made_by: Path | None = None
+    model_maker: tuple[str, ...] = ()
+
+    @property
+    def missing_models(self) -> list[str]:
+        """The paths of models that `model_maker` has to make."""
+        return [m.path for m in (self.lvlms | self.svlms).values() if self.model_maker and not Path(m.path).exists()]
 
     @property
     def corruptions(self) -> dict[str, Corruption]:
@@ -142,6 +148,7 @@ def read(path: str | Path) -> Experiment:
         "gpus",
         "transfer",
         "data",
+        "models",
     )
     given = file.mapping(file.root, keys, "an experiment file")
     for key in keys[:3]:
@@ -152,11 +159,12 @@ def read(path: str | Path) -> Experiment:
     flags = _flags(file, given.get("flags"), datasets)
     seeds = _list(file, given, "seeds", [0], lambda n: file.number(n, "a seed", 0))
     data, made_by = _data(file, given.get("data"))
+    made_in, model_maker = _made_models(file, given.get("models"))
     return Experiment(
         name=Path(path).stem,
         datasets=datasets,
-        lvlms=_models(file, given["lvlms"], "lvlms", datasets),
-        svlms=_models(file, given["svlms"], "svlms", datasets),
+        lvlms=_models(file, given["lvlms"], "lvlms", datasets, made_in),
+        svlms=_models(file, given["svlms"], "svlms", datasets, made_in),
         variants=read_variants(file, given.get("variants"), seeds, datasets),
         presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, PRESETS, "preset")),
         seeds=seeds,
@@ -166,6 +174,7 @@ def read(path: str | Path) -> Experiment:
         transfer="transfer" in given and file.choice(given["transfer"], ("true", "false"), "transfer") == "true",
         data=data,
         made_by=made_by,
+        model_maker=model_maker,
     )
 
 
@@ -184,14 +193,27 @@ def _data(file: YamlFile, node) -> tuple[Path | None, Path | None]:
     return REPOSITORY / os.path.expanduser(file.text(given["folder"], "folder")), script
 
 
+def _made_models(file: YamlFile, node) -> tuple[Path | None, tuple[str, ...]]:
+    """The folder of models that a script makes, and the script with its flags."""
+    if node is None:
+        return None, ()
+    given = file.mapping(node, ("folder", "made_by"), "models")
+    if missing := {"folder", "made_by"} - given.keys():
+        raise file.error(node, f"models: the key {min(missing)!r} is missing.")
+    script, *flags = words(file, given["made_by"])
+    if not (REPOSITORY / script).is_file():
+        raise file.error(given["made_by"], f"made_by: no such script: {REPOSITORY / script}.")
+    return REPOSITORY / file.text(given["folder"], "folder"), (str(REPOSITORY / script), *flags)
+
+
 def _list(file: YamlFile, given: dict, key: str, default: list, read_one) -> list:
     return file.distinct(given[key], key, read_one) if key in given else default
 
 
-def _models(file: YamlFile, node, what: str, datasets: list[str]) -> dict[str, Model]:
+def _models(file: YamlFile, node, what: str, datasets: list[str], made_in: Path | None) -> dict[str, Model]:
     found = {}
     for item in file.items(node, what):
-        model = _model(file, item, what, datasets)
+        model = _model(file, item, what, datasets, made_in)
         if model.name in found:
             raise file.error(item, f"{what}: two models have the name {model.name!r}, and would share files.")
         if not re.fullmatch(r"[\w.+-]+", model.name):
@@ -200,7 +222,7 @@ def _models(file: YamlFile, node, what: str, datasets: list[str]) -> dict[str, M
     return found
 
 
-def _model(file: YamlFile, item, what: str, datasets: list[str]) -> Model:
+def _model(file: YamlFile, item, what: str, datasets: list[str], made_in: Path | None) -> Model:
     if not isinstance(item, file.yaml.MappingNode):
         path_node, given = item, {}
     else:
@@ -216,7 +238,7 @@ def _model(file: YamlFile, item, what: str, datasets: list[str]) -> Model:
     if not ENGINES[engine].local:
         return Model(path, engine, flags, gpus)
     folder = Path(os.path.expanduser(path))
-    if (REPOSITORY / folder).is_dir():
+    if (REPOSITORY / folder).is_dir() or (REPOSITORY / folder).parent == made_in:
         return Model(str(REPOSITORY / folder), engine, flags, gpus)
     if path.count("/") != 1 or path.startswith((".", "/", "~")) or (REPOSITORY / folder).parent.is_dir():
         raise file.error(
@@ -269,11 +291,15 @@ def _check_flags(file: YamlFile, node, stage: str, flags: tuple[str, ...], datas
         raise file.error(node, re.sub(r"^\S+: error: ", f"flags of {stage}: ", text)) from None
 
 
-if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experiment file, and make its data
+if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experiment file, and make its data and models
     try:
         require("scripts/reproduce.sh", "reproduce", "snakemake")
         experiment = read(sys.argv[1])
         if experiment.made_by:
             subprocess.run([sys.executable, str(experiment.made_by), "--data", str(experiment.data)], check=True)
+        if experiment.missing_models:
+            subprocess.run([sys.executable, *experiment.model_maker], check=True)
+        if experiment.missing_models:
+            raise InputError(f"{experiment.model_maker[0]} has not made {experiment.missing_models[0]}.")
     except InputError as failure:
         sys.exit(f"error: {failure}")

@@ -145,7 +145,7 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
         ("evaluate", "teacher"): 50,
         ("evaluate", "student"): 50 + 6 * 50,
     }
-    assert experiment_plan.alone(e) == 6 * (2 * 30 + 3 * 50)
+    assert experiment_plan.requests(experiment_plan.alone(e)) == 6 * (2 * 30 + 3 * 50)
     text = "\n".join(experiment_plan.plan(e, tmp_path))
     assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
 

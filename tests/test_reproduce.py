@@ -146,6 +146,21 @@ def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
     assert other == f"{run}/PI_big_train_big_small_chartVQA.json:0.2"
 
 
+def test_models_that_a_script_makes_are_made_once(repository):
+    (repository / "make_models.py").write_text(
+        "import sys; from pathlib import Path\n"
+        f"print('making', sys.argv[1:]); Path('{repository}/made/new').mkdir(parents='--well' in sys.argv)"
+    )
+    of_new = EXPERIMENT.replace("models/small, models/tiny", "made/new").replace("[0, 1]", "[0]")
+    for flag, code in (("--badly", 1), ("--well", 0), ("--well", 0)):
+        maker = f"models: {{folder: made, made_by: make_models.py {flag}}}\n"
+        (repository / "experiments/fake.yaml").write_text(of_new + maker)
+        done, said = reproduce(repository)
+        assert done == code, said
+    assert "making" not in said and (repository / "made/new").is_dir()
+    assert calls(repository)["PA paper-0/PA_big_easyVQA.json"] == 1
+
+
 def test_held_out_questions_are_asked_before_and_after_each_training(repository):
     held_out = EXPERIMENT.replace("[0, 1]", "[0]") + "flags:\n  PI: --hold-out 0.15\n"
     (repository / "experiments/fake.yaml").write_text(held_out)
