@@ -18,6 +18,7 @@ SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g.
 QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
 REPORT=${REPORT:-1}                                 # 0: no HTML report at the end
 ROUNDS=${ROUNDS:-1}                                 # more: PI, PL and evaluate again with the levelled S-VLM, in results/$RUN/round-2 …
+export MIN_PARITY=${MIN_PARITY:-50}                        # a round with a smaller parity set is left out
 GUARD=${GUARD:-$([[ $DATASET == images || $ROUNDS != 1 ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
 export REMEDY=${REMEDY:-0}                          # 1: if it did, try remedies; scripts/guard.sh -h
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
@@ -48,8 +49,8 @@ run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $PI_FLAGS
 if ((ROUND > 1)); then
     SAMPLES=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$FOLDER/PI_${L}_train_${L}_${S}_$DATASET.json")
-    if ((SAMPLES < 50)); then
-        echo "No round $ROUND: its parity set has $SAMPLES samples, fewer than 50. Use the model of the round before, $(realpath "$SVLM")."
+    if ((SAMPLES < MIN_PARITY)); then
+        echo "No round $ROUND: its parity set has $SAMPLES samples, fewer than $MIN_PARITY. Use the model of the round before, $(realpath "$SVLM")."
         exit
     fi
 fi
