@@ -54,7 +54,8 @@ def main(argv=None) -> None:
         folder = args.out or first / "report"
         images = page.write_folder(contents, folder, **how)
         out = folder / "index.html"
-    told = f"{len(contents)} pairs of models and datasets, {len(images):,} images"
+    pairs = "pair" if len(contents) == 1 else "pairs"
+    told = f"{len(contents)} {pairs} of models and datasets, {len(images):,} images"
     if hidden := sum(not shown for shown in images.values()):
         told += f", {hidden:,} of them not shown; the page says why"
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {told}. Open it in a browser.")

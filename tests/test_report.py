@@ -254,7 +254,7 @@ def test_a_broken_cell_costs_only_itself_and_the_page_of_a_removed_run_goes(tmp_
     assert done.returncode == 1 and "error: " in done.stderr and "two/Eval_small_textVQA.meta.json" in done.stderr
     (tmp_path / "two/Eval_small_textVQA.meta.json").unlink()
     done = python(*report)
-    assert done.returncode == 1 and "1 pairs" in done.stdout and "one/PA_big_textVQA.json" in done.stderr
+    assert done.returncode == 1 and "1 pair of" in done.stdout and "one/PA_big_textVQA.json" in done.stderr
     text = (tmp_path / "report/index.html").read_text()
     assert "Not in this report: <bdi>" in text and "one/PA_big_textVQA.json" in text
     assert {path.name for path in (tmp_path / "report").glob("*.html")} == {"index.html", "notes.html"}

@@ -62,7 +62,7 @@ CONFUSION = 0.6
 STUDENTS = {
     "no-negation": ({"no", "not"}, ()),
     "unseen-words": ({"teal", "brown", "triangle"}, ()),
-    "early": (set(), (750, 900, 1200)),
+    "early": (set(), (720, 780, 840)),
 }
 
 PIXELS = 56 * 56  # the processor resizes 64x64 to 56x56: 4x4 patches, 4 visual tokens
