@@ -282,7 +282,7 @@ def _remove_others(folder: Path, rows: list[dict]) -> None:
 
 def _summary(content: CellContent) -> list[str]:
     """A row of the index."""
-    by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f} %" for row in content.results()}, content.gain()
+    by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f}\u00a0%" for row in content.results()}, content.gain()
     low, high = (100 * bound for bound in gain["ci95"]) if gain else (0, 0)
     paired = (
         [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"] if gain else ["–", "–", "–"]
