@@ -246,7 +246,7 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     if args.votes:
         Model(args, args.model_path_lvlm).dry_run([q.request for q in sampled(args, questions)], "PI L-VLM, votes")
     if args.blind:
-        Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image, at most")
+        Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
 
 
@@ -262,6 +262,19 @@ def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Questio
     if ready and why:
         print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
     return questions, ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+
+
+def see_more(args, rule: ParityRule, questions: list[Question], lvlm_answers: list[dict]) -> None:
+    """Ask the L-VLM what --votes and --blind need: all questions, so that these answers are the same for all S-VLMs and matchers."""
+    if args.min_probability and all(r.get("logprob") is None for r in lvlm_answers):
+        raise InputError(
+            f"{answers_file(args, args.model_path_lvlm)}: no answer has a log-probability, so --min-probability cannot be used. "
+            "This server or engine does not give it."
+        )
+    if args.votes:
+        rule.see_votes(ask_again(args, "votes", sampled(args, questions)), args.min_agreement)
+    if args.blind:
+        rule.see_blind(ask_again(args, "blind", without_image(args, questions)))
 
 
 def without_marks(args, questions: list[Question], lvlm_answers: list[dict]) -> tuple[list[Question], list[dict]]:
@@ -281,19 +294,10 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     pa_json, n, annotations = read_annotations(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
-    questions, lvlm_answers = without_marks(args, *ask_lvlm(args, pa_json, annotations))
-    if args.votes:
-        rule.see_votes(ask_again(args, "votes", sampled(args, questions)), args.min_agreement)
+    questions, lvlm_answers = ask_lvlm(args, pa_json, annotations)
+    see_more(args, rule, questions, lvlm_answers)
+    questions, lvlm_answers = without_marks(args, questions, lvlm_answers)
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
-    if args.min_probability and all(r.get("logprob") is None for r in lvlm_answers):
-        raise InputError(
-            f"{answers_file(args, args.model_path_lvlm)}: no answer has a log-probability, so --min-probability cannot be used. "
-            "This server or engine does not give it."
-        )
-    if args.blind:
-        ids = {str(r["question_id"]) for r in consistent}
-        rule.see_blind(ask_again(args, "blind", without_image(args, [q for q in questions if q.request.key in ids])))
-        consistent = [r for r in consistent if rule.consistent(r)]
     held_out, threshold = hold_out(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
     for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
@@ -372,12 +376,12 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
 def main(argv=None) -> Path:
     args = arguments(argv)
     cli.open_log(args)
+    rule = ParityRule(args.match, args.preset, args.min_probability)
     if args.only_lvlm:
         pa_json, _, annotations = read_annotations(args)
         Model(args, args.model_path_lvlm).check()
-        ask_lvlm(args, pa_json, annotations)
+        see_more(args, rule, *ask_lvlm(args, pa_json, annotations))
         return answers_file(args, args.model_path_lvlm)
-    rule = ParityRule(args.match, args.preset, args.min_probability)
     if args.lvlm_json:
         rule = ParityRule.of(vars(args), args.lvlm_json.parent, records.short_name(args.model_path_lvlm), args.dataset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
