@@ -210,7 +210,7 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     )
     stage = Stage(Model(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
     stage.journal = Journal(stage.out, {})
-    result = PA.annotate(samples, 2, engine, stage, frozenset(), {})
+    result = PA.annotate_all(samples, 2, engine, stage, frozenset(), {})
     assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [
         ("a cat", None, 1),
         ("a cat", None, 2),
