@@ -12,7 +12,7 @@ export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids, as in 
 export SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct}
 export RUN=${RUN:-$(date +%F)}
 REMEDY=${REMEDY:-0}                                 # 1: try the remedies
-ANCHORS=${ANCHORS:-2}                               # of the remedies, per parity sample
+ANCHORS=${ANCHORS:-100}                             # of the remedies, per parity sample; 100: as many as there are
 PI_FLAGS=${PI_FLAGS:-}                              # the flags that PI had
 # PL's settings in this run, which the remedies lower; the defaults are those of PL.sh.
 EPOCHS=${EPOCHS:-1}

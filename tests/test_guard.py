@@ -212,7 +212,7 @@ def test_remedies_are_tried_in_order_until_one_is_better(tmp_path, verdicts, tri
     trained = [line for line in calls if line.startswith("launch.py")]
     assert [re.search(r"--output_dir \S+_okVQA_(\S+)", line)[1] for line in trained] == tried
     if tried:
-        assert "--match anls --anchors 2" in calls[1] and "_okVQA_anchors-2.json" in trained[0]
+        assert "--match anls --anchors 100" in calls[1] and "_okVQA_anchors-100.json" in trained[0]
         assert "--learning_rate 3e-5" in trained[0]
     if len(tried) == 3:
         rates = [float(re.search(r"--learning_rate (\S+)", line)[1]) for line in trained]
