@@ -198,7 +198,7 @@ def plan(e: Experiment, results: Path) -> list[str]:
     if here and there:
         lines.append(f"Sharing: {here:.2f} hours of the models instead of {there:.2f}: {there / here:.1f} times fewer.")
     if unknown:
-        first = e.made_by.relative_to(REPOSITORY) if e.made_by else "data/prepare.py"
+        first = Path(e.data_maker[0]).relative_to(REPOSITORY) if e.data_maker else "data/prepare.py"
         lines.append(f"Not counted, as the numbers are not known before {first}: {', '.join(sorted(unknown))}.")
     return lines
 

@@ -71,7 +71,7 @@ class Experiment:
     gpus: dict[str, int]
     transfer: bool = False
     data: Path | None = None
-    made_by: Path | None = None
+    data_maker: tuple[str, ...] = ()
     model_maker: tuple[str, ...] = ()
 
     @property
@@ -158,7 +158,7 @@ def read(path: str | Path) -> Experiment:
     datasets = file.distinct(given["datasets"], "datasets", lambda n: file.choice(n, labelled, "dataset"))
     flags = _flags(file, given.get("flags"), datasets)
     seeds = _list(file, given, "seeds", [0], lambda n: file.number(n, "a seed", 0))
-    data, made_by = _data(file, given.get("data"))
+    data, data_maker = _data(file, given.get("data"))
     made_in, model_maker = _made_models(file, given.get("models"))
     return Experiment(
         name=Path(path).stem,
@@ -173,37 +173,35 @@ def read(path: str | Path) -> Experiment:
         gpus=_gpus(file, given.get("gpus")),
         transfer="transfer" in given and file.choice(given["transfer"], ("true", "false"), "transfer") == "true",
         data=data,
-        made_by=made_by,
+        data_maker=data_maker,
         model_maker=model_maker,
     )
 
 
-def _data(file: YamlFile, node) -> tuple[Path | None, Path | None]:
-    """The data folder, and the script that makes it; paths are relative to the repository."""
+def _data(file: YamlFile, node) -> tuple[Path | None, tuple[str, ...]]:
+    """The data folder, and the script that makes it, with its flags; paths are relative to the repository."""
     if node is None:
-        return None, None
+        return None, ()
     if not isinstance(node, file.yaml.MappingNode):
-        return REPOSITORY / os.path.expanduser(file.text(node, "data")), None
-    given = file.mapping(node, ("folder", "made_by"), "data")
-    if missing := {"folder", "made_by"} - given.keys():
-        raise file.error(node, f"data: the key {min(missing)!r} is missing.")
-    script = REPOSITORY / file.text(given["made_by"], "made_by")
-    if not script.is_file():
-        raise file.error(given["made_by"], f"made_by: no such script: {script}.")
-    return REPOSITORY / os.path.expanduser(file.text(given["folder"], "folder")), script
+        return REPOSITORY / os.path.expanduser(file.text(node, "data")), ()
+    return _made(file, node, "data")
 
 
 def _made_models(file: YamlFile, node) -> tuple[Path | None, tuple[str, ...]]:
     """The folder of models that a script makes, and the script with its flags."""
-    if node is None:
-        return None, ()
-    given = file.mapping(node, ("folder", "made_by"), "models")
+    return (None, ()) if node is None else _made(file, node, "models")
+
+
+def _made(file: YamlFile, node, what: str) -> tuple[Path, tuple[str, ...]]:
+    """{folder: …, made_by: SCRIPT FLAGS}: the folder, and the script with its flags."""
+    given = file.mapping(node, ("folder", "made_by"), what)
     if missing := {"folder", "made_by"} - given.keys():
-        raise file.error(node, f"models: the key {min(missing)!r} is missing.")
-    script, *flags = words(file, given["made_by"])
+        raise file.error(node, f"{what}: the key {min(missing)!r} is missing.")
+    script, *flags = words(file, given["made_by"]) or [""]
     if not (REPOSITORY / script).is_file():
         raise file.error(given["made_by"], f"made_by: no such script: {REPOSITORY / script}.")
-    return REPOSITORY / file.text(given["folder"], "folder"), (str(REPOSITORY / script), *flags)
+    folder = REPOSITORY / os.path.expanduser(file.text(given["folder"], "folder"))
+    return folder, (str(REPOSITORY / script), *flags)
 
 
 def _list(file: YamlFile, given: dict, key: str, default: list, read_one) -> list:
@@ -295,8 +293,8 @@ if __name__ == "__main__":  # python -m mpa.experiments FILE: check an experimen
     try:
         require("scripts/reproduce.sh", "reproduce", "snakemake")
         experiment = read(sys.argv[1])
-        if experiment.made_by:
-            subprocess.run([sys.executable, str(experiment.made_by), "--data", str(experiment.data)], check=True)
+        if experiment.data_maker:
+            subprocess.run([sys.executable, *experiment.data_maker, "--data", str(experiment.data)], check=True)
         if experiment.missing_models:
             subprocess.run([sys.executable, *experiment.model_maker], check=True)
         if experiment.missing_models:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mpa import guard, holdout, log_file, records, scoring
 from mpa.datasets import DATASETS
-from mpa.parity import ParityRule, funnel_line
+from mpa.parity import funnel_line
+from mpa.run_samples import KEPT, RunSamples
+from mpa.runs import Cell
 
 ROWS = {
     "base": "S-VLM before",
@@ -19,6 +21,10 @@ ROWS = {
     "human": "human labels, all",
     "lvlm": "L-VLM",
 }
+
+# PI's verdicts (run_samples.REASONS) in the summary's words, where these differ.
+VERDICTS = {KEPT: "parity sample", "S-VLM right": "S-VLM answers correctly", "held out": "held out for evaluation"}
+VERDICTS |= {"over the limit": "not chosen"}
 
 FEW_QUESTIONS, FEW_SAMPLES = 30, 50  # below which the summary warns
 
@@ -96,51 +102,18 @@ def summary(run: Run) -> dict:
     return result
 
 
-def verdict(lvlm: dict, svlm: dict | None, held_out: set[str], rule: ParityRule, parity: set[str]) -> str:
-    """PI's verdict on an annotation. `svlm` is None if the S-VLM was not asked. `parity`: the ids of the parity set."""
-    for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
-        if r.get("left_out"):
-            return f"{who}: {r['left_out']}"
-    if not rule.repeats(lvlm):
-        return "L-VLM disagrees with itself"
-    if not rule.sure(lvlm):
-        return "L-VLM unsure"
-    if str(lvlm["question_id"]) in rule.blind:
-        return "L-VLM needs no image"
-    if lvlm["image_path"] in held_out:
-        return "held out for evaluation"
-    if not svlm:
-        return "S-VLM not asked"
-    if rule.match(svlm["predictions"], lvlm["PA_answer"]):
-        return "S-VLM answers correctly"
-    return "parity sample" if str(lvlm["question_id"]) in parity else "not chosen"
-
-
 def examples(run: Run, n: int = 6) -> list[str]:
     """A few annotated images and their verdicts, as text: the first of each verdict, then the first of all."""
-    lvlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.lvlm), "PI")}
-    svlm = {str(r["question_id"]): r for r in records.read_records(run.answers(run.svlm), "PI")}
-    settings, held_out = run.meta["settings"], set()
-    rule = ParityRule.of(settings, run.folder, run.lvlm, run.dataset)
-    parity = {str(r["id"]) for r in records.read_parity(run.train)}
-    if run.meta.get("held_out"):
-        held_out = {r["image_path"] for r in records.read_json(run.folder / run.meta["held_out"])}
-    annotated, lines, first = records.read_records(run.pa, "PA"), [], {}
-    for place, r in enumerate(annotated):
-        key = str(r["question_id"])
-        if r.get("left_out") or key not in lvlm:
+    lines, first = [], {}
+    for place, s in enumerate(RunSamples(run.folder, Cell(run.dataset, run.lvlm, run.svlm)).samples):
+        name = Path(s.image_path).name
+        if s.lvlm_answer is None:
             why = "left out"
-            lines.append(f"  {Path(r['image_path']).name}: left out: {r.get('left_out')}")
+            lines.append(f"  {name}: left out: {s.detail}")
         else:
-            answer = svlm.get(key)
-            reply, why = (
-                f" · S-VLM: {answer['predictions']}" if answer else "",
-                verdict(lvlm[key], answer, held_out, rule, parity),
-            )
-            lines.append(
-                f"  {Path(r['image_path']).name}: {r['predicted_question']} {r['predicted_answer']}\n"
-                f"      L-VLM again: {lvlm[key]['predictions']}{reply} → {why}"
-            )
+            why = s.detail if s.reason == "image left out" else VERDICTS.get(s.reason, s.reason)
+            reply = "" if s.svlm_answer is None else f" · S-VLM: {s.svlm_answer}"
+            lines.append(f"  {name}: {s.question} {s.annotation}\n      L-VLM again: {s.lvlm_answer}{reply} → {why}")
         first.setdefault(why, place)
     chosen = [*first.values(), *(place for place in range(len(lines)) if place not in first.values())]
     return [lines[place] for place in sorted(chosen[:n])]

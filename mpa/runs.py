@@ -24,11 +24,9 @@ _NOT_RUNS = ("PL_", ".", "lmms-eval")  # folders of models, of other programs an
 TELLING = {
     "images": ("PA", "limit"),
     "sampled images": ("PA", "sample"),
-    **{name: ("PA", name) for name in ("temperature", "top_p", "keep_refusals")},
-    **{
-        name: ("PI", name)
-        for name in "preset match hold_out anchors min_probability max_per_question max_per_answer".split()
-    },
+    **{name: ("PA", name) for name in "temperature top_p keep_refusals questions_per_image".split()},
+    **{name: ("PI", name) for name in "preset match hold_out anchors max_per_question max_per_answer".split()},
+    **{name: ("PI", name) for name in "min_probability blind votes min_agreement".split()},
     **{name: ("PL", name) for name in "num_train_epochs max_steps learning_rate vision_lr merger_lr".split()},
     **{name: ("PL", name) for name in "lr_scheduler_type samples_per_step optim lora_enable lora_rank".split()},
     **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger".split()},

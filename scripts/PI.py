@@ -40,13 +40,8 @@ from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.stage import Model, counted
 
-CHOICES = (
-    "min_probability",
-    "blind",
-    "votes",
-    "max_per_question",
-    "max_per_answer",
-)  # beyond the paper; in the meta file where they are set
+# Beyond the paper, in meta files where they are set: what counts as consistent, and what of the parity set is taken.
+CONSISTENCY, LIMITS = ("min_probability", "blind", "votes"), ("max_per_question", "max_per_answer")
 
 
 def arguments(argv=None):
@@ -135,10 +130,10 @@ def arguments(argv=None):
     return args
 
 
-def beyond_paper(args) -> dict:
-    """The settings of CHOICES that are in use."""
-    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
-    return chosen | ({"min_agreement": args.min_agreement} if args.votes else {})
+def beyond_paper(args, names) -> dict:
+    """Those of these settings that are in use."""
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
+    return chosen | ({"min_agreement": args.min_agreement} if "votes" in chosen else {})
 
 
 def questions_of(annotations: list[dict], args) -> list[Question]:
@@ -312,7 +307,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"(--match {args.match}){kept}. {remedy}"
         )
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
-    choices |= {name: value for name, value in beyond_paper(args).items() if not name.startswith("max_per")}
+    choices |= beyond_paper(args, CONSISTENCY)
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
@@ -363,7 +358,7 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if args.anchors:
         settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
-    chosen = beyond_paper(args)
+    chosen = beyond_paper(args, CONSISTENCY + LIMITS)
     settings |= chosen | ({"seed": args.seed} if chosen else {})
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     if held_out_file(args).exists():

@@ -265,3 +265,13 @@ def test_a_summary_of_few_questions_and_samples_says_so():
     said = run_summary.cautions({"rows": {"mpa": row}})
     assert [line.split(":")[0].strip() for line in said] == ["Only 6 test questions", "Only 10 training samples"]
     assert run_summary.cautions({"rows": {"mpa": row | {"n": 2000, "train_samples": 239}}}) == []
+
+
+@pytest.mark.parametrize("choice", [{"blind": True}, {"votes": 4, "min_agreement": 0.5}, {"min_probability": 0.9}])
+def test_other_choices_of_pi_are_no_seeds_of_one_experiment(tmp_path, choice):
+    for seed, changed in enumerate(({}, choice)):
+        folder = tmp_path / f"run-{seed}"
+        fake.parity(folder, "textVQA", "hub/big", "hub/small", 10, 100, **changed)
+        fake.trained(folder, "textVQA", "hub/big", "hub/small", [1, 0], 10, seed)
+    found = runs.find([tmp_path]).experiments
+    assert len(found) == 2 and all(len(e.seeds) == 1 and next(iter(choice)) in e.label for e in found)
