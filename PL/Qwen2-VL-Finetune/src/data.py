@@ -27,7 +27,7 @@ from tqdm import tqdm
 from turns import Turn, special_tokens, turns
 
 IGNORE = -100  # label of a token without loss
-TEXT_FIELDS = ("input_ids", "labels", "sample")  # of an encoded sample; the others hold the images
+TEXT_FIELDS = ("input_ids", "labels", "sample", "weight", "anchor")  # of an encoded sample; the others hold the images
 PROCESSOR_TEXT_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
 
 
@@ -37,7 +37,7 @@ PROCESSOR_TEXT_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "to
 def read_samples(
     data_path: Sequence[str], image_folder: str = "", path_map: Sequence[str] = (), seed: int = 0
 ) -> list[dict]:
-    """The checked records of all files, as {"id", "where", "images", "messages"} with chat-template messages.
+    """The checked records of all files, as {"id", "where", "images", "messages", "kind", "weight"} with chat-template messages.
 
     If the files have shares ("a.json:0.9"), samples are drawn by `seed` so that the mixture has these shares and one
     file is used in full. `path_map` has "OLD=NEW" for folders of images that have moved. No image is opened.
@@ -98,7 +98,8 @@ def _sample(record: dict, where: str, image_folder: str, moves: list[tuple[str, 
         images = [new + image.removeprefix(old) if image.startswith(old) else image for image in images]
     messages = [{"role": role, "content": _content(text)} for role, text in record["turns"]]
     paths = [os.path.join(image_folder, image) for image in images]
-    return {"id": record["id"], "where": where, "images": paths, "messages": messages}
+    loss = {"kind": record["kind"], "weight": record["weight"]}
+    return {"id": record["id"], "where": where, "images": paths, "messages": messages, **loss}
 
 
 def _content(text: str) -> list[dict]:
@@ -184,13 +185,17 @@ class SampleInfo(NamedTuple):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Encoded samples with their `lengths` and `visual_lengths` in tokens. Samples not stored are encoded on access."""
+    """Encoded samples with their `lengths` and `visual_lengths` in tokens. Samples not stored are encoded on access.
+
+    `losses` has what `objective.sample_losses` says of each sample, which is added to its encoding; none by default.
+    """
 
     def __init__(self, samples: list[dict], infos: list[SampleInfo], processor, cache: SampleCache | None = None):
         self.samples, self.infos, self.processor, self.cache = samples, infos, processor, cache
         self.lengths = [info.length for info in infos]
         self.visual_lengths = [info.visual_length for info in infos]
         self.has_features = False  # the cache holds features instead of images: they cannot be made on access
+        self.losses: list[dict] = [{} for _ in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -204,7 +209,7 @@ class Samples(torch.utils.data.Dataset):
             if not encoded and info.cache_key and self.has_features:
                 raise DataError(f"{self.cache.folder}: features are missing. The same command computes them again.")
             encoded = encoded or encode(sample, self.processor)
-        return {**encoded, "sample": sample["id"]}
+        return {**encoded, "sample": sample["id"], **self.losses[index]}
 
 
 def encode_all(

@@ -95,7 +95,7 @@ RANGES = {
     ),
     **dict.fromkeys(
         "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens cache_gb seed data_seed "
-        "neftune_noise_alpha eval_delay".split(),
+        "neftune_noise_alpha eval_delay anchor_kl".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("adam_beta1 adam_beta2 label_smoothing_factor lora_dropout".split(), _SHARE),
@@ -202,6 +202,10 @@ def _check_training(model, data, args) -> None:
             )
         if data.lazy_preprocess and data.cache_gb == 0:
             raise DataError("--cache_features: --cache_gb 0 leaves no room for them.")
+    if args.anchor_kl and is_deepspeed_zero3_enabled():
+        raise DataError(
+            "--anchor_kl: not with ZeRO-3, which would shard the model before the training. Use ZERO=zero2."
+        )
     if args.activation_policy == PRODUCTS and is_deepspeed_zero3_enabled():
         raise DataError(
             "--activation_checkpointing products: gives wrong results under ZeRO-3, which releases weights; use True."

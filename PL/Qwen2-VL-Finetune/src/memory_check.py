@@ -63,7 +63,10 @@ def states_of(model, bits: int, args: TrainingArguments) -> dict[str, int]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     state = 8 if "adamw" in optimizer else 4  # moments; others have one, or less
     state = 2 if "8bit" in optimizer else state
-    return memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
+    sizes = memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
+    if args.anchor_kl and not hasattr(model, "disable_adapter"):
+        sizes["reference"] = memory_estimate.weight_bytes(model, compute_dtype(args).itemsize)
+    return sizes
 
 
 def _sharding(args: TrainingArguments) -> Sharding:

@@ -180,6 +180,19 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "auto: resume from the last complete checkpoint in output_dir; no: start again; or a checkpoint."
         },
     )
+    sample_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply each sample's loss by its record's `weight` (PI --weights), scaled so that the mean weight is 1."
+        },
+    )
+    anchor_kl: float = field(
+        default=0.0,
+        metadata={
+            "help": "Against forgetting: for records whose `kind` is anchor (PI --anchors), the loss is this weight times the KL "
+            "divergence from the answers of the model before the training, instead of the likelihood of the recorded answer."
+        },
+    )
     report_to: str = field(default="tensorboard", metadata={"help": "Loggers: none, tensorboard, wandb …"})
     log_file: str = field(default="", metadata={"help": "File to append to what is printed, and details."})
     verbose: bool = field(default=False, metadata={"help": "With --log_file: print the details, too."})

@@ -56,6 +56,8 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
         values["max_tiles"] = limit
     if model_args.bits != 16:  # earlier checkpoints do not have it
         values["bits"] = model_args.bits
+    for name in ("sample_weights", "anchor_kl"):  # likewise
+        values |= {name: getattr(args, name)} if getattr(args, name) else {}
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then the final weights depend on the evaluation's data and schedule

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import checkpoints
 import memory_check
+import objective
 import process_group
 import report
 import torch
@@ -129,6 +130,7 @@ def build(
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     if planned is not None and args.process_index == 0:
         print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)
+    train_samples.losses = objective.sample_losses(train_samples.samples, args)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
@@ -147,6 +149,7 @@ def build(
         collator=Collator(processor, data_args.packing, blank),
         features=features,
         batch_tokens=data_args.batch_tokens,
+        reference=objective.Reference(model, compute_dtype(args)).to(args.device) if args.anchor_kl else None,
         processing_class=processor,
         settings=current,
         save_dtype=save_dtype(model_args),

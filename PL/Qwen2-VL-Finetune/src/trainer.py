@@ -6,6 +6,7 @@ from itertools import chain
 
 import activations
 import evaluation
+import objective
 import param_groups
 import process_group
 import report
@@ -18,6 +19,7 @@ from collator import Collator, packed_rope_positions
 from features import VisionFeatures
 from log_file import detail
 from model_loading import compute_dtype
+from objective import Reference
 from throughput import FlopCounter, peak_matmul_flops
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
@@ -50,6 +52,7 @@ class Leveler(CheckpointingTrainer):
         samples, eval_samples: encoded samples to train on, and held-out ones.
         features: precomputed vision features, if `samples` have these instead of images.
         batch_tokens: maximum tokens of a micro-batch, padding included; 0 for no limit.
+        reference: the model before the training, for `--anchor_kl`.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Leveler(CheckpointingTrainer):
         collator: Collator,
         features: VisionFeatures | None = None,
         batch_tokens: int = 0,
+        reference: Reference | None = None,
         **kwargs,
     ):
         self.sampler, self.epochs = step_sampler(samples.lengths, args, batch_tokens)
@@ -77,7 +81,7 @@ class Leveler(CheckpointingTrainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(report.Progress())
-        self.features = features
+        self.features, self.reference = features, reference
         core = self._base_model()
         self.rope_index = getattr(core.model, "get_rope_index", None)
         self.answer_logits = AnswerLogits(core)
@@ -126,11 +130,12 @@ class Leveler(CheckpointingTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks.
+        """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks (`objective.answer_loss`).
 
         Raises DataError, with the samples' ids, if the micro-batch's own mean is not finite or above `max_loss`.
         """
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
+        by_token = {name: inputs.pop(name) for name in ("weight", "anchor") if name in inputs}
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         mask = next_labels != IGNORE
         self.answer_logits.select(mask)
@@ -138,10 +143,12 @@ class Leveler(CheckpointingTrainer):
             inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
         if "features" in inputs:
             self.features.to_encoder_outputs(inputs)
+        by_token = {name: values[mask] for name, values in by_token.items()}
+        if self.reference and by_token.get("anchor", mask).any():
+            by_token["before"] = self.reference.logits(self.accelerator.unwrap_model(model), inputs, mask)
         logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
         targets = next_labels[mask]
-        smoothing = self.args.label_smoothing_factor
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        loss = objective.answer_loss(logits, targets, self.args, **by_token)
         mean = loss.item() / max(1, len(targets))
         if not mean < self.max_loss:  # NaN fails this comparison too
             raise self._divergence(f"the loss is {mean:.1f}", ids)
