@@ -9,6 +9,8 @@ The path of a request, in the order of the methods of HFEngine:
     _generate        transformers' generate; each row stops at the line that ends its answer
     _cut_and_score   the tokens kept of each row, as text, with their log-probability
 
+Of requests with an `answer` the model gives the log-probability in one pass, instead of a reply of its own (`_of_answers`).
+
 On a GPU, worker processes prepare batches while the model runs. On a CPU, the workers run the model too, one core each,
 with shared weights. Greedy replies are those of a plain loop over the requests.
 """
@@ -25,11 +27,11 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import distributed, families, models
-from mpa.engines import Request, follow_up_request, memory
+from mpa.engines import Request, follow_up_request, memory, teacher_forcing
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory, tokens_that_fit
-from mpa.engines.prefix_cache import PrefixCache, compute_last_column_only, reset_rope_deltas
+from mpa.engines.prefix_cache import LastColumns, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
 
@@ -67,7 +69,7 @@ class HFEngine:
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
-        self.model = self.preprocessor = self.pool = self.prefix_cache = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_columns = None
 
     def __enter__(self):
         return self
@@ -77,7 +79,7 @@ class HFEngine:
         if self.pool:
             self.pool.close(kill=bool(failure))
         model = weakref.ref(self.model) if self.model else lambda: None
-        self.model = self.preprocessor = self.pool = self.prefix_cache = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_columns = None
         if model() is not None:  # part of a reference cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -147,7 +149,7 @@ class HFEngine:
         on_one_device = len({weight.device for weight in self.model.parameters()}) == 1
         family = families.FAMILIES.get(self.model.config.model_type)
         if family and family.shortcuts and on_one_device:
-            compute_last_column_only(self.model.get_decoder().layers[-1])
+            self.last_columns = LastColumns(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens = tokens_that_fit(self)
@@ -221,6 +223,8 @@ class HFEngine:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        if requests[0].answer is not None:
+            return self._of_answers(requests, inputs)
         inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
         replies, cache = self._generate(requests, inputs, cache)
 
@@ -245,6 +249,32 @@ class HFEngine:
             return self._generate(list(follow_ups.values()), *shared)[0]
         answers = {answer["key"]: answer for answer in self.answer(list(follow_ups.values()))}
         return [answers[follow_up.key] for follow_up in follow_ups.values()]
+
+    def _of_answers(self, requests: list[Request], inputs: dict) -> list[dict]:
+        """The requests' answers as replies, with the log-probability that they and nothing more follow the prompt."""
+        answers = [self.preprocessor.answer_ids(request) for request in requests]
+        inputs = teacher_forcing.append(inputs, answers, self.preprocessor.processor)
+        columns = 1 + max(map(len, answers))
+        reset_rope_deltas(self.model)
+        if self.last_columns:
+            self.last_columns.count = columns
+        try:
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits[:, -columns:]
+        finally:
+            if self.last_columns:
+                self.last_columns.count = 1
+        found = teacher_forcing.log_probabilities(logits, answers, self.end_tokens)
+        return [
+            {"key": r.key, "text": r.answer, "logprob": round(one, 4), "tokens": len(ids) + 1, "finish_reason": "stop"}
+            for r, ids, one in zip(requests, answers, found, strict=True)
+        ]
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a reply."""
+        known = self.model.generation_config.eos_token_id
+        known = self.preprocessor.tokenizer.eos_token_id if known is None else known
+        return known if isinstance(known, list) else [known]
 
     def _generate(self, requests: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
         """Replies, and the key-values that they leave; `cache` holds the key-values of the inputs' first columns."""
@@ -272,9 +302,7 @@ class HFEngine:
 
         The length counts the end token; what follows it is padding.
         """
-        end_tokens = self.model.generation_config.eos_token_id
-        end_tokens = self.preprocessor.tokenizer.eos_token_id if end_tokens is None else end_tokens
-        is_end = torch.isin(generated, torch.tensor(end_tokens, device=generated.device))
+        is_end = torch.isin(generated, torch.tensor(self.end_tokens, device=generated.device))
         most = generated.shape[1]
         end_at = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, most + 1).tolist()
         replies = []

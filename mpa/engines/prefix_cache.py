@@ -93,22 +93,25 @@ def reset_rope_deltas(model) -> None:
         model.model.rope_deltas = None
 
 
-def compute_last_column_only(layer: torch.nn.Module) -> None:
-    """Have the last layer compute its output for the last column alone; keys and values are computed for all.
+class LastColumns:
+    """Has the last layer compute its output for the last `count` columns alone; keys and values are computed for all.
 
-    Every row's prompt ends in the last column, where `generate` takes its logits. The modules that work on each column
-    separately give zeros for the others.
+    One column while replies are generated: every row's prompt ends in the last one, where `generate` takes its logits. The
+    modules that work on each column separately give zeros for the others.
     """
 
-    def patch(module):
+    def __init__(self, layer: torch.nn.Module):
+        self.count = 1
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        for module, name in ((attention, "q_proj"), (attention, "o_proj"), (mlp, "down_proj")):
+            if hasattr(module, name):
+                self._patch(mlp if module is mlp else getattr(module, name))
+
+    def _patch(self, module: torch.nn.Module) -> None:
         original = module.forward
 
         def forward(hidden):  # [B, T, H] -> [B, T, H']
-            return torch.nn.functional.pad(original(hidden[:, -1:]), (0, 0, hidden.shape[1] - 1, 0))
+            count = min(self.count, hidden.shape[1])
+            return torch.nn.functional.pad(original(hidden[:, -count:]), (0, 0, hidden.shape[1] - count, 0))
 
         module.forward = forward
-
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    for module, name in ((attention, "q_proj"), (attention, "o_proj"), (mlp, "down_proj")):
-        if hasattr(module, name):
-            patch(mlp if module is mlp else getattr(module, name))

@@ -105,6 +105,23 @@ class Preprocessor:
             self.chat_texts[prompt] = families.chat_text(self.processor, [message])
         return self.chat_texts[prompt]
 
+    def answer_ids(self, request: Request) -> list[int]:
+        """The tokens of the request's answer, as the chat template writes it after the prompt, without an end token.
+
+        Prompt and answer are tokenised separately, as in generation and in the trainer.
+        """
+        text = request.answer
+        if not families.writes_prefix(self.processor):
+            said = [("user", [{"type": "image"}, {"type": "text", "text": request.prompt}])]
+            said.append(("assistant", [{"type": "text", "text": text}]))
+            messages = [{"role": role, "content": content} for role, content in said]
+            answered = families.chat_text(self.processor, messages, add_generation_prompt=False)
+            prompt = self.chat_text(request.prompt)
+            block = answered.removeprefix(prompt)  # some templates write a space first
+            if answered.startswith(prompt) and text in block:
+                text = block[: block.index(text) + len(text)]
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
     def check(self) -> None:
         """Raise InputError where the processor fails on a plain image and question: then no request is at fault."""
         try:
