@@ -39,7 +39,8 @@ class Corruption:
 class Variant:
     """What PL trains on, and with which settings. `match` is None for the matcher that all cells share.
 
-    `anchors` per parity sample are added, chosen by `anchor_by`. `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
+    `anchors` per parity sample are added, chosen by `anchor_by`; with `weights` each sample has one, and with
+    `max_svlm_probability` the S-VLM's probability decides, not its answer. `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
     """
 
     train: str = "mpa"
@@ -51,6 +52,13 @@ class Variant:
     seeds: tuple[int, ...] | None = None
     anchors: float = 0.0
     anchor_by: str = "answer"
+    weights: bool = False
+    max_svlm_probability: float = 0.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether its train file needs the probabilities that the S-VLM gives the annotated answers."""
+        return bool(self.weights or self.max_svlm_probability)
 
     @property
     def selection(self) -> str:
@@ -58,13 +66,23 @@ class Variant:
         if self.corrupt:
             return f"_corrupt-{self.corrupt.name}"
         by = "" if self.anchor_by == "answer" else f"-{self.anchor_by}"
-        return (f"_{self.match}" if self.match else "") + (f"_anchors-{self.anchors:g}{by}" if self.anchors else "")
+        parts = [
+            self.match,
+            f"anchors-{self.anchors:g}{by}" if self.anchors else None,
+            "weights" if self.weights else None,
+        ]
+        parts.append(f"p-{self.max_svlm_probability:g}" if self.max_svlm_probability else None)
+        return "".join(f"_{part}" for part in parts if part)
 
     @property
     def selecting_flags(self) -> tuple[str, ...]:
         """PI's flags that select this train file from existing answers of both models; none for the shared parity set."""
-        match = ("--match", self.match) if self.match else ()
-        return match + (("--anchors", f"{self.anchors:g}", "--anchor-by", self.anchor_by) if self.anchors else ())
+        flags = ("--match", self.match) if self.match else ()
+        flags += ("--anchors", f"{self.anchors:g}", "--anchor-by", self.anchor_by) if self.anchors else ()
+        flags += ("--weights",) if self.weights else ()
+        return flags + (
+            ("--max-svlm-probability", f"{self.max_svlm_probability:g}") if self.max_svlm_probability else ()
+        )
 
 
 def script_settings(stage: str) -> dict[str, str]:
@@ -99,7 +117,8 @@ def _train(file: YamlFile, node) -> str:
 
 def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     settings = script_settings("PL")
-    keys = ("train", "match", "anchors", "anchor_by", "corrupt", "replay", "seeds", "flags", *settings)
+    of_pi = ("match", "anchors", "anchor_by", "weights", "max_svlm_probability")
+    keys = ("train", *of_pi, "corrupt", "replay", "seeds", "flags", *settings)
     given = {} if file.is_empty(node) else file.mapping(node, keys, "a variant")
     if "train" not in given and name not in TRAIN:
         raise file.error(node, f"unknown variant {name!r}. Known: {', '.join(TRAIN)}; another name needs train: ONE.")
@@ -116,10 +135,11 @@ def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     anchors = _anchors(file, given["anchors"], train) if "anchors" in given else 0.0
     if "anchor_by" in given and not anchors:
         raise file.error(given["anchor_by"], "anchor_by needs anchors: R.")
-    if corrupt and (match or anchors or train != "mpa"):
-        raise file.error(
-            given["corrupt"], "corrupt is for variants that train on mpa, without another matcher or anchors."
-        )
+    for name in ("weights", "max_svlm_probability"):
+        if name in given and train != "mpa":
+            raise file.error(given[name], f"{name} is for the parity set (train: mpa), not for {train}.")
+    if corrupt and (train != "mpa" or not {*of_pi}.isdisjoint(given)):
+        raise file.error(given["corrupt"], f"corrupt is for variants that train on mpa, without {', '.join(of_pi)}.")
     own = {key: value for key, value in given.items() if key in settings}
     return Variant(
         train,
@@ -131,6 +151,8 @@ def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
         tuple(file.distinct(given["seeds"], "seeds", lambda n: _seed(file, n, seeds))) if "seeds" in given else None,
         anchors,
         file.choice(given["anchor_by"], ANCHOR_BY, "anchor_by") if "anchor_by" in given else "answer",
+        "weights" in given and file.choice(given["weights"], ("true", "false"), "weights") == "true",
+        _share(file, given["max_svlm_probability"], "max_svlm_probability") if "max_svlm_probability" in given else 0.0,
     )
 
 

@@ -116,6 +116,11 @@ class Experiment:
         return {v.selection.removeprefix("_"): v.selecting_flags for v in self.variants.values() if v.selecting_flags}
 
     @property
+    def scored_selections(self) -> set[str]:
+        """Those `selections` that need the S-VLM's probabilities of the annotated answers."""
+        return {v.selection.removeprefix("_") for v in self.variants.values() if v.scores}
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
         """(L-VLM, S-VLM) by name. A model that is in both lists is not paired with itself."""
         return [(lvlm, svlm) for lvlm in self.lvlms for svlm in self.svlms if lvlm != svlm]

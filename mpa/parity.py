@@ -17,24 +17,53 @@ class ParityRule:
     """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files.
 
     Not in the paper: with `min_probability` the L-VLM's answer must also have that probability; `see_blind` and `see_votes` take
-    further answers of the L-VLM into account.
+    further answers of the L-VLM into account, `see_probabilities` what the S-VLM gives the annotated answers. With
+    `max_svlm_probability` the S-VLM is wrong where that is at most so much, whatever it answers; `weights`: train records have
+    a `weight`.
     """
 
-    def __init__(self, match: str, preset: str, min_probability: float = 0.0):
+    OPTIONAL = (
+        "min_probability",
+        "max_svlm_probability",
+        "weights",
+    )  # arguments of the class, settings of a parity set
+
+    def __init__(
+        self,
+        match: str,
+        preset: str,
+        min_probability: float = 0.0,
+        max_svlm_probability: float = 0.0,
+        weights: bool = False,
+    ):
         self.match, self.preset, self.min_probability = Match(match, preset), preset, min_probability
+        self.max_svlm_probability, self.weights = max_svlm_probability, weights
+        self.probabilities: dict[str, float] = {}  # that the S-VLM gives the annotated answer, by id
         self.blind: set[str] = set()  # ids of questions that the L-VLM answers as annotated without seeing the image
         self.votes: dict[str, list[str]] = {}  # the L-VLM's sampled answers, by id
         self.min_agreement = 0.0
 
     @classmethod
-    def of(cls, settings: dict, folder: Path, lvlm: str, dataset: str) -> "ParityRule":
+    def of(cls, settings: dict, folder: Path, lvlm: str, svlm: str, dataset: str) -> "ParityRule":
         """The rule of a parity set, from its meta file's settings and its run folder."""
-        rule = cls(settings["match"], settings["preset"], settings.get("min_probability", 0.0))
+        optional = {name: settings[name] for name in cls.OPTIONAL if settings.get(name)}
+        rule = cls(settings["match"], settings["preset"], **optional)
         if settings.get("blind"):
             rule.see_blind(_asked_again(folder, lvlm, "blind", dataset))
         if settings.get("votes"):
             rule.see_votes(_asked_again(folder, lvlm, "votes", dataset), settings["min_agreement"])
+        if rule.needs_probabilities:
+            rule.see_probabilities(_asked_again(folder, lvlm, f"scored-{svlm}", dataset))
         return rule
+
+    @property
+    def needs_probabilities(self) -> bool:
+        return bool(self.max_svlm_probability or self.weights)
+
+    def see_probabilities(self, scored: list[dict]) -> None:
+        """Take the log-probabilities that the S-VLM gives the annotated answers. Those it could not tell are left out."""
+        known = (r for r in scored if r["logprob"] is not None)
+        self.probabilities = {str(r["question_id"]): math.exp(r["logprob"]) for r in known}
 
     def see_blind(self, answers: list[dict]) -> None:
         """Take the L-VLM's answers without the image."""
@@ -59,6 +88,17 @@ class ParityRule:
         """Does the model's answer match the annotation's answer?"""
         return self.match(record["predictions"], record["PA_answer"])
 
+    def right(self, record: dict) -> bool:
+        """Is the S-VLM right, by this record of it?"""
+        if self.max_svlm_probability:
+            return self.probabilities[str(record["question_id"])] > self.max_svlm_probability
+        return self.agrees(record)
+
+    def weight(self, record: dict) -> float:
+        """How much a consistent sample can teach: the share of votes for the annotated answer, if there are votes, times the
+        probability that the S-VLM does not give it. The cut of the paper's filter is 1 or 0 for both factors."""
+        return (self.agreement(record) if self.votes else 1.0) * (1 - self.probabilities[str(record["question_id"])])
+
     def consistent(self, record: dict) -> bool:
         """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
         cut = PRESETS[self.preset].checked and record.get("finish_reason")
@@ -77,22 +117,25 @@ class ParityRule:
     def answered(self, lvlm: list[dict], svlm: list[dict]) -> tuple[list[dict], list[dict]]:
         """(wrong, right): the S-VLM's records of the samples that the L-VLM answers consistently, in their order.
 
-        A sample that only one model answered is in neither. The annotation is read from the S-VLM's record, as in the
-        released code.
+        A sample that only one model answered, or whose probability is needed and missing, is in neither. The annotation is read
+        from the S-VLM's record, as in the released code.
         """
         lvlm_by_id, found = {str(r["question_id"]): r for r in lvlm}, ([], [])
         for s in svlm:
             l = lvlm_by_id.get(str(s["question_id"]))  # noqa: E741
             if l is None or s.get("left_out"):
                 continue
+            if self.needs_probabilities and str(s["question_id"]) not in self.probabilities:
+                continue
             if self.consistent(l | {"PA_answer": s["PA_answer"]}):
-                found[self.agrees(s)].append(s)
+                found[self.right(s)].append(s)
         return found
 
     def train_record(self, r: dict) -> dict:
         """The train record of a PI record."""
         prompt = train_prompt(r["PA_question"], self.preset)
-        return records.train_record(r["question_id"], r["image_path"], prompt, r["PA_answer"])
+        record = records.train_record(r["question_id"], r["image_path"], prompt, r["PA_answer"])
+        return record | ({"weight": round(self.weight(r), 4)} if self.weights else {})
 
     def parity_set(self, lvlm: list[dict], svlm: list[dict]) -> list[dict]:
         """D_PI = {(I, Q, A): the L-VLM's answer matches A, the S-VLM's does not}, as train records (equations 1 and 2)."""
@@ -100,14 +143,18 @@ class ParityRule:
 
 
 def asked_again_file(folder: Path, lvlm: str, how: str, dataset: str) -> Path:
-    """The L-VLM's further answers to its questions: "blind", about a grey image (PI's --blind); or "votes", sampled (--votes)."""
+    """Further answers to the L-VLM's questions: its own "blind", about a grey image (PI's --blind), or "votes", sampled (--votes);
+    or "scored-SVLM", the annotated answers with the log-probabilities that the S-VLM gives them (--score)."""
     return folder / f"PI_{lvlm}_{how}_{dataset}.json"
 
 
 def _asked_again(folder: Path, lvlm: str, how: str, dataset: str) -> list[dict]:
     file = asked_again_file(folder, lvlm, how, dataset)
     if not file.exists():
-        raise InputError(f"{file}: no such file. Run PI.sh with --{how} first, without --lvlm-json.")
+        flag = "score" if how.startswith("scored-") else how
+        raise InputError(
+            f"{file}: no such file. Run PI.sh with --{flag} first, with these LVLM and SVLM and without --lvlm-json."
+        )
     return records.read_records(file, "PI")
 
 

@@ -56,7 +56,9 @@ def cells_in(folder: Path) -> list[Cell]:
         own = [name for name in answered if not name.startswith(tuple(f"{other}_" for other in longer))]
         others = [name.removeprefix(f"{written}_") for name in own if name.startswith(f"{written}_")]
         cells |= {
-            Cell(dataset, lvlm, svlm) for svlm in others if svlm not in (lvlm, written, "heldout", "blind", "votes")
+            Cell(dataset, lvlm, svlm)
+            for svlm in others
+            if svlm not in (lvlm, written, "heldout", "blind", "votes") and not svlm.startswith("scored-")
         }
         if not any(cell[:2] == (dataset, lvlm) for cell in cells):
             cells.add(Cell(dataset, lvlm, ""))

@@ -111,7 +111,7 @@ class RunSamples:
         if preset not in PRESETS or match not in MATCHERS:
             raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
         chosen = settings | {"match": match, "preset": preset}
-        return ParityRule.of(chosen, self.folder, self.cell.lvlm, self.cell.dataset)
+        return ParityRule.of(chosen, self.folder, self.cell.lvlm, self.cell.svlm, self.cell.dataset)
 
     def _answers(self, model: str) -> dict[str, dict]:
         file = self.answers_json[model]
@@ -204,7 +204,9 @@ class RunSamples:
             return "held out", ""
         if svlm is None:
             return ("not reached yet" if kept is None else "S-VLM not asked"), "no answer of the S-VLM"
-        if self.rule.agrees(svlm):
+        if self.rule.needs_probabilities and key not in self.rule.probabilities:
+            return "S-VLM not asked", "no probability of the annotated answer"
+        if self.rule.right(svlm):
             return "S-VLM right", ""
         if kept is None:
             return "not reached yet", "PI has not written it"

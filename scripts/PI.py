@@ -40,8 +40,9 @@ from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.stage import Model, counted
 
-# Beyond the paper, in meta files where they are set: what counts as consistent, and what of the parity set is taken.
-CONSISTENCY, LIMITS = ("min_probability", "blind", "votes"), ("max_per_question", "max_per_answer")
+# Beyond the paper, in meta files where they are set: what counts as consistent, and what of it is taken for the train file.
+CONSISTENCY = ("min_probability", "blind", "votes")
+SELECTION = ("max_svlm_probability", "weights", "max_per_question", "max_per_answer")
 
 
 def arguments(argv=None):
@@ -105,6 +106,25 @@ def arguments(argv=None):
         metavar="SHARE",
         help="with --votes: the least share of them that match the annotation (default: 0.5)",
     )
+    p.add_argument(
+        "--score",
+        action="store_true",
+        help="also store the probability that the S-VLM gives the annotated answer, scored in one pass; needs --engine hf",
+    )
+    p.add_argument(
+        "--max-svlm-probability",
+        type=number(0, 1, float),
+        default=0.0,
+        metavar="P",
+        help="the S-VLM is wrong where it gives the annotated answer at most this probability, whatever it answers; implies "
+        "--score (default: where it answers otherwise, as in the paper)",
+    )
+    p.add_argument(
+        "--weights",
+        action="store_true",
+        help="soft parity: each train record has a `weight`, the share of --votes for its answer times the probability that "
+        "the S-VLM does not give it; implies --score. With --anchors 100 and PL's --sample_weights there is no cut",
+    )
     for what in ("question", "answer"):
         p.add_argument(
             f"--max-per-{what}",
@@ -126,6 +146,11 @@ def arguments(argv=None):
         p.error("--only-lvlm asks the L-VLM; it goes with neither --lvlm-json nor --dry-run")
     if lvlm == svlm and not (args.lvlm_json or args.only_lvlm):
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
+    args.score |= bool(args.max_svlm_probability or args.weights)
+    if args.score and not args.lvlm_json and Model(args, args.model_path_svlm).replies_from != "hf":
+        p.error(
+            "--score, --weights and --max-svlm-probability need --engine hf for the S-VLM; the L-VLM has --engine-lvlm"
+        )
     args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
     return args
 
@@ -160,10 +185,24 @@ def answers_file(args, path: str) -> Path:
 
 def ask_again(args, how: str, questions: list[Question]) -> list[dict]:
     """The L-VLM's further answers, in a file of their own: "blind" or "votes" (`parity.asked_again_file`)."""
-    folder, lvlm = records.run_folder(args.run), args.model_path_lvlm
-    file = asked_again_file(folder, records.short_name(lvlm), how, args.dataset)
     sampled = {"temperature": 1.0} if how == "votes" else {}
-    return Answers(Model(args, lvlm), file, f"PI L-VLM, {how}", "PI", questions, **sampled).records({})
+    model, file = Model(args, args.model_path_lvlm), further_file(args, how)
+    return Answers(model, file, f"PI L-VLM, {how}", "PI", questions, **sampled).records({})
+
+
+def score(args, questions: list[Question]) -> list[dict]:
+    """The annotated answers with the log-probabilities that the S-VLM gives them: one pass for each, without generation."""
+    given = [replace(q, request=replace(q.request, answer=q.before["PA_answer"])) for q in questions]
+    model, file = (
+        Model(args, args.model_path_svlm),
+        further_file(args, f"scored-{records.short_name(args.model_path_svlm)}"),
+    )
+    return Answers(model, file, "PI S-VLM, annotated answers", "PI", given, scored=True).records({})
+
+
+def further_file(args, how: str) -> Path:
+    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
+    return asked_again_file(folder, lvlm, how, args.dataset)
 
 
 def without_image(args, questions: list[Question]) -> list[Question]:
@@ -243,6 +282,9 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     if args.blind:
         Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
+    if args.score:
+        given = [replace(q.request, answer=q.before["PA_answer"]) for q in questions]
+        Model(args, args.model_path_svlm).dry_run(given, "PI S-VLM, annotated answers, at most")
 
 
 def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
@@ -309,6 +351,8 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
     choices |= beyond_paper(args, CONSISTENCY)
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
+    if args.score:
+        rule.see_probabilities(score(args, for_svlm))
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
@@ -358,7 +402,7 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if args.anchors:
         settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
-    chosen = beyond_paper(args, CONSISTENCY + LIMITS)
+    chosen = beyond_paper(args, CONSISTENCY + SELECTION)
     settings |= chosen | ({"seed": args.seed} if chosen else {})
     settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
     if held_out_file(args).exists():
@@ -371,14 +415,15 @@ def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answ
 def main(argv=None) -> Path:
     args = arguments(argv)
     cli.open_log(args)
-    rule = ParityRule(args.match, args.preset, args.min_probability)
+    rule = ParityRule(args.match, args.preset, **{name: getattr(args, name) for name in ParityRule.OPTIONAL})
     if args.only_lvlm:
         pa_json, _, annotations = read_annotations(args)
         Model(args, args.model_path_lvlm).check()
         see_more(args, rule, *ask_lvlm(args, pa_json, annotations))
         return answers_file(args, args.model_path_lvlm)
     if args.lvlm_json:
-        rule = ParityRule.of(vars(args), args.lvlm_json.parent, records.short_name(args.model_path_lvlm), args.dataset)
+        names = map(records.short_name, (args.model_path_lvlm, args.model_path_svlm))
+        rule = ParityRule.of(vars(args), args.lvlm_json.parent, *names, args.dataset)
     lvlm_answers, svlm_answers, funnel, threshold = (read_both if args.lvlm_json else ask_both)(args, rule)
     train, counts = train_set(args, rule, lvlm_answers, svlm_answers, threshold)
     funnel |= counts

@@ -80,8 +80,12 @@ def main(argv=None) -> None:
         raise InputError(
             f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
         )
-    lvlm_name = records.short_name(base.get("model_path_lvlm", ""))
-    rule = ParityRule.of(base["settings"], args.lvlm_json.parent, lvlm_name, args.dataset)
+    names = [records.short_name(base.get(f"model_path_{who}", "")) for who in ("lvlm", "svlm")]
+    rule = ParityRule.of(base["settings"], args.lvlm_json.parent, *names, args.dataset)
+    if rule.needs_probabilities:
+        raise InputError(
+            f"{args.train_json}: made with the S-VLM's probabilities, which it has not for wrong annotations."
+        )
     wrong = corrupted(lvlm, rule, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
     lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
     svlm = [

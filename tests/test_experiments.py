@@ -54,6 +54,17 @@ def test_variants_with_anchors_select_from_the_same_answers(file):
     assert e.variants["mpa"].selection == "" and e.variants["anchored"].selection == "_anchors-2"
 
 
+def test_variants_with_the_s_vlms_probabilities_name_what_they_select(file):
+    soft = "  soft: {train: mpa, anchors: 100, weights: true}\n  sure: {train: mpa, max_svlm_probability: 0.2}\n"
+    file.write_text(GOOD.replace("  loose: {train: mpa, match: anls}\n", soft))
+    e = experiments.read(file)
+    assert e.selections == {
+        "anchors-100_weights": ("--anchors", "100", "--anchor-by", "answer", "--weights"),
+        "p-0.2": ("--max-svlm-probability", "0.2"),
+    }
+    assert e.scored_selections == {"anchors-100_weights", "p-0.2"}
+
+
 @pytest.mark.parametrize("name", [path.name for path in (ROOT / "experiments").glob("*.yaml")])
 def test_the_repositorys_files_are_valid(name):
     e = experiments.read(ROOT / "experiments" / name)
@@ -101,7 +112,16 @@ def test_the_papers_matrix_is_whole():
         ("EPOCHS: 3", "replay: 0.1", 8, "slow: replay needs another dataset"),
         ("match: anls", "corrupt: {type: number}", 9, "corrupt: the key 'share' is missing"),
         ("match: anls", "corrupt: {type: numbers, share: 0.1}", 9, "unknown answer type 'numbers'"),
-        ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without another matcher"),
+        ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without match, anchors"),
+        (
+            "match: anls",
+            "corrupt: {type: number, share: 0.1}, weights: true",
+            9,
+            "without match, anchors, anchor_by, weights",
+        ),
+        ("EPOCHS: 3", "weights: true", 8, "weights is for the parity set (train: mpa), not for all_pseudo"),
+        ("match: anls", "weights: yes", 9, "unknown weights 'yes'. Known: true, false"),
+        ("match: anls", "max_svlm_probability: 2", 9, "max_svlm_probability should be a share between 0 and 1: '2'"),
         ("match: anls", "anchors: 0", 9, "anchors should be a number per parity sample, above 0 and up to 100: '0'"),
         ("match: anls", "anchor_by: kind", 9, "anchor_by needs anchors: R"),
         ("match: anls", "anchors: 1, anchor_by: kinds", 9, "unknown anchor_by 'kinds'. Known: answer, kind, random"),

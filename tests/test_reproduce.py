@@ -177,6 +177,18 @@ def test_held_out_questions_are_asked_before_and_after_each_training(repository)
     }
 
 
+def test_the_s_vlms_probabilities_are_made_once_for_all_variants_that_need_them(repository):
+    more = EXPERIMENT.replace("[0, 1]", "[0]") + "  soft: {train: mpa, anchors: 1, weights: true}\n"
+    more += "  sure: {train: mpa, max_svlm_probability: 0.2}\n"
+    (repository / "experiments/fake.yaml").write_text(more)
+    code, said = reproduce(repository)
+    assert code == 0, said
+    assert sum("_scored-" in name for name in calls(repository)) == 2 * 2 * 2  # datasets and pairs
+    assert set(calls(repository).values()) == {1}
+    trained = results(repository)["paper-0/PL_big_tiny_okVQA_soft/train_meta.json"]
+    assert trained == "exact 1 anchors weights 0 1 1e-5\n"
+
+
 def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
     code, said = reproduce(repository, BROKEN="bigger")
     assert code == 1

@@ -34,6 +34,7 @@ from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumns, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
+from mpa.records import InputError
 
 MAX_GPU_WORKERS = 4
 
@@ -122,6 +123,11 @@ class HFEngine:
         self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code, self.max_tiles)
         if not hasattr(self.preprocessor.processor.image_processor, "merge_size"):  # it knows no limits of pixels
             self.plan.visual_tokens = partial(families.visual_tokens, self.preprocessor.processor)
+        if self.preprocessor.reasoning_tag and any(request.answer is not None for request in requests):
+            raise InputError(
+                f"{self.model_path}: reasons before it answers, so an answer alone has no probability. Leave out PI's --score, "
+                "--weights and --max-svlm-probability."
+            )
         tokenizer = self.preprocessor.tokenizer
         self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
         memory.check(self, requests)
