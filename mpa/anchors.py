@@ -15,16 +15,17 @@ from mpa.normalise import normalise
 from mpa.parity import ParityRule
 
 ANCHOR_BY = ("answer", "kind", "random")
+ALL = 100  # per parity sample: in practice all that there are
 RARE = 5  # rarer answers to one kind of question are one group: a few samples say nothing about a distribution
 
 
 def add_flags(parser) -> None:
     parser.add_argument(
         "--anchors",
-        type=number(0, 100, float),
-        default=0.0,
+        type=number(0, ALL, float),
         metavar="R",
-        help="also train on R samples per parity sample that both models answer right (default: 0, as in the paper)",
+        help="also train on R samples per parity sample that both models answer right (default: 0, as in the paper; 100, which is "
+        "all, with --preset anchored)",
     )
     parser.add_argument(
         "--anchor-by",

@@ -16,7 +16,7 @@ from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
 from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.models import BITS
-from mpa.presets import PRESETS
+from mpa.presets import ANCHORED, PRESETS
 from mpa.records import InputError
 
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
@@ -73,8 +73,9 @@ def _result_flags(p: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--preset",
         default="paper",
-        choices=PRESETS,
-        help="paper: as the paper says. released: as the released code does, to the letter (default: %(default)s)",
+        choices=(*PRESETS, ANCHORED),
+        help="paper: as the paper says. released: as the released code does, to the letter. anchored: as the paper, but PI adds all "
+        "samples that both models answer right, and holds out 15 %% of the images for the guard (default: %(default)s)",
     )
     method.add_argument("--seed", type=int, default=0, help="random seed for all sampling (default: %(default)s)")
     method.add_argument(
@@ -182,8 +183,9 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
 
 
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
-    """The checked arguments. `named_by` are the arguments whose file names may imply --dataset."""
+    """The checked arguments; of the preset `anchored`, `anchored` is True and `preset` is "paper". `named_by` are the arguments whose file names may imply --dataset."""
     args = p.parse_args(argv)
+    args.anchored, args.preset = args.preset == ANCHORED, "paper" if args.preset == ANCHORED else args.preset
     if not args.dataset:
         named = [getattr(args, name) or () for name in named_by]
         files = [path for value in named for path in (value if isinstance(value, list | tuple) else [value])]

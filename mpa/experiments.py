@@ -38,7 +38,7 @@ from mpa.experiment_variants import (
     words,
 )
 from mpa.packages import require
-from mpa.presets import PRESETS
+from mpa.presets import ANCHORED, PRESETS
 from mpa.records import REPOSITORY, InputError, short_name
 from mpa.yaml_file import YamlFile
 
@@ -84,10 +84,9 @@ class Experiment:
         """Those that variants need, by name."""
         return {v.corrupt.name: v.corrupt for v in self.variants.values() if v.corrupt}
 
-    @property
-    def holds_out(self) -> bool:
+    def holds_out(self, preset: str) -> bool:
         """Whether PI holds out images, whose questions are then asked before and after PL."""
-        return any(flag.partition("=")[0] == "--hold-out" for flag in self.flags["PI"])
+        return preset == ANCHORED or any(flag.partition("=")[0] == "--hold-out" for flag in self.flags["PI"])
 
     @property
     def answer_all(self) -> bool:
@@ -171,7 +170,7 @@ def read(path: str | Path) -> Experiment:
         lvlms=_models(file, given["lvlms"], "lvlms", datasets, made_in),
         svlms=_models(file, given["svlms"], "svlms", datasets, made_in),
         variants=read_variants(file, given.get("variants"), seeds, datasets),
-        presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, PRESETS, "preset")),
+        presets=_list(file, given, "presets", ["paper"], lambda n: file.choice(n, (*PRESETS, ANCHORED), "preset")),
         seeds=seeds,
         settings=_settings(file, given["settings"], STAGES, "settings") if "settings" in given else {},
         flags=flags,

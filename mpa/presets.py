@@ -1,6 +1,6 @@
-"""The two presets: `paper` follows the paper, `released` follows its released code. All their differences are here.
+"""The presets: `paper` follows the paper, `released` its released code. All their differences are here.
 
-`docs/departures.md` gives the reasons.
+`docs/departures.md` gives the reasons. A third, `anchored`, is `paper` with other defaults of PI (docs/no-harm.md).
 """
 
 from dataclasses import dataclass
@@ -42,3 +42,7 @@ PRESETS = {
         headline="contains",
     ),
 }
+
+# The preset `anchored`: all stages ask and compare as in `paper`, so that their results can be shared, and these are PI's defaults.
+ANCHORED = "anchored"
+ANCHORED_DEFAULTS = {"anchors": 100.0, "hold_out": 0.15}

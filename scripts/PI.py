@@ -35,7 +35,7 @@ from mpa.engines import ENGINES
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.parity import ParityRule, asked_again_file, capped, funnel_line
-from mpa.presets import PRESETS
+from mpa.presets import ANCHORED_DEFAULTS, PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
 from mpa.stage import Model, counted
@@ -77,7 +77,7 @@ def arguments(argv=None):
         "--hold-out",
         type=number(0, 0.99, float),
         metavar="SHARE",
-        help="share of the images in the held-out set (default: 0.15 for the dataset `images`, else 0)",
+        help="share of the images in the held-out set (default: 0.15 for the dataset `images` and --preset anchored, else 0)",
     )
     p.add_argument(
         "--min-probability",
@@ -151,7 +151,10 @@ def arguments(argv=None):
         p.error(
             "--score, --weights and --max-svlm-probability need --engine hf for the S-VLM; the L-VLM has --engine-lvlm"
         )
-    args.hold_out = args.hold_out if args.hold_out is not None else 0.15 if not DATASETS[args.dataset].labelled else 0.0
+    defaults = {"anchors": 0.0, "hold_out": 0.0 if DATASETS[args.dataset].labelled else 0.15}
+    for name, value in (defaults | ANCHORED_DEFAULTS if args.anchored else defaults).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -387,7 +390,7 @@ def train_set(args, rule: ParityRule, lvlm_answers: list[dict], svlm_answers: li
     if not args.anchors:
         return [rule.train_record(r) for r in parity], {"parity": len(parity)}
     chosen = anchors.choose(parity, right, args.anchors, args.anchor_by, args.seed)
-    if len(chosen) < round(args.anchors * len(parity)):
+    if len(chosen) < round(args.anchors * len(parity)) and args.anchors < anchors.ALL:
         print(f"PI: only {len(chosen)} anchors: both models answer no other samples right.", file=sys.stderr)
     return anchors.train_records(rule, parity, chosen), {"parity": len(parity), "anchors": len(chosen)}
 

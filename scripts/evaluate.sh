@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, separated by spaces
 RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
-PRESET=${PRESET:-paper}                      # or: released
+PRESET=${PRESET:-paper}                      # or: released, anchored
 BATCH_SIZE=${BATCH_SIZE:-8}
 # GPUS=8                                     # number of processes, one per GPU; they share the images (default: 1)
 DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GPU, float32 on a CPU

@@ -18,13 +18,15 @@ SERVER_FLAGS=${SERVER_FLAGS:-}                      # flags for the server, e.g.
 QUANTIZATION=${QUANTIZATION:-}                      # 8bit or 4bit: for an L-VLM that does not fit, with hf
 REPORT=${REPORT:-1}                                 # 0: no HTML report at the end
 ROUNDS=${ROUNDS:-1}                                 # more: PI, PL and evaluate again with the levelled S-VLM, in results/$RUN/round-2 …
+export PRESET=${PRESET:-paper}                      # anchored: recommended for your own images (docs/no-harm.md); released
 export MIN_PARITY=${MIN_PARITY:-50}                        # a round with a smaller parity set is left out
-GUARD=${GUARD:-$([[ $DATASET == images || $ROUNDS != 1 ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
+GUARD=${GUARD:-$([[ $DATASET == images || $ROUNDS != 1 || $PRESET == anchored ]] && echo 1 || echo 0)} # 1: hold out 15 % of the images, and say if PL made the S-VLM worse
 export REMEDY=${REMEDY:-0}                          # 1: if it did, try remedies; scripts/guard.sh -h
 PA_FLAGS=${PA_FLAGS:-}                              # further flags for PA, e.g. "--temperature 1"
 PI_FLAGS=${PI_FLAGS:-}
+PL_FLAGS=${PL_FLAGS:-}                              # of the trainer, e.g. "--anchor_kl 1"
 EVALUATE_FLAGS=${EVALUATE_FLAGS:-}
-# The stages also read BATCH_SIZE, SEED, PRESET, MIN_PIXELS, MAX_PIXELS, MAX_TILES, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
+# The stages also read BATCH_SIZE, SEED, MIN_PIXELS, MAX_PIXELS, MAX_TILES, PL_BATCH_SIZE, LEARNING_RATE, EPOCHS …
 
 if [[ $IMAGES && $DATASET != images ]]; then
     echo "error: IMAGES is a folder of your own images, and DATASET is $DATASET. Unset one of them." >&2
@@ -55,7 +57,8 @@ if ((ROUND > 1)); then
     fi
 fi
 title "PL: fine-tune $S on the parity set"
-run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+# shellcheck disable=SC2086
+run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh" $PL_FLAGS
 SVLM_FLAGS="--engine $ENGINE $SERVER_FLAGS"
 if [[ $DATASET == images ]]; then # the held-out set is what the L-VLM agrees with, so only the S-VLM is asked
     title "evaluate: before and after"
@@ -71,7 +74,7 @@ fi
 if [[ $GUARD$REMEDY != 00 ]]; then
     title "guard: is the levelled $S worse on held-out questions?"
     # shellcheck disable=SC2086
-    PI_FLAGS=$PI_FLAGS run bash "$ROOT/scripts/guard.sh" $SVLM_FLAGS
+    PI_FLAGS=$PI_FLAGS PL_FLAGS=$PL_FLAGS run bash "$ROOT/scripts/guard.sh" $SVLM_FLAGS
 fi
 run python "$ROOT/scripts/tables.py" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM" "$FOLDER"
 run python "$ROOT/scripts/diagnose.py" "$FOLDER" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM"

@@ -94,9 +94,26 @@ def test_the_train_file_says_what_each_record_is(select, easy_run, tmp_path, cap
 
 
 def test_too_few_anchors_are_said(select, tmp_path, capsys):
-    out = select("--out", tmp_path / "anchored.json", "--anchors", "100")
+    out = select("--out", tmp_path / "anchored.json", "--anchors", "50")
     assert "PI: only " in capsys.readouterr().err
     assert len(json.loads(out.read_text())) > len(read_parity(out))
+
+
+def test_the_preset_anchored_is_the_paper_with_all_anchors_and_a_held_out_set(easy_run, tmp_path, capsys):
+    models = ["--model-path-lvlm", str(TEACHER), "--model-path-svlm", str(STUDENT)]
+    trains = []
+    for name, chosen in (("preset", ["--preset", "anchored"]), ("flags", ["--anchors", "100", "--hold-out", "0.15"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(easy_run).glob("PA_*"):
+            (folder / file.name).write_bytes(file.read_bytes())  # the L-VLM's part is that of a run of the paper
+        given = ["--dataset", "easyVQA", "--batch-size", "8", *MINI, "--run", f"{folder}/", *models, *chosen]
+        trains.append(PI.main(given))
+    assert trains[0].read_bytes() == trains[1].read_bytes() and "only" not in capsys.readouterr().err
+    settings = [read_json(train.with_suffix(".meta.json"))["settings"] for train in trains]
+    assert settings[0] == settings[1] and settings[0]["preset"] == "paper" and settings[0]["hold_out"] == 0.15
+    assert PI.arguments(["--dataset", "easyVQA", "--preset", "anchored", "--anchors", "0"]).anchors == 0
+    assert PI.arguments(["--dataset", "easyVQA"]).hold_out == 0
 
 
 def test_the_trainer_and_the_export_take_an_anchored_file(select, tmp_path, capsys):

@@ -161,8 +161,9 @@ def test_models_that_a_script_makes_are_made_once(repository):
     assert calls(repository)["PA paper-0/PA_big_easyVQA.json"] == 1
 
 
-def test_held_out_questions_are_asked_before_and_after_each_training(repository):
-    held_out = EXPERIMENT.replace("[0, 1]", "[0]") + "flags:\n  PI: --hold-out 0.15\n"
+@pytest.mark.parametrize("more", ["flags:\n  PI: --hold-out 0.15\n", "presets: [anchored]\n"])
+def test_held_out_questions_are_asked_before_and_after_each_training(repository, more):
+    held_out, run = EXPERIMENT.replace("[0, 1]", "[0]") + more, f"{'anchored' if 'anchored' in more else 'paper'}-0"
     (repository / "experiments/fake.yaml").write_text(held_out)
     code, said = reproduce(repository)
     assert code == 0, said
@@ -171,7 +172,7 @@ def test_held_out_questions_are_asked_before_and_after_each_training(repository)
         (lvlm, svlm, data) for lvlm in ("big", "bigger") for svlm in ("small", "tiny") for data in ("easyVQA", "okVQA")
     ]
     assert found == {
-        f"paper-0/Heldout_{lvlm}_{model}_{data}.json"
+        f"{run}/Heldout_{lvlm}_{model}_{data}.json"
         for lvlm, svlm, data in pairs
         for model in (svlm, *(f"PL_{lvlm}_{svlm}_{data}{variant}" for variant in ("", "_all_pseudo", "_loose")))
     }
