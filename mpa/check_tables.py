@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa import records, scoring
+from mpa import calibration, records, scoring
 from mpa.agreement import wilson
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, gains
@@ -74,6 +74,22 @@ def reasons_table(case: Case) -> Table:
     table.notes.append(
         "Right: equal (matcher `tolerant`) to the human answer to the same question about the same image."
     )
+    return table
+
+
+def calibration_table(case: Case) -> Table:
+    """The probabilities of each model's answers beside how many are right, in all and in those of at least 90 %."""
+    cell = case.cell
+    columns = {"model": str, "right means": str, "n": float, "mean probability, %": Figure, "right, %": Estimate}
+    columns |= {"calibration error, points": Figure, "n of 90 % and more": float, "of these right, %": Estimate}
+    table = Table("calibration", f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: probabilities of answers", columns)
+    for one in calibration.of_case(case):
+        sure = one.right[one.probabilities >= 0.9]
+        row = {"model": one.model, "right means": one.what, "n": len(one.right)}
+        row |= {"mean probability, %": Figure(100 * float(one.probabilities.mean())), "right, %": mean(one.right)}
+        row |= {"calibration error, points": Figure(100 * one.error), "n of 90 % and more": len(sure)}
+        table.rows.append(row | {"of these right, %": mean(sure)})
+    table.notes.append("Probability: of the whole answer with its end. Calibration error: Guo et al. 2017, ten bins.")
     return table
 
 

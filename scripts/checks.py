@@ -1,7 +1,8 @@
-"""The checks of the paper's analysis, from result files: look at samples, coverage, two L-VLMs, a worse L-VLM, transfer, the guard.
+"""Checks from result files: samples, coverage, calibration, two L-VLMs, a worse L-VLM, transfer, variants, the guard.
 
     python scripts/checks.py inspect results/mine                 # 50 kept and 50 rejected samples, and PI's verdicts
     python scripts/checks.py coverage results/mine                # D_PI by answer and question type, accuracy by type
+    python scripts/checks.py calibration results/mine             # the probabilities of answers, and how many are right
     python scripts/checks.py overlap results/small                # the parity sets of two L-VLMs for one S-VLM
     python scripts/checks.py degraded results/small-sweep         # variants with `corrupt`
     python scripts/checks.py transfer results/small-transfer      # experiments with `transfer: true`
@@ -45,12 +46,14 @@ def of_cells(args) -> list[Table]:
             tables.append(check_tables.inspection_table(case, args.n, args.seed))
         elif args.check == "coverage":
             tables += [check_tables.coverage_table(case, of) for of in ("answer", "question")]
+        elif args.check == "calibration":
+            tables.append(check_tables.calibration_table(case))
     return tables
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("check", choices=("inspect", "coverage", *OF_ALL), help="which check")
+    p.add_argument("check", choices=("inspect", "coverage", "calibration", *OF_ALL), help="which check")
     add_selection(p)
     p.add_argument("-n", type=number(1), default=50, help="inspect: samples of each kind (default: 50)")
     p.add_argument("--seed", type=int, default=0, help="inspect: random seed (default: 0)")
@@ -58,7 +61,9 @@ def main(argv=None) -> None:
     p.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to the terminal")
     args = p.parse_args(argv)
     if args.check in OF_ALL and (args.dataset or args.lvlm or args.svlm):
-        p.error(f"--dataset, --lvlm and --svlm are for inspect and coverage; {args.check} shows all that it finds")
+        p.error(
+            f"--dataset, --lvlm and --svlm are for inspect, coverage and calibration; {args.check} shows all that it finds"
+        )
     tables = [OF_ALL[args.check](runs.find(args.results))] if args.check in OF_ALL else of_cells(args)
     if not any(table.rows for table in tables):
         raise InputError(f"{args.results[0]}: nothing for {args.check} in it or below. Run the stages first.")

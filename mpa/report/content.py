@@ -4,7 +4,8 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from mpa import records, scoring
+from mpa import calibration, records, scoring
+from mpa.calibration import Reliability
 from mpa.check_tables import coverage_table, reasons_table
 from mpa.datasets import DATASETS
 from mpa.diagnosis import diagnose
@@ -182,6 +183,9 @@ class CellContent:
         }
         of = {name: [s.annotation_logprob for s in g if s.annotation_logprob is not None] for name, g in groups.items()}
         return lengths, of
+
+    def calibration(self) -> list[Reliability]:
+        return calibration.of_case(self.case)
 
     def history(self) -> list[dict]:
         return self.case.history

@@ -5,6 +5,8 @@ import io
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from mpa.calibration import Reliability
+
 BLUE, ORANGE, GRAY = "#0b5cad", "#c05000", "#6b6b6b"
 WIDTH = 5.6  # inches; wider figures have illegible texts on a telephone
 LINES = [("-", BLUE), ("--", ORANGE), (":", GRAY), ("-.", BLUE)]
@@ -78,6 +80,21 @@ def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]
         panel.set_xlabel(title)
         panel.set_yticks([])
     axes[0].legend(frameon=False)
+    return _svg(figure)
+
+
+def calibration(found: list[Reliability]) -> str | None:
+    """The share of right answers with 95 % intervals by their probability, a panel per model; on the diagonal both are equal."""
+    if not found:
+        return None
+    figure, axes = _axes(WIDTH, 2.6, len(found))
+    for panel, one in zip(axes, found, strict=True):
+        panel.plot([0, 1], [0, 1], ":", color=GRAY)
+        for b in one.bins:
+            errors = [[max(0, b.right - b.ci95[0])], [max(0, b.ci95[1] - b.right)]]
+            panel.errorbar(b.probability, b.right, yerr=errors, fmt="o", color=BLUE, capsize=3, markersize=4)
+        panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="probability", ylabel="right")
+        panel.set_title(f"{one.model[:28]}\n{one.what}", fontsize=8)
     return _svg(figure)
 
 

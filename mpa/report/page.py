@@ -10,6 +10,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from mpa import records
+from mpa.check_tables import calibration_table
 from mpa.report import figures, thumbnails
 from mpa.report.content import CellContent, compared
 from mpa.report.texts import as_json, plain, redacted, without_folders
@@ -132,6 +133,12 @@ def shown_cell(content: CellContent) -> dict:
             "Kept (solid) and rejected (dashed) samples.",
             "Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples.",
         ),
+        "calibration": shown_figure(
+            figures.calibration(content.calibration()),
+            "Answers by their probability: how many are right, with 95 % intervals. On the dotted line both are equal.",
+            "Reliability diagrams: the numbers of the table beside them by ten bins.",
+        ),
+        "calibration_table": shown_table(calibration_table(content.case)),
         "repeats": repeats_table(content),
         "frequent": frequent_tables(content),
         "training": shown_figure(
