@@ -142,7 +142,7 @@ def test_images_are_shown_and_what_is_missing_says_why(browser, report):
         assert page.evaluate("document.querySelector('#cards img').decode().then(() => true)")
         assert page.evaluate("document.querySelector('#cards img').naturalWidth") == 40
         assert page.locator("#cards .none").first.text_content().startswith("No image: no such file (")
-        assert page.locator("#cards .none").count() == 2 and page.locator("figure img").count() == 4
+        assert page.locator("#cards .none").count() == 2 and page.locator("figure img").count() == 5
         widths = page.evaluate("[...document.querySelectorAll('figure img')].map(i => i.naturalWidth)")
         assert min(widths) > 100
 
