@@ -96,6 +96,12 @@ class Guard:
         """Of the images that are held out."""
         return holdout.share_of(holdout.file_of(self.folder, self.cell.lvlm, self.cell.dataset))
 
+    @property
+    def questions(self) -> str:
+        """Whose questions are asked about the held-out images."""
+        given = holdout.given_questions_file(self.folder, self.cell.lvlm, self.cell.dataset).exists()
+        return "given questions about held-out images" if given else "the L-VLM's own questions about held-out images"
+
     def model(self, variant: str) -> Path:
         return self.folder / (model_name(self.cell) + ("" if variant == "mpa" else f"_{variant}"))
 

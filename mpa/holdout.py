@@ -15,6 +15,11 @@ def file_of(folder: Path, lvlm: str, dataset: str) -> Path:
     return folder / f"PI_{lvlm}_heldout_{dataset}.json"
 
 
+def given_questions_file(folder: Path, lvlm: str, dataset: str) -> Path:
+    """The held-out set of given questions (PI's --held-out-questions); where it is there, it is asked instead."""
+    return folder / f"PI_{lvlm}_heldout-given_{dataset}.json"
+
+
 def hashes(paths) -> dict[str, str]:
     """{path: content hash}. A file that cannot be read gets the hash of its path; it is not trained on either."""
     found = image_files.fingerprints(paths)

@@ -144,7 +144,7 @@ class ParityRule:
 
 def asked_again_file(folder: Path, lvlm: str, how: str, dataset: str) -> Path:
     """Further answers to the L-VLM's questions: its own "blind", about a grey image (PI's --blind), or "votes", sampled (--votes);
-    or "scored-SVLM", the annotated answers with the log-probabilities that the S-VLM gives them (--score)."""
+    its answers to "given" questions (--held-out-questions); or "scored-SVLM", the annotated answers with the log-probabilities that the S-VLM gives them (--score)."""
     return folder / f"PI_{lvlm}_{how}_{dataset}.json"
 
 

@@ -58,7 +58,8 @@ def cells_in(folder: Path) -> list[Cell]:
         cells |= {
             Cell(dataset, lvlm, svlm)
             for svlm in others
-            if svlm not in (lvlm, written, "heldout", "blind", "votes") and not svlm.startswith("scored-")
+            if svlm not in (lvlm, written, "heldout", "heldout-given", "blind", "votes", "given")
+            and not svlm.startswith("scored-")
         }
         if not any(cell[:2] == (dataset, lvlm) for cell in cells):
             cells.add(Cell(dataset, lvlm, ""))

@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import anchors, cli, distributed, holdout, records
+from mpa import anchors, cli, distributed, given_questions, holdout, records
 from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
@@ -78,6 +78,12 @@ def arguments(argv=None):
         type=number(0, 0.99, float),
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images` and --preset anchored, else 0)",
+    )
+    p.add_argument(
+        "--held-out-questions",
+        metavar="FILE",
+        help="what you would ask about the held-out images, without answers: a JSON list of {image, question}, or `train` for the "
+        "questions of the dataset's train split; the guard asks these instead of the L-VLM's own (docs/no-harm.md)",
     )
     p.add_argument(
         "--min-probability",
@@ -155,6 +161,8 @@ def arguments(argv=None):
     for name, value in (defaults | ANCHORED_DEFAULTS if args.anchored else defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.held_out_questions and not args.hold_out:
+        p.error("--held-out-questions needs a held-out set: --hold-out 0.15")
     return args
 
 
@@ -252,7 +260,34 @@ def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
     ]
     if test and distributed.FIRST:
         holdout.write(file, test, args.hold_out, threshold)
+    if args.held_out_questions and not args.lvlm_json:
+        hold_out_given_questions(args, threshold)
     return held_out, threshold
+
+
+def hold_out_given_questions(args, threshold: str) -> None:
+    """Ask the L-VLM the given questions about held-out images, and write them with its answers as a second held-out set."""
+    given = given_questions.read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
+    chosen = given_questions.about_held_out_images(given, threshold, args.seed)
+    if not chosen:
+        raise InputError(
+            f"--held-out-questions {args.held_out_questions}: none of its {len(given):,} questions is about a held-out image of this "
+            "run. Ask about more images, or hold out more (--hold-out)."
+        )
+    by_key, questions = {r["question_id"]: r for r in chosen}, []
+    for key, r in by_key.items():
+        request = question_request(args, key, r["image_path"], r["question"])
+        before = {"question_id": key, "image_path": r["image_path"], "PA_question": r["question"], "PA_answer": ""}
+        questions.append(Question(request, before))
+    answers = ask_again(args, "given", questions)
+    kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
+    file = holdout.given_questions_file(
+        held_out_file(args).parent, records.short_name(args.model_path_lvlm), args.dataset
+    )
+    if distributed.FIRST:
+        test = [by_key[r["question_id"]] | {"answers": [r["predictions"]]} for r in kept]
+        records.write_json(file, test)
+    print(f"PI: the guard will ask {len(kept):,} of {len(given):,} given questions, about held-out images.")
 
 
 def held_out_file(args) -> Path:
@@ -422,7 +457,10 @@ def main(argv=None) -> Path:
     if args.only_lvlm:
         pa_json, _, annotations = read_annotations(args)
         Model(args, args.model_path_lvlm).check()
-        see_more(args, rule, *ask_lvlm(args, pa_json, annotations))
+        questions, answers = ask_lvlm(args, pa_json, annotations)
+        see_more(args, rule, questions, answers)
+        if args.held_out_questions:  # now, as all S-VLMs of the run share the L-VLM's answers to them
+            hold_out(args, [r for r in answers if rule.consistent(r)])
         return answers_file(args, args.model_path_lvlm)
     if args.lvlm_json:
         names = map(records.short_name, (args.model_path_lvlm, args.model_path_svlm))

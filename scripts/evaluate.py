@@ -175,14 +175,11 @@ def main(argv=None) -> None:
     cli.open_log(args)
     annotations = args.annotations
     if args.held_out and not annotations:
-        lvlm = records.short_name(args.model_path_lvlm)
-        annotations = records.find_input(
-            records.run_folder(args.run),
-            f"PI_{{lvlm}}_heldout_{args.dataset}.json",
-            lvlm,
-            "--annotations",
-            "PI.sh with --hold-out 0.15",
-        )
+        folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
+        name = f"PI_{{lvlm}}_heldout_{args.dataset}.json"
+        given = holdout.given_questions_file(folder, lvlm, args.dataset)
+        stage = "PI.sh with --hold-out 0.15"
+        annotations = given if given.exists() else records.find_input(folder, name, lvlm, "--annotations", stage)
     models = [Model(args, path) for path in args.model_path]
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):

@@ -26,7 +26,7 @@ from mpa.run_folders import add_selection, selected
 def report(guard: Guard, variants: list[str]) -> None:
     cell, found = guard.cell, {variant: guard.compare(variant) for variant in variants}
     print(
-        f"\nGuard of {guard.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM, held-out set"
+        f"\nGuard of {guard.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM on {guard.questions}"
     )
     for name, one in found.items():
         low, high = (f"{100 * bound:+.1f}" for bound in one.interval)

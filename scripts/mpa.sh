@@ -91,7 +91,7 @@ if ((ROUNDS > 1)); then
     # A run of its own, which has the L-VLM's part of this one, and in which the levelled model is the S-VLM.
     NEXT=${FOLDER%/round-*}/round-$((ROUND + 1)) PREVIOUS=..$( ((ROUND == 1)) || echo "/round-$ROUND")
     mkdir -p "$NEXT"
-    for FILE in "$FOLDER/"{PA,PI_"$L",Eval}_"${L}_$DATASET".* "$FOLDER/PI_${L}_heldout_$DATASET".*; do
+    for FILE in "$FOLDER/"{PA,PI_"$L",Eval}_"${L}_$DATASET".* "$FOLDER/PI_${L}_"{heldout,heldout-given,given}"_$DATASET".*; do
         if [[ -e $FILE ]]; then ln -f "$FILE" "$NEXT"; fi
     done
     ln -sfn "$PREVIOUS/$BETTER" "$NEXT/$S"

@@ -182,14 +182,15 @@ def test_the_remedies_start_from_the_trainers_settings():
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "tried"),
+    ("preset", "verdicts", "tried"),
     [
-        ({"mpa": "not told apart"}, []),
-        ({"mpa": "worse", "anchors": "better"}, ["anchors"]),
-        ({"mpa": "worse"}, ["anchors", "anchors-slow", "anchors-slow-short"]),
+        ("paper", {"mpa": "not told apart"}, []),
+        ("paper", {"mpa": "worse", "anchors": "better"}, ["anchors"]),
+        ("paper", {"mpa": "worse"}, ["anchors", "anchors-slow", "anchors-slow-short"]),
+        ("anchored", {"mpa": "worse"}, ["slow", "slow-short"]),
     ],
 )
-def test_remedies_are_tried_in_order_until_one_is_better(tmp_path, verdicts, tried):
+def test_remedies_are_tried_in_order_until_one_is_better(tmp_path, preset, verdicts, tried):
     """scripts/guard.sh, with a python that notes its calls and gives these verdicts."""
     fake_python = tmp_path / "bin/python"
     fake_python.parent.mkdir()
@@ -201,19 +202,26 @@ def test_remedies_are_tried_in_order_until_one_is_better(tmp_path, verdicts, tri
     fake_python.chmod(0o755)
     settings = {"VENV": tmp_path, "RUN": f"{tmp_path}/run", "DATASET": "okVQA", "LVLM": "hub/big", "SVLM": "hub/small"}
     done = bash(
-        "scripts/guard.sh", "--engine", "vllm_", **settings, REMEDY=1, LEARNING_RATE="3e-5", PI_FLAGS="--match anls"
+        "scripts/guard.sh",
+        "--engine",
+        "vllm_",
+        **settings,
+        REMEDY=1,
+        LEARNING_RATE="3e-5",
+        PI_FLAGS="--match anls",
+        PRESET=preset,
     )
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     of_remedy = ["launch.py", "evaluate.py"]
-    stages = ["evaluate.py", *(["PI.py"] if tried else []), *of_remedy * len(tried), "guard.py"]
+    stages = ["evaluate.py", *(["PI.py"] if tried and preset == "paper" else []), *of_remedy * len(tried), "guard.py"]
     assert [line.split()[0] for line in calls] == stages
     assert "--held-out --model-path-lvlm hub/big --model-path hub/small" in calls[0] and "--engine vllm_" in calls[0]
     trained = [line for line in calls if line.startswith("launch.py")]
     assert [re.search(r"--output_dir \S+_okVQA_(\S+)", line)[1] for line in trained] == tried
-    if tried:
+    if tried and preset == "paper":
         assert "--match anls --anchors 100" in calls[1] and "_okVQA_anchors-100.json" in trained[0]
         assert "--learning_rate 3e-5" in trained[0]
-    if len(tried) == 3:
+    if "slow-short" in " ".join(tried):
         rates = [float(re.search(r"--learning_rate (\S+)", line)[1]) for line in trained]
-        assert rates == pytest.approx([3e-5, 1e-5, 1e-5]) and "--num_train_epochs 0.5" in trained[2]
+        assert rates == pytest.approx([3e-5, 1e-5, 1e-5][-len(tried) :]) and "--num_train_epochs 0.5" in trained[-1]

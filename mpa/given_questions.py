@@ -1,0 +1,64 @@
+"""Questions that the user gives for the held-out images, without answers: the guard then measures what will be asked.
+
+The L-VLM answers them; an answer of the S-VLM is right if it agrees. Its own questions can be distributed otherwise than those
+that matter, and then the guard's figures are about other questions (docs/no-harm.md).
+"""
+
+import os
+import random
+from pathlib import Path
+
+from mpa import holdout
+from mpa.datasets.loading import train_labels
+from mpa.datasets.paths import inside, moved
+from mpa.records import InputError, read_json
+
+TRAIN = "train"  # instead of a file: the questions of the dataset's train split
+MOST = 1000  # of more, so many at random
+
+
+def read(source: str, dataset: str, image_root: str | None, path_map: dict[str, str]) -> list[dict]:
+    """[{"question_id", "image_path", "question"}] of a JSON list of {"image", "question"}, or of the train split.
+
+    Images are relative to `image_root`, by default to the file's folder. Raises InputError for anything else in the file.
+    """
+    if source == TRAIN:
+        found = [(s.image_path, s.question) for s in train_labels(dataset)]
+        if not found:
+            raise InputError(
+                f"--held-out-questions train: {dataset} has no train questions here. Name a file of yours."
+            )
+    else:
+        found = _of_file(Path(source), image_root, path_map)
+    return [
+        {"question_id": f"given-{i}", "image_path": path, "question": question}
+        for i, (path, question) in enumerate(found)
+    ]
+
+
+def _of_file(file: Path, image_root: str | None, path_map: dict[str, str]) -> list[tuple[str, str]]:
+    if not file.exists():
+        raise InputError(f"{file}: no such file. Give a JSON list of {{image, question}}, or `train`.")
+    content, root = read_json(file), os.path.abspath(image_root or file.parent)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{file}: contains no questions; expected a list of {{image, question}}.")
+    found = []
+    for index, record in enumerate(content):
+        image, question = (record.get(name) if isinstance(record, dict) else None for name in ("image", "question"))
+        if not (isinstance(image, str) and image and isinstance(question, str) and question.strip()):
+            raise InputError(f"{file}, record {index}: expected {{image, question}}, both text: {str(record)[:80]}")
+        path = moved(image, path_map)
+        try:
+            found.append((inside("/" if os.path.isabs(path) else root, path), question))
+        except InputError as error:
+            raise InputError(f"{file}, record {index}: {error}") from None
+    return found
+
+
+def about_held_out_images(questions: list[dict], threshold: str, seed: int) -> list[dict]:
+    """Those about held-out images, at most MOST of them, each with its `image_hash`."""
+    hashes = holdout.hashes(r["image_path"] for r in questions)
+    found = [r | {"image_hash": hashes[r["image_path"]]} for r in questions]
+    found = [r for r in found if holdout.is_held_out(r["image_hash"], threshold)]
+    chosen = random.Random(seed).sample(range(len(found)), min(MOST, len(found)))
+    return [found[place] for place in sorted(chosen)]
