@@ -22,11 +22,8 @@ class ParityRule:
     a `weight`.
     """
 
-    OPTIONAL = (
-        "min_probability",
-        "max_svlm_probability",
-        "weights",
-    )  # arguments of the class, settings of a parity set
+    # Arguments, and settings of a parity set's meta file where they are in use.
+    OPTIONAL = ("min_probability", "max_svlm_probability", "weights")
 
     def __init__(
         self,

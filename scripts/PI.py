@@ -204,10 +204,8 @@ def ask_again(args, how: str, questions: list[Question]) -> list[dict]:
 def score(args, questions: list[Question]) -> list[dict]:
     """The annotated answers with the log-probabilities that the S-VLM gives them: one pass for each, without generation."""
     given = [replace(q, request=replace(q.request, answer=q.before["PA_answer"])) for q in questions]
-    model, file = (
-        Model(args, args.model_path_svlm),
-        further_file(args, f"scored-{records.short_name(args.model_path_svlm)}"),
-    )
+    svlm = args.model_path_svlm
+    model, file = Model(args, svlm), further_file(args, f"scored-{records.short_name(svlm)}")
     return Answers(model, file, "PI S-VLM, annotated answers", "PI", given, scored=True).records({})
 
 
@@ -281,9 +279,8 @@ def hold_out_given_questions(args, threshold: str) -> None:
         questions.append(Question(request, before))
     answers = ask_again(args, "given", questions)
     kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
-    file = holdout.given_questions_file(
-        held_out_file(args).parent, records.short_name(args.model_path_lvlm), args.dataset
-    )
+    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
+    file = holdout.given_questions_file(folder, lvlm, args.dataset)
     if distributed.FIRST:
         test = [by_key[r["question_id"]] | {"answers": [r["predictions"]]} for r in kept]
         records.write_json(file, test)

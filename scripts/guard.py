@@ -47,7 +47,9 @@ def report(guard: Guard, variants: list[str]) -> None:
         print("  To try remedies: REMEDY=1 bash scripts/guard.sh, with the variables of the run.")
     out = guard.folder / f"guard_{cell.lvlm}_{cell.svlm}_{cell.dataset}.json"
     models = {name: one.as_json() for name, one in found.items()}
-    records.write_json(out, {"models": models, "recommended": best and guard.model(best).name})
+    records.write_json(
+        out, {"questions": guard.questions, "models": models, "recommended": best and guard.model(best).name}
+    )
     next_command = (
         f" Next: MODEL={guard.model(best)} bash evaluate.sh" if best and DATASETS[cell.dataset].labelled else ""
     )
