@@ -6,6 +6,7 @@ that matter, and then the guard's figures are about other questions (docs/no-har
 
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 from mpa import holdout
@@ -56,9 +57,16 @@ def _of_file(file: Path, image_root: str | None, path_map: dict[str, str]) -> li
 
 
 def about_held_out_images(questions: list[dict], threshold: str, seed: int) -> list[dict]:
-    """Those about held-out images, at most MOST of them, each with its `image_hash`."""
+    """Those about held-out images, each with its `image_hash`; of more than MOST a random choice, about as many images as possible.
+
+    The guard's interval takes the questions for independent, which several about one image are not quite.
+    """
     hashes = holdout.hashes(r["image_path"] for r in questions)
     found = [r | {"image_hash": hashes[r["image_path"]]} for r in questions]
     found = [r for r in found if holdout.is_held_out(r["image_hash"], threshold)]
-    chosen = random.Random(seed).sample(range(len(found)), min(MOST, len(found)))
-    return [found[place] for place in sorted(chosen)]
+    before, ranked = Counter(), []
+    for place in random.Random(seed).sample(range(len(found)), len(found)):
+        ranked.append((before[found[place]["image_hash"]], place))
+        before[found[place]["image_hash"]] += 1
+    chosen = sorted(ranked, key=lambda pair: pair[0])[:MOST]  # first one question about each image, then a second …
+    return [found[place] for place in sorted(place for _, place in chosen)]

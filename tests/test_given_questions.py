@@ -86,6 +86,9 @@ def test_more_than_enough_are_drawn_by_seed(monkeypatch, tmp_path):
     chosen = [given_questions.about_held_out_images(asked, "09", seed) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and {len(c) for c in chosen} == {5}
     assert all(r["image_path"] <= "09" for r in chosen[0])
+    several = [r | {"question_id": f"{r['question_id']}-{i}"} for r in asked[:4] for i in range(20)]
+    spread = given_questions.about_held_out_images(several, "09", 0)
+    assert len(spread) == 5 and len({r["image_path"] for r in spread}) == 4
 
 
 @pytest.mark.parametrize(
