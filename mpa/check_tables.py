@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa import calibration, records, scoring
+from mpa import records, scoring
 from mpa.agreement import wilson
+from mpa.calibration import Reliability
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, gains
 from mpa.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
@@ -77,13 +78,12 @@ def reasons_table(case: Case) -> Table:
     return table
 
 
-def calibration_table(case: Case) -> Table:
+def calibration_table(cell: Cell, found: list[Reliability]) -> Table:
     """The probabilities of each model's answers beside how many are right, in all and in those of at least 90 %."""
-    cell = case.cell
     columns = {"model": str, "right means": str, "n": float, "mean probability, %": Figure, "right, %": Estimate}
     columns |= {"calibration error, points": Figure, "n of 90 % and more": float, "of these right, %": Estimate}
     table = Table("calibration", f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: probabilities of answers", columns)
-    for one in calibration.of_case(case):
+    for one in found:
         sure = one.right[one.probabilities >= 0.9]
         row = {"model": one.model, "right means": one.what, "n": len(one.right)}
         row |= {"mean probability, %": Figure(100 * float(one.probabilities.mean())), "right, %": mean(one.right)}

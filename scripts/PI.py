@@ -85,6 +85,35 @@ def arguments(argv=None):
         help="what you would ask about the held-out images, without answers: a JSON list of {image, question}, or `train` for the "
         "questions of the dataset's train split; the guard asks these instead of the L-VLM's own (docs/no-harm.md)",
     )
+    add_flags_beyond_paper(p)
+    args = cli.parse(p, argv, named_by=("svlm_json",))
+    if bool(args.lvlm_json) != bool(args.svlm_json):
+        p.error("--lvlm-json and --svlm-json must be given together")
+    if args.annotations and args.pa_json:
+        p.error("--annotations and --pa-json both name the PA file; give one")
+    args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
+    args.match = args.match or PRESETS[args.preset].match
+    lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
+    if args.only_lvlm and (args.lvlm_json or args.dry_run):
+        p.error("--only-lvlm asks the L-VLM; it goes with neither --lvlm-json nor --dry-run")
+    if lvlm == svlm and not (args.lvlm_json or args.only_lvlm):
+        raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
+    args.score |= bool(args.max_svlm_probability or args.weights)
+    if args.score and not args.lvlm_json and Model(args, args.model_path_svlm).replies_from != "hf":
+        p.error(
+            "--score, --weights and --max-svlm-probability need --engine hf for the S-VLM; the L-VLM has --engine-lvlm"
+        )
+    defaults = {"anchors": 0.0, "hold_out": 0.0 if DATASETS[args.dataset].labelled else 0.15}
+    for name, value in (defaults | ANCHORED_DEFAULTS if args.anchored else defaults).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.held_out_questions and not args.hold_out:
+        p.error("--held-out-questions needs a held-out set: --hold-out 0.15")
+    return args
+
+
+def add_flags_beyond_paper(p) -> None:
+    """What counts as consistent, and which samples the train file takes (docs/no-harm.md)."""
     p.add_argument(
         "--min-probability",
         type=number(0, 1, float),
@@ -140,30 +169,6 @@ def arguments(argv=None):
             help=f"at most N parity samples of one {what}, chosen at random by --seed (default: any number)",
         )
     anchors.add_flags(p)
-    args = cli.parse(p, argv, named_by=("svlm_json",))
-    if bool(args.lvlm_json) != bool(args.svlm_json):
-        p.error("--lvlm-json and --svlm-json must be given together")
-    if args.annotations and args.pa_json:
-        p.error("--annotations and --pa-json both name the PA file; give one")
-    args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
-    args.match = args.match or PRESETS[args.preset].match
-    lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
-    if args.only_lvlm and (args.lvlm_json or args.dry_run):
-        p.error("--only-lvlm asks the L-VLM; it goes with neither --lvlm-json nor --dry-run")
-    if lvlm == svlm and not (args.lvlm_json or args.only_lvlm):
-        raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
-    args.score |= bool(args.max_svlm_probability or args.weights)
-    if args.score and not args.lvlm_json and Model(args, args.model_path_svlm).replies_from != "hf":
-        p.error(
-            "--score, --weights and --max-svlm-probability need --engine hf for the S-VLM; the L-VLM has --engine-lvlm"
-        )
-    defaults = {"anchors": 0.0, "hold_out": 0.0 if DATASETS[args.dataset].labelled else 0.15}
-    for name, value in (defaults | ANCHORED_DEFAULTS if args.anchored else defaults).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.held_out_questions and not args.hold_out:
-        p.error("--held-out-questions needs a held-out set: --hold-out 0.15")
-    return args
 
 
 def beyond_paper(args, names) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import check_tables, cli, records, runs
+from mpa import calibration, check_tables, cli, records, runs
 from mpa.argument_types import number
 from mpa.guard_check import guard_table
 from mpa.records import InputError
@@ -47,7 +47,7 @@ def of_cells(args) -> list[Table]:
         elif args.check == "coverage":
             tables += [check_tables.coverage_table(case, of) for of in ("answer", "question")]
         elif args.check == "calibration":
-            tables.append(check_tables.calibration_table(case))
+            tables.append(check_tables.calibration_table(cell, calibration.of_case(case)))
     return tables
 
 

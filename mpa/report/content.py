@@ -184,6 +184,7 @@ class CellContent:
         of = {name: [s.annotation_logprob for s in g if s.annotation_logprob is not None] for name, g in groups.items()}
         return lengths, of
 
+    @cached_property
     def calibration(self) -> list[Reliability]:
         return calibration.of_case(self.case)
 

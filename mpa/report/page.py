@@ -134,11 +134,11 @@ def shown_cell(content: CellContent) -> dict:
             "Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples.",
         ),
         "calibration": shown_figure(
-            figures.calibration(content.calibration()),
+            figures.calibration(content.calibration),
             "Answers by their probability: how many are right, with 95 % intervals. On the dotted line both are equal.",
             "Reliability diagrams: the numbers of the table beside them by ten bins.",
         ),
-        "calibration_table": shown_table(calibration_table(content.case)),
+        "calibration_table": shown_table(calibration_table(content.cell, content.calibration)),
         "repeats": repeats_table(content),
         "frequent": frequent_tables(content),
         "training": shown_figure(
