@@ -76,13 +76,14 @@ def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
         return {}
     on_gpu = engine.device.startswith("cuda")
     rows, pixels = 1 if on_gpu else engine.plan.batch_size, inputs["pixel_values"]
-    copies = 2 if pixels.ndim < 4 else 4  # that a processor makes of images on the way to patches, or to tiles
+    # What a processor makes of an image: a picture, a tensor, a stack of tensors; then patches, or tiles that are padded.
+    copies = 2 if pixels.ndim < 3 else 2.75
     batch = memory_estimate.Batch(
         rows,
         tokens=rows * inputs["input_ids"].shape[1],
         patches=rows * memory_estimate.patches(model, pixels.shape),
         pixel_bytes=rows * 4 * pixels.size,
-        preparing=0 if on_gpu else rows * (copies * 4 * pixels.size + 2 * 3 * image.width * image.height),
+        preparing=0 if on_gpu else round(rows * (copies * 4 * pixels.size + 3 * 3 * image.width * image.height)),
         new_tokens=request.max_new_tokens,
     )
     itemsize = _itemsize(str(engine.dtype), engine.device)
