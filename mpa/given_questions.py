@@ -9,7 +9,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from mpa import holdout
+from mpa import asked_again, distributed, holdout, records
+from mpa.answering import Question, question_request
 from mpa.datasets.loading import train_labels
 from mpa.datasets.paths import inside, moved
 from mpa.records import InputError, read_json
@@ -70,3 +71,27 @@ def about_held_out_images(questions: list[dict], threshold: str, seed: int) -> l
         before[found[place]["image_hash"]] += 1
     chosen = sorted(ranked, key=lambda pair: pair[0])[:MOST]  # first one question about each image, then a second …
     return [found[place] for place in sorted(place for _, place in chosen)]
+
+
+def hold_out(args, threshold: str) -> None:
+    """Ask the L-VLM the given questions about held-out images, and write them with its answers as a second held-out set."""
+    given = read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
+    chosen = about_held_out_images(given, threshold, args.seed)
+    if not chosen:
+        raise InputError(
+            f"--held-out-questions {args.held_out_questions}: none of its {len(given):,} questions is about a held-out image of this "
+            "run. Ask about more images, or hold out more (--hold-out)."
+        )
+    by_key, questions = {r["question_id"]: r for r in chosen}, []
+    for key, r in by_key.items():
+        request = question_request(args, key, r["image_path"], r["question"])
+        before = {"question_id": key, "image_path": r["image_path"], "PA_question": r["question"], "PA_answer": ""}
+        questions.append(Question(request, before))
+    answers = asked_again.ask(args, "given", questions)
+    kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
+    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
+    file = holdout.given_questions_file(folder, lvlm, args.dataset)
+    if distributed.FIRST:
+        test = [by_key[r["question_id"]] | {"answers": [r["predictions"]]} for r in kept]
+        records.write_json(file, test)
+    print(f"PI: the guard will ask {len(kept):,} of {len(given):,} given questions, about held-out images.")

@@ -17,15 +17,12 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import anchors, cli, distributed, given_questions, holdout, records
+from mpa import anchors, asked_again, cli, distributed, given_questions, holdout, records
 from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
@@ -34,7 +31,7 @@ from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
 from mpa.journal import finished
 from mpa.matching import MATCHERS
-from mpa.parity import ParityRule, asked_again_file, capped, funnel_line
+from mpa.parity import ParityRule, capped, funnel_line
 from mpa.presets import ANCHORED_DEFAULTS, PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
@@ -85,7 +82,16 @@ def arguments(argv=None):
         help="what you would ask about the held-out images, without answers: a JSON list of {image, question}, or `train` for the "
         "questions of the dataset's train split; the guard asks these instead of the L-VLM's own (docs/no-harm.md)",
     )
-    add_flags_beyond_paper(p)
+    asked_again.add_flags(p)
+    for what in ("question", "answer"):
+        p.add_argument(
+            f"--max-per-{what}",
+            type=number(1),
+            default=0,
+            metavar="N",
+            help=f"at most N parity samples of one {what}, chosen at random by --seed (default: any number)",
+        )
+    anchors.add_flags(p)
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
         p.error("--lvlm-json and --svlm-json must be given together")
@@ -110,65 +116,6 @@ def arguments(argv=None):
     if args.held_out_questions and not args.hold_out:
         p.error("--held-out-questions needs a held-out set: --hold-out 0.15")
     return args
-
-
-def add_flags_beyond_paper(p) -> None:
-    """What counts as consistent, and which samples the train file takes (docs/no-harm.md)."""
-    p.add_argument(
-        "--min-probability",
-        type=number(0, 1, float),
-        default=0.0,
-        metavar="P",
-        help="the L-VLM agrees with itself only if its answer has this probability (default: 0, as in the paper)",
-    )
-    p.add_argument(
-        "--blind",
-        action="store_true",
-        help="leave out what the L-VLM answers as annotated when it sees a grey image instead; it is asked once more",
-    )
-    p.add_argument(
-        "--votes",
-        type=number(1),
-        default=0,
-        metavar="K",
-        help="ask the L-VLM each question K times more, sampled; then these answers decide whether it agrees with itself, not "
-        "the greedy one (default: 0, as in the paper)",
-    )
-    p.add_argument(
-        "--min-agreement",
-        type=number(0, 1, float),
-        default=0.5,
-        metavar="SHARE",
-        help="with --votes: the least share of them that match the annotation (default: 0.5)",
-    )
-    p.add_argument(
-        "--score",
-        action="store_true",
-        help="also store the probability that the S-VLM gives the annotated answer, scored in one pass; needs --engine hf",
-    )
-    p.add_argument(
-        "--max-svlm-probability",
-        type=number(0, 1, float),
-        default=0.0,
-        metavar="P",
-        help="the S-VLM is wrong where it gives the annotated answer at most this probability, whatever it answers; implies "
-        "--score (default: where it answers otherwise, as in the paper)",
-    )
-    p.add_argument(
-        "--weights",
-        action="store_true",
-        help="soft parity: each train record has a `weight`, the share of --votes for its answer times the probability that "
-        "the S-VLM does not give it; implies --score. With --anchors 100 and PL's --sample_weights there is no cut",
-    )
-    for what in ("question", "answer"):
-        p.add_argument(
-            f"--max-per-{what}",
-            type=number(1),
-            default=0,
-            metavar="N",
-            help=f"at most N parity samples of one {what}, chosen at random by --seed (default: any number)",
-        )
-    anchors.add_flags(p)
 
 
 def beyond_paper(args, names) -> dict:
@@ -199,48 +146,6 @@ def answers_file(args, path: str) -> Path:
     return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
 
 
-def ask_again(args, how: str, questions: list[Question]) -> list[dict]:
-    """The L-VLM's further answers, in a file of their own: "blind" or "votes" (`parity.asked_again_file`)."""
-    sampled = {"temperature": 1.0} if how == "votes" else {}
-    model, file = Model(args, args.model_path_lvlm), further_file(args, how)
-    return Answers(model, file, f"PI L-VLM, {how}", "PI", questions, **sampled).records({})
-
-
-def score(args, questions: list[Question]) -> list[dict]:
-    """The annotated answers with the log-probabilities that the S-VLM gives them: one pass for each, without generation."""
-    given = [replace(q, request=replace(q.request, answer=q.before["PA_answer"])) for q in questions]
-    svlm = args.model_path_svlm
-    model, file = Model(args, svlm), further_file(args, f"scored-{records.short_name(svlm)}")
-    return Answers(model, file, "PI S-VLM, annotated answers", "PI", given, scored=True).records({})
-
-
-def further_file(args, how: str) -> Path:
-    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
-    return asked_again_file(folder, lvlm, how, args.dataset)
-
-
-def without_image(args, questions: list[Question]) -> list[Question]:
-    """The questions about a grey image."""
-    grey = records.run_folder(args.run) / "grey.png"
-    if distributed.FIRST and not grey.exists():
-        grey.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (448, 448), (128, 128, 128)).save(grey)
-    distributed.wait()
-    shown = {"image_path": str(grey)}
-    return [replace(q, request=replace(q.request, **shown), before=q.before | shown) for q in questions]
-
-
-def sampled(args, questions: list[Question]) -> list[Question]:
-    """Each question as often as there are votes, with ids such as "17#3"."""
-    found = []
-    for q in questions:
-        for vote in range(1, args.votes + 1):
-            key = f"{q.request.key}#{vote}"
-            request = replace(q.request, key=key, temperature=1.0, seed=args.seed)
-            found.append(replace(q, request=request, before=q.before | {"question_id": key}))
-    return found
-
-
 def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
     """(paths of the held-out images, threshold). The first call of a run decides them, see `mpa.holdout`.
 
@@ -264,32 +169,8 @@ def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
     if test and distributed.FIRST:
         holdout.write(file, test, args.hold_out, threshold)
     if args.held_out_questions and not args.lvlm_json:
-        hold_out_given_questions(args, threshold)
+        given_questions.hold_out(args, threshold)
     return held_out, threshold
-
-
-def hold_out_given_questions(args, threshold: str) -> None:
-    """Ask the L-VLM the given questions about held-out images, and write them with its answers as a second held-out set."""
-    given = given_questions.read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
-    chosen = given_questions.about_held_out_images(given, threshold, args.seed)
-    if not chosen:
-        raise InputError(
-            f"--held-out-questions {args.held_out_questions}: none of its {len(given):,} questions is about a held-out image of this "
-            "run. Ask about more images, or hold out more (--hold-out)."
-        )
-    by_key, questions = {r["question_id"]: r for r in chosen}, []
-    for key, r in by_key.items():
-        request = question_request(args, key, r["image_path"], r["question"])
-        before = {"question_id": key, "image_path": r["image_path"], "PA_question": r["question"], "PA_answer": ""}
-        questions.append(Question(request, before))
-    answers = ask_again(args, "given", questions)
-    kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
-    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
-    file = holdout.given_questions_file(folder, lvlm, args.dataset)
-    if distributed.FIRST:
-        test = [by_key[r["question_id"]] | {"answers": [r["predictions"]]} for r in kept]
-        records.write_json(file, test)
-    print(f"PI: the guard will ask {len(kept):,} of {len(given):,} given questions, about held-out images.")
 
 
 def held_out_file(args) -> Path:
@@ -318,13 +199,14 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
     if pending := [request for request in requests if request.key not in ready]:
         Model(args, args.model_path_lvlm).dry_run(pending, "PI L-VLM")
     if args.votes:
-        Model(args, args.model_path_lvlm).dry_run([q.request for q in sampled(args, questions)], "PI L-VLM, votes")
+        votes = [q.request for q in asked_again.sampled(args, questions)]
+        Model(args, args.model_path_lvlm).dry_run(votes, "PI L-VLM, votes")
     if args.blind:
         Model(args, args.model_path_lvlm).dry_run(requests, "PI L-VLM without the image")
     Model(args, args.model_path_svlm).dry_run(requests, "PI S-VLM, at most")
     if args.score:
-        given = [replace(q.request, answer=q.before["PA_answer"]) for q in questions]
-        Model(args, args.model_path_svlm).dry_run(given, "PI S-VLM, annotated answers, at most")
+        scored = [q.request for q in asked_again.with_answers(questions)]
+        Model(args, args.model_path_svlm).dry_run(scored, "PI S-VLM, annotated answers, at most")
 
 
 def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
@@ -349,9 +231,9 @@ def see_more(args, rule: ParityRule, questions: list[Question], lvlm_answers: li
             "This server or engine does not give it."
         )
     if args.votes:
-        rule.see_votes(ask_again(args, "votes", sampled(args, questions)), args.min_agreement)
+        rule.see_votes(asked_again.votes(args, questions), args.min_agreement)
     if args.blind:
-        rule.see_blind(ask_again(args, "blind", without_image(args, questions)))
+        rule.see_blind(asked_again.blind(args, questions))
 
 
 def without_marks(args, questions: list[Question], lvlm_answers: list[dict]) -> tuple[list[Question], list[dict]]:
@@ -392,7 +274,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     choices |= beyond_paper(args, CONSISTENCY)
     svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
     if args.score:
-        rule.see_probabilities(score(args, for_svlm))
+        rule.see_probabilities(asked_again.scores(args, for_svlm))
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
