@@ -20,6 +20,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.engines import ENGINES
 from mpa.experiments import Experiment, Model, read, stage_arguments
+from mpa.given_questions import MOST
 from mpa.records import REPOSITORY, InputError
 
 NOT_KNOWN = "–"
@@ -57,6 +58,33 @@ def sizes(e: Experiment, dataset: str) -> tuple[int | None, int | None]:
     return images, samples(dataset, "test", e.flags["evaluate"], "evaluate", official)
 
 
+def beyond_paper(e: Experiment, preset: str, dataset: str, images: int | None) -> tuple[int | None, int | None]:
+    """(PI's further requests to the L-VLM, the guard's questions to an S-VLM) of a run, at most. None: not known."""
+    args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags["PI"]))
+    again = args.votes + args.blind
+    if args.hold_out and args.held_out_questions:
+        return None if again and images is None else again * (images or 0) + MOST, MOST
+    if images is None:
+        return (None if again else 0), (None if args.hold_out else 0)
+    return again * images, round(args.hold_out * images)
+
+
+def works_beyond_paper(e: Experiment, dataset: str, images: int | None, shared: bool) -> list[Work]:
+    """Further answers in PI, probabilities, and the guard's questions before and after PL; in runs or, not `shared`, in cells."""
+    found = []
+    lvlms = e.lvlms if shared else [lvlm for lvlm, _ in e.pairs]
+    for preset in e.presets:
+        again, held_out = beyond_paper(e, preset, dataset, images)
+        cells = [(seed, e.variants[name]) for of, seed, name in e.trainings if of == preset]
+        scored = [seed for seed, variant in cells if variant.scores]
+        runs, scored = (len(e.seeds), set(scored)) if shared else (len(cells), scored)
+        found += [Work("PI", lvlm, dataset, again, runs) for lvlm in lvlms]
+        for _, svlm in e.pairs:
+            found.append(Work("PI", svlm, dataset, images, len(scored)))
+            found.append(Work("evaluate", svlm, dataset, held_out, runs + len(cells)))
+    return [work for work in found if work.times and work.requests != 0]
+
+
 def works(e: Experiment) -> list[Work]:
     """All jobs that ask a model, with what is shared counted once."""
     found, runs, trained = [], len(e.presets) * len(e.seeds), len(e.trainings)
@@ -69,6 +97,7 @@ def works(e: Experiment) -> list[Work]:
             found.append(Work("PL", svlm, dataset, images, trained))
             of = len(e.datasets) if e.transfer else 1  # those trained on each dataset
             found.append(Work("evaluate", svlm, dataset, questions, trained * of))
+        found += works_beyond_paper(e, dataset, images, shared=True)
     return found
 
 
@@ -81,6 +110,7 @@ def alone(e: Experiment) -> list[Work]:
             found += [Work("PA", lvlm, dataset, images, n), Work("PI", svlm, dataset, images, n)]
             found += [Work("PL", svlm, dataset, images, n), Work("evaluate", lvlm, dataset, questions, n)]
             found.append(Work("evaluate", svlm, dataset, questions, 2 * n))
+        found += works_beyond_paper(e, dataset, images, shared=False)
     return found
 
 
@@ -185,7 +215,8 @@ def plan(e: Experiment, results: Path) -> list[str]:
         lines.append(row(e, results, stage, models[name], of_model))
     asked, of_cells = requests(found), alone(e)
     lines += [
-        "  PI asks the L-VLM nothing if PA has its answers. PI's requests and PL's samples are at most PA's.",
+        "  PI asks the L-VLM nothing if PA has its answers, but for --votes, --blind and --held-out-questions. PI's requests and PL's",
+        "  samples are upper bounds. With held-out images, evaluate includes the guard's questions before and after PL.",
         "  GPU memory: 16-bit weights; in PL also gradients and optimizer state. Activations come on top.",
         "",
     ]
