@@ -61,12 +61,10 @@ def sizes(e: Experiment, dataset: str) -> tuple[int | None, int | None]:
 def beyond_paper(e: Experiment, preset: str, dataset: str, images: int | None) -> tuple[int | None, int | None]:
     """(PI's further requests to the L-VLM, the guard's questions to an S-VLM) of a run, at most. None: not known."""
     args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags["PI"]))
-    again = args.votes + args.blind
-    if args.hold_out and args.held_out_questions:
-        return None if again and images is None else again * (images or 0) + MOST, MOST
+    again, given = args.votes + args.blind, MOST if args.held_out_questions else 0
     if images is None:
-        return (None if again else 0), (None if args.hold_out else 0)
-    return again * images, round(args.hold_out * images)
+        return (None if again else given), (given or None if args.hold_out else 0)
+    return again * images + given, given or round(args.hold_out * images)
 
 
 def works_beyond_paper(e: Experiment, dataset: str, images: int | None, shared: bool) -> list[Work]:
