@@ -20,7 +20,6 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.engines import ENGINES
 from mpa.experiments import Experiment, Model, read, stage_arguments
-from mpa.given_questions import MOST
 from mpa.records import REPOSITORY, InputError
 
 NOT_KNOWN = "–"
@@ -58,10 +57,9 @@ def sizes(e: Experiment, dataset: str) -> tuple[int | None, int | None]:
     return images, samples(dataset, "test", e.flags["evaluate"], "evaluate", official)
 
 
-def beyond_paper(e: Experiment, preset: str, dataset: str, images: int | None) -> tuple[int | None, int | None]:
-    """(PI's further requests to the L-VLM, the guard's questions to an S-VLM) of a run, at most. None: not known."""
-    args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags["PI"]))
-    again, given = args.votes + args.blind, MOST if args.held_out_questions else 0
+def beyond_paper(args, images: int | None) -> tuple[int | None, int | None]:
+    """(PI's further requests to the L-VLM, the guard's questions to an S-VLM) of a run with PI's `args`, at most. None: not known."""
+    again, given = args.votes + args.blind, args.max_held_out_questions if args.held_out_questions else 0
     if images is None:
         return (None if again else given), (given or None if args.hold_out else 0)
     return again * images + given, given or round(args.hold_out * images)
@@ -72,9 +70,10 @@ def works_beyond_paper(e: Experiment, dataset: str, images: int | None, shared: 
     found = []
     lvlms = e.lvlms if shared else [lvlm for lvlm, _ in e.pairs]
     for preset in e.presets:
-        again, held_out = beyond_paper(e, preset, dataset, images)
+        args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags["PI"]))
+        again, held_out = beyond_paper(args, images)
         cells = [(seed, e.variants[name]) for of, seed, name in e.trainings if of == preset]
-        scored = [seed for seed, variant in cells if variant.scores]
+        scored = [seed for seed, variant in cells if variant.scores or args.score]
         runs, scored = (len(e.seeds), set(scored)) if shared else (len(cells), scored)
         found += [Work("PI", lvlm, dataset, again, runs) for lvlm in lvlms]
         for _, svlm in e.pairs:

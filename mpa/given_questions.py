@@ -16,7 +16,6 @@ from mpa.datasets.paths import inside, moved
 from mpa.records import InputError, read_json
 
 TRAIN = "train"  # instead of a file: the questions of the dataset's train split
-MOST = 1000  # of more, so many at random
 
 
 def read(source: str, dataset: str, image_root: str | None, path_map: dict[str, str]) -> list[dict]:
@@ -57,8 +56,8 @@ def _of_file(file: Path, image_root: str | None, path_map: dict[str, str]) -> li
     return found
 
 
-def about_held_out_images(questions: list[dict], threshold: str, seed: int) -> list[dict]:
-    """Those about held-out images, each with its `image_hash`; of more than MOST a random choice, about as many images as possible.
+def about_held_out_images(questions: list[dict], threshold: str, seed: int, most: int) -> list[dict]:
+    """Those about held-out images, each with its `image_hash`; of more than `most` a random choice, about as many images as possible.
 
     The guard's interval takes the questions for independent, which several about one image are not quite.
     """
@@ -69,14 +68,14 @@ def about_held_out_images(questions: list[dict], threshold: str, seed: int) -> l
     for place in random.Random(seed).sample(range(len(found)), len(found)):
         ranked.append((before[found[place]["image_hash"]], place))
         before[found[place]["image_hash"]] += 1
-    chosen = sorted(ranked, key=lambda pair: pair[0])[:MOST]  # first one question about each image, then a second …
+    chosen = sorted(ranked, key=lambda pair: pair[0])[:most]  # first one question about each image, then a second …
     return [found[place] for place in sorted(place for _, place in chosen)]
 
 
 def hold_out(args, threshold: str) -> None:
     """Ask the L-VLM the given questions about held-out images, and write them with its answers as a second held-out set."""
     given = read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
-    chosen = about_held_out_images(given, threshold, args.seed)
+    chosen = about_held_out_images(given, threshold, args.seed, args.max_held_out_questions)
     if not chosen:
         raise InputError(
             f"--held-out-questions {args.held_out_questions}: none of its {len(given):,} questions is about a held-out image of this "

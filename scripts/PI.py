@@ -82,6 +82,13 @@ def arguments(argv=None):
         help="what you would ask about the held-out images, without answers: a JSON list of {image, question}, or `train` for the "
         "questions of the dataset's train split; the guard asks these instead of the L-VLM's own (docs/no-harm.md)",
     )
+    p.add_argument(
+        "--max-held-out-questions",
+        type=number(1),
+        default=1000,
+        metavar="N",
+        help="of more --held-out-questions N at random, by --seed; the L-VLM answers each (default: 1000)",
+    )
     asked_again.add_flags(p)
     for what in ("question", "answer"):
         p.add_argument(

@@ -171,24 +171,26 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "of_lvlm", "held_out"),
+    ("flags", "of_lvlm", "held_out", "scored"),
     [
-        ("--hold-out 0.2", 0, 6),
-        ("--hold-out 0.2 --held-out-questions train", 1000, 1000),
-        ("--hold-out 0 --votes 3 --blind", 4 * 30, 0),
-        ("--hold-out 0.2 --blind --held-out-questions train", 30 + 1000, 1000),
+        ("--hold-out 0.2", 0, 6, (1, 1)),
+        ("--hold-out 0.2 --held-out-questions train", 1000, 1000, (1, 1)),
+        ("--hold-out 0.2 --held-out-questions train --max-held-out-questions 40", 40, 40, (1, 1)),
+        ("--hold-out 0 --votes 3 --blind", 4 * 30, 0, (1, 1)),
+        ("--hold-out 0.2 --blind --held-out-questions train", 30 + 1000, 1000, (1, 1)),
+        ("--hold-out 0 --score", 0, 0, (2, 7)),
     ],
 )
-def test_the_plan_counts_what_is_asked_beyond_the_paper(file, flags, of_lvlm, held_out):
+def test_the_plan_counts_what_is_asked_beyond_the_paper(file, flags, of_lvlm, held_out, scored):
     soft = "  soft: {train: mpa, anchors: 100, weights: true, seeds: [0]}\n"
     file.write_text(GOOD.replace("seeds: [0, 1]", f"{soft}seeds: [0, 1]") + f"  PI: {flags}\n")
     e, asked = experiments.read(file), lambda works: [w.requests * w.times for w in works]
     shared = experiment_plan.works_beyond_paper(e, "easyVQA", 30, shared=True)
     cells = experiment_plan.works_beyond_paper(e, "easyVQA", 30, shared=False)
     assert [w.model for w in shared] == ["teacher"] * bool(of_lvlm) + ["student"] * (1 + bool(held_out))
-    # Two runs, seven trainings; probabilities for one of each. The guard asks once before and after PL.
-    assert sum(asked(shared)) == 2 * of_lvlm + 30 + (2 + 7) * held_out
-    assert sum(asked(cells)) == 7 * of_lvlm + 30 + (7 + 7) * held_out
+    # Two runs, seven trainings; without PI's --score one of each needs probabilities. The guard asks once before and after PL.
+    assert sum(asked(shared)) == 2 * of_lvlm + scored[0] * 30 + (2 + 7) * held_out
+    assert sum(asked(cells)) == 7 * of_lvlm + scored[1] * 30 + (7 + 7) * held_out
     assert experiment_plan.requests(experiment_plan.works(e)) == 2 * 30 + 2 * 30 + 2 * 50 + 7 * 50 + sum(asked(shared))
 
 

@@ -79,15 +79,14 @@ def test_the_l_vlms_half_asks_them_for_all_s_vlms(run):
     assert run.server.number == n and (run.folder / GIVEN).read_bytes() == before
 
 
-def test_more_than_enough_are_drawn_by_seed(monkeypatch, tmp_path):
-    monkeypatch.setattr(given_questions, "MOST", 5)
+def test_more_than_enough_are_drawn_by_seed(monkeypatch):
     monkeypatch.setattr(given_questions.holdout, "hashes", lambda paths: {path: path for path in paths})
     asked = [{"question_id": f"given-{i}", "image_path": f"{i:02}", "question": "?"} for i in range(20)]
-    chosen = [given_questions.about_held_out_images(asked, "09", seed) for seed in (0, 0, 1)]
+    chosen = [given_questions.about_held_out_images(asked, "09", seed, 5) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and {len(c) for c in chosen} == {5}
     assert all(r["image_path"] <= "09" for r in chosen[0])
     several = [r | {"question_id": f"{r['question_id']}-{i}"} for r in asked[:4] for i in range(20)]
-    spread = given_questions.about_held_out_images(several, "09", 0)
+    spread = given_questions.about_held_out_images(several, "09", 0, 5)
     assert len(spread) == 5 and len({r["image_path"] for r in spread}) == 4
 
 
