@@ -106,9 +106,13 @@ class Guard:
         return self.folder / (model_name(self.cell) + ("" if variant == "mpa" else f"_{variant}"))
 
     def compare(self, variant: str) -> Comparison:
-        """Raises InputError for a missing file, and for one with replies that are still to be asked again."""
+        return compare(*self.answers(variant))
+
+    def answers(self, variant: str) -> tuple[list[dict], list[dict], str]:
+        """(the records before PL, those after, preset). Raises InputError for a missing file, and for one with replies that are
+        still to be asked again."""
         (before, preset), (after, _) = (self._answers(model) for model in (self.cell.svlm, self.model(variant).name))
-        return compare(before, after, preset)
+        return before, after, preset
 
     def _answers(self, model: str) -> tuple[list[dict], str]:
         """(records, preset) of a model's answers to the held-out questions."""

@@ -11,8 +11,10 @@ from answered_runs import sample, word
 from conftest import python
 from corrupt import corrupted
 
-from mpa import records
+from mpa import guard, records
+from mpa.datasets.loading import train_labels
 from mpa.guard import answers_file
+from mpa.guard_check import told_by_train_labels
 from mpa.parity import ParityRule
 from mpa.records import InputError
 from mpa.runs import Cell
@@ -158,9 +160,25 @@ def test_the_guards_verdicts_stand_beside_those_of_the_labels(tmp_path):
     (row,) = table("guard", tmp_path)
     assert row["guard"] == "1 / 2 / 1" and row["test"] == "1 / 1 / 2" and row["seeds"] == "4"
     said = python("checks.py", "guard", tmp_path).stdout
-    assert "same verdict: 3 of 4 trainings, 75.0 %" in said
+    assert "Verdicts as the test's: on worse or not 3 of 4, 75.0 %" in said and "; of three 3 of 4, 75.0 %" in said
+    assert "train split" not in said  # the questions are not its
     assert "Worse by the test: 2; the guard called 1 of them worse, 1 not told apart, 0 better." in said
     assert "Called worse by the guard: 1; better by the test: 0." in said and "Correlation of both changes: 0.8" in said
+
+
+def test_the_guards_questions_can_be_judged_by_the_train_splits_answers():
+    asked = [
+        {"question_id": f"given-{i}", "GT_question": s.question, "image_path": f"/elsewhere/{Path(s.image_path).name}"}
+        for i, s in enumerate(train_labels("easyVQA")[:40])
+    ]
+    before = [r | {"answers": ["the L-VLM's"], "predictions": "wrong"} for r in asked]
+    after = [r | {"predictions": s.answers[0]} for r, s in zip(before, train_labels("easyVQA")[:40], strict=True)]
+    assert guard.compare(before, after, "paper").verdict == "not told apart"
+    assert told_by_train_labels(before, after, "paper", "easyVQA") == "better"
+    assert told_by_train_labels(after, before, "paper", "easyVQA") == "worse"
+    for other in ({"GT_question": "another?"}, {"image_path": "another.png"}, {"question_id": 0}):
+        changed = [before[0] | other, *before[1:]]
+        assert told_by_train_labels(changed, changed, "paper", "easyVQA") is None
 
 
 def test_nothing_to_check_is_an_error(tmp_path):
