@@ -16,6 +16,7 @@ from mpa.datasets.paths import inside, moved
 from mpa.records import InputError, read_json
 
 TRAIN = "train"  # instead of a file: the questions of the dataset's train split
+ID = "given-{}"  # the question ids, by the place in the file or split
 
 
 def read(source: str, dataset: str, image_root: str | None, path_map: dict[str, str]) -> list[dict]:
@@ -32,7 +33,7 @@ def read(source: str, dataset: str, image_root: str | None, path_map: dict[str, 
     else:
         found = _of_file(Path(source), image_root, path_map)
     return [
-        {"question_id": f"given-{i}", "image_path": path, "question": question}
+        {"question_id": ID.format(i), "image_path": path, "question": question}
         for i, (path, question) in enumerate(found)
     ]
 

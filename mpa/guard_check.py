@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa import scoring
+from mpa import given_questions, scoring
 from mpa.agreement import Z, wilson
 from mpa.check_tables import NAMES, names, points
 from mpa.datasets.loading import train_labels
@@ -28,7 +28,7 @@ def told_by_labels(training: Training) -> str:
 @cache
 def _train_split(dataset: str) -> dict:
     """{question id of --held-out-questions train: the sample, with its answers}."""
-    return {f"given-{i}": sample for i, sample in enumerate(train_labels(dataset))}
+    return {given_questions.ID.format(i): sample for i, sample in enumerate(train_labels(dataset))}
 
 
 def told_by_train_labels(before: list[dict], after: list[dict], preset: str, dataset: str) -> str | None:
@@ -94,8 +94,9 @@ def _right(verdicts: list[tuple[str, str]]) -> str:
 
 
 def _summary(pairs: list[tuple[float, float, str, str, str | None]]) -> list[str]:
-    n, counts = len(pairs), Counter((guard, test) for _, _, guard, test, _ in pairs)
-    notes = [f"Verdicts as the test's: {_right([(guard, test) for _, _, guard, test, _ in pairs])}."]
+    verdicts = [(guard, test) for _, _, guard, test, _ in pairs]
+    n, counts = len(pairs), Counter(verdicts)
+    notes = [f"Verdicts as the test's: {_right(verdicts)}."]
     labelled = [(by_labels, test) for *_, test, by_labels in pairs if by_labels]
     if labelled:
         notes.append(f"The same with the train split's answers instead of the L-VLM's: {_right(labelled)}.")

@@ -50,7 +50,7 @@ title "PI: keep what $L answers consistently and $S gets wrong"
 run bash "$ROOT/scripts/PI.sh" --engine "$ENGINE" --engine-lvlm "$LVLM_ENGINE" $SERVER_FLAGS \
     ${QUANTIZATION:+--quantization "$QUANTIZATION"} $PI_FLAGS
 if ((ROUND > 1)); then
-    SAMPLES=$(python -c 'import json, sys; print(sum(r.get("kind") != "anchor" for r in json.load(open(sys.argv[1]))))' \
+    SAMPLES=$(PYTHONPATH=$ROOT python -P -c 'import sys; from mpa import records; print(len(records.read_parity(sys.argv[1])))' \
         "$FOLDER/PI_${L}_train_${L}_${S}_$DATASET.json")
     if ((SAMPLES < MIN_PARITY)); then
         echo "No round $ROUND: its parity set has $SAMPLES samples, fewer than $MIN_PARITY. Use the model of the round before, $(realpath "$SVLM")."
