@@ -1,13 +1,15 @@
+import io
 import os
 import socket
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mpa.datasets.loading import load_samples
 from mpa.image_files import ImageError, content_hash, fingerprints, image_size, open_image
@@ -139,3 +141,77 @@ def test_a_fingerprint_tells_content_from_content(tmp_path):
         (tmp_path / name).write_bytes(content)
     a, b, c = fingerprints([tmp_path / name for name in "abc"]).values()
     assert a == b == (1, content_hash(tmp_path / "a")) and a != c
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """The picture as PNG, with further chunks after its header."""
+    added = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return (whole := written("PNG"))[:33] + added + whole[33:]
+
+
+def jpeg(marker: int, segment: bytes) -> bytes:
+    whole = written("JPEG")
+    return whole[:2] + b"\xff" + bytes([marker]) + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
+
+
+def written(kind: str, **options) -> bytes:
+    content = io.BytesIO()
+    np.random.seed(0)
+    picture = Image.fromarray(np.random.randint(0, 255, (30, 40, 3), dtype=np.uint8))
+    picture.save(content, kind, **options)
+    return content.getvalue()
+
+
+def exif(orientation: int | None = None) -> bytes:
+    found = Image.Exif()
+    found[0x010F] = "a camera's maker"
+    if orientation:
+        found[0x0112] = orientation
+    return found.tobytes()
+
+
+JUNK = exif().replace(b"MM\0*", b"MM#*").replace(b"II*\0", b"II#\0")
+MANY_MB = zlib.compress(b"x" * 3_000_000)
+MALFORMED = {
+    "png, profile of no digits": png((b"tEXt", b"Raw profile type exif\0\nexif\n   8\nzz")),
+    "png, profile cut off": png((b"tEXt", b"Raw profile type exif\0\nexif\n  12\n45786966000049492a00")),
+    "png, compressed profile": png((b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n\n\nnone"))),
+    "png, profile of megabytes": png((b"zTXt", b"Raw profile type exif\0\0" + MANY_MB)),
+    "png, eXIf": png((b"eXIf", JUNK[6:])),
+    "png, empty eXIf": png((b"eXIf", b"")),
+    "png, XMP of megabytes": png((b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + MANY_MB)),
+    "png, XMP": png((b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0\xff\xfe tiff:Orientation="0"')),
+    "png, colour profile": png((b"iCCP", b"")),
+    "png, torn eXIf": png((b"eXIf", exif(6)[6:])).replace(b"a camera's maker", b"x" * 16),
+    "webp": written("WEBP", lossless=True, exif=JUNK),
+    "webp, XMP": written("WEBP", lossless=True, xmp=b'\xff tiff:Orientation="9"'),
+    "avif": written("AVIF", exif=exif()).replace(b"MM\0*", b"MM#*").replace(b"II*\0", b"II#\0"),
+    "jpeg": jpeg(0xE1, JUNK),
+    "jpeg, cut off": jpeg(0xE1, exif()[:14]),
+    "jpeg, nothing": jpeg(0xE1, b"Exif\0\0"),
+    "jpeg, XMP": jpeg(0xE1, b'http://ns.adobe.com/xap/1.0/\0tiff:Orientation="9" \xff'),
+    "mpo": jpeg(0xE2, b"MPF\0II*\0\x08\0\0\0\x03\0" + b"\xff" * 40),
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_metadata_costs_no_image_and_turns_none(content, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = open_image(io.BytesIO(content))
+    kind = "JPEG" if content.startswith(b"\xff\xd8") else "AVIF" if b"ftypavif" in content[:12] else "PNG"
+    assert (image.mode, image.tobytes()) == ("RGB", open_image(io.BytesIO(written(kind))).tobytes())
+    (tmp_path / "a").write_bytes(content)
+    assert data.open_image(tmp_path / "a").tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF", "AVIF", "MPO"])
+def test_a_readable_orientation_is_obeyed_also_beside_an_odd_tag(kind, orientation):
+    content = written(kind, exif=exif(orientation))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    odd = exif(orientation).replace(b"a camera's maker", b"\xff" * 16)  # no text
+    odd = png((b"iCCP", b""), (b"eXIf", odd[6:])) if kind == "PNG" else content.replace(exif(orientation)[6:], odd[6:])
+    for one in (content, odd):
+        assert open_image(io.BytesIO(one)).tobytes() == expected.tobytes()
+        assert open_image(io.BytesIO(one)).size == ((30, 40) if orientation >= 5 else (40, 30))

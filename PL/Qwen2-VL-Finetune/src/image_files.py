@@ -7,17 +7,30 @@ import hashlib
 import io
 import os
 import stat
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 # Tried regardless of the file's suffix. Formats that Pillow passes to other programs (PostScript) are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX")
 MAX_BYTES = 2**28  # no training image is larger
+_ORIENTATION = 0x0112  # the EXIF tag; its values from 2 say how the image is turned to show it
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG, _PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 
 class ImageError(Exception):
@@ -52,16 +65,30 @@ def read_file(path: str | os.PathLike) -> bytes:
 def open_image(path: str | os.PathLike | BinaryIO) -> Image.Image:
     """The image at `path` as RGB, 8 bits per channel: its first frame, rotated as EXIF says, with alpha over white.
 
-    Raises ImageError if it is missing, empty, truncated, not an image, not a regular file, or a decompression bomb.
+    Malformed metadata does not cost an image: without a readable orientation it is not rotated. Raises ImageError if it
+    is missing, empty, truncated, not an image, not a regular file, or a decompression bomb.
     """
-    content = path if hasattr(path, "read") else io.BytesIO(read_file(path))
+    content = path.read() if hasattr(path, "read") else read_file(path)
+    try:
+        return _decoded(content)
+    except ImageError as error:
+        pixels = _without_metadata(content)
+        if pixels == content:
+            raise
+        try:
+            return _decoded(pixels)
+        except ImageError:
+            raise error from None
+
+
+def _decoded(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a line for each odd tag of each image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(content, formats=FORMATS) as file:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as file:
                 file.load()
-                ImageOps.exif_transpose(file, in_place=True)
-                return _as_rgb(file)
+                return _as_rgb(_upright(file))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller") from None
     except MemoryError:
@@ -69,6 +96,32 @@ def open_image(path: str | os.PathLike | BinaryIO) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
         reason = "not an image, or in an unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise ImageError(f"cannot be read ({reason or type(error).__name__})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as EXIF or XMP say it is to be shown; as it is where they cannot be read."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # of the parser, on junk
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _without_metadata(content: bytes) -> bytes:
+    """A PNG or AVIF file without what its reader parses before the pixels: texts, profiles, EXIF. Others as they are."""
+    if content[4:12] == b"ftypavif":
+        return content.replace(b"Exif", b"none", 1)  # the type of its EXIF item
+    if not content.startswith(_PNG):
+        return content
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, at)
+        chunk = content[at : at + 12 + length]
+        sound = int.from_bytes(chunk[-4:]) == zlib.crc32(chunk[4:-4])
+        if chunk[4:8] in _PNG_PIXELS or (chunk[4:8] == b"eXIf" and sound):
+            kept.append(chunk)
+        at += len(chunk)
+    return b"".join(kept)
 
 
 def content_hash(path: str | os.PathLike) -> str:
