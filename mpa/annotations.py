@@ -7,7 +7,8 @@ from mpa import records
 from mpa.datasets.paths import locate
 from mpa.image_files import fingerprints
 from mpa.presets import PRESETS
-from mpa.prompts import holds_mark, parse_annotation, with_question_mark
+from mpa.prompts import A_MARK, holds_mark, parse_annotation, with_question_mark
+from mpa.replies import without_end_tokens
 from mpa.stage import Model
 
 
@@ -52,15 +53,15 @@ def usable_annotations(annotations: list[dict], args, left_out: Counter | None =
     paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
     images = fingerprints(path for r, path in zip(annotations, paths, strict=True) if r.get("image_hash"))
     for r, path in zip(annotations, paths, strict=True):
-        question = r["predicted_question"]
-        if not (question and r["predicted_answer"]):
+        question, answer = r["predicted_question"], without_end_tokens(r["predicted_answer"] or "")
+        if not (question and answer):
             continue
         if PRESETS[args.preset].checked and "reply" not in r:
             question = with_question_mark(question)
-        if holds_mark(f"{question}\n{r['predicted_answer']}", marks):
-            left_out["a mark of the prompt format"] += 1
+        if holds_mark(f"{question}\n{answer}", marks):
+            left_out[A_MARK] += 1
         elif images.get(path) and images[path][1] != r["image_hash"]:
             left_out["the image has changed since PA"] += 1
         else:
-            usable.append(r | {"image_path": path, "predicted_question": question})
+            usable.append(r | {"image_path": path, "predicted_question": question, "predicted_answer": answer})
     return usable

@@ -8,8 +8,8 @@ from mpa.engines import Request, ask
 from mpa.image_files import fingerprints
 from mpa.journal import passing
 from mpa.presets import PRESETS
-from mpa.prompts import answer_prompt
-from mpa.replies import first_line, strip_reasoning
+from mpa.prompts import A_MARK, answer_prompt, holds_mark
+from mpa.replies import first_line, strip_reasoning, without_end_tokens
 from mpa.stage import Model, Stage, counted
 
 ONLY_REASONING = "only reasoning, no answer"
@@ -36,9 +36,11 @@ def question_request(args, key: str, image_path: str, question: str) -> Request:
 
 
 def prediction(reply: dict, preset: str) -> str | None:
-    """The answer in a reply: the whole reply, or its first line after any reasoning. None for an error."""
+    """The answer in a reply: the whole reply, or its first line after any reasoning, without end tokens. None for an error."""
     text = reply.get("text")
-    return text if text is None or PRESETS[preset].whole_reply else first_line(text)
+    if text is None:
+        return None
+    return without_end_tokens(text) if PRESETS[preset].whole_reply else first_line(text)
 
 
 class Answers(Stage):
@@ -59,6 +61,8 @@ class Answers(Stage):
         left_out, text = reply.get("error"), reply.get("text", "")
         if not PRESETS[self.preset].whole_reply and text.strip() and strip_reasoning(text) is None:
             left_out = ONLY_REASONING
+        if holds_mark(record["predictions"] or ""):  # a server that generates beyond the answer's end
+            left_out = A_MARK
         record |= {"left_out": left_out, "logprob": reply.get("logprob")}
         truncated = reply.get("finish_reason", "stop") != "stop"
         return record | {"finish_reason": reply["finish_reason"]} if truncated else record

@@ -147,11 +147,11 @@ def resolved_dtype(dtype: str, device: str = "auto") -> str:
     return "float32"
 
 
-# Used for a model behind a server, whose tokenizer is unknown: the marks of common model families.
+# Used for a model behind a server, whose tokenizer is unknown: the marks of common model families, beside replies.END_TOKENS.
 COMMON_MARKS = frozenset(
-    "<image> <video> <audio> <s> </s> <unk> <pad> <bos> <eos> <IMG_CONTEXT> <img> </img> <box> </box> <ref> </ref> <quad> </quad> "
-    "<fake_token_around_image> <end_of_utterance> <row_1_col_1> <global-img> <start_of_turn> <end_of_turn> <start_of_image> "
-    "<end_of_image> <image_soft_token> [INST] [/INST] [IMG] [IMG_BREAK] [IMG_END] <image_placeholder> <|image|> <|im_end|>".split()
+    "<image> <video> <audio> <unk> <pad> <IMG_CONTEXT> <img> </img> <box> </box> <ref> </ref> <quad> </quad> "
+    "<fake_token_around_image> <row_1_col_1> <global-img> <start_of_image> <end_of_image> <image_soft_token> "
+    "[IMG] [IMG_BREAK] [IMG_END] <image_placeholder> <|image|>".split()
 )
 
 

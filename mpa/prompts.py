@@ -12,6 +12,7 @@ from mpa.presets import PRESETS
 from mpa.refusals import is_refusal
 from mpa.replies import (
     ANSWER_WORDS,
+    END_TOKENS,
     INLINE,
     INLINE_LETTER,
     LABEL,
@@ -21,6 +22,7 @@ from mpa.replies import (
     in_reasoning,
     is_frame,
     strip_reasoning,
+    without_end_tokens,
 )
 
 # Paper, section 3.1: a task prompt T_pr for each kind of VQA. The content follows the paper; the wording is ours.
@@ -81,6 +83,7 @@ _QUOTED = re.compile(
 )
 _ENDED = re.compile(r"[?؟？.!。！…;][\"'”’»」』)*_`\]]*\Z")
 _OPTION = re.compile(r"(?:[-*•] )?\(?[A-Fa-f1-6][).:] |(?:options|choices)\b", re.IGNORECASE)
+A_MARK = "a mark of the prompt format"  # why a text is left out, see `holds_mark`
 # Text that a chat template or a train record would interpret as a special token.
 _MARK = re.compile(r"<image>|<video>|<\|[^|\n]{1,99}\|>")
 # A placeholder that the model did not fill in: the prompt's <question>, or a variant of it.
@@ -104,7 +107,7 @@ _RELEASED_ANSWER = re.compile(r"answer:\s*([^\n]*)", re.IGNORECASE)
 def parse_annotation(
     reply: str, preset: str = "paper", keep_refusals: bool = False, marks: frozenset[str] = frozenset()
 ) -> Annotation:
-    """Parse question and answer from a PA reply.
+    """Parse question and answer from a PA reply. End tokens after the answer are removed.
 
     `paper`: the first question and the answer that follows it, marked by labels ("Question:", "**Q1:**", "### Answer",
     "Frage:" …), JSON keys or tags, after any reasoning. A question may span several lines; an answer is one line.
@@ -118,7 +121,7 @@ def parse_annotation(
     """
     if not PRESETS[preset].checked:
         answer = _RELEASED_ANSWER.search(reply)
-        return Annotation(_released_question(reply), answer and answer.group(1).strip())
+        return Annotation(_released_question(reply), answer and without_end_tokens(answer.group(1)).strip())
 
     text = strip_reasoning(reply)
     if text is None:
@@ -134,15 +137,15 @@ def parse_annotation(
     if not answer:
         return Annotation(question, None, "no answer")
     if holds_mark(f"{question}\n{answer}", marks):
-        return Annotation(question, answer, "a mark of the prompt format")
+        return Annotation(question, answer, A_MARK)
     if not keep_refusals and is_refusal(answer):
         return Annotation(question, answer, "a refusal")
     return Annotation(question, answer)
 
 
 def holds_mark(text: str, marks: frozenset[str] = frozenset()) -> bool:
-    """Does a text contain a special token of the prompt format: <image>, <|…|>, or one of a model's `marks`?"""
-    return bool(_MARK.search(text)) or any(mark.strip() and mark in text for mark in marks)
+    """Does a text contain a special token of the prompt format: <image>, <|…|>, an end token, or one of a model's `marks`?"""
+    return bool(_MARK.search(text)) or any(mark.strip() and mark in text for mark in (*END_TOKENS, *marks))
 
 
 def _released_question(reply: str) -> str | None:
@@ -209,6 +212,7 @@ def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | N
             elif not answer:  # an answer before the question does not count
                 question = text
         elif question is not None:
+            lines = map(without_end_tokens, lines)
             answer = next((bare(line).strip("* ") for line in lines if not is_frame(line)), "")
             if _BLANK.fullmatch(answer):
                 answer = ""

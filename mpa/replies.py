@@ -1,9 +1,37 @@
-"""Remove what surrounds an answer in a reply: reasoning before it, Markdown and quotes around it, labels before it.
+"""Remove what surrounds an answer in a reply: end tokens, reasoning before it, Markdown and quotes, labels before it.
 
 Everything here takes time linear in the length of the reply, for any input.
 """
 
 import re
+
+# --- end tokens ------------------------------------------------------------------------------------
+
+# What ends a turn or opens the next, in any family: a server may return it as text. Local engines do not decode it.
+END_TOKENS = tuple(
+    """
+    <|im_end|> <|endoftext|> <|im_start|> </s> <eos> <end_of_turn> <start_of_turn> <turn|> <|turn> <end_of_utterance>
+    <|eot_id|> <|eom_id|> <|eot|> <|eom|> <|EOT|> <|end_of_text|> <|start_header_id|> <|end_of_role|> <|start_of_role|>
+    <|end|> <|return|> <|call|> <|start|> <|user|> <|observation|> <|assistant|> <|END_OF_TURN_TOKEN|> <|START_OF_TURN_TOKEN|>
+    <｜end▁of▁sentence｜> <|end_of_sentence|> <|eos|> <|endofturn|> [|endofturn|] <|stop|> <eoa> <eoh> <EOS_TOKEN>
+    [EOS] [EOT] [INST] [/INST] <|eos_token|> <|end_of_message|> <s> <bos> <|begin_of_text|> <|startoftext|>
+    """.split()
+)
+_END_RUN = re.compile(rf"(?:{'|'.join(map(re.escape, END_TOKENS))}|\s)++")
+
+
+def without_end_tokens(text: str) -> str:
+    """`text` without the end tokens at its end, and the white space before and between them; other text as it is.
+
+    "</s>" printed in an image cannot be told from the token, and is taken for it, as a tokenizer would.
+
+    >>> without_end_tokens("red<turn|> </s>\\n"), without_end_tokens("a </s> b"), without_end_tokens("a < b ")
+    ('red', 'a </s> b', 'a < b ')
+    """
+    if not text.rstrip().endswith(END_TOKENS):
+        return text
+    return text[: next(run.start() for run in _END_RUN.finditer(text) if run.end() == len(text))]
+
 
 # --- reasoning -------------------------------------------------------------------------------------
 
@@ -31,7 +59,7 @@ _FINAL = r"""
 # These only delimit the answer.
 _AROUND = r"""
     <\s?/\s?(?:conclusion|response|solution|final_answer)\s?>  |  <\|(?:end_of_|end_)(?:solution|response)\|>
-    | \[END\ FINAL\ RESPONSE\]  |  <\|(?:begin|end)_of_box\|>  |  <\|(?:end|return|im_end|eot_id|endoftext)\|>\s*\Z
+    | \[END\ FINAL\ RESPONSE\]  |  <\|(?:begin|end)_of_box\|>
 """
 _REASONING = re.compile(
     f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<final>{_FINAL})|(?P<around>{_AROUND})", re.I | re.M | re.X
@@ -57,14 +85,14 @@ def _visible(text: str) -> tuple[str, bool, bool]:
 
 
 def strip_reasoning(text: str) -> str | None:
-    """`text` without reasoning blocks. A closing tag alone ends a block that the chat template opened.
+    """`text` without reasoning blocks and end tokens. A closing tag alone ends a block that the chat template opened.
 
     Text before a block stays. None if there is only reasoning, complete or not.
 
     >>> strip_reasoning("<think>It looks red.</think>red"), strip_reasoning("so, red</think>red")
     ('red', 'red')
     """
-    visible, found, _ = _visible(text)
+    visible, found, _ = _visible(without_end_tokens(text))
     if found and not visible.strip():
         return None
     return visible.lstrip() if found else visible
@@ -186,9 +214,10 @@ def first_line(reply: str) -> str:
     """The first line of a reply with content: the short answer that the prompt asks for. "" if there is none.
 
     Skips reasoning, blank lines, code fences, horizontal rules, and lines that are only a label, such as "Answer:".
+    End tokens at the line's end are removed.
     """
     for line in (strip_reasoning(reply) or "").splitlines():
-        line = _ANSWER_TAG.sub("", line).strip()
+        line = _ANSWER_TAG.sub("", without_end_tokens(line)).strip()
         label = LABEL.match(line)
         only_label = label and label.end() == len(line) and not line.isalpha()
         if not is_frame(line) and not only_label:

@@ -31,7 +31,7 @@ from mpa.journal import Journal, passing
 from mpa.metrics import most_common
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
-from mpa.prompts import TASK_PROMPTS, Annotation, holds_mark, parse_annotation
+from mpa.prompts import A_MARK, TASK_PROMPTS, Annotation, holds_mark, parse_annotation
 from mpa.stage import Model, Stage, counted
 
 
@@ -134,7 +134,7 @@ def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> 
         and not parsed.reason
         and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
     ):
-        return Annotation(parsed.question, parsed.answer, "a mark of the prompt format")  # in every preset
+        return Annotation(parsed.question, parsed.answer, A_MARK)  # in every preset
     if parsed.question and not parsed.reason and repeated(parsed.question, earlier):
         return Annotation(parsed.question, parsed.answer, "asked before about this image")
     return parsed

@@ -19,6 +19,8 @@ UNITS = [
     "**",
     "|",
     "\\boxed{",
+    "</s>",
+    "</s> x",
 ]
 LONG = [(unit * SIZE)[:SIZE] for unit in UNITS]
 

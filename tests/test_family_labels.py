@@ -11,10 +11,15 @@ from transformers import AutoProcessor
 import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
+from mpa.replies import END_TOKENS
 
 ENDS = dict.fromkeys(miniatures.FAMILIES, "<|im_end|>")
 ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>") | dict.fromkeys(("llava", "llava_next"), "</s>")
 ENDS |= {"granite_vision": "<|end_of_text|>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
+
+
+def test_the_end_token_of_each_family_is_removed_from_replies_of_a_server():
+    assert set(ENDS.values()) <= set(END_TOKENS)
 
 
 @pytest.fixture(scope="module", params=miniatures.FAMILIES)

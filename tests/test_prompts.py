@@ -5,6 +5,7 @@ import re
 import pytest
 
 from mpa.prompts import (
+    A_MARK,
     TASK_PROMPTS,
     Annotation,
     annotation_is_complete,
@@ -14,6 +15,7 @@ from mpa.prompts import (
     follow_up_prompt,
     parse_annotation,
 )
+from mpa.replies import END_TOKENS, without_end_tokens
 
 
 def test_the_prompts_have_not_drifted():
@@ -192,10 +194,35 @@ def test_marks_of_a_model_are_refused_beside_the_fixed_ones():
     marks = frozenset({"<IMG_CONTEXT>", "</s>", " "})  # white space among a tokenizer's tokens is no mark
     assert parse_annotation(reply).reason is None
     assert parse_annotation(reply, marks=marks).reason == "a mark of the prompt format"
-    assert parse_annotation("Question: What is it?\nAnswer: x</s>", marks=marks).reason == "a mark of the prompt format"
+    assert parse_annotation("Question: What is it?\nAnswer: <IMG_CONTEXT>", marks=marks).reason == A_MARK
     assert parse_annotation("Question: What is it?\nAnswer: a b", marks=marks).reason is None
     assert follow_up_prompt(reply, "paper", marks) is None
     assert parse_annotation("Question: What is it\nAnswer: x</s>", "released", marks=marks).reason is None
+
+
+@pytest.mark.parametrize("token", END_TOKENS)
+def test_an_end_token_is_removed_after_the_answer_and_refused_within_it(token):
+    pair = "Question: What is it?\nAnswer: a cat"
+    for end in (token, f" {token} {token}", f"\n{token}\n", f"{token}\nIt purrs.", f"</s>\n\n{token}\n"):
+        assert parse_annotation(pair + end) == Annotation("What is it?", "a cat"), end
+        assert parse_annotation(pair + end, "released").answer == "a cat"
+        assert follow_up_prompt(pair + end, "paper") == answer_prompt("What is it?")
+        cut = next((i for i in range(len(pair + end) + 1) if annotation_is_complete((pair + end)[:i])), None)
+        assert parse_annotation((pair + end)[:cut]) == Annotation("What is it?", "a cat")
+        assert first_line(f"a cat{end}") == first_line(f"{token}\na cat{end}") == "a cat"
+    for within in (f"Question: What{token} is it?\nAnswer: a cat", f"Question: What is it?\nAnswer: a {token} cat"):
+        assert parse_annotation(within).reason == A_MARK
+        assert follow_up_prompt(within, "paper") is None
+    assert parse_annotation('{"question": "What is it?", "answer": "a cat"}' + token) == Annotation(
+        "What is it?", "a cat"
+    )
+    assert parse_annotation(f"Question: What is it?\nAnswer: {token}").reason == "no answer"
+
+
+def test_what_looks_like_an_end_token_is_an_answer():
+    for answer in ("<b>", "a < b", "</ s>", "s>", "end of turn", "[INSTALL]", "<red>", "1 <2> 3", "<|"):
+        assert parse_annotation(f"Question: What is it?\nAnswer: {answer}") == Annotation("What is it?", answer)
+        assert first_line(answer) == without_end_tokens(answer) == answer
 
 
 def test_the_released_reader_finds_what_its_expressions_find():

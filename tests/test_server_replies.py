@@ -1,12 +1,14 @@
 """The openai engine: replies of odd shapes, replies cut short; and no secret in a file."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import python
 from fake_server import annotate_or_answer, completion
 from server_requests import asked, collect
 
+from mpa.prompts import A_MARK
 from mpa.records import read_json
 
 
@@ -113,3 +115,42 @@ def test_no_password_of_an_address_is_written(images, serve, tmp_path, monkeypat
     assert read_json(tmp_path / "b/PA_m_images.meta.json")["device"] == server.url
     for path in tmp_path.rglob("*.json*"):
         assert b"hunter2" not in path.read_bytes() and b"very-secret" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("token", ["</s>", "<turn|>", "<|im_end|>\n", " <eos></s>", "<end_of_utterance>"])
+def test_no_end_token_reaches_the_parity_set_and_none_costs_an_image(images, serve, tmp_path, token):
+    within = f"re{token.strip()}d"  # a server that generates beyond the end of the answer
+
+    def rule(body, number):
+        status, document = annotate_or_answer(body)
+        message = document["choices"][0]["message"]
+        if body["model"] == "s":
+            message["content"] = ("red", "blue", within)[number % 3]
+        message["content"] += token
+        return status, document
+
+    server, run = serve(rule), f"{tmp_path}/run/"
+    flags = [
+        "--dataset",
+        "images",
+        "--engine",
+        "openai",
+        "--base-url",
+        server.url,
+        "--model-path-lvlm",
+        "l",
+        "--run",
+        run,
+    ]
+    assert python("PA.py", *flags, "--image-root", images).returncode == 0
+    assert server.billed == 24  # one annotation and one answer for each of 12 images
+    done = python("PI.py", *flags, "--model-path-svlm", "s", "--hold-out", "0")
+    assert done.returncode == 0, done.stderr
+    assert server.billed == 36
+    svlm, train = (read_json(f"{run}/PI_l_{name}_images.json") for name in ("s", "train_l_s"))
+    assert Counter((r["predictions"], r["left_out"]) for r in svlm) == {
+        ("red", None): 4,
+        ("blue", None): 4,
+        (within, A_MARK): 4,
+    }
+    assert [r["conversations"][1]["value"] for r in train] == ["red"] * 4
