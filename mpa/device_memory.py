@@ -1,4 +1,4 @@
-"""The free memory of a GPU, or of a CPU within the limits of its container.
+"""The free memory of a GPU, or of a CPU within the limits of its container; and how a lack of it is recognised.
 
 `mpa/device_memory.py` and `PL/Qwen2-VL-Finetune/src/device_memory.py` are copies: neither package imports the other.
 """
@@ -22,6 +22,12 @@ def available_bytes(device: str, root: Path = Path("/")) -> int | None:
     meminfo = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     free = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
     return min([free, *_free_in_cgroups(root)])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Recognises the errors of torch on GPUs and CPUs, and of the libraries below it, by their messages."""
+    words = ("out of memory", "not enough memory", "allocate memory", "alloc_failed", "bad_alloc", "unable to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _free_in_cgroups(root: Path) -> list[int]:

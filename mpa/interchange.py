@@ -45,7 +45,7 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
         )
     folder.mkdir(parents=True, exist_ok=True)
     samples = folder / f"samples_{task}.jsonl"
-    records.write_text(samples, "".join(json.dumps(line) + "\n" for line in lines))
+    records.write_text(samples, "".join(records.dumps(line, samples) + "\n" for line in lines))
 
     n, scores = len(result), {"alias": task, "samples": len(result)}
     for name, found in rows.items():

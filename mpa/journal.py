@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mpa import distributed
-from mpa.records import InputError, meta_path, read_json
+from mpa.records import InputError, dumps, loads, meta_path, read_json
 
 
 def differences(old: dict, new: dict) -> str:
@@ -116,7 +116,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
             try:
-                entry = json.loads(line)
+                entry = loads(line)
                 settings = entry["settings"] if end == 0 else None
                 if end and not (isinstance(entry["key"], str) and isinstance(entry.get("text", ""), str)):
                     raise TypeError
@@ -141,7 +141,7 @@ class Journal:
 
     def _write(self, entries: list[dict]) -> list[int]:
         """Append one line per entry, all or none. Returns the offset of each line."""
-        lines = [(json.dumps(entry) + "\n").encode() for entry in entries]
+        lines = [(dumps(entry, self.path) + "\n").encode() for entry in entries]
         start = os.fstat(self._file.fileno()).st_size
         unwritten = b"".join(lines)
         try:

@@ -78,7 +78,7 @@ def model_type(path: str) -> str | None:
     """The `model_type` of a folder or hub id, for an original checkpoint that of its conversion; None without a config.json."""
     base = adapted(path) or path
     config = Path(base, "config.json") if Path(base).is_dir() else conversion.hub.config_file(base)
-    content = read_json(config) if config.is_file() else None
+    content = read_json(config, finite=False) if config.is_file() else None
     kind = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(kind, str):
         return None

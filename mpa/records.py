@@ -7,11 +7,13 @@ fields. Each file has a <name>.meta.json next to it, which says how it was made.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -44,10 +46,50 @@ class InputError(Exception):
     """An error that the user can fix. The message names the file, the record and the remedy."""
 
 
-def read_json(path: str | Path):
+class _NotFinite(ValueError):
+    """NaN, Infinity or a number like 1e999, which Python reads and JSON does not have."""
+
+
+def _refuse(constant: str):
+    raise _NotFinite(constant)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+def loads(text: str | bytes):
+    """A JSON document. Raises ValueError for text that is none, as it is for one with NaN or infinity."""
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _places(value, place: str = "") -> Iterator[str]:
+    """Where NaN and infinities are in a document: ", record 3: 'logprob' is nan"."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _places(part, f"{place}: {name!r}")
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _places(part, f"{place}, record {number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
+
+
+def dumps(data, where: str | Path, **options) -> str:
+    """`data` as JSON, for the file `where`. Raises InputError for NaN and infinity, with their place."""
+    try:
+        return json.dumps(data, allow_nan=False, **options)
+    except ValueError:
+        place = next(_places(data), "")
+        raise InputError(f"{where}{place}, which is no number of JSON; it was not written.") from None
+
+
+def read_json(path: str | Path, finite: bool = True):
     """The JSON document in `path`, or a list of the records if the file is JSON Lines. A byte order mark is skipped.
 
-    A truncated last line of JSON Lines is dropped with a warning. Raises InputError if the file cannot be read.
+    A truncated last line of JSON Lines is dropped with a warning. Raises InputError if the file cannot be read, and for
+    NaN and infinity unless `finite` is False (transformers writes them to configurations).
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -58,7 +100,7 @@ def read_json(path: str | Path):
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected JSON.")
     try:
-        document = json.loads(text)
+        document = loads(text) if finite else json.loads(text)
         return [document] if Path(path).suffix == ".jsonl" and isinstance(document, dict) else document
     except json.JSONDecodeError as error:
         if (lines := _json_lines(path, text)) is not None:
@@ -66,6 +108,9 @@ def read_json(path: str | Path):
         raise InputError(
             f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}). Was it cut off? Write or download it again."
         ) from None
+    except _NotFinite:
+        place = next(_places(json.loads(text)))
+        raise InputError(f"{path}{place}, which is no number of JSON. Correct it, or make the file again.") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise InputError(f"{path}: JSON that cannot be read ({what}). Write or download it again.") from None
@@ -75,9 +120,11 @@ def _json_lines(path: str | Path, text: str) -> list | None:
     """The records of JSON Lines, whose last line may be truncated; None if the file is not JSON Lines."""
     lines = [line for line in text.split("\n") if line.strip()]
     found = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            found.append(loads(line))
+        except _NotFinite as error:
+            raise InputError(f"{path}, line {number}: {error} is no number of JSON. Correct or remove it.") from None
         except (ValueError, RecursionError):
             break
     if not found or not all(isinstance(record, dict) for record in found) or len(found) < len(lines) - 1:
@@ -153,8 +200,8 @@ def _type_error(record: dict, kind: str) -> str:
 
 
 def write_json(path: str | Path, data) -> None:
-    """Write JSON atomically, with `write_text`."""
-    write_text(path, json.dumps(data, indent=4, ensure_ascii=False) + "\n")
+    """Write JSON atomically, with `write_text`. Raises InputError, and writes nothing, for NaN and infinity."""
+    write_text(path, dumps(data, path, indent=4, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpa import distributed, families, records
 from mpa.conversion import native
-from mpa.engines import ENGINES, Request, open_engine
+from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.journal import Journal, finished
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
 from mpa.packages import require
@@ -109,7 +109,7 @@ class Model:
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
         """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
         with self.engine() as engine:
-            list(engine.generate(requests[:1]))  # loads the model
+            list(finite(engine.generate(requests[:1])))  # loads the model
             at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
             some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
             before, started = engine.facts(), time.perf_counter()

@@ -15,7 +15,6 @@ image; with --image-root it must also lie below that folder.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -139,7 +138,7 @@ def main(argv=None) -> None:
         missing_images([s["image"] for s in samples])
         rows = [FORMS[args.to](s) for s in samples]
         if args.to == "ms-swift":
-            records.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            records.write_text(out, "".join(records.dumps(row, out, ensure_ascii=False) + "\n" for row in rows))
         elif args.to == "sharegpt":
             registry = registry_with(out)
             records.write_json(out, rows)

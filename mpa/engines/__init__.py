@@ -7,6 +7,7 @@ read costs one request. Requests whose key is in `done` need no reply.
 - `logprob` is the sum over the generated `tokens`, including the end token.
 - `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit) or
   "content_filter".
+- A reply whose log-probability is NaN or infinite is an error (`not_finite`): its tokens mean nothing.
 - An error is `permanent` where asking again cannot help; other errors are temporary.
 - `follow_up`: the reply to the request's follow-up. Where it is missing or an error, PI asks that question.
 
@@ -14,7 +15,8 @@ read costs one request. Requests whose key is in `done` need no reply.
 the model waited for images.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -25,6 +27,7 @@ from mpa.journal import Journal, follow_up_key, passing
 from mpa.packages import require
 from mpa.presets import PRESETS
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
+from mpa.records import InputError
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,37 @@ def cut_off(reply: dict) -> str | None:
     reason = why.get(reply.get("finish_reason", "stop"))
     text = reply["text"]
     return None if reason is None or annotation_is_complete(text[: text.rfind("\n") + 1]) else reason
+
+
+NOT_FINITE = "the model's logits are NaN or infinite"
+OTHER_DTYPE = {"float16": "use --dtype bfloat16 or float32", "bfloat16": "use --dtype float32"}
+FIRST_REPLIES = 8  # where all of these are not finite, none will be
+
+
+def not_finite(key: str, logprob: float | None, dtype) -> dict | None:
+    """The error of a reply whose log-probability is no finite number, as where `dtype` overflows; None for any other."""
+    if logprob is not None and math.isfinite(logprob):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    remedy = OTHER_DTYPE.get(name, "are the weights damaged? Else try another --dtype")
+    return {"key": key, "error": f"{NOT_FINITE} in {name}: {remedy}", "permanent": True}
+
+
+def finite(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    """The batches of replies. Raises InputError if the first FIRST_REPLIES, or all, have logits that are not finite."""
+    wrong, error, batches = 0, "", iter(batches)
+    for replies in batches:
+        bad = [reply["error"] for reply in replies if reply.get("error", "").startswith(NOT_FINITE)]
+        wrong, error = wrong + len(bad), bad[0] if bad else error
+        if any("error" not in reply for reply in replies):
+            yield replies
+            yield from batches
+            return
+        if wrong >= FIRST_REPLIES:
+            break
+        yield replies
+    if wrong:
+        raise InputError(f"{error}. All of the first {wrong} replies are like that; nothing was written.")
 
 
 MARK_IN_IT = "question: a mark of the prompt format"
@@ -143,7 +177,8 @@ def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> No
     if missing:
         quiet = None if distributed.FIRST else True  # None: without a terminal
         with tqdm(total=len(ours), initial=len(ours) - missing, desc=label, unit="sample", disable=quiet) as bar:
-            for replies in engine.generate(ours, journal):
+            batches = engine.generate(ours, journal)
+            for replies in finite(batches) if missing == len(ours) else batches:
                 new = sum(reply["key"] not in journal for reply in replies)
                 journal.append(replies)
                 bar.set_postfix_str(engine.status(), refresh=False)

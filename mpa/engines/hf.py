@@ -27,10 +27,11 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import distributed, families, models
-from mpa.engines import Request, follow_up_request, memory, teacher_forcing
+from mpa.device_memory import is_out_of_memory
+from mpa.engines import Request, follow_up_request, memory, not_finite, teacher_forcing
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
-from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory, tokens_that_fit
+from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumns, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
@@ -270,10 +271,11 @@ class HFEngine:
             if self.last_columns:
                 self.last_columns.count = 1
         found = teacher_forcing.log_probabilities(logits, answers, self.end_tokens)
-        return [
-            {"key": r.key, "text": r.answer, "logprob": round(one, 4), "tokens": len(ids) + 1, "finish_reason": "stop"}
-            for r, ids, one in zip(requests, answers, found, strict=True)
-        ]
+        replies = []
+        for r, ids, one in zip(requests, answers, found, strict=True):
+            reply = {"key": r.key, "text": r.answer, "logprob": round(one, 4), "tokens": len(ids) + 1}
+            replies.append(not_finite(r.key, one, self.dtype) or reply | {"finish_reason": "stop"})
+        return replies
 
     @property
     def end_tokens(self) -> list[int]:
@@ -306,7 +308,8 @@ class HFEngine:
     def _cut_and_score(self, requests: list[Request], generated, logprobs, stopper: LineStopper) -> list[dict]:
         """The reply in each row of `generated` [B, T]: cut behind its end token, or where `stopper` ended it.
 
-        The length counts the end token; what follows it is padding.
+        The length counts the end token; what follows it is padding. One logit that is NaN or infinite makes its token's
+        log-probability NaN, so the sum [B] tells of all of them.
         """
         is_end = torch.isin(generated, torch.tensor(self.end_tokens, device=generated.device))
         most = generated.shape[1]
@@ -314,12 +317,16 @@ class HFEngine:
         replies = []
         for row, request in enumerate(requests):
             length = min(end_at[row], most, int(stopper.lengths[row]))
+            logprob = logprobs[row, :length].sum().item()
+            if error := not_finite(request.key, logprob, self.dtype):
+                replies.append(error)
+                continue
             ended = stopper.complete[row] or end_at[row] <= length
             replies.append(
                 {
                     "key": request.key,
                     "text": self.preprocessor.reasoning_tag + self.decoder(generated[row, :length]),
-                    "logprob": round(logprobs[row, :length].sum().item(), 4),
+                    "logprob": round(logprob, 4),
                     "tokens": length,
                     "finish_reason": "stop" if ended else "length",
                 }

@@ -1,5 +1,4 @@
-"""What fits into the memory of the `hf` engine: the estimate before the weights are loaded, the probe of a GPU after it, and
-how an out-of-memory error is recognised."""
+"""What fits into the memory of the `hf` engine: the estimate before the weights are loaded, and the probe of a GPU after it."""
 
 import sys
 from collections.abc import Sequence
@@ -8,8 +7,9 @@ import torch
 from PIL import Image
 
 from mpa import memory_estimate, models
-from mpa.device_memory import available_bytes
+from mpa.device_memory import available_bytes, is_out_of_memory
 from mpa.engines import Request
+from mpa.engines.prefix_cache import reset_rope_deltas
 from mpa.image_files import ImageError, open_image
 from mpa.memory_estimate import CANNOT_FIT, described, meta_model
 from mpa.records import InputError
@@ -72,7 +72,7 @@ def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
     try:
         image = open_image(request.image_path)
         inputs = engine.preprocessor.process([image], [request.prompt])
-    except (ImageError, ValueError, RuntimeError):
+    except (ImageError, ValueError, RuntimeError, MemoryError):
         return {}
     on_gpu = engine.device.startswith("cuda")
     rows, pixels = 1 if on_gpu else engine.plan.batch_size, inputs["pixel_values"]
@@ -111,17 +111,11 @@ def check(engine, requests: Sequence[Request]) -> None:
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Recognises the errors of torch on GPUs and CPUs, and of the libraries below it, by their messages."""
-    words = ("out of memory", "not enough memory", "allocate memory", "alloc_failed", "bad_alloc", "unable to allocate")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
 def tokens_that_fit(engine) -> int:
     """How many tokens of a batch fit into the free memory of a CUDA GPU, or of each of those that share the model.
 
     Measures the peak memory of a batch of one and of three rows, with images of the largest size. Their difference is
-    the memory of two rows; the weights and other constant costs cancel out.
+    the memory of two rows; the weights and other constant costs cancel out. Where three rows do not fit, one is taken to.
     """
     edge = int(engine.pixels[1] ** 0.5)
     image, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=PROBE_TOKENS)
@@ -130,7 +124,14 @@ def tokens_that_fit(engine) -> int:
         inputs = engine.preprocessor.process([image] * rows, [request.prompt] * rows)
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        engine.reply([request] * rows, inputs)
+        try:
+            engine.reply([request] * rows, inputs)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reset_rope_deltas(engine.model)
+            torch.cuda.empty_cache()
+            return inputs["input_ids"].shape[1] + PROBE_TOKENS
         peaks[rows] = {device: torch.cuda.max_memory_allocated(device) for device in devices}
     torch.cuda.empty_cache()
     tokens = 2 * (inputs["input_ids"].shape[1] + PROBE_TOKENS)

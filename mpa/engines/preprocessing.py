@@ -5,8 +5,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from mpa import families, models
+from mpa.device_memory import is_out_of_memory
 from mpa.engines import MARK_IN_IT, Request
-from mpa.engines.memory import OUT_OF_MEMORY, is_out_of_memory
+from mpa.engines.memory import OUT_OF_MEMORY
 from mpa.image_files import ImageError, open_image
 from mpa.prompts import holds_mark
 from mpa.records import InputError

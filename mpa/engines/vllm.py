@@ -19,7 +19,7 @@ from collections.abc import Container, Iterable, Iterator
 from importlib.util import find_spec
 
 from mpa import distributed, families, models
-from mpa.engines import Request, follow_up_request
+from mpa.engines import Request, follow_up_request, not_finite
 from mpa.engines.decoding import Decoder
 from mpa.engines.prefetch import PendingRequest, Prefetcher
 from mpa.engines.preprocessing import Preprocessor
@@ -210,6 +210,8 @@ class VLLMEngine:
             return failed | {"error": f"its reply does not fit in --max-model-len {self.model.length}"}
         if generated.finish_reason not in ("stop", "length", None):
             return failed | {"error": f"vLLM gave it up ({generated.finish_reason})"}
+        if error := not_finite(request.key, generated.cumulative_logprob, self.model.dtype):
+            return error
         return {
             "key": request.key,
             # Not generated.text: it lacks a last character that was cut in two.

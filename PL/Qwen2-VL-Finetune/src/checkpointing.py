@@ -113,9 +113,10 @@ class CheckpointingTrainer(Trainer):
         last, _ = checkpoints.last_complete(Path(self.args.output_dir))
         good = f"The last checkpoint, {last.name}, is good" if last else "There is no checkpoint yet"
         named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+        dtype = ", or train with --bf16 True" if self.args.fp16 else ""
         return DataError(
             f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Check them, or lower "
-            f"--learning_rate. {good}; nothing was written since."
+            f"--learning_rate{dtype}. {good}; nothing was written since."
         )
 
 

@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+from record_formats import loads
+
 from data import DataError
 
 MANIFEST = "manifest.json"
@@ -74,16 +76,23 @@ def last_complete(out: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_json(path: Path, content) -> None:
-    """Write a JSON file atomically: to a temporary file in the same folder, which is then renamed."""
+    """Write a JSON file atomically: to a temporary file in the same folder, which is then renamed.
+
+    Raises DataError, and writes nothing, for NaN and infinity.
+    """
+    try:
+        text = json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
+    except ValueError:
+        raise DataError(f"{path}: a figure is NaN or infinite, which is no JSON; it was not written.") from None
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict:
     """Raises DataError if the file is truncated or holds no JSON object."""
     try:
-        content = json.loads(path.read_text())
+        content = loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """Whether a training fits into memory: estimated from the configuration, before the weights are loaded."""
 
+import contextlib
 import math
 import sys
 
@@ -9,7 +10,7 @@ import process_group
 import torch
 from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE
 from batching import StepBatchSampler, step_sampler
-from device_memory import available_bytes
+from device_memory import available_bytes, is_out_of_memory
 from memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 from model_loading import compute_dtype
 from params import DataArguments, ModelArguments, TrainingArguments
@@ -17,6 +18,10 @@ from params import DataArguments, ModelArguments, TrainingArguments
 from data import IGNORE, DataError, Samples
 
 ROWS_ENCODED = 16  # of the largest micro-batch, to count labels and pixels
+SMALLER = (
+    "Smaller micro-batches (a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, or "
+    "--batch_tokens) or a smaller --image_max_pixels need less."
+)
 
 
 def planned_model(model_args: ModelArguments, args: TrainingArguments):
@@ -116,12 +121,21 @@ def line(model, model_args: ModelArguments, data_args: DataArguments, args: Trai
     known = "" if free is None else f" of {free / 1e9:.3g} GB free"
     if free is not None and on_device(sizes, args.device) > free:
         print(
-            f"warning: memory may run out: {described(sizes)}{known}. Smaller micro-batches (a smaller "
-            "--per_device_train_batch_size with more --gradient_accumulation_steps, or --batch_tokens) or a smaller "
-            "--image_max_pixels need less.",
+            f"warning: memory may run out: {described(sizes)}{known}. {SMALLER}",
             file=sys.stderr,
         )
     return f"PL: memory {'per device ' * (args.world_size > 1)}(est.): {described(sizes)}{known}."
+
+
+@contextlib.contextmanager
+def must_fit(rows: int):
+    """Around what the largest micro-batch, of so many samples, goes through. Raises DataError where the memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is a CPU's
+        if not is_out_of_memory(error):
+            raise
+        raise DataError(f"the largest micro-batch, of {rows} samples, does not fit into memory. {SMALLER}") from None
 
 
 def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, samples: Samples) -> Batch:
@@ -132,7 +146,8 @@ def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, sa
         return sum(lengths) if data_args.packing else max(lengths, default=0) * len(lengths)
 
     rows = max(sampler.epoch_batches(0), key=tokens)
-    encoded = [samples[i] for i in rows[-ROWS_ENCODED:]]  # sorted by length
+    with must_fit(len(rows)):
+        encoded = [samples[i] for i in rows[-ROWS_ENCODED:]]  # sorted by length
     pixels = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample and not data_args.cache_features]
     counts = {
         "patches": sum(memory_estimate.patches(model, values.shape) for values in pixels),

@@ -8,7 +8,9 @@ A file is a JSON list of records, an object {"data": [...]}, or JSON Lines. An i
 tools and embedded images are refused: the model would be trained on such a record without seeing them.
 """
 
+import contextlib
 import json
+import math
 from pathlib import Path
 
 IMAGE = "<image>"
@@ -22,6 +24,37 @@ class DataError(Exception):
     """An error that the user can correct. The message names the place (flag, or file and record) and the remedy."""
 
 
+def loads(text: str):
+    """A JSON document. Raises ValueError for text that is none, as it is for one with NaN or infinity."""
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _refuse(constant: str):
+    raise _NotFinite(f"{constant} is no number of JSON")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+class _NotFinite(ValueError):
+    """NaN, Infinity or a number like 1e999, which Python reads and JSON does not have."""
+
+
+def _refuse_record(path: str, text: str, error: _NotFinite) -> None:
+    """Raises DataError for the first record with NaN or infinity, if the text is a JSON list."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
+        for number, record in enumerate(content if isinstance(content, list) else ()):
+            try:
+                json.dumps(record, allow_nan=False)
+            except ValueError:
+                where = f"{path}, record {number}"
+                read_record(record, where, number)  # it says more of a field that it knows
+                raise DataError(f"{where}: {error}. Correct it, or remove the record.") from None
+
+
 def read_records(path: str) -> list:
     """The records of a train file, unchecked. Raises DataError if the file cannot be read or has none."""
     try:
@@ -31,8 +64,10 @@ def read_records(path: str) -> list:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}). Write it again, in UTF-8.") from None
     try:
-        content = json.loads(text)
+        content = loads(text)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, _NotFinite):
+            _refuse_record(path, text, error)
         content = _json_lines(path, text, error)
     if isinstance(content, dict):
         is_record = any(name in content for name in TURNS)
@@ -49,9 +84,9 @@ def _json_lines(path: str, text: str, error: Exception) -> list:
         raise DataError(f"{path}: not JSON (it is empty). Write it again.")
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
+            records.append(loads(line))
         except (ValueError, RecursionError) as line_error:
-            if not records or not isinstance(records[0], dict):
+            if not isinstance(line_error, _NotFinite) and not (records and isinstance(records[0], dict)):
                 reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
                 raise DataError(f"{path}: not JSON ({reason}). Write it again.") from None
             raise DataError(

@@ -1,11 +1,13 @@
 """The Parity Leveler's trainer: transformers' Trainer for fine-tuning a VLM on answers. See `Leveler`."""
 
+import math
 import time
 from collections import Counter
 from itertools import chain
 
 import activations
 import evaluation
+import memory_check
 import objective
 import param_groups
 import process_group
@@ -194,7 +196,7 @@ class Leveler(CheckpointingTrainer):
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
         self.model.train()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager(), memory_check.must_fit(len(largest)):
             return activations.activation_bytes(
                 lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
             )
@@ -246,6 +248,10 @@ class Leveler(CheckpointingTrainer):
 
     def log(self, logs: dict, start_time=None) -> None:
         """Add each part's learning rate, and the throughput since the last log over all ranks, to the logs."""
+        if not math.isfinite(logs.get("grad_norm", 0)):  # float16: DeepSpeed skipped the step
+            if not self.args.fp16:
+                raise self._divergence("the norm of the gradients is not finite", self.last_step_ids)
+            del logs["grad_norm"]  # which the log's JSON could not hold
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs |= self.rates
