@@ -3,14 +3,18 @@
 import miniatures
 import pytest
 import torch
+import train
 from collator import Collator
 from families import image_token_id
-from training import conversation, write_records
-from transformers import AutoProcessor
+from PIL import Image
+from training import arguments, conversation, write_records
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from turns import refuse_dropped_turns
 
 import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
+from mpa.records import InputError, train_record
 from mpa.replies import END_TOKENS
 
 ENDS = dict.fromkeys(miniatures.FAMILIES, "<|im_end|>")
@@ -88,6 +92,109 @@ def test_a_question_without_an_image_is_encoded_too(family, tmp_path):
     sample = encoded(tmp_path, processor, "what is red?", "a color", images=())
     assert [answer.lstrip() for answer in answers(sample, processor)] == ["a color" + ENDS[name]]
     assert sample.keys() == {"input_ids", "labels"}
+
+
+CONVERSATIONS = {
+    "one image": (["a.png"], "<image>\nwhat is it?", "a circle"),
+    "none": (None, "what is red?", "a color"),
+    "two in a turn": (["a.png", "b.png"], "is <image> like <image>?", "no"),
+    "two turns": (["b.png", "a.png"], "<image>\nwhat is it?", "a circle", "<image>\nand this?", "red"),
+    "the last turn": (["b.png", "c.png"], "hi", "hello", "<image>\nwhat is it?", "red", "<image> and it?", "blue"),
+}
+
+
+def test_what_passes_the_check_is_what_the_model_takes(family, tmp_path):
+    """LLaVA-OneVision cuts only a single image into tiles, so that several turns have no common form."""
+    name, path = family
+    for file, size in {"b.png": (150, 60), "c.png": (60, 170)}.items():
+        Image.new("RGB", size, "blue").save(tmp_path / file)
+    processor, passed = AutoProcessor.from_pretrained(path), {}
+    for case, (images, *turns) in CONVERSATIONS.items():
+        refused = ("llava_onevision", "paligemma", "qwen3_5") if "turn" in case and "in a turn" not in case else ()
+        if name in refused:
+            with pytest.raises(data.DataError, match="several turns" if "llava" in name else "id 7: "):
+                encoded(tmp_path, processor, *turns, images=images)
+        else:
+            passed[case] = encoded(tmp_path, processor, *turns, images=images or ())
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32")
+    for batch in ([sample] for sample in passed.values()), [[*passed.values()]]:
+        for samples in batch:
+            inputs = Collator(processor)([{**sample, "sample": 7} for sample in samples])
+            del inputs["samples"]
+            with torch.no_grad():
+                assert model(**inputs).loss.isfinite()
+
+
+DROPPED = ("granite_vision",)  # writes its own system message alone
+
+
+def with_system(text: str) -> dict:
+    record = conversation(["a.png"], "<image>\nwhat is it?", "a circle")
+    return record | {"conversations": [{"from": "system", "value": text}, *record["conversations"]]}
+
+
+@pytest.mark.parametrize("text", ["Answer briefly.", "a"])
+def test_a_system_prompt_is_in_the_prompt_or_an_error(family, tmp_path, text):
+    name, path = family
+    processor, file = AutoProcessor.from_pretrained(path), write_records(tmp_path, with_system(text))
+    (sample,) = data.read_samples([file], str(tmp_path))
+    if name in DROPPED:
+        with pytest.raises(
+            data.DataError, match=r"json, record 0: turn 1 \(system\): .* drops its text.* Put it into a"
+        ):
+            refuse_dropped_turns([sample], processor)
+        with pytest.raises(data.DataError, match=r"id 7: turn 1 \(system\): .* drops its text, 'Answer"):
+            encoded_with(tmp_path, processor, with_system("Answer briefly."))
+    elif name == "paligemma":
+        with pytest.raises(data.DataError, match="one question and its answer"):
+            data.encode(sample, processor)
+    else:
+        refuse_dropped_turns([sample], processor)
+        before = processor.tokenizer.decode(data.encode(sample, processor)["input_ids"]).partition("what is it?")[0]
+        assert text in before
+
+
+def encoded_with(folder, processor, record: dict) -> dict:
+    return data.encode(data.read_samples([write_records(folder, record)], str(folder))[0], processor)
+
+
+def test_a_training_whose_system_prompts_would_be_lost_ends_before_the_model_is_loaded(tmp_path, monkeypatch):
+    path = miniatures.make("granite_vision", tmp_path / "model")
+    records = [train_record(i, "a.png", "what?", "red") for i in range(3)] + [with_system("Answer briefly.")]
+    write_records(tmp_path, *records)
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(data.DataError, match=r"train\.json, record 3: turn 1 \(system\)"):
+        train.main(arguments(tmp_path, model=path))
+
+
+TEMPLATES = {
+    "drops": ("{{ 'USER: <image> ' }}", r"turn 1 \(user\): the model's chat template drops its text"),
+    "refuses": ("{{ raise_exception('no images') }}", r"chat template refuses the conversation \(no images\)"),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_template_that_drops_or_refuses_a_question_is_an_error_in_the_engine_too(tmp_path, kind):
+    path, (template, says) = miniatures.make("llava", tmp_path / "model"), TEMPLATES[kind]
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=says):
+        HFEngine(path, dtype="float32").load()
+    write_records(tmp_path, train_record(1, "a.png", "what?", "red"))
+    with pytest.raises(data.DataError, match=f"record 0: .*{says}"):
+        train.main(arguments(tmp_path, model=path))
+
+
+def test_a_question_that_the_template_changes_costs_only_itself(tmp_path):
+    """As Qwen3's template, which leaves reasoning out of all but the last turn."""
+    path = miniatures.make("llava", tmp_path / "model")
+    template = tmp_path / "model/chat_template.jinja"
+    template.write_text(template.read_text().replace("p.text", "p.text.split('</think>')[-1]"))
+    write_records(tmp_path, train_record(1, "a.png", "what?", "red"))
+    questions = ["what is it?", "<think>no</think>what is it?"]
+    with HFEngine(path, dtype="float32") as engine:
+        asked = [Request(str(i), str(tmp_path / "a.png"), q, max_new_tokens=2) for i, q in enumerate(questions)]
+        replies = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+    assert "text" in replies["0"] and "drops its text, '<think>no" in replies["1"]["error"]
 
 
 @pytest.mark.parametrize(

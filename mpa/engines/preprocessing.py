@@ -28,6 +28,11 @@ class PreparedBatch(NamedTuple):
     errors: list[dict]
 
 
+def asked(prompt: str) -> list[dict]:
+    """The conversation that asks a prompt about an image."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+
+
 class Preprocessor:
     """The processor of one model. `pixels` are its limits (min, max); `max_tiles`: see `families.image_settings`.
 
@@ -102,8 +107,7 @@ class Preprocessor:
         if prompt not in self.chat_texts:
             if len(self.chat_texts) >= CACHED_PROMPTS:
                 self.chat_texts.clear()
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-            self.chat_texts[prompt] = families.chat_text(self.processor, [message])
+            self.chat_texts[prompt] = families.chat_text(self.processor, asked(prompt))
         return self.chat_texts[prompt]
 
     def answer_ids(self, request: Request) -> list[int]:
@@ -113,10 +117,12 @@ class Preprocessor:
         """
         text = request.answer
         if not families.writes_prefix(self.processor):
-            said = [("user", [{"type": "image"}, {"type": "text", "text": request.prompt}])]
-            said.append(("assistant", [{"type": "text", "text": text}]))
-            messages = [{"role": role, "content": content} for role, content in said]
-            answered = families.chat_text(self.processor, messages, add_generation_prompt=False)
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            try:
+                said = [*asked(request.prompt), answer]
+                answered = families.chat_text(self.processor, said, add_generation_prompt=False)
+            except ValueError:  # the template writes it otherwise, or not at all
+                answered = ""
             prompt = self.chat_text(request.prompt)
             block = answered.removeprefix(prompt)  # some templates write a space first
             if answered.startswith(prompt) and text in block:
@@ -126,6 +132,7 @@ class Preprocessor:
     def check(self) -> None:
         """Raise InputError where the processor fails on a plain image and question: then no request is at fault."""
         try:
+            families.check_template(self.processor, asked(PLAIN_QUESTION))
             self.process([Image.new("RGB", (64, 64))], [PLAIN_QUESTION])
         except Exception as error:
             raise InputError(f"{self.model_path}: its processor fails on a plain image: {error}") from None

@@ -130,7 +130,8 @@ def encode(sample: dict, processor) -> dict:
 
     Prompt and answer are tokenised separately, as in generation, so that training starts from exactly the tokens that
     generation starts from. Labels are each answer's tokens and its end token, not what the template adds after it.
-    Raises DataError if an image cannot be read or the template does not append to a conversation.
+    Raises DataError if an image cannot be read, if the template does not append to a conversation, and if images in several
+    turns have other tokens together than each turn's alone (LLaVA-OneVision cuts only a single image into tiles).
     """
     images = [_opened(path) for path in sample["images"]]
     ids, labels, rendered, n_used, processed = [], [], "", 0, []
@@ -150,6 +151,12 @@ def encode(sample: dict, processor) -> dict:
         rendered += prompt + answer
     if len(processed) > 1:  # images in several turns: the model expects them processed together
         processed = [processor(text=[rendered], images=[images], return_tensors="pt")]
+        token, together = image_token_id(processor), processed[0]["input_ids"][0].tolist()
+        if ids.count(token) != together.count(token):
+            raise DataError(
+                f"id {sample['id']}: its images, in several turns, have {together.count(token)} tokens together and "
+                f"{ids.count(token)} one by one. Put all images into the first question, or make a record of each turn."
+            )
     encoded = {
         name: value for inputs in processed for name, value in inputs.items() if name not in PROCESSOR_TEXT_FIELDS
     }
@@ -255,7 +262,8 @@ def encode_all(
         print(f"{len(left_out)} of {len(samples)} samples left out:", *left_out[:10], sep="\n  ")
     if not kept:
         raise DataError(
-            f"{samples[0]['where']}, and all others: none can be used. Are the paths correct? See --image_folder."
+            f"{samples[0]['where']}, and all others: none can be used. The first: {left_out[0].rstrip('.')}. Are the paths "
+            "correct? See --image_folder."
         )
     return Samples(kept, infos, processor, cache)
 

@@ -216,11 +216,46 @@ def tokenizer_options(processor, text: str) -> dict:
 
 
 def chat_text(processor, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """A conversation in the processor's chat template; for PaliGemma its only message, as its processor takes it."""
+    """A conversation in the processor's chat template; for PaliGemma its only message, as its processor takes it.
+
+    Raises ValueError, with the turn, where the template refuses the conversation or drops a turn's text.
+    """
     if writes_prefix(processor):
         (message,) = messages
         return "".join(part.get("text", processor.image_token) for part in message["content"])
-    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the conversation ({error}); change its turns") from None
+    written = "".join(text.split())
+    for number, message in enumerate(messages, 1):
+        for part in message["content"]:
+            if part["type"] == "text" and "".join(part["text"].split()) not in written:
+                raise ValueError(
+                    f"turn {number} ({message['role']}): the model's chat template drops its text, "
+                    f"{part['text'][:40]!r}. Put it into a question, or remove it"
+                )
+    return text
+
+
+def form(messages: list[dict]) -> tuple:
+    """A conversation without its texts: the roles, and the kinds of their parts."""
+    return tuple((message["role"], *(part["type"] for part in message["content"])) for message in messages)
+
+
+def check_template(processor, messages: list[dict]) -> None:
+    """Raise ValueError, with the turn, where the chat template drops a turn of conversations of this `form`.
+
+    With numbers for texts: a short text may be found elsewhere in the prompt.
+    """
+    if not writes_prefix(processor):
+        numbered = []
+        for i, (role, *kinds) in enumerate(form(messages)):
+            texts = ({"text": f"7{i:03}0{j:03}7"} if kind == "text" else {} for j, kind in enumerate(kinds))
+            numbered.append({"role": role, "content": [{"type": k} | t for k, t in zip(kinds, texts, strict=True)]})
+        chat_text(processor, numbered, add_generation_prompt=messages[-1]["role"] == "user")
 
 
 def image_token_id(processor) -> int | None:

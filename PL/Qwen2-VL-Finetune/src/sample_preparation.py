@@ -7,6 +7,7 @@ from pathlib import Path
 import process_group
 from cache import SampleCache
 from params import DataArguments, TrainingArguments
+from turns import refuse_dropped_turns
 
 from data import Samples, encode_all, read_samples, refuse_special_tokens
 
@@ -24,6 +25,7 @@ def prepare(
 ) -> Samples:
     """`data.encode_all` with the flags' values; without `on_disk`, nothing is cached on disk. Collective."""
     refuse_special_tokens(samples, processor.tokenizer)
+    refuse_dropped_turns(samples, processor)
     workers = max(1, len(os.sched_getaffinity(0)) // process_group.local_world_size())
     limit = cache_limit(data_args, args, len(samples))
     if args.world_size > 1 or data_args.cache_gb == 0:  # each rank would keep a copy of what any rank has encoded

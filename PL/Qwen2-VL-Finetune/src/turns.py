@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import families
+from record_formats import DataError
 
 
 class Turn(NamedTuple):
@@ -36,6 +37,18 @@ def turns(messages: list[dict], processor) -> Iterator[Turn]:
             raise ValueError("the chat template does not keep the conversation in order.")
         yield Turn(prompt[len(rendered) :], answer, _images(messages[i]))
         rendered = answered[: len(answered) - len(rest)]
+
+
+def refuse_dropped_turns(samples: list[dict], processor) -> None:
+    """Raises DataError, with the record and the turn, where the chat template drops a turn's text, as a system prompt."""
+    forms = {}
+    for sample in samples:
+        forms.setdefault(families.form(sample["messages"]), sample)
+    for sample in forms.values():
+        try:
+            families.check_template(processor, sample["messages"])
+        except ValueError as error:
+            raise DataError(f"{sample['where']}: {error}.") from None
 
 
 def _after_prompt(prompt: str, answered: str, messages: list[dict], processor) -> str:
