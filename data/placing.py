@@ -24,7 +24,7 @@ from mpa.datasets.protocol import Sample
 from mpa.image_files import ImageError, open_file, open_image
 from mpa.records import InputError
 
-PART = ".prepare.part"  # a fixed name: the next write replaces one left by a kill
+PART = ".prepare.part"  # a fixed name: the next write replaces one left by a kill; prepare.py holds a lock
 
 
 @dataclass

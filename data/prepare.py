@@ -13,6 +13,7 @@ Writes the annotation files of the released MPA code under data/<Name>/. A folde
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -134,13 +135,16 @@ def prepare(args) -> None:
     placing.check_target(data / steps.folder, data)
     placing.check(roots, data)
 
-    for path, content in files.items():
-        if path not in unchanged:
-            records.write_json(path, content)
-        print(f"  {path}: {'exists' if path in unchanged else 'written'}")
-    lost = (
-        placing.place_copy(roots, copied_images(args.source, copy, samples)) if copy else placing.place_download(roots)
-    )
+    there = unchanged == set(files) and all(root.complete for root in roots)
+    with contextlib.nullcontext() if there else records.locked(data / steps.folder):
+        for path, content in files.items():
+            if path not in unchanged:
+                records.write_json(path, content)
+            print(f"  {path}: {'exists' if path in unchanged else 'written'}")
+        if copy:
+            lost = placing.place_copy(roots, copied_images(args.source, copy, samples))
+        else:
+            lost = placing.place_download(roots)
     official = samples.get("train", samples.get("all"))
     report(dataset, count(official) if official else None, counts)
     if lost:

@@ -73,9 +73,13 @@ class Answers(Stage):
 
     def records(self, ready: dict[str, dict] | None = None) -> list[dict]:
         """The records: read from a finished result, else produced. `ready`: replies by key that need no request."""
-        if self.finished():
-            return records.read_records(self.out, self.kind)
         ready = ready or {}
+        # Where nothing is asked, the result takes a moment: another process that makes it is waited for.
+        with self.to_do(wait=all(q.request.key in ready for q in self.questions)) as to_do:
+            return self.made(ready) if to_do else records.read_records(self.out, self.kind)
+
+    def made(self, ready: dict[str, dict]) -> list[dict]:
+        """Make and write the result. Returns its records."""
         requests = [q.request for q in self.questions]
         replies, pending = dict(ready), [request for request in requests if request.key not in ready]
         if pending:

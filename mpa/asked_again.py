@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mpa import distributed, records
+from mpa import atomic, distributed, records
 from mpa.answering import Answers, Question
 from mpa.argument_types import number
 from mpa.parity import asked_again_file
@@ -64,34 +64,55 @@ def add_flags(p) -> None:
     )
 
 
-def ask(args, how: str, questions: list[Question], **sampling) -> list[dict]:
+def of_lvlm(args, how: str, questions: list[Question], **sampling) -> Answers:
     """The L-VLM's answers, in a file of their own: "votes", "blind" or "given"."""
     model = Model(args, args.model_path_lvlm)
-    return Answers(model, _file(args, how), f"PI L-VLM, {how}", "PI", questions, **sampling).records({})
+    return Answers(model, _file(args, how), f"PI L-VLM, {how}", "PI", questions, **sampling)
+
+
+def _votes(args, questions: list[Question]) -> Answers:
+    return of_lvlm(args, "votes", sampled(args, questions), temperature=1.0)
 
 
 def votes(args, questions: list[Question]) -> list[dict]:
-    return ask(args, "votes", sampled(args, questions), temperature=1.0)
+    return _votes(args, questions).records({})
+
+
+def stages(args, questions: list[Question]) -> list[Answers]:
+    """Those whose questions are known before the L-VLM has answered, for a look at what is there."""
+    found = [_votes(args, questions)] if args.votes else []
+    return found + ([_blind(args, questions)] if args.blind and _grey(args).exists() else [])
 
 
 def blind(args, questions: list[Question]) -> list[dict]:
     """The L-VLM's answers to the questions about a grey image."""
-    grey = records.run_folder(args.run) / "grey.png"
+    grey = _grey(args)
     if distributed.FIRST and not grey.exists():
-        grey.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (448, 448), (128, 128, 128)).save(grey)
+        with atomic.replacing(grey) as file:
+            Image.new("RGB", (448, 448), (128, 128, 128)).save(file, "PNG")
     distributed.wait()
-    shown = {"image_path": str(grey)}
+    return _blind(args, questions).records({})
+
+
+def _blind(args, questions: list[Question]) -> Answers:
+    shown = {"image_path": str(_grey(args))}
     about_grey = [replace(q, request=replace(q.request, **shown), before=q.before | shown) for q in questions]
-    return ask(args, "blind", about_grey)
+    return of_lvlm(args, "blind", about_grey)
 
 
-def scores(args, questions: list[Question]) -> list[dict]:
+def _grey(args) -> Path:
+    return records.run_folder(args.run) / "grey.png"
+
+
+def scored(args, questions: list[Question]) -> Answers:
     """The annotated answers with the log-probabilities that the S-VLM gives them: one pass for each, without generation."""
     svlm = args.model_path_svlm
     model, file = Model(args, svlm), _file(args, f"scored-{records.short_name(svlm)}")
-    questions = with_answers(questions)
-    return Answers(model, file, "PI S-VLM, annotated answers", "PI", questions, scored=True).records({})
+    return Answers(model, file, "PI S-VLM, annotated answers", "PI", with_answers(questions), scored=True)
+
+
+def scores(args, questions: list[Question]) -> list[dict]:
+    return scored(args, questions).records({})
 
 
 def with_answers(questions: list[Question]) -> list[Question]:

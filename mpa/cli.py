@@ -208,10 +208,14 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
     return args
 
 
-def open_log(args) -> None:
-    """Start results/RUN/log.txt; with --dry-run, which writes nothing, there is none."""
-    if not args.dry_run:
+def open_log(args, writes: bool = False) -> None:
+    """Start results/RUN/log.txt; with --dry-run, which writes nothing, there is none.
+
+    In a new folder only once something `writes`: a call that is refused makes no folder.
+    """
+    if args.log and not args.dry_run and (writes or args.log.parent.is_dir()):
         log_file.open_log(args.log, args.verbose)
+        args.log = None
 
 
 def _dataset_of(file: Path) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from mpa import records
+from mpa import atomic, records
 from mpa.image_files import read_file
 from mpa.packages import require
 from mpa.parity import funnel_line
@@ -146,22 +146,20 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    temporary = data / ".train.parquet.part"
-    try:
-        with pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer:
+    with records.locked(folder / "README.md", wait=True), atomic.temporary(data / "train.parquet") as file:
+        with pyarrow.parquet.ParquetWriter(file, features.arrow_schema) as writer:
             row_iterator = rows()
             while group := list(islice(row_iterator, 32)):  # small groups, since images may be large
                 writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
-        with open(temporary, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        atomic.on_disk(file)
+        file.seek(0)
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         part = data / f"train-00000-of-00001-{content}.parquet"
-        os.replace(temporary, part)
-    finally:
-        temporary.unlink(missing_ok=True)
-    records.write_text(folder / "README.md", card(f"data/{part.name}"))
-    for old in data.glob("train-*.parquet"):  # from an earlier export; the card no longer names it
-        if old != part:
-            old.unlink()
+        os.replace(file.name, part)
+        records.write_text(folder / "README.md", card(f"data/{part.name}"))
+        for old in data.glob("train-*.parquet"):  # from an earlier export; the card no longer names it
+            if old != part:
+                old.unlink()
 
 
 def size_category(n: int) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from mpa import asked_again, distributed, holdout, records
-from mpa.answering import Question, question_request
+from mpa.answering import Answers, Question, question_request
 from mpa.datasets.loading import train_labels
 from mpa.datasets.paths import inside, moved
 from mpa.records import InputError, read_json
@@ -73,21 +73,31 @@ def about_held_out_images(questions: list[dict], threshold: str, seed: int, most
     return [found[place] for place in sorted(place for _, place in chosen)]
 
 
-def hold_out(args, threshold: str) -> None:
-    """Ask the L-VLM the given questions about held-out images, and write them with its answers as a second held-out set."""
-    given = read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
+def of(args) -> list[dict] | None:
+    """The given questions; None if none are given. Raises InputError as `read`."""
+    return args.held_out_questions and read(args.held_out_questions, args.dataset, args.image_root, args.path_map)
+
+
+def about(args, given: list[dict], threshold: str) -> tuple[list[dict], Answers]:
+    """(those of the given questions that are about held-out images, the L-VLM's answers). Raises InputError if there are none."""
     chosen = about_held_out_images(given, threshold, args.seed, args.max_held_out_questions)
     if not chosen:
         raise InputError(
             f"--held-out-questions {args.held_out_questions}: none of its {len(given):,} questions is about a held-out image of this "
             "run. Ask about more images, or hold out more (--hold-out)."
         )
-    by_key, questions = {r["question_id"]: r for r in chosen}, []
-    for key, r in by_key.items():
+    questions = []
+    for r in chosen:
+        key = r["question_id"]
         request = question_request(args, key, r["image_path"], r["question"])
         before = {"question_id": key, "image_path": r["image_path"], "PA_question": r["question"], "PA_answer": ""}
         questions.append(Question(request, before))
-    answers = asked_again.ask(args, "given", questions)
+    return chosen, asked_again.of_lvlm(args, "given", questions)
+
+
+def write(args, given: list[dict], chosen: list[dict], stage: Answers) -> None:
+    """Ask the L-VLM the chosen ones of the given questions, and write them with its answers as a second held-out set."""
+    answers, by_key = stage.records({}), {r["question_id"]: r for r in chosen}
     kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
     folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
     file = holdout.given_questions_file(folder, lvlm, args.dataset)

@@ -20,6 +20,10 @@ from mpa.metrics import most_common
 from mpa.prompts import answer_prompt
 from mpa.records import InputError
 
+RESULTS = "results.json"
+# Its parts, each with an entry for every task.
+PARTS = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+
 
 def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str, model_path: str) -> Path:
     """Write samples_<task>.jsonl and results.json to `folder`. Other tasks in an existing results.json are kept."""
@@ -43,10 +47,6 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
                 "submission": {"question_id": r["question_id"], "answer": r["predictions"] or ""},
             }
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    samples = folder / f"samples_{task}.jsonl"
-    records.write_text(samples, "".join(records.dumps(line, samples) + "\n" for line in lines))
-
     n, scores = len(result), {"alias": task, "samples": len(result)}
     for name, found in rows.items():
         mean = sum(found) / n
@@ -62,17 +62,27 @@ def write_lmms_eval(folder: Path, result: list[dict], dataset: str, preset: str,
         "higher_is_better": {keys[name]: True for name in names},
         "n-samples": {"original": n, "effective": n},
     }
-    path = folder / "results.json"
+    with records.locked(folder / RESULTS, wait=True):
+        document = results_in(folder)
+        for key, value in of_task.items():
+            document[key] = document.get(key, {}) | {task: value}
+        document |= {"model_source": "mpa", "model_name": model_path}
+        document["config"] = {"model": "mpa", "model_args": model_path}
+        samples = folder / f"samples_{task}.jsonl"
+        records.write_text(samples, "".join(records.dumps(line, samples) + "\n" for line in lines))
+        records.write_json(folder / RESULTS, document)
+    return folder
+
+
+def results_in(folder: Path) -> dict:
+    """The content of results.json in `folder`, {} if there is none. Raises InputError if it is not lmms-eval's."""
+    path = folder / RESULTS
     document = records.read_json(path) if path.exists() else {}
-    if not isinstance(document, dict) or not all(isinstance(document.get(key, {}), dict) for key in of_task):
+    if not isinstance(document, dict) or not all(isinstance(document.get(key, {}), dict) for key in PARTS):
         raise InputError(
             f"{path}: not a results.json of lmms-eval. Move it away and run again; finished answers are kept."
         )
-    for key, value in of_task.items():
-        document[key] = document.get(key, {}) | {task: value}
-    document |= {"model_source": "mpa", "model_name": model_path, "config": {"model": "mpa", "model_args": model_path}}
-    records.write_json(path, document)
-    return folder
+    return document
 
 
 def dataset_of(file_name: str) -> str | None:

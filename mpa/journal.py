@@ -28,6 +28,7 @@ def differences(old: dict, new: dict) -> str:
 def finished(result: Path, settings: dict, restart: bool) -> bool:
     """Does a complete `result` with these settings exist? Raises InputError if it has other settings.
 
+    Of `settings` without the "content", which may not be known yet, only the others are compared.
     A result is incomplete if it is empty or some of its replies failed with a temporary error. Its journal is kept.
     """
     if restart or not result.exists():
@@ -35,13 +36,37 @@ def finished(result: Path, settings: dict, restart: bool) -> bool:
     meta = read_json(meta_path(result)) if meta_path(result).exists() else {}
     if not isinstance(meta, dict):
         raise InputError(f"{meta_path(result)}: not the meta file of a result. Start again with --restart.")
-    old = meta.get("settings", {})
+    old = _comparable(meta.get("settings", {}), settings)
     if old != settings:
         raise InputError(
             f"{result}: was made with other settings: {differences(old, settings)}. "
             "Choose another --run or --out to keep it, or --restart to replace it."
         )
     return not meta.get("unfinished")
+
+
+def _comparable(old, new: dict):
+    return old if "content" in new or not isinstance(old, dict) else {k: v for k, v in old.items() if k != "content"}
+
+
+def refuse_other_settings(result: Path, settings: dict, restart: bool) -> None:
+    """Raise InputError if an unfinished run of `result` has other settings, as `Journal` does; nothing is opened for writing."""
+    for path in () if restart else sorted(result.parent.glob(f"{glob.escape(result.stem)}.journal*.jsonl")):
+        with open(path, "rb") as file:
+            line = file.readline()
+        try:
+            old = json.loads(line)["settings"] if line.endswith(b"\n") else settings
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # damaged: `Journal` names the line
+        _refuse_other(path, _comparable(old, settings), settings)
+
+
+def _refuse_other(path: Path, old, settings: dict) -> None:
+    if old != settings:
+        raise InputError(
+            f"{path}: an unfinished run with other settings: {differences(old, settings)}. "
+            "Use the same settings, or start again with --restart."
+        )
 
 
 def passing(reply: dict) -> bool:
@@ -59,10 +84,11 @@ class Journal:
 
     Replies stay on disk; memory holds their positions, some 140 bytes a reply. In a distributed run (`mpa.distributed`) each process
     writes its own file and reads all files. Temporary errors are kept during this call only: the next call asks again.
+    `late`: nothing is written, and with `restart` nothing removed, before the first reply; the model may not load.
     Raises InputError if a journal has other settings, is damaged, or is being written by another process.
     """
 
-    def __init__(self, result: Path, settings: dict, restart: bool = False):
+    def __init__(self, result: Path, settings: dict, restart: bool = False, late: bool = False):
         self.result, self.settings = Path(result), settings
         self.path = self.result.with_suffix(
             f".journal-{distributed.RANK}.jsonl" if distributed.RANK else ".journal.jsonl"
@@ -84,17 +110,35 @@ class Journal:
                 "process writes to this run.",
                 file=sys.stderr,
             )
-        if restart:  # remove the old result now, so that it cannot reappear after a kill
-            for old in (self.result, meta_path(result), *self._others()) if distributed.FIRST else ():
-                old.unlink(missing_ok=True)
-            self._file.truncate(0)
-            if distributed.FIRST:
-                distributed.wait()
+        self._waits = "restart" if restart and late and distributed.WORLD == 1 else ""  # for the first reply
+        if self._waits:
+            self._files.append(open(self.path, "rb"))  # noqa: SIM115
+            return
+        if restart:
+            self._restart()
         complete = self._read(self.path, earlier=True)
-        self._file.truncate(complete)  # remove a partial last line; its reply will be generated again
-        if not complete:
-            self._write([{"settings": settings}])
+        if complete < os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(complete)  # remove a partial last line; its reply will be generated again
+        self._waits = "" if complete else "settings"
+        if not late:
+            self._begin()
         self.read_others(earlier=True)
+
+    def _restart(self) -> None:
+        """Remove the old result now, so that it cannot reappear after a kill."""
+        for old in (self.result, meta_path(self.result), *self._others()) if distributed.FIRST else ():
+            old.unlink(missing_ok=True)
+        self._file.truncate(0)
+        if distributed.FIRST:
+            distributed.wait()
+
+    def _begin(self) -> None:
+        """Do what waited for the first reply."""
+        if self._waits == "restart":
+            self._restart()
+        if self._waits:
+            self._write([{"settings": self.settings}])
+        self._waits = ""
 
     def _others(self) -> list[Path]:
         """The files of the other processes, including those of an earlier call with more processes."""
@@ -128,10 +172,7 @@ class Journal:
                 ) from None
             if end == 0 and settings != self.settings:
                 self.close()
-                raise InputError(
-                    f"{path}: an unfinished run with other settings: {differences(settings, self.settings)}. "
-                    "Use the same settings, or start again with --restart."
-                )
+                _refuse_other(path, settings, self.settings)
             if end:
                 (failed if passing(entry) else self._positions).setdefault(entry["key"], (number, end))
             end += len(line)
@@ -154,6 +195,7 @@ class Journal:
 
     def append(self, replies: list[dict]) -> None:
         """Store finished replies: dicts with a "key". The first reply of a key is kept."""
+        self._begin()
         new = {}
         for reply in replies:
             if reply["key"] not in self:
@@ -176,6 +218,12 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    def abandon(self) -> None:
+        """Close the files after an error; an empty one was made by this call and goes."""
+        if not os.fstat(self._file.fileno()).st_size:
+            self.path.unlink(missing_ok=True)
+        self.close()
 
     def close(self, remove: bool = False) -> None:
         """Close the files; with `remove`, delete them, since the result has been written."""

@@ -5,6 +5,7 @@ fields. Each file has a <name>.meta.json next to it, which says how it was made.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -13,11 +14,13 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
-from mpa import distributed
+from mpa import atomic, distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -201,23 +204,18 @@ def _type_error(record: dict, kind: str) -> str:
 
 def write_json(path: str | Path, data) -> None:
     """Write JSON atomically, with `write_text`. Raises InputError, and writes nothing, for NaN and infinity."""
-    write_text(path, dumps(data, path, indent=4, ensure_ascii=False) + "\n")
+    write_text(path, as_json(data, path))
+
+
+def as_json(data, path: str | Path) -> str:
+    return dumps(data, path, indent=4, ensure_ascii=False) + "\n"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file atomically: write a temporary file in the same folder, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # a fixed name: the next write replaces one left by a kill
-    try:
+    """Write a file atomically, see `atomic.replacing`."""
+    with atomic.replacing(Path(path)) as file:
         # Invalid Unicode (half a surrogate pair, a file name in another encoding) becomes a JSON escape.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def meta_path(path: str | Path) -> Path:
@@ -229,15 +227,64 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     """Write a result file and its meta file. The result is written last, so an existing result is complete.
 
     `settings` determine the result and are compared when the stage is called again; `facts` (counts, seconds,
-    device …) describe the run. In a distributed run rank 0 writes and the others wait.
+    device …) describe the run. In a distributed run rank 0 writes and the others wait. An old result stays until the new one
+    is on the disk.
     """
-    meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
+    path, meta = Path(path), {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
     distributed.wait()  # until all processes have checked that there is no result yet
     if distributed.FIRST:
-        Path(path).unlink(missing_ok=True)  # never an old result with a new meta file
-        write_json(meta_path(path), meta)
-        write_json(path, records)
+        with locked(path, wait=True), atomic.replacing(path) as result, atomic.replacing(meta_path(path)) as beside:
+            for file, content in ((result, records), (beside, meta)):
+                file.write(as_json(content, path).encode("utf-8", "backslashreplace"))
+                atomic.on_disk(file)  # before anything is replaced: the disk may be full
+            path.unlink(missing_ok=True)  # never an old result with a new meta file
     distributed.wait()
+
+
+_HELD: set[tuple[Path, int]] = set()  # the locks of this process, by path and thread
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
+    """While the block runs, no other process makes `path`: it waits, or gets an InputError. Within the block, again is no wait.
+
+    The lock is a file beside it, which is removed in the end; the kernel releases it when the process dies.
+    """
+    path = Path(path).absolute()
+    key, lock = (path, threading.get_ident()), path.with_name(f".{path.name}.lock")
+    if key in _HELD:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _locked_file(path, lock, wait)
+    _HELD.add(key)
+    try:
+        yield
+    finally:
+        _HELD.discard(key)
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked_file(path: Path, lock: Path, wait: bool) -> BinaryIO:
+    while True:
+        file = open(lock, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            raise InputError(f"{path}: another process is writing it; wait for it or stop it.") from None
+        except OSError as error:
+            print(
+                f"warning: {path}: cannot be locked on this file system ({error.strerror}). Make sure that no other "
+                "process writes to this run.",
+                file=sys.stderr,
+            )
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        file.close()  # its last owner removed it meanwhile
 
 
 def made_by() -> dict:

@@ -171,13 +171,12 @@ def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
 
     `lvlm` and `svlm` are the models' paths. What is printed goes to the first folder's log.txt, too.
     """
+    what = "accuracy" if DATASETS[dataset].labelled else "agreement"
+    runs = [Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm)) for folder in folders]
+    results = [summary(run) for run in runs]
     log_file.open_log(folders[0] / "log.txt")
-    results, what = [], "accuracy" if DATASETS[dataset].labelled else "agreement"
-    for folder in folders:
-        run = Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm))
-        result = summary(run)
+    for folder, run, result in zip(folders, runs, results, strict=True):
         records.write_json(folder / "summary.json", result)
-        results.append(result)
         print(f"\n{folder}: " + funnel_line(result["funnel"]))
         print("\n".join(["Examples:", *examples(run), ""]))
         print("\n".join([*table(result, what), *cautions(result)]))

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from mpa import distributed, families, records
+from mpa import cli, distributed, families, records
 from mpa.conversion import native
 from mpa.engines import ENGINES, Request, finite, open_engine
-from mpa.journal import Journal, finished
+from mpa.journal import Journal, finished, refuse_other_settings
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
 from mpa.packages import require
 from mpa.records import InputError
@@ -132,10 +132,11 @@ class Model:
 class Stage:
     """One model's replies in one result file, resumably.
 
-    if stage.finished(): return
-    with stage.running() as engine:
-        ask(engine, requests, stage.journal, stage.label)
-    stage.write(result, passing=…, usable=…)
+    with stage.to_do() as to_do:
+        if not to_do: return
+        with stage.running() as engine:
+            ask(engine, requests, stage.journal, stage.label)
+        stage.write(result, passing=…, usable=…)
 
     `content` is what the records hold besides the replies, as JSON; `choices` are further settings that decide the
     outcome. Raises InputError if `out` or its journal was made with other settings.
@@ -148,19 +149,48 @@ class Stage:
         self.journal: Journal | None = None
         self.facts = {}
 
+    def check(self, content: bool = True) -> bool:
+        """Whether the result exists, made with these settings. Raises InputError if it, or its journal, has others.
+
+        Without `content`, what the records hold besides the replies is not compared.
+        """
+        settings = {name: value for name, value in self.settings.items() if content or name != "content"}
+        there = finished(self.out, settings, self.model.args.restart)
+        if not there:
+            refuse_other_settings(self.out, settings, self.model.args.restart)
+        return there
+
     def finished(self) -> bool:
-        """Whether the result exists, made with these settings. Prints a line if it does."""
-        there = finished(self.out, self.settings, self.model.args.restart)
+        """As `check`; prints a line if the result exists."""
+        there = self.check()
         if there:
             print(f"{self.label}: {self.out} already exists, made with these settings (--restart makes it anew).")
         return there
 
     @contextlib.contextmanager
+    def to_do(self, wait: bool = False) -> Iterator[bool]:
+        """Whether the result is still to be made; while this is open, no other process makes it.
+
+        Raises InputError where another does now; `wait`: waits for it instead.
+        """
+        if self.finished():
+            yield False
+            return
+        with records.locked(self.out, wait) if distributed.FIRST else contextlib.nullcontext():
+            cli.open_log(self.model.args, writes=True)
+            distributed.wait()  # where the first process is refused, the others are ended
+            yield not self.finished()  # another process may have made it meanwhile
+
+    @contextlib.contextmanager
     def running(self) -> Iterator:
         """The engine, with an open `journal`, which stores each reply as it arrives."""
         with self.model.engine() as engine:
-            self.journal = Journal(self.out, self.settings, self.model.args.restart)
-            yield engine
+            self.journal = Journal(self.out, self.settings, self.model.args.restart, late=True)
+            try:
+                yield engine
+            except BaseException:
+                self.journal.abandon()
+                raise
             self.facts = engine.facts()
 
     def write(self, result: list[dict], passing: int, usable: int, **facts) -> None:

@@ -228,14 +228,20 @@ def main(argv=None) -> Path:
         # Engines sample differently; greedy replies are the same with all engines.
         engine=model.replies_from if args.temperature or tries else "any",
     )
-    if stage.finished():
-        return out
     questions = [another(s, place) for s in samples for place in range(1, args.questions_per_image + 1)]
     if args.dry_run:
-        model.dry_run([request(s, 0, args, []) for s in questions], "PA")
+        if not stage.finished():
+            model.dry_run([request(s, 0, args, []) for s in questions], "PA")
         return out
+    with stage.to_do() as to_do:
+        if to_do:
+            make(args, stage, samples, questions, tries, images)
+    return out
 
-    marks = model.marks
+
+def make(args, stage: Stage, samples: list[Sample], questions: list[Sample], tries: int, images: dict) -> None:
+    """Annotate the images and write the PA file."""
+    marks, out = stage.model.marks, stage.out
     if args.prompt_file and holds_mark(args.prompt, marks):
         raise records.InputError(
             f"{args.prompt_file}: contains a special token of the model's prompt format, such as <image>; remove it."
@@ -258,7 +264,6 @@ def main(argv=None) -> Path:
     if not counts["parsed"]:
         raise records.InputError(f"{out}: no image could be annotated; its fields `reply` and `left_out` say why.")
     print(f"Wrote {out}. Next: scripts/PI.sh with the same --run and --dataset.")
-    return out
 
 
 if __name__ == "__main__":

@@ -142,10 +142,16 @@ def questions_of(annotations: list[dict], args) -> list[Question]:
     return questions
 
 
-def ask_model(args, who: str, path: str, questions: list[Question], ready=None, **choices) -> list[dict]:
-    """One model's answers to the questions, in its PI file. `ready` are the answers that PA already has."""
+def of_model(args, who: str, path: str, questions: list[Question], **choices) -> Answers:
+    """One model's answers to the questions, in its PI file."""
     label = f"PI {who} {records.short_name(path)}"
-    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions, **choices).records(ready)
+    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions, **choices)
+
+
+def of_svlm(args, questions: list[Question]) -> Answers:
+    choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
+    choices |= beyond_paper(args, CONSISTENCY)
+    return of_model(args, "S-VLM", args.model_path_svlm, questions, **choices)
 
 
 def answers_file(args, path: str) -> Path:
@@ -153,8 +159,8 @@ def answers_file(args, path: str) -> Path:
     return records.run_folder(args.run) / f"PI_{lvlm}_{name}_{args.dataset}.json"
 
 
-def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
-    """(paths of the held-out images, threshold). The first call of a run decides them, see `mpa.holdout`.
+def held_out_of(args, consistent: list[dict]) -> tuple[set[str], str, list[dict]]:
+    """(paths of the held-out images, threshold, test set). The first call of a run decides them, see `mpa.holdout`.
 
     `consistent` are the answers on which the L-VLM agrees with itself. Those about held-out images form the test set.
     """
@@ -173,11 +179,13 @@ def hold_out(args, consistent: list[dict]) -> tuple[set[str], str]:
         for r in consistent
         if r["image_path"] in held_out
     ]
+    return held_out, threshold, test
+
+
+def write_held_out(args, test: list[dict], threshold: str) -> None:
     if test and distributed.FIRST:
-        holdout.write(file, test, args.hold_out, threshold)
-    if args.held_out_questions and not args.lvlm_json:
-        given_questions.hold_out(args, threshold)
-    return held_out, threshold
+        cli.open_log(args, writes=True)
+        holdout.write(held_out_file(args), test, args.hold_out, threshold)
 
 
 def held_out_file(args) -> Path:
@@ -216,10 +224,23 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
         Model(args, args.model_path_svlm).dry_run(scored, "PI S-VLM, annotated answers, at most")
 
 
+def check_settings(args, lvlm: Answers) -> None:
+    """Raise InputError for what is there with other settings, as far as they are known before the L-VLM has answered."""
+    lvlm.check()
+    holdout.decide(held_out_file(args), {}, args.hold_out)
+    for stage in asked_again.stages(args, lvlm.questions):
+        stage.check()
+    if not args.only_lvlm:
+        of_svlm(args, []).check(content=False)
+        check_train_set(args)
+
+
 def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
     """(all questions, the L-VLM's answers). Both are the same for all S-VLMs."""
     ready, why = answers_of_pa(args, pa_json, annotations)
     questions = questions_of(annotations, args)
+    lvlm = of_model(args, "L-VLM", args.model_path_lvlm, questions)
+    check_settings(args, lvlm)
     if args.dry_run:
         dry_run(args, questions, ready)
         raise SystemExit
@@ -227,7 +248,7 @@ def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Questio
         Model(args, args.model_path_svlm).check_memory()  # now, not after the L-VLM's hours
     if ready and why:
         print(f"PI: asking the L-VLM {why.total()} questions: {', '.join(f'{n} {w}' for w, n in why.items())}.")
-    return questions, ask_model(args, "L-VLM", args.model_path_lvlm, questions, ready)
+    return questions, lvlm.records(ready)
 
 
 def see_more(args, rule: ParityRule, questions: list[Question], lvlm_answers: list[dict]) -> None:
@@ -258,13 +279,14 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     The L-VLM is asked all questions, the S-VLM those on which the L-VLM agrees with itself.
     """
     pa_json, n, annotations = read_annotations(args)
+    given = given_questions.of(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
     questions, lvlm_answers = ask_lvlm(args, pa_json, annotations)
     see_more(args, rule, questions, lvlm_answers)
     questions, lvlm_answers = without_marks(args, questions, lvlm_answers)
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
-    held_out, threshold = hold_out(args, consistent)
+    held_out, threshold, test = held_out_of(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
     for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
     for_svlm = [q for q in for_svlm if q.request.image_path not in held_out]
@@ -277,9 +299,20 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(questions)} samples "
             f"(--match {args.match}){kept}. {remedy}"
         )
-    choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
-    choices |= beyond_paper(args, CONSISTENCY)
-    svlm_answers = ask_model(args, "S-VLM", args.model_path_svlm, for_svlm, **choices)
+    svlm = of_svlm(args, for_svlm)
+    further = [asked_again.scored(args, for_svlm)] if args.score else []
+    if given:
+        chosen, of_given = given_questions.about(args, given, threshold)
+        further.append(of_given)
+    for stage in further:
+        stage.check()
+    svlm_answers = svlm.records() if svlm.check() else None  # nothing is asked, nothing is written
+    check_train_set(args, lvlm_answers, svlm_answers)
+    write_held_out(args, test, threshold)
+    if given:
+        given_questions.write(args, given, chosen, of_given)
+    if svlm_answers is None:
+        svlm_answers = svlm.records()
     if args.score:
         rule.see_probabilities(asked_again.scores(args, for_svlm))
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
@@ -293,9 +326,11 @@ def read_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str
     paths = locate([r["image_path"] for r in svlm_answers], args.path_map, args.image_root)
     svlm_answers = [r | {"image_path": path} for r, path in zip(svlm_answers, paths, strict=True)]
     consistent = {str(r["question_id"]) for r in lvlm_answers if rule.consistent(r)}
-    held_out, threshold = hold_out(args, [r for r in svlm_answers if str(r["question_id"]) in consistent])
+    held_out, threshold, test = held_out_of(args, [r for r in svlm_answers if str(r["question_id"]) in consistent])
     svlm_answers = [r for r in svlm_answers if r["image_path"] not in held_out]
     funnel = {"L-consistent": len(consistent)} | ({"held out": len(held_out)} if held_out else {})
+    check_train_set(args, lvlm_answers, svlm_answers)
+    write_held_out(args, test, threshold)
     return lvlm_answers, svlm_answers, funnel, threshold
 
 
@@ -321,22 +356,38 @@ def train_set(args, rule: ParityRule, lvlm_answers: list[dict], svlm_answers: li
     return anchors.train_records(rule, parity, chosen), {"parity": len(parity), "anchors": len(chosen)}
 
 
-def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
+def train_file(args) -> Path:
     lvlm, svlm = records.short_name(args.model_path_lvlm), records.short_name(args.model_path_svlm)
-    out = args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
+    return args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
+
+
+def train_settings(args, lvlm_answers: list[dict] | None, svlm_answers: list[dict] | None) -> dict:
+    """The settings of the train file; without the answers, those that are known before."""
     settings = {name: getattr(args, name) for name in ("preset", "match", "hold_out")}
     if args.lvlm_json:
         settings |= {"lvlm_json": str(args.lvlm_json), "svlm_json": str(args.svlm_json)}
-    else:
-        facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if args.anchors:
         settings |= {"anchors": f"{args.anchors:g} by {args.anchor_by}", "seed": args.seed}
     chosen = beyond_paper(args, CONSISTENCY + SELECTION)
     settings |= chosen | ({"seed": args.seed} if chosen else {})
-    settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
+    if lvlm_answers is not None and svlm_answers is not None:
+        settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
+    return settings
+
+
+def check_train_set(args, lvlm_answers: list[dict] | None = None, svlm_answers: list[dict] | None = None) -> bool:
+    """Whether the train file is there. Raises InputError if it was made with other settings."""
+    return finished(train_file(args), train_settings(args, lvlm_answers, svlm_answers), args.restart)
+
+
+def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
+    out, settings = train_file(args), train_settings(args, lvlm_answers, svlm_answers)
+    if not args.lvlm_json:
+        facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     if held_out_file(args).exists():
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
-    if not finished(out, settings, args.restart):
+    if not check_train_set(args, lvlm_answers, svlm_answers):
+        cli.open_log(args, writes=True)
         records.write_result(out, train, settings, **facts)
     return out
 
@@ -347,11 +398,16 @@ def main(argv=None) -> Path:
     rule = ParityRule(args.match, args.preset, **{name: getattr(args, name) for name in ParityRule.OPTIONAL})
     if args.only_lvlm:
         pa_json, _, annotations = read_annotations(args)
+        given = given_questions.of(args)
         Model(args, args.model_path_lvlm).check()
         questions, answers = ask_lvlm(args, pa_json, annotations)
         see_more(args, rule, questions, answers)
-        if args.held_out_questions:  # now, as all S-VLMs of the run share the L-VLM's answers to them
-            hold_out(args, [r for r in answers if rule.consistent(r)])
+        if given:  # now, as all S-VLMs of the run share the L-VLM's answers to them
+            _, threshold, test = held_out_of(args, [r for r in answers if rule.consistent(r)])
+            chosen, of_given = given_questions.about(args, given, threshold)
+            of_given.check()
+            write_held_out(args, test, threshold)
+            given_questions.write(args, given, chosen, of_given)
         return answers_file(args, args.model_path_lvlm)
     if args.lvlm_json:
         names = map(records.short_name, (args.model_path_lvlm, args.model_path_svlm))

@@ -73,7 +73,6 @@ def arguments(argv=None):
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    log_file.open_log(args.out.parent / "log.txt")
     base = records.read_json(records.meta_path(args.train_json))
     lvlm, svlm = (records.read_records(file, "PI") for file in (args.lvlm_json, args.svlm_json))
     if len(svlm) < len(lvlm):
@@ -102,6 +101,7 @@ def main(argv=None) -> None:
     chosen_by = {name: value for name, value in base["settings"].items() if name != "anchors"}  # it writes none
     funnel = {"L-consistent": len(consistent), "parity": len(parity)}
     models = {name: base[name] for name in ("model_path_lvlm", "model_path_svlm") if name in base}
+    log_file.open_log(args.out.parent / "log.txt")
     records.write_result(
         args.out, parity, chosen_by | {"corrupt": settings}, funnel=funnel, survived=survived, **models
     )

@@ -88,6 +88,10 @@ def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
     return Evaluation(model, out, f"evaluate {name}", "Eval", questions)
 
 
+def lmms_eval_folder(stage: Evaluation, name: str) -> Path:
+    return stage.out.parent / "lmms-eval" / name
+
+
 def read_predictions(args, path: Path) -> list[dict]:
     """A result file's records, with the answers of --annotations if given."""
     samples = None
@@ -197,15 +201,19 @@ def main(argv=None) -> None:
         return
     for model in models[1:]:
         model.check_memory()  # now, not after the hours of those before
+    stages = [evaluation(args, model, samples) for model in models]
+    for stage, name in zip(stages, names, strict=True):
+        stage.check()
+        if args.log_samples:
+            interchange.results_in(lmms_eval_folder(stage, name))
     scores = {}
-    for name, model in zip(names, models, strict=True):
-        stage = evaluation(args, model, samples)
+    for name, stage in zip(names, stages, strict=True):
         result = stage.records()
         scores[name] = report(args, name, result)
         print(f"Results are in {stage.out}.")
         if args.log_samples and distributed.FIRST:
-            folder = stage.out.parent / "lmms-eval" / name
-            interchange.write_lmms_eval(folder, result, args.dataset, args.preset, model.path)
+            folder = lmms_eval_folder(stage, name)
+            interchange.write_lmms_eval(folder, result, args.dataset, args.preset, stage.model.path)
             print(f"lmms-eval's files are in {folder}.")
     if len(scores) > 1:
         print("\n".join(["", *scoring.side_by_side(scores, args.scored_as)]))

@@ -1,7 +1,6 @@
 """Thumbnails of a run's images: made once, shared by all pages, and only of images below the allowed folders."""
 
 import base64
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from mpa import records
+from mpa import atomic, records
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import data_folder
 from mpa.image_files import ImageError, open_file, open_image
@@ -40,17 +39,15 @@ def _make(path: str, folder: Path) -> str:
     if not (folder / name).exists():
         image = open_image(path)
         image.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
-        content = io.BytesIO()
-        image.save(content, "WEBP", quality=80)
-        part = folder / f".{name}.part"
-        part.write_bytes(content.getvalue())
-        os.replace(part, folder / name)
+        with atomic.replacing(folder / name, clean=False) as file:
+            image.save(file, "WEBP", quality=80)
     return name
 
 
 def make(paths: dict[str, list[str]], folder: Path) -> dict[str, tuple[str | None, str]]:
     """{path: (file name, "") or (None, why there is none)}; `paths` is {path: the folders it may be in}."""
     folder.mkdir(parents=True, exist_ok=True)
+    atomic.remove_left(folder)
 
     def one(item) -> tuple[str | None, str]:
         path, roots = item
