@@ -66,7 +66,7 @@ def _result_flags(p: argparse.ArgumentParser) -> None:
         "-v",
         "--verbose",
         action="store_true",
-        default=bool(os.environ.get("VERBOSE")),
+        default=os.environ.get("VERBOSE") == "1",
         help="also print the details that otherwise go only to results/RUN/log.txt",
     )
     method = p.add_argument_group("method")
@@ -185,6 +185,9 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
 def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
     """The checked arguments; of the preset `anchored`, `anchored` is True and `preset` is "paper". `named_by` are the arguments whose file names may imply --dataset."""
     args = p.parse_args(argv)
+    for name in ("VERBOSE", "MEMORY_CHECK"):
+        if (value := os.environ.get(name, "")) not in ("", "0", "1"):
+            p.error(f"the variable {name} is {value!r}; give 0 or 1")
     args.anchored, args.preset = args.preset == ANCHORED, "paper" if args.preset == ANCHORED else args.preset
     if not args.dataset:
         named = [getattr(args, name) or () for name in named_by]

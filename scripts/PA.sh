@@ -2,7 +2,7 @@
 # Stage 1, the Pseudo Annotator: the L-VLM writes a question and an answer for each image.
 # Edit or export the variables below; `PA.sh --help` lists all flags; further arguments are flags of the stage.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
 IMAGES=${IMAGES:-}                           # a folder of your own images: DATASET is then images
 DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)} # textVQA stVQA chartVQA okVQA easyVQA images

@@ -2,7 +2,7 @@
 # Stage 2, the Parity Identifier: keep what the L-VLM answers consistently and the S-VLM gets wrong.
 # Edit or export the variables below; `PI.sh --help` lists all flags; further arguments are flags of the stage.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
 LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # a folder or a hub id

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# A job of scripts/reproduce.sh: `cell.sh RESULT GPUS CMD…` runs CMD on that many GPUs of its own.
-# What it prints goes to logs/RESULT.log. A failure leaves the command that repeats it in failed/RESULT.
+# A job of scripts/reproduce.sh: `cell.sh FOLDER RESULT GPUS CMD…` runs CMD on that many GPUs of its own.
+# What it prints goes to FOLDER/logs/RESULT.log. A failure leaves the command that repeats it in FOLDER/failed/RESULT.
 set -euo pipefail
-RESULT=$1 GPUS=$2
-shift 2
-LOG=logs/$RESULT.log FAILED=failed/$RESULT
+FOLDER=$1 RESULT=$2 GPUS=$3
+shift 3
+LOG=${FOLDER:?}/logs/${RESULT:?}.log FAILED=$FOLDER/failed/$RESULT
 mkdir -p "$(dirname "$LOG")" "$(dirname "$FAILED")"
 
 # Take GPUS of the visible GPUs. The kernel frees a GPU's lock when the job ends, however it ends.
 take_gpus() {
-    local gpu lock taken held locks=${TMPDIR:-/tmp}/mpa-gpus-$UID visible=${CUDA_VISIBLE_DEVICES:-}
+    local gpu lock taken held locks visible=${CUDA_VISIBLE_DEVICES:-}
     [[ $visible ]] || visible=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)
+    locks=$(realpath -m -- "${TMPDIR:-/tmp}")/mpa-gpus-$UID
     mkdir -p "$locks"
     while true; do
         taken='' held=()
         for gpu in ${visible//,/ }; do
-            exec {lock}>"$locks/$gpu"
+            exec {lock}>>"$locks/${gpu//\//_}"
             if ! flock --nonblock "$lock"; then
                 exec {lock}>&-
                 continue
@@ -37,16 +38,16 @@ if [[ $GPUS -gt 1 ]]; then set -- env GPUS="$GPUS" "$@"; fi
 printf '%(%T)T  %s …\n' -1 "$RESULT"
 CODE=0 SECONDS=0
 "$@" >>"$LOG" 2>&1 </dev/null || CODE=$?
-META=${RESULT%.json}.meta.json
+META=$FOLDER/${RESULT%.json}.meta.json
 if [[ $CODE == 0 && -f $META ]] && grep -q '"unfinished": [1-9]' "$META"; then
     CODE='temporary errors' # the command asks these again
 fi
-[[ $CODE != 0 || -f $RESULT || $RESULT == pace/* ]] || CODE='it wrote no such file'
+[[ $CODE != 0 || -f $FOLDER/$RESULT || $RESULT == pace/* ]] || CODE='it wrote no such file'
 if [[ $CODE == 0 ]]; then
     printf '%(%T)T  %s: done in %d s\n' -1 "$RESULT" "$SECONDS"
     exit
 fi
 printf '%s\n' "$(printf ' %q' "$@")" | cut -c2- >"$FAILED"
-printf '%(%T)T  %s: FAILED (%s). The end of %s:\n' -1 "$RESULT" "$CODE" "$PWD/$LOG"
+printf '%(%T)T  %s: FAILED (%s). The end of %s:\n' -1 "$RESULT" "$CODE" "$LOG"
 tail -n 5 "$LOG" | sed 's/^/    /'
 exit 1

@@ -4,12 +4,14 @@
 # SEEDS="0 1 2" runs three seeds and reports the spread. Remove results/demo to start again.
 # Details go to results/demo/log.txt; `-v` prints them too.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 options "${BASH_SOURCE[0]}" "$@"
-run bash "$ROOT/scripts/setup.sh"
+expect_settings
+expect 1+ PICTURES QUESTIONS
+for SEED in ${SEEDS:-}; do expect 0+ SEED; done
 
 BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
-[[ $BASE == */* ]] || BASE=$ROOT/results/$BASE
+BASE=$(run_folder "${BASE%/}")
 SEEDS=${SEEDS:-0}
 PICTURES=${PICTURES:-1000}  # images to annotate
 REPORT=${REPORT:-1}          # 0: no HTML report at the end
@@ -19,6 +21,7 @@ export BATCH_SIZE=${BATCH_SIZE:-64} DTYPE=float32 MIN_PIXELS=3136 MAX_PIXELS=313
 export PL_BATCH_SIZE=${PL_BATCH_SIZE:-16} ACCUMULATION=1 LEARNING_RATE=${LEARNING_RATE:-1.5e-4}
 export VISION_LR=$LEARNING_RATE
 export HF_HUB_OFFLINE=1
+run bash "$ROOT/scripts/setup.sh"
 
 RUNS=()
 for SEED in $SEEDS; do

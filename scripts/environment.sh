@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts: selects the Python environment, and handles signals in scripts that run several commands.
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$ROOT/.venv}                # made by setup.sh; if it is missing, the active python is used
-VLLM_VENV=${VLLM_VENV:-$ROOT/.venv-vllm} # made by `setup.sh vllm`
+ROOT=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+VENV=$(realpath -ms -- "${VENV:-$ROOT/.venv}")                # made by setup.sh; if it is missing, the active python is used
+VLLM_VENV=$(realpath -ms -- "${VLLM_VENV:-$ROOT/.venv-vllm}") # made by `setup.sh vllm`
 export PATH="$VENV/bin:$PATH"
 
 # options SCRIPT ARGUMENTS…: of a script that is set by variables: -v, and -h, which prints its header and its variables.
@@ -26,6 +26,45 @@ options() {
     done
 }
 
+# expect KIND NAMES…: each of these variables is empty, unset, or of that kind; else an error says what it is. KIND: 0/1, a
+# whole number (0+, 1+), or a number (any). Before bash computes with them, and before anything runs.
+expect() {
+    local name kind pattern
+    case $1 in
+    0/1) pattern='[01]' kind='0 or 1' ;;
+    0+) pattern='0|[1-9][0-9]{0,14}' kind='a whole number' ;;
+    1+) pattern='[1-9][0-9]{0,14}' kind='a whole number above 0' ;;
+    any) pattern='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' kind='a number' ;;
+    esac
+    for name in "${@:2}"; do
+        if [[ ${!name:-} && ! ${!name} =~ ^($pattern)$ ]]; then
+            printf 'error: %s is %q: give %s.\n' "$name" "${!name}" "$kind" >&2
+            exit 2
+        fi
+    done
+}
+
+# The switches and numbers of mpa.sh and what it calls.
+expect_settings() {
+    expect 0/1 GUARD REMEDY REPORT VERBOSE MEMORY_CHECK
+    expect 0+ GPUS SEED MIN_PARITY
+    expect 1+ ROUNDS LIMIT BATCH_SIZE PL_BATCH_SIZE ACCUMULATION CPU_PROCESSES MIN_PIXELS MAX_PIXELS MAX_TILES
+    expect any EPOCHS LEARNING_RATE MERGER_LR VISION_LR
+}
+
+# run_folder RUN: the folder of a run, by the rule of mpa.records.run_folder: results/RUN, or RUN itself if it has a slash.
+run_folder() {
+    if [[ $1 == *[[:cntrl:]]* || ($1 != */* && ($1 == -* || $1 =~ ^[[:space:]]*\.{0,2}[[:space:]]*$)) ]]; then
+        printf 'error: RUN is %q: give a short name, or the path of a folder, with a slash.\n' "$1" >&2
+        exit 2
+    fi
+    case $1 in
+    -*) printf './%s\n' "$1" ;;
+    */*) printf '%s\n' "$1" ;;
+    *) printf '%s\n' "$ROOT/results/$1" ;;
+    esac
+}
+
 # title TEXT: the header of a stage.
 title() { printf '\n== %s\n' "$1"; }
 
@@ -44,6 +83,8 @@ python_for() {
 stage() {
     local file=$ROOT/scripts/$1
     shift
+    expect 0/1 VERBOSE MEMORY_CHECK
+    expect 0+ GPUS
     python_for "$@"
     if [[ ${GPUS:-1} -gt 1 ]]; then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))}

@@ -2,7 +2,7 @@
 # Stage 4: ask one or more models the human test questions and score the answers.
 # Edit or export the variables below; `evaluate.sh --help` lists all flags; further arguments are flags of the stage.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
 DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, separated by spaces

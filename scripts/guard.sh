@@ -4,8 +4,10 @@
 # With REMEDY=1 and a verdict of worse, remedies are tried in this order, each on top of the one before, until one is better
 # than the original: anchors (which PRESET=anchored has already), a third of the learning rate, half of the epochs. Arguments are flags of evaluate.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then options "${BASH_SOURCE[0]}" "$1"; fi
+expect_settings
+expect any ANCHORS
 
 export DATASET=${DATASET:-textVQA}
 export LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct}      # folders or hub ids, as in the run
@@ -22,8 +24,8 @@ LEARNING_RATE=${LEARNING_RATE:-1e-5}
 MERGER_LR=${MERGER_LR:-$LEARNING_RATE}
 VISION_LR=${VISION_LR:-2e-6}
 
-[[ $RUN == */* ]] || RUN=$ROOT/results/$RUN
-L=$(basename "$LVLM") S=$(basename "$SVLM")
+RUN=$(run_folder "$RUN")
+L=$(basename -- "$LVLM") S=$(basename -- "$SVLM")
 LEVELLED=$RUN/PL_${L}_${S}_$DATASET
 TRAIN=$RUN/PI_${L}_train_${L}_${S}_$DATASET.json
 CELL=("$RUN" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM")

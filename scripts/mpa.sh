@@ -3,8 +3,10 @@
 # Edit or export the variables below. The same command continues a stopped run. Details go to results/$RUN/log.txt;
 # `-v` prints them too. A preview that asks only a few requests: bash scripts/PA.sh --dry-run, with the same variables.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 options "${BASH_SOURCE[0]}" "$@"
+expect_settings
+expect 1+ MPA_ROUND
 
 export IMAGES=${IMAGES:-}                              # a folder of your own images, without labels
 export DATASET=${DATASET:-$([[ $IMAGES ]] && echo images || echo textVQA)}
@@ -33,10 +35,10 @@ if [[ $IMAGES && $DATASET != images ]]; then
     exit 2
 fi
 if [[ $GUARD$REMEDY != 00 && $DATASET != images ]]; then PI_FLAGS="--hold-out 0.15 $PI_FLAGS"; fi
-FOLDER=$RUN && [[ $RUN == */* ]] || FOLDER=$ROOT/results/$RUN
-L=$(basename "$LVLM") S=$(basename "$SVLM") ROUND=1
+FOLDER=$(run_folder "$RUN")
+L=$(basename -- "$LVLM") S=$(basename -- "$SVLM") ROUND=${MPA_ROUND:-1} # the round is said by the one before, at the end
+unset MPA_ROUND
 LEVELLED=$FOLDER/PL_${L}_${S}_$DATASET
-if [[ $FOLDER == */round-* ]]; then ROUND=${FOLDER##*/round-}; fi
 
 # Check both models before hours of work with the first.
 LOCAL=("$SVLM") && [[ $LVLM_ENGINE == openai ]] || LOCAL+=("$LVLM")
@@ -90,12 +92,14 @@ if ((ROUNDS > 1)); then
         exit
     fi
     # A run of its own, which has the L-VLM's part of this one, and in which the levelled model is the S-VLM.
-    NEXT=${FOLDER%/round-*}/round-$((ROUND + 1)) PREVIOUS=..$( ((ROUND == 1)) || echo "/round-$ROUND")
+    FIRST=$(realpath -ms -- "$FOLDER") PREVIOUS=..
+    if ((ROUND > 1)); then FIRST=$(dirname "$FIRST") PREVIOUS=../round-$ROUND; fi
+    NEXT=$FIRST/round-$((ROUND + 1))
     mkdir -p "$NEXT"
     for FILE in "$FOLDER/"{PA,PI_"$L",Eval}_"${L}_$DATASET".* "$FOLDER/PI_${L}_"{heldout,heldout-given,given}"_$DATASET".*; do
         if [[ -e $FILE ]]; then ln -f "$FILE" "$NEXT"; fi
     done
     ln -sfn "$PREVIOUS/$BETTER" "$NEXT/$S"
     title "Round $((ROUND + 1)): $BETTER is the S-VLM"
-    exec env RUN="$NEXT" SVLM="$NEXT/$S" ROUNDS=$((ROUNDS - 1)) GUARD=1 bash "$ROOT/scripts/mpa.sh"
+    exec env MPA_ROUND=$((ROUND + 1)) RUN="$NEXT" SVLM="$NEXT/$S" ROUNDS=$((ROUNDS - 1)) GUARD=1 bash "$ROOT/scripts/mpa.sh"
 fi

@@ -1,6 +1,6 @@
 """Run the jobs of an experiment file with Snakemake, then list what failed. `scripts/reproduce.sh` prepares and calls this.
 
-    python scripts/reproduce.py RESULTS FLAGS OF SNAKEMAKE…
+    python scripts/reproduce.py RESULTS FLAGS… -- FLAGS AND TARGETS OF THE USER…
 
 Reads  experiments/Snakefile, and the experiment file that `--config experiment=FILE` names.
 Writes RESULTS/<preset>-<seed>/, with the stages' files; logs/, what each job printed; failed/, the commands of failed jobs;
@@ -8,6 +8,7 @@ Writes RESULTS/<preset>-<seed>/, with the stages' files; logs/, what each job pr
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,15 +25,27 @@ ALWAYS = [
     *("--rerun-incomplete", "--keep-incomplete"),
     *("--rerun-triggers", "mtime", "params", "input"),
 ]
-# Flags with which Snakemake only prints.
-SHOWN = set("-n --dry-run --dryrun -h --help --dag --rulegraph --summary".split())
+# Flags of the user with which Snakemake only prints (-n also among others, as in -np), and those that are not the user's.
+SHOWN = re.compile("-[a-zA-Z]*n[a-zA-Z]*|-h|--(dry-?run|help|dag|rulegraph|summary)")
+OWN = re.compile("-[Cds].*|--(config|directory|snakefile)(=.*)?")
 
 
-def snakemake(results: Path, flags: list[str]) -> int:
-    """Run Snakemake in this process, which so gets the signals; its own lines go to snakemake.log. Returns its exit status."""
+def failures(results: Path) -> list[Path]:
+    """The commands that failed jobs left in failed/: each has a log of the same name, which no file of anybody else's has."""
+    found, logs = results / "failed", results / "logs"
+    return sorted(p for p in found.rglob("*") if p.is_file() and (logs / f"{p.relative_to(found)}.log").is_file())
+
+
+def snakemake(results: Path, flags: list[str], shown: bool) -> int:
+    """Run Snakemake in this process, which so gets the signals; its own lines go to snakemake.log, unless they are asked for.
+
+    Returns its exit status.
+    """
     from snakemake.cli import main
 
-    if not SHOWN & set(flags):
+    if not shown:
+        for old in failures(results):
+            old.unlink()
         log = os.open(results / "snakemake.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, sys.stderr.fileno())
     try:
@@ -44,7 +57,7 @@ def snakemake(results: Path, flags: list[str]) -> int:
 
 def report_failures(results: Path) -> int:
     """Print each failed job with the command that repeats it. Returns their number."""
-    failed = sorted(path for path in (results / "failed").rglob("*") if path.is_file())
+    failed = failures(results)
     if failed:
         print(
             f"\n{len(failed)} jobs failed, and what depends on them was not run. The same command tries again; each alone:"
@@ -56,12 +69,16 @@ def report_failures(results: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    results, flags = Path(argv[0]), argv[1:]
-    file = next(flag.removeprefix("experiment=") for flag in flags if flag.startswith("experiment="))
+    between = argv.index("--")
+    results, own, given = Path(argv[0]), argv[1:between], argv[between + 1 :]
+    file = next(flag.removeprefix("experiment=") for flag in own if flag.startswith("experiment="))
+    if taken := list(filter(OWN.fullmatch, given)):
+        sys.exit(f"error: {taken[0]}: reproduce.sh sets this flag itself. Leave it out.")
+    shown = any(map(SHOWN.fullmatch, given))
     if data := experiments.read(file).data:
         os.environ["MPA_DATA"] = str(data)
     screen = os.dup(sys.stderr.fileno())
-    code = snakemake(results, flags)
+    code = snakemake(results, [*own, *given], shown)
     os.dup2(screen, sys.stderr.fileno())
     failed = report_failures(results)
     if code and not failed:
@@ -70,7 +87,7 @@ def main(argv: list[str]) -> int:
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
 
     # --- the tables of what there is, what looks wrong in it, and how it looks ---
-    if not SHOWN & set(flags):
+    if not shown:
         scripts = ["tables.py", "diagnose.py --short", *(["report.py"] if os.environ.get("REPORT") != "0" else [])]
         for script in scripts:
             print(flush=True)

@@ -8,33 +8,48 @@
 # that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs); on a CPU JOBS (1) run at once.
 # RESULTS=DIR is another folder for the results. It ends with an HTML report; REPORT=0 leaves it out.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
+expect 0/1 REPORT VERBOSE MEMORY_CHECK
+expect 0+ GPUS
+expect 1+ JOBS
 FILE=$ROOT/experiments/mini.yaml
-[[ ${1:-} != *.y*ml ]] || { FILE=$(realpath -m "$1") && shift; }
+if [[ ${1:-} == [!-]*.y*ml ]]; then
+    FILE=$(realpath -m -- "$1")
+    shift
+fi
+NAME=$(basename -- "${FILE%.*}")
+RESULTS=$(realpath -m -- "${RESULTS:-$ROOT/results/$NAME}")
+fail() {
+    printf 'error: %q: %s\n' "$RESULTS" "$1" >&2
+    exit 1
+}
+CANNOT="no folder for the results can be made or written here. Name another with RESULTS=DIR."
+PARENT=$RESULTS
+while [[ ! -e $PARENT ]]; do PARENT=$(dirname "$PARENT"); done
+[[ $RESULTS != *[[:cntrl:]]* && -d $PARENT && -w $PARENT ]] || fail "$CANNOT"
+
 run bash "$ROOT/scripts/setup.sh" reproduce
-NAME=$(basename "${FILE%.*}")
-RESULTS=$(realpath -m "${RESULTS:-$ROOT/results/$NAME}")
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
 if [[ ${1:-} == --plan ]]; then exec python -P -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
 python -P -m mpa.experiments "$FILE"
 
+{ mkdir -p "$RESULTS" && cd "$RESULTS"; } 2>/dev/null || fail "$CANNOT"
 # The kernel releases the lock, however this ends.
-mkdir -p "$RESULTS" && cd "$RESULTS"
-exec {LOCK}>.lock
-flock --nonblock "$LOCK" || { echo "error: $RESULTS: another reproduce.sh is running it; wait for it or stop it." >&2 && exit 1; }
+exec {LOCK}>>"$RESULTS/.lock"
+flock --nonblock "$LOCK" || fail "another reproduce.sh is running it; wait for it or stop it."
 # A killed training saves a checkpoint before it ends.
-left() { grep -lsz "^MPA_RESULTS=$RESULTS\$" /proc/[0-9]*/environ | cut -d/ -f3 | paste -sd' '; }
+left() { grep -lsxzF "MPA_RESULTS=$RESULTS" /proc/[0-9]*/environ | cut -d/ -f3 | paste -sd' '; }
 [[ ! $(left) ]] || echo "Waiting for processes of a killed reproduce.sh to end: $(left)"
 while [[ $(left) ]]; do sleep 1; done
 export MPA_RESULTS=$RESULTS
-rm -rf failed
 
-MANY=(--local-cores 4)
+MANY=()
 if [[ " $* " != *" --executor"* ]]; then
     VISIBLE=$(nvidia-smi -L 2>/dev/null || true)
     [[ ! ${CUDA_VISIBLE_DEVICES:-} ]] || VISIBLE=${CUDA_VISIBLE_DEVICES//,/$'\n'}
     GPUS=${GPUS:-$(grep -c . <<<"$VISIBLE" || true)}
-    MANY=(--cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))" --resources gpu="$GPUS")
+    MANY=(--resources gpu="$GPUS" --cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))")
 fi
-exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" "$@"
+# The last of these takes one value, so that what follows it may be a target.
+exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" --local-cores 4 -- "$@"

@@ -5,7 +5,11 @@
 #   bash scripts/setup.sh vllm    .venv-vllm, for --engine vllm: vLLM pins its own torch and transformers
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without CUDA: 0.2 GB instead of about 5 GB.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+fail() {
+    echo "error: $1" >&2
+    exit "${2:-1}"
+}
 
 case ${1:-} in
 '') VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements.txt ;;
@@ -15,13 +19,17 @@ vllm)
     ;;
 *)
     VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements-$1.txt
-    [[ -f $FILE ]] || { echo "error: setup.sh $1: give export, openai, quantization, rating, reproduce, ray, dev, vllm, or nothing." >&2 && exit 2; }
+    [[ -f $FILE ]] || fail "setup.sh $1: give export, openai, quantization, rating, reproduce, ray, dev, vllm, or nothing." 2
     ;;
 esac
 # The content of all requirement files involved. It is stored in the environment after a successful installation.
 wanted() { cat "$ROOT/requirements.txt" "$ROOT"/requirements-{export,openai,quantization,rating,reproduce}.txt "$FILE"; }
+VENV=$(realpath -ms -- "$VENV")
 STAMP=$VENV/$(basename "$FILE")
 if wanted | cmp -s - "$STAMP"; then exit; fi
+# uv empties the folder of an environment that it makes anew.
+[[ ! -e $VENV || $VENV == "$ROOT"/.venv* || -e $VENV/pyvenv.cfg || -x $VENV/bin/python || ! $(ls -A "$VENV") ]] ||
+    fail "$VENV: is not an environment of Python, and not empty. Name another folder with VENV=DIR (VLLM_VENV=DIR for vllm)."
 
 echo "Installing $(basename "$FILE") into $VENV (some 6 GB with torch's CUDA libraries) …"
 UV=$(command -v uv || true)
@@ -32,7 +40,7 @@ if [[ $UV ]]; then
     "$VENV/bin/python" --version >/dev/null 2>&1 || "$UV" venv --clear --quiet --python '>=3.11,<3.14' "$VENV"
 else
     for PYTHON in python3 python3.13 python3.12 python3.11 none; do
-        [[ $PYTHON != none ]] || { echo "error: no Python 3.11 to 3.13 found; install one." >&2 && exit 1; }
+        [[ $PYTHON != none ]] || fail "no Python 3.11 to 3.13 found; install one."
         "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
     done
     # An environment without pip is incomplete, or was made by uv.

@@ -4,7 +4,7 @@
 #   bash scripts/test.sh -m slow     whole trainings, runs of all stages, and kills of several processes
 #   bash scripts/test.sh -m ''       all
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
 

@@ -3,7 +3,7 @@
 # They take longer than the other tests, so CI leaves them to a schedule, for example once a night with cron:
 #   0 3 * * * cd /path/to/mpa && bash scripts/test_engines.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 source scripts/environment.sh
 run bash scripts/setup.sh vllm
 run bash scripts/setup.sh dev

@@ -72,7 +72,14 @@ def test_a_second_round_starts_from_the_levelled_model_and_shares_the_lvlms_part
     # Anchors do not make a small parity set large.
     for file in second.glob("PI_teacher_train_teacher_student_easyVQA.*"):
         file.unlink()
-    settings |= {"RUN": second, "SVLM": second / "student", "ROUNDS": 1, "GUARD": 1, "MIN_PARITY": parity[1] + 1}
+    settings |= {
+        "RUN": second,
+        "SVLM": second / "student",
+        "ROUNDS": 1,
+        "GUARD": 1,
+        "MIN_PARITY": parity[1] + 1,
+        "MPA_ROUND": 2,
+    }
     done = bash("scripts/mpa.sh", **settings, **MINI, PA_FLAGS="--temperature 1", PI_FLAGS="--anchors 100")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read(second / "PI_teacher_train_teacher_student_easyVQA.json")) > parity[1]

@@ -56,11 +56,12 @@ def repository(tmp_path) -> Path:
     return copy
 
 
-def start(repository: Path, *args, **environment) -> subprocess.Popen:
+def start(repository: Path, *args, cwd=None, **environment) -> subprocess.Popen:
     """Start reproduce.sh as the leader of a process group."""
     places = {"VENV": sys.prefix, "CALLS": repository / "calls.txt", "JOBS": "4", **environment}
     return subprocess.Popen(
         ["bash", str(repository / "scripts/reproduce.sh"), str(repository / "experiments/fake.yaml"), *args],
+        cwd=cwd,
         env={**os.environ, **{name: str(value) for name, value in places.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -227,6 +228,77 @@ def test_killed_at_any_moment_it_makes_the_same_files_each_once(repository):
     assert code == 0, said
     assert results(repository) == whole
     assert set(calls(repository).values()) == {1}
+
+
+@pytest.mark.parametrize("results", ["file", "file/below", "new\nline", "link"])
+def test_where_no_results_can_be_made_nothing_of_the_callers_folder_is_touched(results, repository, tmp_path):
+    home = tmp_path / "home"
+    (home / "failed").mkdir(parents=True)
+    (home / "failed/mine").write_text("kept")
+    (home / "file").write_text("kept")
+    (home / "link").symlink_to(home / "none/there")
+    (home / "none").write_text("kept")
+    before = sorted(home.rglob("*"))
+    for place in (results, home / results):
+        code, said = reproduce(repository, RESULTS=place, cwd=home)
+        assert code == 1 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert sorted(home.rglob("*")) == before and not (repository / "calls.txt").exists()
+
+
+def test_only_the_commands_of_failed_jobs_are_removed_and_only_by_a_run(repository, tmp_path):
+    (repository / "experiments/fake.yaml").write_text(EXPERIMENT.replace("[0, 1]", "[0]"))
+    (tmp_path / "failed/paper-0").mkdir(parents=True)
+    for mine in ("notes.txt", "paper-0/notes.json"):
+        (tmp_path / "failed" / mine).write_text("kept")
+    places = {"RESULTS": ".", "cwd": tmp_path}
+    code, said = reproduce(repository, BROKEN="bigger", **places)
+    assert code == 1 and "4 jobs failed" in said and "notes" not in said
+    left = sorted(path for path in (tmp_path / "failed").rglob("*") if path.is_file())
+    assert len(left) == 2 + 4
+    assert reproduce(repository, "-np", **places)[0] == 0
+    assert sorted(path for path in (tmp_path / "failed").rglob("*") if path.is_file()) == left
+    assert reproduce(repository, **places)[0] == 0
+    left = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "failed").rglob("*") if path.is_file())
+    assert left == ["failed/notes.txt", "failed/paper-0/notes.json"]
+
+
+def test_a_target_is_taken_as_such_whatever_stands_before_it(repository, tmp_path):
+    target = "paper-0/PA_big_easyVQA.json"
+    for how in ({}, {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": tmp_path}):
+        shutil.rmtree(repository / "results", ignore_errors=True)
+        code, said = reproduce(repository, target, **how)
+        assert code == 0, said
+        assert [name for name in results(repository) if "meta" not in name] == [target]
+    code, said = reproduce(repository, "--config", "experiment=other.yaml")
+    assert code == 1 and "error: --config: reproduce.sh sets this flag itself" in said
+
+
+def test_results_in_a_folder_of_any_name_through_a_link_and_with_CDPATH(repository, tmp_path):
+    (repository / "experiments/fake.yaml").write_text(EXPERIMENT.replace("[0, 1]", "[0]"))
+    odd, link = tmp_path / "-a {b} 'c' $d", tmp_path / "elsewhere/reproduce"
+    for folder in (odd, link.parent, tmp_path / "cdpath/scripts"):
+        folder.mkdir(parents=True)
+    link.symlink_to(repository / "scripts/reproduce.sh")
+    environment = {"CALLS": repository / "calls.txt", "JOBS": "4", "RESULTS": odd.name, "VENV": sys.prefix}
+    environment |= {"CDPATH": f"{tmp_path}/cdpath"}
+    done = subprocess.run(
+        ["bash", link, repository / "experiments/fake.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (odd / "paper-0/PL_big_tiny_okVQA_loose/train_meta.json").exists()
+    assert not list((tmp_path / "cdpath/scripts").iterdir()) and len(list(link.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("setting", [{"JOBS": "two"}, {"GPUS": "1+1"}, {"REPORT": "no"}, {"JOBS": "0"}])
+def test_a_setting_of_the_runner_that_is_none_is_refused_first(setting, repository):
+    code, said = reproduce(repository, **setting)
+    ((name, value),) = setting.items()
+    assert code == 2 and said.startswith(f"error: {name} is {value}: give ") and said.count("\n") == 1
+    assert not (repository / "results").exists()
 
 
 def test_a_stage_that_writes_nothing_is_an_error(repository):

@@ -158,6 +158,112 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     assert missing.returncode == 1 and "error:" in said and "bash scripts/setup.sh vllm" in said
 
 
+@pytest.fixture
+def told(tmp_path) -> dict[str, str]:
+    """Variables with which each `python FILE …` of a script says its file and $RUN, and does nothing."""
+    (tmp_path / "fake/bin").mkdir(parents=True)
+    python = tmp_path / "fake/bin/python"
+    python.write_text('#!/bin/bash\n[[ $1 != -c ]] || { echo use_cpu && exit; }\necho "$(basename "$1") $RUN"\n')
+    python.chmod(0o755)
+    return {"VENV": f"{tmp_path}/fake", **SETTINGS}
+
+
+SWITCHES = ("GUARD", "REMEDY", "REPORT", "VERBOSE", "MEMORY_CHECK")
+NUMBERS = ("ROUNDS", "LIMIT", "MIN_PARITY", "GPUS", "CPU_PROCESSES", "BATCH_SIZE", "SEED", "EPOCHS", "LEARNING_RATE")
+REFUSED = [
+    *(("scripts/mpa.sh", name, value) for name in SWITCHES for value in ("no", "true", "2", " 1", "00")),
+    *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "1 0", "a[$(id)]")),
+    *(("scripts/mpa.sh", name, value) for name in ("ROUNDS", "LIMIT") for value in ("0", "08", "1.5", "0x2")),
+    *(("scripts/demo.sh", name, "off") for name in ("GUARD", "REPORT", "PICTURES", "QUESTIONS", "SEEDS", "VERBOSE")),
+    *(("scripts/guard.sh", name, "yes") for name in ("REMEDY", "ANCHORS", "EPOCHS")),
+    *((f"scripts/{name}.sh", "GPUS", "all") for name in ("PA", "PI", "evaluate")),
+    *(("PL/Qwen2-VL-Finetune/scripts/PL.sh", name, "two") for name in ("CPU_PROCESSES", "VERBOSE", "MEMORY_CHECK")),
+]
+
+
+@pytest.mark.parametrize(("script", "name", "value"), REFUSED)
+def test_a_switch_or_number_that_is_none_is_refused_before_anything_runs(script, name, value, told, tmp_path):
+    done = bash(script, **{**told, "RUN": f"{tmp_path}/run/", name: value})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {name if name != 'SEEDS' else 'SEED'} is ") and done.stderr.count("\n") == 1
+
+
+def test_switches_and_numbers_as_they_should_be_are_taken(told, tmp_path):
+    given = {"GUARD": 0, "REMEDY": "", "REPORT": 0, "VERBOSE": 0, "ROUNDS": 1, "GPUS": 0, "EPOCHS": ".5"}
+    done = bash("scripts/mpa.sh", **told, RUN=f"{tmp_path}/run/", **given, LEARNING_RATE="1e-5", LIMIT="")
+    assert done.returncode == 0, done.stderr
+    assert "guard.py" not in done.stdout and "report.py" not in done.stdout and "diagnose.py" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["round-robin", "round-2", "a round-3", "runs/round-2", "./-x"])
+def test_the_name_of_a_run_decides_nothing(name, told, tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/mpa.sh"],
+        cwd=tmp_path,
+        env=os.environ | {k: str(v) for k, v in told.items()} | {"RUN": name},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    files = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(name) and ".py" in line]
+    assert files == ["PA.py", "PI.py", "launch.py", "evaluate.py", "tables.py", "diagnose.py", "report.py"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", " ", "-x", "a\nb"])
+@pytest.mark.parametrize(
+    "script", ["scripts/mpa.sh", "scripts/demo.sh", "scripts/guard.sh", "PL/Qwen2-VL-Finetune/scripts/PL.sh"]
+)
+def test_a_run_that_would_be_another_folder_is_refused(script, name, told):
+    done = bash(script, **told, RUN=name)
+    assert done.returncode == 2 and done.stderr.startswith("error: RUN is ") and done.stderr.count("\n") == 1
+
+
+def test_the_next_round_is_said_by_the_one_before(told, tmp_path):
+    run, more = tmp_path / "round-7", {"ROUNDS": "3", "REPORT": "0"}
+    python = tmp_path / "fake/bin/python"
+    python.write_text(
+        python.read_text()
+        .replace("use_cpu", "PL_best")
+        .replace("\necho", "\n[[ $2 != -c ]] || { echo 99 && exit; }\necho")
+    )
+    done = bash("scripts/mpa.sh", **told, **more, RUN=f"{run}/")
+    assert done.returncode == 0, done.stderr
+    assert f"PI.py {run}/round-2" in done.stdout and f"PI.py {run}/round-3" in done.stdout
+    models = {n: os.readlink(run / f"round-{n}/student") for n in (2, 3)}
+    assert models == {2: "../PL_best", 3: "../round-2/PL_best"}
+
+
+def test_setup_empties_no_folder_that_is_not_an_environment(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("kept")
+    (tmp_path / "uv").write_text(f'#!/bin/bash\necho "$*" >>{tmp_path}/asked\n')
+    (tmp_path / "uv").chmod(0o755)
+    for place in (mine, mine / "thesis.txt"):
+        done = bash("scripts/setup.sh", VENV=place, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert done.returncode == 1 and f"error: {place}: is not an environment of Python" in done.stderr
+    assert not (tmp_path / "asked").exists() and (mine / "thesis.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("script", ["evaluate.sh", "scripts/PA.sh", "PL/Qwen2-VL-Finetune/scripts/PL.sh"])
+def test_a_script_is_the_same_through_a_link_with_CDPATH_and_from_a_folder_that_is_gone(script, told, tmp_path):
+    link, gone = tmp_path / "link.sh", tmp_path / "gone"
+    link.symlink_to(ROOT / script)
+    gone.mkdir()
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/environment.sh").write_text("echo another")
+    commands = [
+        f"bash {link}",
+        f"cd {ROOT} && CDPATH={tmp_path} bash {script}",
+        f"cd {gone} && rmdir {gone} && bash {ROOT / script}",
+    ]
+    for command in commands:
+        environment = os.environ | {k: str(v) for k, v in told.items()} | {"RUN": "x"}
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "another" not in done.stdout, done.stderr
+        assert done.stdout.split()[-2] in ("evaluate.py", "PA.py", "launch.py")
+
+
 @pytest.mark.parametrize("script", ["scripts/mpa.sh", "scripts/demo.sh"])
 def test_a_script_that_is_set_by_variables_lists_them_and_refuses_flags(script):
     told = bash(script, "--help")

@@ -36,6 +36,15 @@ def test_bad_arguments_end_in_one_line_and_not_in_a_traceback(arguments, says):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("value", "code"), [("0", 0), ("1", 0), ("", 0), ("yes", 2), ("False", 2)])
+@pytest.mark.parametrize("name", ["VERBOSE", "MEMORY_CHECK"])
+def test_a_switch_of_the_environment_is_0_or_1(name, value, code, easy_run, monkeypatch):
+    monkeypatch.setenv(name, value)
+    done = python("evaluate.py", "--predictions", easy_run / "Eval_student_easyVQA.json")
+    assert done.returncode == code
+    assert (f"the variable {name} is {value!r}; give 0 or 1" in done.stderr) == bool(code)
+
+
 def test_an_unknown_matcher_lists_the_known_ones():
     done = python("PI.py", "--dataset", "easyVQA", "--match", "nonsense")
     assert done.returncode != 0

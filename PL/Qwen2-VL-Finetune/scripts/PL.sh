@@ -2,15 +2,16 @@
 # Stage 3, the Parity Leveler: fine-tune the S-VLM on the parity set for one epoch. Edit or export the variables below.
 # The same command resumes a stopped training; it does nothing if the training is complete. Several GPUs: launch.sh.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/launch.sh"
 
 DATASET=${DATASET:-textVQA}
 LVLM=${LVLM:-Qwen/Qwen2-VL-7B-Instruct} # as in the name of the parity set
 SVLM=${SVLM:-Qwen/Qwen2-VL-2B-Instruct} # the model to train
 RUN=${RUN:-$(date +%F)}
-[[ $RUN == */* ]] || RUN=$ROOT/results/$RUN
-TRAIN_JSON=${TRAIN_JSON:-$RUN/PI_$(basename "$LVLM")_train_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET.json}
-OUTPUT_DIR=${OUTPUT_DIR:-$RUN/PL_$(basename "$LVLM")_$(basename "$SVLM")_$DATASET}
+RUN=$(run_folder "$RUN")
+NAMES=$(basename -- "$LVLM")_$(basename -- "$SVLM")_$DATASET
+TRAIN_JSON=${TRAIN_JSON:-$RUN/PI_$(basename -- "$LVLM")_train_$NAMES.json}
+OUTPUT_DIR=${OUTPUT_DIR:-$RUN/PL_$NAMES}
 # The paper does not publish its values. These are from Qwen2-VL-Finetune's finetune.sh at the commit that the released
 # code pins, except for the pixel limits, which are PA's, and ZeRO-2, which is faster and needs more memory.
 EPOCHS=${EPOCHS:-1}
@@ -30,4 +31,4 @@ launch --model_id "$SVLM" --data_path "$TRAIN_JSON" --output_dir "$OUTPUT_DIR" -
     --learning_rate "$LEARNING_RATE" --merger_lr "$MERGER_LR" --vision_lr "$VISION_LR" --lr_scheduler_type cosine \
     --warmup_steps 0.03 --weight_decay 0 --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-7 --seed "$SEED" \
     --image_min_pixels "$MIN_PIXELS" --image_max_pixels "$MAX_PIXELS" --log_file "$RUN/log.txt" \
-    ${MAX_TILES:+--max_tiles "$MAX_TILES"} ${VERBOSE:+--verbose True} "$@"
+    ${MAX_TILES:+--max_tiles "$MAX_TILES"} --verbose "${VERBOSE:-0}" "$@"

@@ -3,7 +3,7 @@
 # Edit or export the variables below; further arguments are flags of the trainer. Several GPUs or machines: launch.sh.
 #   DATA=train.json IMAGES=images/ OUTPUT_DIR=out bash scripts/finetune_lora.sh
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/launch.sh"
 
 MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}
 DATA=${DATA:?name a train JSON, or several with shares, "a.json:0.9 b.json:0.1"}

@@ -6,10 +6,12 @@
 #                   HOSTFILE=hosts or --hostfile hosts: one command; DeepSpeed reaches the others by ssh
 #
 # SIGTERM and Ctrl-C save a checkpoint and stop. DeepSpeed's launcher (with a hostfile) allows 30 seconds for that.
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 source "$HERE/../../../scripts/environment.sh"
 
 launch() {
+    expect 0/1 VERBOSE MEMORY_CHECK
+    expect 1+ CPU_PROCESSES
     # bfloat16; float16 on GPUs that only emulate bfloat16; float32 on a CPU.
     local half='"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"'
     local precision processes=gpu hosts=${HOSTFILE:-} flags=() machines=(--standalone --local-addr 127.0.0.1)
