@@ -59,6 +59,9 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+FULL_MARKS = 4  # answers that must be equal to the prediction, so that three are left whichever is left out
+
+
 def _soft_accuracy(prediction: str, answers: list[str]) -> float:
     """Mean over all leave-one-out subsets of the answers of min(1, number of matching answers / 3)."""
     agree = sum(answer == prediction for answer in answers)
@@ -69,7 +72,9 @@ def _soft_accuracy(prediction: str, answers: list[str]) -> float:
 def vqa(prediction: str, answers: list[str]) -> float:
     """VQA challenge accuracy, as in the official code (GT-Vision-Lab/VQA, vqaEval.py).
 
-    Normalises only if the human answers differ: "Yes." does not match a unanimous "yes".
+    Normalises only if the human answers differ: "Yes." does not match a unanimous "yes". The official code leaves each
+    answer out in turn, also where a question has fewer than ten. So a prediction equal to all answers of a question
+    scores 0 with one answer, 1/3 with two, 2/3 with three, and 1 with four or more: see `few_answers`.
     """
     prediction, answers = _on_one_line(prediction), [_on_one_line(a) for a in answers]
     if len(set(answers)) > 1:
@@ -86,8 +91,24 @@ def evalai(text: str) -> str:
 
 
 def textvqa(prediction: str, answers: list[str]) -> float:
-    """TextVQA soft accuracy (MMF): like `vqa`, but always after the EvalAI processor."""
+    """TextVQA soft accuracy (MMF): like `vqa`, but always after the EvalAI processor.
+
+    MMF takes ten answers and no other number; for other numbers this is the formula of `vqa`.
+    """
     return _soft_accuracy(evalai(prediction), [evalai(a) for a in answers])
+
+
+def few_answers(answers: list[list[str]]) -> str:
+    """One line about the questions with fewer answers than full marks by `vqa` and `textvqa` take; "" if there are none.
+
+    >>> few_answers([["red"], ["red"] * 3, ["red"] * 10])
+    '2 of 3 questions have fewer than 4 answers: vqa and textvqa give a right answer at most 0 % (1 with 1), 67 % (1 with 3)'
+    """
+    counts = Counter(map(len, answers))
+    few = {n: counts[n] for n in range(1, FULL_MARKS) if counts[n]}
+    most = ", ".join(f"{100 * (n - 1) / 3:.0f} % ({questions:,} with {n})" for n, questions in few.items())
+    what = f"{sum(few.values()):,} of {len(answers):,} questions have fewer than {FULL_MARKS} answers"
+    return f"{what}: vqa and textvqa give a right answer at most {most}" if few else ""
 
 
 def accuracy(prediction: str, answers: list[str]) -> float:

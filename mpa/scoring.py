@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from mpa.datasets import DATASETS
-from mpa.metrics import METRICS, bootstrap_interval
+from mpa.metrics import METRICS, bootstrap_interval, few_answers
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
 from mpa.records import InputError
@@ -13,7 +13,7 @@ def metric_names(dataset: str, preset: str = "paper") -> list[str]:
     """All metrics in the order of the table: the headline, the others of this dataset's field, the rest."""
     first = filter(None, (PRESETS[preset].headline,))
     names = dict.fromkeys((*first, *DATASETS[dataset].metrics, *METRICS))
-    if "vqa" not in DATASETS[dataset].metrics:  # its questions have fewer answers than the four that full marks take
+    if "vqa" not in DATASETS[dataset].metrics:  # its questions have fewer answers than FULL_MARKS
         del names["vqa"], names["textvqa"]
     return list(names)
 
@@ -21,6 +21,11 @@ def metric_names(dataset: str, preset: str = "paper") -> list[str]:
 def answers_of(record: dict) -> list[str]:
     """A test question's answers. Files of the released code hold only the most common one: as if all ten had given it."""
     return record.get("answers") or [record["GT_answer"]] * 10
+
+
+def few_answers_of(records: list[dict], dataset: str) -> str:
+    """`metrics.few_answers` of an Eval file's records, for a dataset that is scored by `vqa` or `textvqa`; else ""."""
+    return few_answers(list(map(answers_of, records))) if "vqa" in DATASETS[dataset].metrics else ""
 
 
 def values(records: list[dict], metric: str, field: str = "answers") -> list[float]:

@@ -69,7 +69,9 @@ class Evaluation(Answers):
         return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
 
     def summary(self, result: list[dict]) -> dict:
-        return {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
+        few = scoring.few_answers_of(result, self.model.args.scored_as)
+        scores = {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
+        return scores | ({"few_answers": few} if few else {})
 
 
 def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
@@ -140,6 +142,8 @@ def report(args, what: str, result: list[dict]) -> dict:
         print(f"  {left_out}; counted as wrong")
     if cut := short_replies(result):
         print(f"  {cut}")
+    if few := scoring.few_answers_of(result, args.scored_as):
+        print(f"  {few}")
     single = sum(not r.get("answers") for r in result)
     if single:
         print(f"  {single} of {len(result)} records have one answer: scored as if all annotators had given it.")

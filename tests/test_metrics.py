@@ -3,10 +3,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, python
+from PIL import Image
 
 from mpa import scoring
-from mpa.metrics import METRICS, bootstrap_interval, most_common, squeeze
+from mpa.datasets.loading import load_samples
+from mpa.metrics import METRICS, bootstrap_interval, few_answers, most_common, squeeze
 
 
 @pytest.mark.parametrize("name", ["vqa", "textvqa", "relaxed", "anls", "contains"])
@@ -114,3 +116,36 @@ def test_a_comparison_lists_the_questions_that_changed():
     assert few[6:] == ["    worse: 7: q7? (red) red → blue"]
     args.verbose = True
     assert len(scoring.changed(before, after, args)) == 8
+
+
+@pytest.mark.parametrize("name", ["vqa", "textvqa"])
+def test_with_few_answers_a_right_answer_scores_as_the_official_code_leaves_one_out(name):
+    assert [METRICS[name]("red", ["red"] * n) for n in (1, 2, 3, 4, 10)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+
+
+@pytest.mark.parametrize(("dataset", "says"), [("textVQA", True), ("okVQA", True), ("chartVQA", False)])
+def test_questions_with_too_few_answers_for_full_marks_are_said_with_their_number(dataset, says, tmp_path):
+    counts = [1, 1, 2, 3, 4, 10]
+    result = [
+        {"question_id": i, "image_path": "a", "GT_question": "q", "GT_answer": "red", "predictions": "red"}
+        | {"answers": ["red"] * n}
+        for i, n in enumerate(counts)
+    ]
+    (tmp_path / f"Eval_a_{dataset}.json").write_text(json.dumps(result))
+    done = python("evaluate.py", "--predictions", tmp_path / f"Eval_a_{dataset}.json")
+    note = (
+        "4 of 6 questions have fewer than 4 answers: vqa and textvqa give a right answer at most 0 % (2 with 1), "
+        "33 % (1 with 2), 67 % (1 with 3)"
+    )
+    assert done.returncode == 0 and (note in done.stdout) == says, done.stderr
+    assert few_answers([["red"] * 4, ["red"] * 10]) == ""
+
+
+def test_questions_with_too_few_answers_are_said_when_they_are_loaded(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    data = [{"question_id": i, "image_id": "a", "question": "q", "answers": ["red"] * n} for i, n in enumerate((1, 10))]
+    (tmp_path / "test.json").write_text(json.dumps({"data": data}))
+    load_samples("textVQA", "test", tmp_path / "test.json", tmp_path)
+    assert f"note: {tmp_path}/test.json: 1 of 2 questions have fewer than 4 answers" in capsys.readouterr().err
+    load_samples("textVQA", "train", tmp_path / "test.json", tmp_path)  # PA does not see them
+    assert capsys.readouterr().err == ""

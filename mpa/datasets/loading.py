@@ -15,6 +15,7 @@ from pathlib import Path
 from mpa.datasets import DATASETS
 from mpa.datasets.paths import inside, locate, missing_images, moved
 from mpa.datasets.protocol import Sample, Split
+from mpa.metrics import few_answers
 from mpa.records import REPOSITORY, InputError, read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -152,6 +153,8 @@ def load_samples(
                 f"{source}, record {without[0]}: no answers to score against; {len(without) - 1} more of "
                 f"{len(samples)} have none. Is this a test split without labels? Name the labelled file with --annotations."
             )
+        if "vqa" in DATASETS[name].metrics and (few := few_answers([s.answers for s in samples])):
+            print(f"note: {source}: {few}.", file=sys.stderr)
     check_unique_ids(samples, source)
     if images:
         missing_images([s.image_path for s in samples])
