@@ -1,62 +1,129 @@
 """What the trainer's bash scripts launch."""
 
+import gc
+import os
+import sys
 from pathlib import Path
 
+import launch
 import params
 import pytest
+import torch
 from conftest import bash
 
 
-def launch_command(folder, bf16: bool, name: str = "PL.sh", *flags, **environment) -> list[str]:
-    """What a script would launch on a GPU with native or emulated bfloat16; torch is mocked."""
-    (folder / "torch.py").write_text(
-        "import sys\n"
-        "if sys.argv[0].endswith(('deepspeed', 'launch.py')):\n"
-        "    sys.exit(print(*sys.argv, sep='\\n'))\n"
-        "class cuda:\n"
-        "    device_count = lambda: 1\n"
-        f"    is_bf16_supported = lambda including_emulation=True: including_emulation or {bf16}\n"
-    )
-    done = bash(f"PL/Qwen2-VL-Finetune/scripts/{name}", *flags, PYTHONPATH=folder, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """`launched(SCRIPT, FLAGS…, gpus, bf16, VARIABLE=…)`: the command that a script starts, with mocked GPUs; nothing runs.
+
+    The first word is "here" for a training in the launcher's own process, "torchrun", or "deepspeed".
+    """
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$ZERO" "$@"\n')
+    python.chmod(0o755)
+    seen = []
+
+    def started(name):
+        def start(*_, **__):
+            seen[:] = [name, *sys.argv]
+            raise SystemExit
+
+        return start
+
+    def deepspeed(name, command):
+        seen[:] = command
+        raise SystemExit
+
+    def run(name: str = "PL.sh", *flags, gpus: int = 1, bf16: bool = True, environ=None, **variables) -> list[str]:
+        done = bash(f"PL/Qwen2-VL-Finetune/scripts/{name}", *flags, VENV=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        configuration, *command = done.stdout.splitlines()
+        environ = {} if environ is None else environ  # of the launcher, which changes it
+        environ |= {**os.environ, **{key: str(value) for key, value in variables.items()}, "ZERO": configuration}
+        with monkeypatch.context() as mocked, pytest.raises(SystemExit):
+            mocked.setattr(launch.runpy, "run_path", started("here"))
+            mocked.setattr(launch, "run_ranks", started("torchrun"))
+            mocked.setattr(os, "execvp", deepspeed)
+            mocked.setattr(os, "environ", environ)
+            mocked.setattr(torch.cuda, "device_count", lambda: gpus)
+            mocked.setattr(
+                torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
+            )
+            mocked.setattr(torch, "set_num_threads", lambda count: None)
+            mocked.setattr(sys, "argv", command)
+            sys.exit(launch.main())
+        gc.enable()
+        return [*seen]
+
+    return run
 
 
 def flag_value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(tmp_path):
-    new, old = launch_command(tmp_path, True), launch_command(tmp_path, False)
+def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched):
+    new, old = launched(), launched(bf16=False)
     assert ("--bf16" in new, "--fp16" in new) == (True, False)
     assert ("--bf16" in old, "--fp16" in old) == (False, True)
     assert flag_value(old, "--fp16") == "True"
+    assert new[0] == "torchrun" and flag_value(new, "--nproc_per_node") == "gpu"
+    assert Path(flag_value(new, "--deepspeed")).name == "zero2.json"
 
 
-def test_two_trainings_on_one_machine_do_not_share_a_port(tmp_path):
-    assert "--standalone" in launch_command(tmp_path, True)  # torchrun takes one that is free
-    machines = launch_command(tmp_path, True, NNODES=2, MASTER_ADDR="there", MASTER_PORT=4321)
+def test_two_trainings_on_one_machine_do_not_share_a_port(launched):
+    assert "--standalone" in launched()  # torchrun takes one that is free
+    machines = launched(NNODES=2, MASTER_ADDR="there", MASTER_PORT=4321)
     assert "--standalone" not in machines and flag_value(machines, "--master_port") == "4321"
 
 
-def test_machines_of_a_hostfile_are_deepspeeds_to_reach_by_flag_or_environment(tmp_path):
-    by_flag = launch_command(tmp_path, True, "PL.sh", "--hostfile", "/a b/hosts", "--seed", "3")
-    by_name = launch_command(tmp_path, True, "PL.sh", "--seed", "3", HOSTFILE="/a b/hosts")
+def test_machines_of_a_hostfile_are_deepspeeds_to_reach_by_flag_or_environment(launched):
+    by_flag = launched("PL.sh", "--hostfile", "/a b/hosts", "--seed", "3")
+    by_name = launched("PL.sh", "--seed", "3", HOSTFILE="/a b/hosts")
     for words in (by_flag, by_name):
+        assert words[0] == "deepspeed"
         assert words.index("--hostfile") < words.index("--deepspeed")
         assert (flag_value(words, "--hostfile"), words[-2:]) == ("/a b/hosts", ["--seed", "3"])
     assert len(by_flag) == len(by_name)
 
 
-def test_the_script_takes_its_paths_from_the_environment(tmp_path):
-    words = launch_command(tmp_path, True, TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
+def test_one_process_on_a_cpu_trains_without_deepspeed_and_several_with_it(launched, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    environ, cores = {}, len(os.sched_getaffinity(0))
+    alone = launched(gpus=0, environ=environ)
+    assert alone[:2] == ["here", launch.TRAINER] and "--deepspeed" not in alone
+    assert (flag_value(alone, "--use_cpu"), environ["OMP_NUM_THREADS"]) == ("True", str(cores))
+    two = launched(gpus=0, environ=(environ := {}), CPU_PROCESSES=2)
+    assert two[0] == "torchrun" and flag_value(two, "--nproc_per_node") == "2"
+    assert Path(flag_value(two, "--deepspeed")).name == "zero2.json"
+    assert environ["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    resumed = launched("PL.sh", "--deepspeed", "zero2.json", gpus=0)
+    assert resumed[0] == "torchrun" and resumed[-1] == "zero2.json"
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"CPU_PROCESSES": "two"}, "CPU_PROCESSES=two: give a number"),
+        ({"CPU_PROCESSES": 0}, "CPU_PROCESSES=0: give a number"),
+        ({"ZERO": "zero9"}, "zero9.json: no such configuration of DeepSpeed"),
+    ],
+)
+def test_a_wrong_number_of_processes_or_configuration_is_named(variables, why):
+    done = bash("PL/Qwen2-VL-Finetune/scripts/PL.sh", **variables)
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_script_takes_its_paths_from_the_environment(launched):
+    words = launched(TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
     assert flag_value(words, "--data_path") == "/a b/train.json"
     assert flag_value(words, "--output_dir") == "/a b/out"
 
 
 @pytest.mark.parametrize("name", ["PL.sh", "finetune.sh", "finetune_lora.sh", "finetune_lora_vision.sh"])
-def test_every_script_gives_flags_that_the_trainer_takes(tmp_path, name):
-    words = launch_command(tmp_path, True, name, DATA="a.json:0.9 b.json:0.1", MODEL="m", OUTPUT_DIR="out")
+def test_every_script_gives_flags_that_the_trainer_takes(launched, name):
+    words = launched(name, DATA="a.json:0.9 b.json:0.1", MODEL="m", OUTPUT_DIR="out")
     flags = words[words.index(next(word for word in words if word.endswith("train.py"))) + 1 :]
     assert flags[0] == "--deepspeed" and Path(flags[1]).is_file()
     model, images, _ = params.parse(["--use_cpu" if flag == "--bf16" else flag for flag in flags[2:]])

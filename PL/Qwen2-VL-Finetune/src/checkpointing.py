@@ -76,8 +76,8 @@ class CheckpointingTrainer(Trainer):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         if state_dict is None:
             state_dict = self.model.state_dict()
-        else:  # DeepSpeed's state dict holds each tied tensor twice
-            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        # It holds each tied tensor twice, and in another dtype these are no longer seen to be one.
+        state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         final = not self.staging
         if final and self.save_dtype is not None:
             state_dict = {n: v.to(self.save_dtype) if v.is_floating_point() else v for n, v in state_dict.items()}

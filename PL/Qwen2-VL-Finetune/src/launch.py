@@ -1,19 +1,74 @@
-"""torchrun with the training's exit code, and without torchrun's error report if a rank exits normally.
+"""Starts a training, or the processes of a stage.
 
-    python src/launch.py --standalone --nproc_per_node 2 src/train.py …
+    python src/launch.py train --standalone -- --model_id …                    src/train.py, for scripts/launch.sh
+    python src/launch.py --standalone --nproc-per-node 2 -- scripts/PA.py …    torchrun
 
-SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is the time that the ranks have to save a checkpoint.
+A training runs on all GPUs or, where there is none, in one process on the CPU: this one. Else each rank is a process
+of torchrun, or of DeepSpeed with --hostfile; $ZERO is DeepSpeed's configuration. The exit code is the training's, without
+torchrun's error report if a rank exits normally. SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is the time
+that the ranks have to save a checkpoint.
 """
 
+import gc
 import logging
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
+
+TRAINER = str(Path(__file__).resolve().with_name("train.py"))
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds
+    if sys.argv[1:2] == ["train"]:
+        rest = sys.argv[2:]
+        return train(rest[: rest.index("--")], rest[rest.index("--") + 1 :])
+    return run_ranks()
+
+
+def train(machines: list[str], flags: list[str]) -> int:
+    """Train with these flags of the trainer. `machines` are torchrun's flags, or DeepSpeed's."""
+    gc.disable()  # until `light_imports`
+    import torch
+
+    environment, gpus = os.environ, torch.cuda.device_count()
+    configuration, processes = environment["ZERO"], environment.get("CPU_PROCESSES") or "1"
+    if not Path(configuration).is_file():
+        return _refuse(f"{configuration}: no such configuration of DeepSpeed; ZERO names one of those in scripts/.")
+    if not (processes.isdecimal() and int(processes)):
+        return _refuse(f"CPU_PROCESSES={processes}: give a number of processes.")
+    if gpus:  # float16 on GPUs that only emulate bfloat16
+        precision = "--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16"
+        processes = "gpu"
+    else:
+        precision, environment["DS_ACCELERATOR"] = "--use_cpu", "cpu"
+        if not environment.get("OMP_NUM_THREADS"):
+            threads = max(1, len(os.sched_getaffinity(0)) // int(processes))
+            environment["OMP_NUM_THREADS"] = str(threads)  # of the ranks
+            torch.set_num_threads(threads)  # of this process
+    processes, flags = environment.get("NPROC_PER_NODE") or processes, [precision, "True", *flags]
+    with_deepspeed = gpus or processes != "1" or any(flag.partition("=")[0] == "--deepspeed" for flag in flags)
+    if machines[0] == "--standalone" and not with_deepspeed:
+        sys.argv = [TRAINER, *flags]
+        runpy.run_path(TRAINER, run_name="__main__")  # it ends with sys.exit
+    command = [TRAINER, "--deepspeed", configuration, *flags]
+    if machines[0] == "--hostfile":
+        os.execvp("deepspeed", ["deepspeed", *machines, *command])
+    wait = environment.get("SHUTDOWN_TIMEOUT") or "3600"
+    sys.argv[1:] = [*machines, "--nproc_per_node", processes, "--shutdown-timeout", wait, *command]
+    return run_ranks()
+
+
+def _refuse(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return 2
+
+
+def run_ranks() -> int:
+    """torchrun with the flags in sys.argv. Returns the exit code of the rank that failed first."""
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which a rank sees that this process has been killed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun handles it: its import takes seconds
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

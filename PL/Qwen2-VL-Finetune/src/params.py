@@ -210,6 +210,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.dataloader_num_workers < 0:
             cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
+        if self.deepspeed and self.use_cpu:
+            process_group.use_gloo()
         super().__post_init__()
         self.activation_policy = str(self.activation_checkpointing)
         if self.activation_policy not in ("auto", PRODUCTS):

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -45,15 +44,19 @@ def barrier() -> None:
         dist.barrier()
 
 
+def use_gloo() -> None:
+    """Ranks on a CPU exchange tensors by gloo. DeepSpeed would compile an extension of its own for it: call this before it starts."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def init_deepspeed() -> None:
     """Start DeepSpeed's process group; call this before the model is loaded, or ZeRO-3 does not shard its weights."""
     import deepspeed
 
     deepspeed.init_distributed()
     barrier()
-    # CPU ranks share a buffer of 69 MB. All have opened it by now, so its name can go: DeepSpeed would never delete it.
-    name = "_".join(os.environ[word] for word in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
 
 
 def destroy() -> None:

@@ -38,6 +38,7 @@ DECISIVE = set(
     "optim_target_modules torch_compile torch_compile_backend torch_compile_mode use_cache auto_find_batch_size "
     "accelerator_config parallelism_config dataloader_drop_last label_names length_column_name fsdp fsdp_config".split()
 )
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "scripts"  # of DeepSpeed
 DECISIVE_WITH_LOAD_BEST = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
 
 
@@ -119,8 +120,28 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
         path = str(complete)
     elif why := checkpoints.fault(Path(path)):
         raise DataError(f"{path}: {why}; --resume_from_checkpoint no starts again.")
-    refuse_other_settings(checkpoints.read_json(Path(path, SETTINGS)), current, path)
+    recorded = checkpoints.read_json(Path(path, SETTINGS))
+    _refuse_deepspeeds(recorded, current, path)
+    refuse_other_settings(recorded, current, path)
     return path
+
+
+def _refuse_deepspeeds(recorded: dict, current: dict, path: str) -> None:
+    """Raises DataError for a checkpoint of DeepSpeed, whose optimizer state only DeepSpeed can read, in a run without it."""
+    if "deepspeed_sha256" not in recorded or "deepspeed_sha256" in current:
+        return
+    known = sorted(CONFIGURATIONS.glob("zero*.json"))
+    file = next((file for file in known if sha256(file) == recorded["deepspeed_sha256"]), "with its configuration")
+    raise DataError(
+        f"{path}: was written with DeepSpeed, and this run has none. --deepspeed {file} resumes it; "
+        "--resume_from_checkpoint no starts again."
+    )
+
+
+def of_result(recorded: dict) -> dict:
+    """The recorded settings of a finished training: in one process on a CPU, the result is the same with DeepSpeed and without."""
+    alone = recorded.get("use_cpu") and recorded.get("world_size") == 1
+    return {name: value for name, value in recorded.items() if not (alone and name == "deepspeed_sha256")}
 
 
 def refuse_other_settings(recorded: dict, current: dict, where) -> None:

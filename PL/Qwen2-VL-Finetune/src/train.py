@@ -1,6 +1,6 @@
 """Fine-tune a VLM on a train JSON: next-token loss on the answers (paper, section 3.3).
 
-    deepspeed src/train.py --deepspeed scripts/zero2.json --model_id MODEL --data_path train.json --output_dir OUT
+    python src/train.py --model_id MODEL --data_path train.json --output_dir OUT      # on several GPUs: scripts/launch.sh
 
 Writes model (with LoRA: adapter), tokenizer, processor and model card to OUT, a regular model folder. It writes
 train_meta.json last; if that file exists, the training is complete, and the same command reports that and exits.
@@ -9,18 +9,28 @@ state, schedule and random numbers as without the stop.
 """
 
 import signal
+import sys
 
 import log_file
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log_file.install()  # before the libraries print
+    # transformers, accelerate and PEFT import these wherever they are installed. None: they count as missing.
+    for package, words in {
+        "deepspeed": ("deepspeed",),
+        "bitsandbytes": ("bits", "bnb", "8bit"),
+        "datasets": (),
+    }.items():
+        if not any(word in argument for argument in sys.argv for word in words):
+            sys.modules.setdefault(package, None)
+
+import light_imports  # noqa: F401  isort: skip
 
 import contextlib
 import errno
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -39,7 +49,7 @@ from model_card import converted_from, write_card
 from model_loading import compute_dtype, load_model, load_processor, model_type, native, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
-from resume_settings import checkpoint_to_resume, refuse_other_settings, settings
+from resume_settings import checkpoint_to_resume, of_result, refuse_other_settings, settings
 from sample_preparation import cache_folder, open_cache, prepare, read
 from trainer import Leveler
 
@@ -75,7 +85,8 @@ def main(argv=None) -> int:
     model_args.model_id = native(model_args.model_id)
     current = settings(model_args, data_args, args)
     if (out / META).exists():
-        refuse_other_settings(checkpoints.read_json(out / META).get("settings") or {}, current, out)
+        recorded = checkpoints.read_json(out / META).get("settings") or {}
+        refuse_other_settings(of_result(recorded), of_result(current), out)
         print(f"PL: {out} already exists, trained with these settings.")
         return 0
     with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext():
@@ -186,8 +197,14 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
 
 def run() -> int:
     """`main`, with one line on stderr for an error that the user can correct. Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until `StopOnSignal` saves a checkpoint on it
+    stopped_by = [signal.SIGINT]
+
+    def stop(number, _):  # until `StopOnSignal` saves a checkpoint on it
+        stopped_by[0] = number
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = main()
         process_group.destroy()
@@ -197,7 +214,7 @@ def run() -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped before the first step. The same command starts again.", file=sys.stderr)
-        return 130
+        return 128 + stopped_by[0]
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
