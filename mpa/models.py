@@ -114,6 +114,7 @@ def pick_device(device: str = "auto") -> str:
 
     Raises InputError if the device does not exist.
     """
+    import mpa.light_imports  # noqa: F401  isort: skip
     import torch
 
     if device != "auto":

@@ -15,6 +15,8 @@ On a GPU, worker processes prepare batches while the model runs. On a CPU, the w
 with shared weights. Greedy replies are those of a plain loop over the requests.
 """
 
+import mpa.light_imports  # noqa: F401  isort: skip
+
 import gc
 import os
 import sys

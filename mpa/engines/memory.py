@@ -1,5 +1,7 @@
 """What fits into the memory of the `hf` engine: the estimate before the weights are loaded, and the probe of a GPU after it."""
 
+import mpa.light_imports  # noqa: F401  isort: skip
+
 import sys
 from collections.abc import Sequence
 
