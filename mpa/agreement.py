@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -42,10 +43,28 @@ def kappa(ratings: np.ndarray) -> float:
     return cohen_kappa(ratings) if raters == 2 else fleiss_kappa(ratings)
 
 
+def alpha(counts: np.ndarray) -> float:
+    """Krippendorff's alpha of `counts` [items, 2], how many raters said no and yes: of any number of raters, who may have missed items.
+
+    Krippendorff 2004, Content Analysis, chapter 11. Items with one rating do not count. NaN if no item has two, or if all say the same.
+    """
+    from krippendorff import alpha as of  # here, as only table 4 needs it
+
+    pairs = counts[counts.sum(axis=1) > 1]
+    if not pairs.any(axis=0).all():
+        return math.nan
+    return float(of(value_counts=pairs, level_of_measurement="nominal"))
+
+
 def kappa_interval(ratings: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of kappa over the items. Resamples without a kappa are left out."""
+    """That of `interval` for kappa."""
+    return interval(kappa, ratings, resamples, seed)
+
+
+def interval(statistic: Callable, ratings: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval over the items. Resamples in which `statistic` is undefined are left out."""
     rng = np.random.default_rng(seed)
-    found = [kappa(ratings[rng.integers(len(ratings), size=len(ratings))]) for _ in range(resamples)]
+    found = [statistic(ratings[rng.integers(len(ratings), size=len(ratings))]) for _ in range(resamples)]
     found = [value for value in found if not math.isnan(value)]
     return tuple(map(float, np.percentile(found, [2.5, 97.5]))) if found else (math.nan, math.nan)
 

@@ -1,12 +1,12 @@
 """Table 4, the human ratings before and after PI, from the files that scripts/rate.py wrote."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from mpa import ratings
-from mpa.agreement import combined, kappa, kappa_interval
+from mpa.agreement import alpha, combined, interval, kappa
 from mpa.paper_tables import PAPER, SOURCE, UNKNOWN
 from mpa.runs import Runs
 from mpa.table_formats import Estimate, Figure, Table
@@ -14,8 +14,9 @@ from mpa.table_formats import Estimate, Figure, Table
 LABELS = {"answerable": "answerable", "correct": "answer correct", "human": "reads as written by a person"}
 NOTES = [
     "Percent of yes, with 95 % intervals (Wilson; Newcombe for sums and differences), over items; an item counts with the mean "
-    "of its raters. D_PA: 'not kept' and D_PI, weighted by their sizes. Kappa: Cohen's for two raters, Fleiss' for more, over "
-    "the items of both sets that all raters rated, with a bootstrap interval over items.",
+    "of its raters. D_PA: 'not kept' and D_PI, weighted by their sizes. Alpha: Krippendorff's, over all items of both sets that "
+    "two or more raters rated (alpha, items). Kappa: Cohen's for two raters, Fleiss' for more, over the items that all of them "
+    "rated; raters of fewer than half of the items are left out of it. Both with a bootstrap interval over items.",
     f"{SOURCE} How it drew the samples before PI is {UNKNOWN}.",
 ]
 
@@ -30,7 +31,13 @@ def ratings_table(runs: Runs) -> Table:
         "items": str,
         "raters": float,
     }
-    kinds |= {"kappa": Estimate, "before, paper": float, "after, paper": float}
+    kinds |= {
+        "alpha": Estimate,
+        "alpha, items": float,
+        "kappa": Estimate,
+        "before, paper": float,
+        "after, paper": float,
+    }
     table = Table("ratings", "Table 4: human ratings of pseudo labels before and after PI", kinds, notes=NOTES)
     for file in runs.ratings:
         meta, found = ratings.read_meta(file), ratings.latest(file)
@@ -69,17 +76,29 @@ def row(aspect: str, found: dict, sizes: dict[str, int]) -> dict:
 
 
 def _agreement(by_item: dict, raters: list[str], notes: list[str]) -> dict:
-    """{"kappa": cell}, over the items that all raters rated; a note says how many, if they are not all."""
+    """The cells of alpha and of kappa, the latter with a note where it is not of all items and raters."""
     if len(raters) < 2:
         return {}
-    table = [[values[rater] for rater in raters] for values in by_item.values() if len(values) == len(raters)]
-    if len(table) < len(by_item):
-        notes.append(f"Kappa: over {len(table)} of {len(by_item)} items, those that all {len(raters)} raters rated.")
-    shared = np.array(table, dtype=int).reshape(-1, len(raters))
-    value = kappa(shared)
-    if math.isnan(value):
-        return {"kappa": "undefined"}
-    return {"kappa": Estimate(value, *kappa_interval(shared), digits=2)}
+    yes = np.array([sum(values.values()) for values in by_item.values()])
+    counts = np.stack([np.array([len(values) for values in by_item.values()]) - yes, yes], axis=1)
+    cells = {"alpha": _with_interval(alpha, counts)}
+    cells["alpha, items"] = Figure(int((counts.sum(axis=1) > 1).sum()), digits=0)
+    rated = Counter(rater for values in by_item.values() for rater in values)
+    those = [rater for rater in raters if 2 * rated[rater] >= len(by_item)]
+    if len(those) < 2:
+        return cells
+    table = [[values[rater] for rater in those] for values in by_item.values() if values.keys() >= set(those)]
+    if len(table) < len(by_item) or len(those) < len(raters):
+        left_out = f" Without {', '.join(sorted(set(raters) - set(those)))}." if len(those) < len(raters) else ""
+        notes.append(
+            f"Kappa: over {len(table)} of {len(by_item)} items, those that all {len(those)} raters rated.{left_out}"
+        )
+    return cells | {"kappa": _with_interval(kappa, np.array(table, dtype=int).reshape(-1, len(those)))}
+
+
+def _with_interval(statistic, ratings: np.ndarray) -> Estimate | str:
+    value = statistic(ratings)
+    return "undefined" if math.isnan(value) else Estimate(value, *interval(statistic, ratings), digits=2)
 
 
 def _percent(found: tuple[float, tuple[float, float]], sign: bool = False) -> Estimate:

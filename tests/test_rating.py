@@ -210,8 +210,34 @@ def test_table_4_is_what_the_raters_said_with_kappa(run):
     observed, chance = (7 - disagree) / 7, (yes * (yes - disagree) + (7 - yes) * (7 - yes + disagree)) / 49
     assert float(row["kappa"]) == pytest.approx((observed - chance) / (1 - chance), abs=1e-3)
     assert "7 of 8 items" in row["notes"]
+    n0, n1 = (7 - yes) * 2 + disagree, yes * 2 - disagree  # of the items that both rated
+    assert float(row["alpha"]) == pytest.approx(1 - 13 * 2 * disagree / (2 * n0 * n1), abs=1e-3)
+    assert row["alpha, items"] == "7" and float(row["alpha low"]) <= float(row["alpha"]) <= float(row["alpha high"])
     assert (row["before, paper"], row["after, paper"]) == ("68", "84")
     assert rows["answerable"]["D_PI, after PI"] == "" and rows["answerable"]["after, paper"] == "92"
+
+
+def test_a_stray_name_with_two_clicks_does_not_turn_the_agreement_of_the_others(run):
+    by_set = ratings.pools(run / "PA_L_chartVQA.json", run / "PI_L_train_L_S_1_chartVQA.json", set(), {}, None)
+    items = ratings.select(by_set, 4, 0)
+    store = ratings.Ratings(ratings.ratings_file(run, CELL), CELL, items, by_set, 4, 0)
+
+    def agreement() -> dict:
+        done = python("tables.py", run, "--table", "ratings", "--format", "csv")
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+        return next(row for row in csv.DictReader(lines) if row["rated"] == "answerable")
+
+    for i in range(8):
+        store.add("Ada", i, "answerable", i % 2 == 0)
+        store.add("Bo", i, "answerable", i % 2 == 0 or i > 5)
+    before = agreement()
+    for i in range(2):
+        store.add("bo", i, "answerable", i % 2 == 1)
+    store.close()
+    after = agreement()
+    assert (after["alpha, items"], after["raters"], before["raters"]) == ("8", "3", "2")
+    assert after["kappa"] == before["kappa"] and "Without bo." in after["notes"]
+    assert 0 < float(after["alpha"]) < float(before["alpha"])
 
 
 def test_ratings_of_another_selection_are_not_mixed_and_choices_are_asked_for(run):
