@@ -48,11 +48,11 @@ class Answers(Stage):
 
     def __init__(self, model: Model, out, label: str, kind: str, questions: list[Question], **choices):
         self.kind, self.questions, self.preset = kind, questions, model.args.preset
-        prints = fingerprints(q.request.image_path for q in questions)
+        self.prints = fingerprints(q.request.image_path for q in questions)
         content = []
         for q in questions:
             path = q.request.image_path
-            content.append((q.request.key, path, prints[path], q.request.prompt, q.before, q.after))
+            content.append((q.request.key, path, self.prints[path], q.request.prompt, q.before, q.after))
         super().__init__(model, out, label, content, **choices)
 
     def record(self, question: Question, reply: dict) -> dict:
@@ -86,8 +86,7 @@ class Answers(Stage):
             with self.running() as engine:
                 ask(engine, pending, self.journal, self.label)
             replies |= {request.key: self.journal[request.key] for request in pending}
-        if len(pending) < len(requests):
-            done = len(requests) - len(pending)
+        if done := sum("error" not in ready.get(request.key, {"error": ""}) for request in requests):
             print(f"{self.label}: PA already produced {done} of the {len(requests)} answers.")
         result = [self.record(q, replies[q.request.key]) for q in self.questions]
         failed = sum(passing(replies[request.key]) for request in requests)

@@ -1,6 +1,6 @@
 """The checks of the paper's analysis as tables, from result files alone: `scripts/checks.py` prints them.
 
-All intervals are 95 %: of shares by Wilson's score, of accuracies and paired differences by a bootstrap over the questions.
+All intervals are 95 %: of shares by Wilson's score, of accuracies by a bootstrap over the questions, of differences by `mpa.paired`.
 """
 
 import re
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa import records, scoring
+from mpa import comparable, records, scoring
 from mpa.agreement import wilson
 from mpa.calibration import Reliability
+from mpa.comparable import NotComparable, Pairs
 from mpa.datasets import DATASETS
-from mpa.evaluations import Evaluation, gains
+from mpa.evaluations import Evaluation
 from mpa.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 from mpa.run_case import Case, checked_against_labels
 from mpa.run_samples import REASONS, inspected, task_of
@@ -31,18 +32,33 @@ def percent(k: float, n: int) -> Estimate | str:
 
 
 def mean(values) -> Estimate | str:
-    """The mean of scores or of paired differences, in points, with its interval."""
+    """The mean of scores, in points, with its interval."""
     values = list(map(float, values))
     if not values:
         return "–"
     found = scoring.summary(values)
-    signed = min(values) < 0
-    return Estimate(100 * found["score"], *(100 * bound for bound in found["ci95"]), sign=signed)
+    return Estimate(100 * found["score"], *(100 * bound for bound in found["ci95"]))
 
 
-def points(change: np.ndarray) -> Estimate | str:
-    found = mean(change)
-    return found if isinstance(found, str) else Estimate(found.value, found.low, found.high, sign=True)
+def points(*found: Pairs) -> Estimate | str:
+    """A paired difference in points; of several seeds the mean of theirs."""
+    if not found or not all(len(pairs.gains) for pairs in found):
+        return "–"
+    value = float(np.mean([pairs.gains.mean() for pairs in found]))
+    return Estimate(100 * value, *(100 * bound for bound in comparable.interval(found)), sign=True)
+
+
+def difference(row: dict, name: str, *evaluations: tuple[Evaluation, Evaluation]) -> list[Pairs]:
+    """Put `points` of these comparisons, one for each seed, into a row; where they are none, a note that says why."""
+    notes = row.setdefault("notes", [])
+    try:
+        found = [comparable.compare(*pair) for pair in evaluations]
+    except NotComparable as error:
+        notes.append(f"{name}: {error}")
+        return []
+    row[name] = points(*found)
+    notes += [f"{name}: {note}" for note in dict.fromkeys(note for pairs in found for note in pairs.notes)]
+    return found
 
 
 def names(cell: Cell) -> dict:
@@ -131,14 +147,15 @@ def coverage_table(case: Case, of: str) -> Table:
     columns = {f"{of} type": str} | {f"{name}, %": Estimate for name in sets}
     columns |= {"test questions": float, "before": Estimate, "after": Estimate, "gain": Estimate}
     table = Table(f"{of}-types", f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: coverage by {of} type", columns)
-    tested = _tested(kind, before, after)
+    tested = _tested(kind, before, after, table.notes)
     for name in ANSWER_TYPES if of == "answer" else QUESTION_TYPES:
         shares = {f"{which}, %": percent(found[name], found.total()) for which, found in sets.items()}
-        was, now = tested.get(name, ([], []))
-        if not (was or any(found[name] for found in sets.values())):
+        pairs = tested.get(name)
+        if not (pairs or any(found[name] for found in sets.values())):
             continue
+        was, now = pairs.scores if pairs else ((), ())
         row = {f"{of} type": name} | shares | {"test questions": len(was), "before": mean(was), "after": mean(now)}
-        table.rows.append(row | {"gain": points(np.subtract(now, was)) if was else "–"})
+        table.rows.append(row | {"gain": points(pairs) if pairs else "–"})
     sizes = ", ".join(f"{name} {found.total():,}" for name, found in sets.items())
     table.notes.append(
         f"Samples: {sizes}. Test questions by the type of their first answer; scores by the main metric."
@@ -146,15 +163,19 @@ def coverage_table(case: Case, of: str) -> Table:
     return table
 
 
-def _tested(kind, before: Evaluation | None, after: Evaluation | None) -> dict[str, tuple[list, list]]:
-    """{type: (scores before, scores after)} of the questions that both evaluations asked in the same order."""
-    found = {}
-    if before and after and before.content == after.content:
-        for r, was, now in zip(before.records, before.scores, after.scores, strict=True):
-            pair = found.setdefault(kind(r["GT_question"], scoring.answers_of(r)[0]), ([], []))
-            pair[0].append(was)
-            pair[1].append(now)
-    return found
+def _tested(kind, before: Evaluation | None, after: Evaluation | None, notes: list[str]) -> dict[str, Pairs]:
+    """{type: the test questions that both evaluations can be compared on}; where they cannot, a note says why."""
+    if not (before and after):
+        return {}
+    try:
+        pairs = comparable.compare(before, after)
+    except NotComparable as error:
+        notes.append(f"No test questions: {error}")
+        return {}
+    notes += pairs.notes
+    asked = (before.records[place] for place in pairs.places[0])
+    kinds = np.array([kind(r["GT_question"], scoring.answers_of(r)[0]) for r in asked])
+    return {str(name): pairs.of(kinds == name) for name in set(kinds)}
 
 
 # --- two L-VLMs ------------------------------------------------------------------------------------------
@@ -190,8 +211,12 @@ def _overlap(runs: Runs, folder: Path, pair: tuple[Cell, Cell]) -> dict:
     before = runs.evaluation(pair[0].dataset, pair[0].svlm, folder)
     after = [runs.evaluation(cell.dataset, model_name(cell), folder) for cell in pair]
     if before and all(after):
-        row["gains"] = " and ".join(str(points(gains(before, e))) for e in after)
-        row["second minus first"] = points(gains(*after))
+        both = [{}, {}]
+        for one, e in zip(both, after, strict=True):
+            difference(one, "gain", (before, e))
+        row["gains"] = " and ".join(str(one.get("gain", "–")) for one in both)
+        row["notes"] = [note for one in both for note in one["notes"]]
+        difference(row, "second minus first", after)
     return row
 
 
@@ -237,9 +262,8 @@ def _against_mpa(after: Evaluation, mpa, kind: str, task: str) -> dict:
     """Accuracy after a training, over all questions and over those of one answer type, and minus that after MPA's."""
     of_type = np.array([answer_type(scoring.answers_of(r)[0], task) == kind for r in after.records])
     row = {"accuracy": mean(after.scores), "of this type": mean(after.scores[of_type])}
-    if mpa and mpa.after.content == after.content:
-        change = after.scores - mpa.after.scores
-        row |= {"minus MPA's": points(change), "minus MPA's, of this type": points(change[of_type])}
+    for pairs in difference(row, "minus MPA's", (mpa.after, after)) if mpa else ():
+        row["minus MPA's, of this type"] = points(pairs.of(of_type[pairs.places[1]]))
     return row
 
 
@@ -252,14 +276,14 @@ def transfer_table(runs: Runs) -> Table:
     columns = {"L-VLM": str, "S-VLM": str, "trained on": str, "variant": str, **dict.fromkeys(datasets, Estimate)}
     table = Table("transfer", "Gain on each dataset by the dataset of training, in points", columns)
     for e in runs.experiments:
-        row = {"L-VLM": e.cell.lvlm, "S-VLM": e.cell.svlm, "trained on": e.cell.dataset, "variant": e.variant}
+        row = {"L-VLM": e.cell.lvlm, "S-VLM": e.cell.svlm, "trained on": e.cell.dataset, "variant": e.name}
         for dataset in datasets:
             found = [_on(runs, t, dataset) for t in e.seeds]
             if all(all(pair) for pair in found):
-                row[dataset] = _over_seeds(found)
+                difference(row, dataset, *found)
         table.rows.append(row)
     table.notes.append(
-        "A negative number outside the row's own dataset is forgetting. Over several seeds: the mean of their gains, if all were asked the same questions."
+        "A negative number outside the row's own dataset is forgetting. Over several seeds: the mean of their gains."
     )
     return table
 
@@ -282,25 +306,20 @@ def sweep_table(runs: Runs) -> Table:
     for experiments in of_cell.values():
         mpa = {t.after.path.parent: t for e in experiments if e.variant == "mpa" for t in e.seeds}
         table.rows += [_sweep_row(e, mpa) for e in experiments]
-    table.notes.append("Over several seeds the mean of their differences; the interval is over the questions.")
+    table.notes.append(
+        "Over several seeds the mean of their differences; the interval is over the images with their questions."
+    )
     return table
 
 
 def _sweep_row(e: Experiment, mpa: dict) -> dict:
-    row = names(e.cell) | {"variant": f"{e.variant}, {e.label}" if e.label else e.variant}
+    row = names(e.cell) | {"variant": e.title}
     row |= {"seeds": len(e.seeds), "n": e.seeds[0].after.summary["n"]}
     samples = [t.samples for t in e.seeds if t.samples is not None]
     row["samples"] = Figure(float(np.mean(samples)), digits=0) if samples else None
     if all(t.before for t in e.seeds):
         row["before"] = mean(e.seeds[0].before.scores)
-        row["gain"] = _over_seeds([(t.before, t.after) for t in e.seeds])
+        difference(row, "gain", *((t.before, t.after) for t in e.seeds))
     if e.variant != "mpa" and all(t.after.path.parent in mpa for t in e.seeds):
-        row["minus MPA's"] = _over_seeds([(mpa[t.after.path.parent].after, t.after) for t in e.seeds])
+        difference(row, "minus MPA's", *((mpa[t.after.path.parent].after, t.after) for t in e.seeds))
     return row
-
-
-def _over_seeds(pairs: list[tuple[Evaluation, Evaluation]]) -> Estimate | None:
-    """The mean over seeds of the paired differences; None if they were not all asked the same questions."""
-    if len({evaluation.content for pair in pairs for evaluation in pair}) > 1:
-        return None
-    return points(np.mean([gains(*pair) for pair in pairs], axis=0))

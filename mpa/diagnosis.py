@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpa import records, scoring
+from mpa import comparable, records, scoring
 from mpa.agreement import wilson
+from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
-from mpa.evaluations import gains
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
 from mpa.run_case import Case, checked_against_labels
@@ -251,16 +251,23 @@ def no_gain(case: Case):
         before, after = case.evaluation(case.cell.svlm, dataset), case.evaluation(case.model, dataset)
         if not (before and after):
             continue
-        change = gains(before, after)
-        found = scoring.summary(change.tolist())
+        try:
+            pairs = comparable.compare(before, after)
+        except NotComparable as error:
+            yield Finding(
+                "not compared", "problem", f"{dataset}: {error}",
+                "Nothing can be said about the gain.", "Evaluate both models again with the same flags.",
+            )  # fmt: skip
+            continue
+        found = pairs.summary()
         low, high = (100 * bound for bound in found["ci95"])
         own = dataset == case.cell.dataset
         figure = (
             f"{dataset}: {100 * found['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {found['n']}"
         )
-        if before.content != after.content:
+        if max(len(before.scores), len(after.scores)) > pairs.asked:
             yield Finding(
-                "different questions", "problem", f"{dataset}: only {found['n']:,} questions are in both evaluations",
+                "different questions", "problem", f"{dataset}: only {pairs.asked:,} questions are in both evaluations",
                 "The scores before and after are not of the same questions.", "Evaluate both with the same flags.",
             )  # fmt: skip
         if high < 0:
@@ -283,9 +290,23 @@ def no_gain(case: Case):
             )
 
 
+def lost_replies(case: Case):
+    """Of the evaluations: errors and cut replies."""
+    for model in (case.cell.svlm, case.model):
+        one = case.evaluation(model)
+        if one and (~one.usable).sum() > LOST * len(one.usable):
+            yield Finding(
+                "test replies without an answer",
+                "warning",
+                f"{one.path.name}: {one.lost}",
+                "They count as wrong in this model's score, and not in the comparison.",
+                "See `left_out` and `finish_reason` in the file. Cut: --max-new-tokens of evaluate. Errors: evaluate again, with --restart.",
+            )
+
+
 CHECKS = (
     *(few_samples, small_gap, low_consistency, wrong_targets, duplicates, yes_no, missing_types, left_out, truncated),
-    *(training, no_gain),
+    *(training, lost_replies, no_gain),
 )
 
 
@@ -305,9 +326,12 @@ def looked_at(case: Case) -> str:
     ]
     before, after = case.evaluation(cell.svlm), case.evaluation(case.model)
     if before and after:
-        found = scoring.summary(gains(before, after).tolist())
-        low, high = (100 * bound for bound in found["ci95"])
-        parts.append(f"{100 * found['score']:+.1f} points [{low:+.1f}, {high:+.1f}], n = {found['n']:,}")
+        try:
+            found = comparable.compare(before, after).summary()
+            low, high = (100 * bound for bound in found["ci95"])
+            parts.append(f"{100 * found['score']:+.1f} points [{low:+.1f}, {high:+.1f}], n = {found['n']:,}")
+        except NotComparable:  # a finding says why
+            parts.append("gain unknown")
     missing = [path.name for path in case.run.missing]
     if cell.svlm:
         missing += [f"Eval_{m}_{cell.dataset}.json" for m, e in ((cell.svlm, before), (case.model, after)) if not e]

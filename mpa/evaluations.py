@@ -2,6 +2,9 @@
 anew.
 """
 
+import contextlib
+import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +14,34 @@ import numpy as np
 
 from mpa import records, scoring
 from mpa.datasets import DATASETS
+from mpa.models import WEIGHTS, adapted, identity
 from mpa.presets import PRESETS
 from mpa.records import InputError
+
+# Without these in its text, all replies of an Eval file are usable.
+MARKS = tuple(
+    b'\n        "%b": %b' % mark for mark in ((b"predictions", b"null"), (b"left_out", b'"'), (b"finish_reason", b'"'))
+)
 
 
 @dataclass
 class Evaluation:
-    """An Eval file: its path and its meta file's content."""
+    """An Eval file: its path and its meta file's content, {} if it has none. `scored_as` is the dataset whose metrics count, if not
+    its own.
+    """
 
     path: Path
     meta: dict
+    scored_as: str | None = None
+
+    @classmethod
+    def of(cls, path: Path, found: list[dict], scored_as: str, preset: str, meta: dict | None = None) -> "Evaluation":
+        """Records that were read already, and are scored anew by the metrics of the dataset `scored_as`."""
+        settings = dict((meta or {}).get("settings", {}))
+        settings.pop("content", None)  # the records may have got other answers
+        one = cls(path, {"model_path": "", **(meta or {}), "settings": {"preset": preset, **settings}}, scored_as)
+        one.records, one.scores = found, np.array(scoring.values(found, scoring.metric_names(scored_as, preset)[0]))
+        return one
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
@@ -56,7 +77,7 @@ class Evaluation:
     @cached_property
     def metric(self) -> str:
         """The headline metric of the dataset and the preset."""
-        return scoring.metric_names(self.dataset, self.meta["settings"]["preset"])[0]
+        return scoring.metric_names(self.scored_as or self.dataset, self.meta["settings"]["preset"])[0]
 
     @property
     def summary(self) -> dict:
@@ -71,23 +92,79 @@ class Evaluation:
     def scores(self) -> np.ndarray:
         """Each question's score by the headline metric [n], from 0 to 1, as the records hold it.
 
-        The file's text is searched: parsing its JSON takes ten times as long. JSON escapes the quotes and line ends in
-        a text, so no answer can look like the start of `scores`. A file with another layout is parsed. Raises InputError
-        if the scores do not add up to the meta file's.
+        Raises InputError if the scores do not add up to the meta file's.
         """
-        try:
-            text = self.path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror}); evaluate again.") from None
-        found = re.findall(rb'"scores": \{\n {12}"%b": ([\d.e-]+)' % self.metric.encode(), text)
-        if len(found) != self.summary["n"]:
-            found = [r.get("scores", {}).get(self.metric, float("nan")) for r in self.records]
+        found, _ = self._searched
+        found = found or [r.get("scores", {}).get(self.metric, float("nan")) for r in self.records]
         scores = np.array(found, dtype=float)
         if len(scores) != self.summary["n"] or not abs(scores.sum() / len(scores) - self.summary["score"]) < 1e-6:
             raise InputError(
                 f"{self.path}: its records' scores do not add up to its meta file's; evaluate again, with --restart."
             )
         return scores
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """Whether each question has a usable reply [n]; see `scoring.unusable`."""
+        if "records" not in self.__dict__ and self._searched[1]:
+            return np.ones(len(self.scores), dtype=bool)
+        return np.array([not scoring.unusable(r) for r in self.records], dtype=bool)
+
+    @cached_property
+    def images(self) -> tuple[list | None, list]:
+        """(each question's image by its content, by its path) [n]; the first is None for a file that does not say it.
+
+        A question without an image is its own.
+        """
+        if "records" not in self.__dict__:
+            text = self._text()
+            hashes, paths = (re.findall(rb'\n {8}"%b": (".*")' % name, text) for name in (b"image_hash", b"image_path"))
+            if len(paths) == len(self.scores):
+                return (hashes if len(hashes) == len(paths) else None), paths
+        # As the file's text has them, so that both ways give the same.
+        hashes = [r.get("image_hash") for r in self.records]
+        paths = [r["image_path"] or f"question {r['question_id']}" for r in self.records]
+        return _in_json(hashes) if all(hashes) else None, _in_json(paths)
+
+    @cached_property
+    def _searched(self) -> tuple[list[bytes], bool]:
+        """(the scores in the file's text, whether all replies in it are usable).
+
+        Parsing its JSON takes ten times as long. JSON escapes the quotes and line ends in a text, so no answer can look like
+        the start of a field. In a file with another layout nothing is found: ([], False).
+        """
+        text = self._text()
+        found = re.findall(rb'"scores": \{\n {12}"%b": ([\d.e-]+)' % self.metric.encode(), text)
+        if len(found) != self.summary["n"]:
+            return [], False
+        return found, not any(mark in text for mark in MARKS)
+
+    def _text(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); evaluate again.") from None
+
+    @property
+    def lost(self) -> str:
+        """How many of the n replies are errors, or cut, in words; "" if none is."""
+        return "" if self.usable.all() else scoring.lost(self.records)
+
+    @cached_property
+    def retrained(self) -> bool:
+        """Are the model's weights here, and other ones than those that answered?
+
+        `settings["model"]` has the digest of the files that answered (`models.identity`).
+        """
+        digest = re.search(r"@(\w+)$", str(self.meta["settings"].get("model")))
+        folder = next((f for f in (self.path.parent / self.model, Path(self.meta["model_path"])) if f.is_dir()), None)
+        if not digest or not folder or not self.model or not any((folder / name).exists() for name in WEIGHTS):
+            return False
+        with contextlib.suppress(InputError, OSError):  # it cannot be loaded either
+            base = adapted(str(folder))
+            gone = base and not Path(base).is_dir() and (os.path.isabs(base) or base.count("/") != 1)
+            return not gone and not identity(str(folder)).endswith(digest[0])
+        return False
 
 
 def read_meta(file: Path) -> dict:
@@ -98,11 +175,5 @@ def read_meta(file: Path) -> dict:
     return meta
 
 
-def gains(before: Evaluation, after: Evaluation) -> np.ndarray:
-    """after - before [n] for each question that both were asked. Raises InputError where an id means two questions."""
-    if before.content == after.content:  # the same questions in the same order
-        return after.scores - before.scores
-    places = [{str(r["question_id"]): i for i, r in enumerate(e.records)} for e in (before, after)]
-    pairs = scoring.same_questions(before.records, after.records)
-    was, now = ([places[i][str(pair[i]["question_id"])] for pair in pairs] for i in (0, 1))
-    return after.scores[now] - before.scores[was]
+def _in_json(texts: list[str]) -> list[bytes]:
+    return [json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace") for text in texts]

@@ -7,17 +7,20 @@ S-VLM answered right and wrong, in their natural share. An answer counts as righ
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from mpa import holdout, records, scoring
-from mpa.agreement import Z, paired_difference, wilson
+from mpa import comparable, holdout, paired, records
+from mpa.agreement import Z, wilson
 from mpa.datasets import DATASETS
+from mpa.evaluations import Evaluation, read_meta
 from mpa.records import InputError
 from mpa.runs import Cell, model_name
 
-BETTER, WORSE, OPEN = "better", "worse", "not told apart"
+BETTER, WORSE, OPEN, NONE = "better", "worse", "not told apart", "no verdict"
 SCORED_AS = "images"  # the dataset whose metrics measure agreement
+ERROR = 0.05  # in so many cases at most a verdict of better or worse is wrong, where PL has changed nothing
 POWER = 0.841621  # the normal distribution's 80 % quantile
 GAIN = 0.05  # besides the measured gain, the gain for which the number of questions is told
 MOST_HELD_OUT = 0.5  # above this share, more images help more than a larger share
@@ -25,26 +28,54 @@ MOST_HELD_OUT = 0.5  # above this share, more images help more than a larger sha
 
 @dataclass(frozen=True)
 class Comparison:
-    """`n` questions that both models were asked; `fixed` became right by PL, `broken` became wrong."""
+    """`n` questions to which both models gave a usable reply; `fixed` became right by PL, `broken` became wrong.
+
+    `unusable` more have none from one of both; `no_verdict` says if these are too many. The same questions judge `candidates`
+    levelled models. `part` are the gain and the image of each question; without it, each question has its own image.
+    """
 
     n: int
     right_before: int
     fixed: int
     broken: int
+    unusable: int = 0
+    candidates: int = 1
+    no_verdict: str = ""
+    notes: tuple[str, ...] = ()
+    part: paired.Part | None = field(default=None, repr=False, compare=False)
 
     @property
     def gain(self) -> float:
-        return (self.fixed - self.broken) / self.n
+        return (self.fixed - self.broken) / self.n if self.n else math.nan
 
     @property
+    def images(self) -> int:
+        """How many images the questions are about."""
+        return len(set(self.part[1])) if self.part else self.n
+
+    def _interval(self, level: float) -> tuple[float, float]:
+        gains = [1.0] * self.fixed + [-1.0] * self.broken + [0.0] * (self.n - self.fixed - self.broken)
+        return paired.interval(self.part or (gains, range(self.n)), level=level)
+
+    @cached_property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the gain, paired by question."""
-        return paired_difference(self.fixed, self.broken, self.n)
+        """95 % interval of the gain, as everywhere: `paired.interval`."""
+        return self._interval(1 - ERROR)
 
     @property
+    def level_of_better(self) -> float:
+        """The level at which a model is called better: the error is divided by the candidates (Bonferroni; Dunn 1961, Multiple
+        comparisons among means), as the best of several seems better by chance more often than one.
+        """
+        return 1 - ERROR / self.candidates
+
+    @cached_property
     def verdict(self) -> str:
-        low, high = self.interval
-        return WORSE if high < 0 else BETTER if low > 0 else OPEN
+        if self.no_verdict:
+            return NONE
+        if self.interval[1] < 0:
+            return WORSE
+        return BETTER if self._interval(self.level_of_better)[0] > 0 else OPEN
 
     def needed(self, gain: float) -> int:
         """How many questions tell such a gain from chance in 4 of 5 cases, if as many answers change as changed here.
@@ -57,17 +88,20 @@ class Comparison:
         return math.ceil((Z * math.sqrt(changed) + POWER * math.sqrt(changed - gain**2)) ** 2 / gain**2)
 
     def as_json(self) -> dict:
-        return asdict(self) | {"gain": self.gain, "ci95": self.interval, "verdict": self.verdict}
+        found = asdict(replace(self, part=None)) | {"images": self.images, "verdict": self.verdict}
+        del found["part"]
+        said = {"gain": None, "ci95": None} if self.no_verdict else {"gain": self.gain, "ci95": self.interval}
+        return found | said
 
 
-def compare(before: list[dict], after: list[dict], preset: str) -> Comparison:
-    """From the records of two Eval files. Raises InputError where one id means two questions, and if none is in both."""
-    pairs, metric = scoring.same_questions(before, after), scoring.metric_names(SCORED_AS, preset)[0]
-    if not pairs:
-        raise InputError("No held-out question was asked before and after PL: evaluate both on the same held-out set.")
-    was, now = (scoring.values(list(found), metric) for found in zip(*pairs, strict=True))
-    fixed, broken = (sum(a < b for a, b in zip(*both, strict=True)) for both in ((was, now), (now, was)))
-    return Comparison(len(pairs), round(sum(was)), fixed, broken)
+def compare(before: Evaluation, after: Evaluation, candidates: int = 1) -> Comparison:
+    """Raises `comparable.NotComparable` if the two say nothing about the models; if it is only that too many replies are not
+    usable, there is no verdict.
+    """
+    pairs = comparable.pairs(before, after)
+    gains, (right, _) = pairs.gains, pairs.scores
+    counts = (len(gains), round(float(right.sum())), int((gains > 0).sum()), int((gains < 0).sum()), pairs.unusable)
+    return Comparison(*counts, candidates, pairs.no_verdict, tuple(pairs.notes), (gains, pairs.images))
 
 
 def answers_file(folder: Path, lvlm: str, model: str, dataset: str) -> Path:
@@ -106,28 +140,26 @@ class Guard:
         return self.folder / (model_name(self.cell) + ("" if variant == "mpa" else f"_{variant}"))
 
     def compare(self, variant: str) -> Comparison:
-        return compare(*self.answers(variant))
+        return compare(*self.answers(variant), candidates=max(1, len(self.variants)))
 
-    def answers(self, variant: str) -> tuple[list[dict], list[dict], str]:
-        """(the records before PL, those after, preset). Raises InputError for a missing file, and for one with replies that are
-        still to be asked again."""
-        (before, preset), (after, _) = (self._answers(model) for model in (self.cell.svlm, self.model(variant).name))
-        return before, after, preset
+    def answers(self, variant: str) -> tuple[Evaluation, Evaluation]:
+        """(before PL, after). Raises InputError for a missing file, and for one with replies that are still to be asked again."""
+        return self._answers(self.cell.svlm), self._answers(self.model(variant).name)
 
-    def _answers(self, model: str) -> tuple[list[dict], str]:
-        """(records, preset) of a model's answers to the held-out questions."""
+    def _answers(self, model: str) -> Evaluation:
+        """A model's answers to the held-out questions."""
         path = answers_file(self.folder, self.cell.lvlm, model, self.cell.dataset)
         if not path.exists():
             raise InputError(
                 f"{path}: no such file. Ask the model first: scripts/evaluate.py --held-out, or scripts/guard.sh."
             )
-        meta = records.read_json(records.meta_path(path))
+        meta = read_meta(records.meta_path(path))
         if meta.get("unfinished"):
             raise InputError(
                 f"{path}: {meta['unfinished']} replies failed with a temporary error, so nothing can be told yet. "
                 "The same command of evaluate asks them again."
             )
-        return records.read_records(path, "Eval"), meta["settings"]["preset"]
+        return Evaluation.of(path, records.read_records(path, "Eval"), SCORED_AS, meta["settings"]["preset"], meta)
 
 
 def how_to_get(have: int, questions: int, share: float) -> str:
@@ -140,16 +172,22 @@ def how_to_get(have: int, questions: int, share: float) -> str:
 
 def conclusion(found: Comparison, share: float) -> list[str]:
     """What the comparison says, in words. `share` is that of the held-out images."""
+    if found.verdict == NONE:
+        return [f"No verdict: {found.no_verdict}. See `left_out` in the files; repeat the evaluation."]
     if found.verdict != OPEN:
         return [f"The levelled S-VLM is {found.verdict} than the one it came from."]
     needed = {size: found.needed(size) for size in dict.fromkeys((abs(found.gain) or GAIN, GAIN))}
     told = [f"{n:,} for a gain of {100 * size:.1f} points" for size, n in needed.items()]
     told[0] += ", as measured" if found.gain else ""
     first, changed = next(iter(needed.values())), found.fixed + found.broken
-    remedy = f" To get {first:,}, {how_to_get(found.n, first, share)}." if first > found.n else ""
+    remedy = f" To get {first:,}, {how_to_get(found.images, first, share)}." if first > found.images else ""
+    chance = (
+        f" The best of {found.candidates} models seems better by chance more often than one, so better is said at "
+        f"{100 * found.level_of_better:.4g} %."
+    )
     return [
         f"Nothing can be concluded: {found.n} held-out questions, of which {changed} changed from right to wrong or back, do not "
-        "tell the models apart.",
+        f"tell the models apart.{chance if found.interval[0] > 0 else ''}",
         f"Questions that would, in 4 of 5 cases: {'; '.join(told)}.{remedy}",
     ]
 

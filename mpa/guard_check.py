@@ -2,27 +2,38 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from mpa import given_questions, scoring
+from mpa import comparable, given_questions
 from mpa.agreement import Z, wilson
 from mpa.check_tables import NAMES, names, points
+from mpa.comparable import NotComparable, Pairs
 from mpa.datasets.loading import train_labels
-from mpa.evaluations import gains
-from mpa.guard import BETTER, OPEN, WORSE, Guard, answers_file, compare
+from mpa.evaluations import Evaluation
+from mpa.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, answers_file, compare
 from mpa.runs import Experiment, Runs, Training
 from mpa.table_formats import Estimate, Figure, Table
 
 VERDICTS = (BETTER, OPEN, WORSE)
 
 
-def told_by_labels(training: Training) -> str:
-    """The verdict of the labelled test: better or worse if the 95 % interval of the paired gain leaves out 0."""
-    low, high = scoring.summary(gains(training.before, training.after).tolist())["ci95"]
-    return WORSE if high < 0 else BETTER if low > 0 else OPEN
+@dataclass(frozen=True)
+class Checked:
+    """A training by the guard and by the labelled test. `by_labels` is `told_by_train_labels`."""
+
+    guard: Comparison
+    test: Pairs
+    by_labels: str | None
+
+    @property
+    def verdicts(self) -> tuple[str, str]:
+        """(the guard's on this model alone, the test's: better or worse if the 95 % interval of the gain leaves out 0)."""
+        low, high = comparable.interval([self.test])
+        return self.guard.verdict, WORSE if high < 0 else BETTER if low > 0 else OPEN
 
 
 @cache
@@ -31,19 +42,20 @@ def _train_split(dataset: str) -> dict:
     return {given_questions.ID.format(i): sample for i, sample in enumerate(train_labels(dataset))}
 
 
-def told_by_train_labels(before: list[dict], after: list[dict], preset: str, dataset: str) -> str | None:
+def told_by_train_labels(before: Evaluation, after: Evaluation, dataset: str) -> str | None:
     """The guard's verdict if it had the train split's answers instead of the L-VLM's: what so many questions can tell at best.
 
     None if the questions are not those of the train split, or it is not here.
     """
     labelled = []
-    for records in (before, after):
-        samples = [_train_split(dataset).get(r["question_id"]) for r in records]
-        for r, s in zip(records, samples, strict=True):
+    for one in (before, after):
+        samples = [_train_split(dataset).get(r["question_id"]) for r in one.records]
+        for r, s in zip(one.records, samples, strict=True):
             if s is None or (s.question, Path(s.image_path).name) != (r["GT_question"], Path(r["image_path"]).name):
                 return None
-        labelled.append([r | {"answers": s.answers} for r, s in zip(records, samples, strict=True)])
-    return compare(*labelled, preset).verdict
+        found = [r | {"answers": s.answers} for r, s in zip(one.records, samples, strict=True)]
+        labelled.append(Evaluation.of(one.path, found, SCORED_AS, one.meta["settings"]["preset"], one.meta))
+    return compare(*labelled).verdict
 
 
 def guard_table(runs: Runs) -> Table:
@@ -51,14 +63,16 @@ def guard_table(runs: Runs) -> Table:
     columns = NAMES | {"variant": str, "seeds": float, "held-out change": Figure, "test change": Estimate}
     columns |= {"guard": str, "test": str, "held-out n": Figure, "test n": float}
     table = Table("guard", "The guard's verdicts and those of the labelled test, in points", columns)
-    pairs = []
+    everything = []
     for e in runs.experiments:
-        asked = [t for t in e.seeds if t.before and _asked(t)]
-        if asked:
-            table.rows.append(_row(e, asked, pairs))
+        notes = []
+        found = [one for t in e.seeds if t.before and _asked(t) and (one := _checked(t, notes))]
+        everything += found
+        if found or notes:
+            table.rows.append(_row(e, found) | {"notes": notes})
     table.notes.append("guard, test: better / not told apart / worse, as numbers of trainings.")
-    if pairs:
-        table.notes += _summary(pairs)
+    if everything:
+        table.notes += _summary(everything)
     return table
 
 
@@ -67,20 +81,32 @@ def _asked(t: Training) -> bool:
     return all(answers_file(t.after.path.parent, t.cell.lvlm, model, t.cell.dataset).exists() for model in models)
 
 
-def _row(e: Experiment, asked: list[Training], pairs: list) -> dict:
-    """A row of the table; what it found goes into `pairs`: held-out gain, test gain, guard's verdict, test's, by train labels."""
-    answers = [Guard(t.after.path.parent, t.cell).answers(t.variant) for t in asked]
-    found, labelled = [compare(*a) for a in answers], [told_by_train_labels(*a, e.cell.dataset) for a in answers]
-    changes = [gains(t.before, t.after) for t in asked]
-    verdicts = [(one.verdict, told_by_labels(t)) for one, t in zip(found, asked, strict=True)]
-    for one, change, both, by_labels in zip(found, changes, verdicts, labelled, strict=True):
-        pairs.append((one.gain, float(np.mean(change)), *both, by_labels))
+def _checked(t: Training, notes: list[str]) -> Checked | None:
+    """None, with a note, if the guard or the test can say nothing about it."""
+    try:
+        answers = Guard(t.after.path.parent, t.cell).answers(t.variant)
+        found = Checked(
+            compare(*answers), comparable.compare(t.before, t.after), told_by_train_labels(*answers, t.cell.dataset)
+        )
+    except NotComparable as error:
+        notes.append(f"Left out: {error}")
+        return None
+    if found.guard.no_verdict:
+        notes.append(f"Left out: {answers[1].path}: {found.guard.no_verdict}.")
+        return None
+    return found
+
+
+def _row(e: Experiment, found: list[Checked]) -> dict:
+    row = names(e.cell) | {"variant": e.title, "seeds": len(found)}
+    if not found:
+        return row
+    verdicts = [one.verdicts for one in found]
     counts = [" / ".join(str([both[i] for both in verdicts].count(v)) for v in VERDICTS) for i in (0, 1)]
-    same = len({t.after.content for t in asked}) == 1
-    row = names(e.cell) | {"variant": f"{e.variant}, {e.label}" if e.label else e.variant, "seeds": len(asked)}
-    row |= {"held-out change": Figure(100 * float(np.mean([one.gain for one in found])), digits=1, sign=True)}
-    row |= {"test change": points(np.mean(changes, axis=0)) if same else None, "guard": counts[0], "test": counts[1]}
-    return row | {"held-out n": Figure(float(np.mean([one.n for one in found])), digits=0), "test n": len(changes[0])}
+    row |= {"held-out change": Figure(100 * float(np.mean([one.guard.gain for one in found])), digits=1, sign=True)}
+    row |= {"test change": points(*(one.test for one in found)), "guard": counts[0], "test": counts[1]}
+    row["held-out n"] = Figure(float(np.mean([one.guard.n for one in found])), digits=0)
+    return row | {"test n": len(found[0].test.gains)}
 
 
 def _right(verdicts: list[tuple[str, str]]) -> str:
@@ -93,11 +119,11 @@ def _right(verdicts: list[tuple[str, str]]) -> str:
     return "; ".join(parts)
 
 
-def _summary(pairs: list[tuple[float, float, str, str, str | None]]) -> list[str]:
-    verdicts = [(guard, test) for _, _, guard, test, _ in pairs]
-    n, counts = len(pairs), Counter(verdicts)
+def _summary(found: list[Checked]) -> list[str]:
+    verdicts = [one.verdicts for one in found]
+    n, counts = len(found), Counter(verdicts)
     notes = [f"Verdicts as the test's: {_right(verdicts)}."]
-    labelled = [(by_labels, test) for *_, test, by_labels in pairs if by_labels]
+    labelled = [(one.by_labels, test) for one, (_, test) in zip(found, verdicts, strict=True) if one.by_labels]
     if labelled:
         notes.append(f"The same with the train split's answers instead of the L-VLM's: {_right(labelled)}.")
     worse = {guard: counts[guard, WORSE] for guard in VERDICTS}
@@ -107,7 +133,9 @@ def _summary(pairs: list[tuple[float, float, str, str, str | None]]) -> list[str
     )
     alarms = {test: counts[WORSE, test] for test in VERDICTS}
     notes.append(f"Called worse by the guard: {sum(alarms.values())}; better by the test: {alarms[BETTER]}.")
-    held_out, test = (np.array([pair[i] for pair in pairs]) for i in (0, 1))
+    held_out, test = (
+        np.array(of) for of in zip(*((c.guard.gain, float(c.test.gains.mean())) for c in found), strict=True)
+    )
     if n > 3 and held_out.std() and test.std():
         r = float(np.corrcoef(held_out, test)[0, 1])
         ends = [math.tanh(math.atanh(min(r, 1 - 1e-12)) + side * Z / math.sqrt(n - 3)) for side in (-1, 1)]

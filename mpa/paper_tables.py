@@ -1,7 +1,7 @@
 """The paper's tables from what `mpa.runs` found, ours beside the paper's. A cell without a run stays empty.
 
-Means, their intervals and n are those of the evaluations' meta files; samples those of the training's and PI's. Only the
-paired interval of a gain needs the records: their scores, which evaluate.py wrote, are not computed anew.
+Means, their intervals and n are those of the evaluations' meta files; samples those of the training's and PI's. Only a gain needs
+the records: their scores, which evaluate.py wrote, are not computed anew.
 """
 
 import json
@@ -9,11 +9,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
+from mpa import comparable
+from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
-from mpa.evaluations import gains
-from mpa.metrics import bootstrap_means
 from mpa.run_summary import ROWS
 from mpa.runs import Cell, Experiment, Runs
 from mpa.table_formats import Figure, Interval, Table
@@ -44,28 +42,21 @@ def over_seeds(values, scale: float = 1, **form) -> Figure | None:
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, **form)
 
 
-def gain_interval(groups: list[list[np.ndarray]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean gain over seeds, in points; it says how it depends on the questions.
-
-    `groups` holds, for each set of questions, the gains [n] of the seeds that were asked it. A question is drawn with
-    its gains of all these seeds; different sets of questions are drawn independently.
-    """
-    seeds = sum(map(len, groups))
-    means = sum(len(group) / seeds * bootstrap_means(np.mean(group, axis=0), seed=i) for i, group in enumerate(groups))
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def main_row(experiment: Experiment) -> dict:
     """Before, after, gain, interval, n and parity samples of MPA in one experiment."""
     seeds, row, notes = experiment.seeds, _names(experiment.cell), []
-    row["settings"] = experiment.label
+    row["method"], row["settings"] = seeds[0].method, experiment.label
+    if row["method"] != "MPA":
+        row["settings"] = ", ".join(filter(None, (row["method"], experiment.label)))
     row["after"] = over_seeds((t.after.summary["score"] for t in seeds), 100)
     row["seeds"] = Figure(len(seeds), digits=0)
     row["parity samples"] = over_seeds((t.parity_samples for t in seeds), digits=0)
-    evaluations = [e for t in seeds for e in (t.before, t.after) if e]
+    evaluations = {e.path: e for t in seeds for e in (t.before, t.after) if e}.values()
     if unfinished := sum(e.meta.get("unfinished") or 0 for e in evaluations):
-        notes.append(f"{unfinished} replies failed with a temporary error and count as wrong: repeat the evaluation.")
+        notes.append(f"{unfinished} replies failed with a temporary error: repeat the evaluation.")
+    notes += [f"{e.path.name}: {e.lost}." for e in evaluations if e.lost]
+    if row["method"] != "MPA":
+        notes.append("Not the paper's method: also trained on samples that both models answer right (docs/no-harm.md).")
     if all(t.before for t in seeds):
         notes += _compared(row, seeds)
     else:
@@ -75,24 +66,17 @@ def main_row(experiment: Experiment) -> dict:
 
 def _compared(row: dict, seeds: list) -> list[str]:
     """Add what compares before and after to the row. Returns notes."""
-    by_questions, found, notes = defaultdict(list), [], []
-    for t in seeds:
-        found.append(gains(t.before, t.after))
-        by_questions[t.before.content, t.after.content].append(found[-1])
-    asked = [max(len(t.before.scores), len(t.after.scores)) for t in seeds]
-    shared = [len(gain) for gain in found]
     same_before = all(t.before.meta == seeds[0].before.meta for t in seeds)  # one, linked into several folders
     row["before"] = over_seeds((t.before.summary["score"] for t in (seeds[:1] if same_before else seeds)), 100)
-    row["n"] = _counts(shared)
-    if 0 in shared:
-        return ["Before and after share no question."]
-    row["gain"] = over_seeds(map(np.mean, found), 100, sign=True)
-    row["95 % interval"] = Interval(*gain_interval(list(by_questions.values())), sign=True)
-    if asked != shared:
-        notes.append(
-            f"Gain and n: of {min(shared)} questions that both evaluations asked; before or after: of up to {max(asked)}."
-        )
-    if len(by_questions) > 1:
+    try:
+        found = [comparable.compare(t.before, t.after) for t in seeds]
+    except NotComparable as error:
+        return [f"No gain: {error}"]
+    row["n"] = _counts([len(pairs.gains) for pairs in found])
+    row["gain"] = over_seeds((pairs.gains.mean() for pairs in found), 100, sign=True)
+    row["95 % interval"] = Interval(*(100 * bound for bound in comparable.interval(found)), sign=True)
+    notes = list(dict.fromkeys(note for pairs in found for note in pairs.notes))
+    if len({t.after.content for t in seeds}) > 1:
         notes.append("The seeds were evaluated on different questions.")
     return notes
 
@@ -116,7 +100,9 @@ def main_table(runs: Runs, whole_matrix: bool = False) -> Table:
             table.rows.append(row | {"gain, paper": published})
     if not any(row.get("settings") for row in table.rows):
         del table.columns["settings"]
-    table.notes.append("95 % interval: of the gain, by a bootstrap over the questions, paired. ±: over seeds.")
+    table.notes.append(
+        "95 % interval: of the gain, paired by question, over the images (docs/tables.md). ±: over seeds."
+    )
     table.notes.append(SOURCE)
     return table
 
@@ -191,6 +177,7 @@ def _ablation_rows(runs: Runs, cell: Cell, experiments: list[Experiment]) -> lis
         found[e.variant].append(
             {
                 "settings": e.label,
+                "method": e.seeds[0].method,
                 "samples": over_seeds((t.samples for t in e.seeds), digits=0),
                 **_accuracy([t.after for t in e.seeds]),
             }
@@ -203,7 +190,11 @@ def _ablation_rows(runs: Runs, cell: Cell, experiments: list[Experiment]) -> lis
     rows = [{"variant": variant} | row for variant in order for row in found.get(variant, ())]
     return [
         _names(cell)
-        | {"training data": TRAINED_ON.get(row["variant"], row["variant"])}
+        | {
+            "training data": row["method"]
+            if row["variant"] == "mpa"
+            else TRAINED_ON.get(row["variant"], row["variant"])
+        }
         | row
         | _published_ablation(cell.dataset, row["variant"])
         for row in rows
@@ -217,6 +208,7 @@ def _accuracy(evaluations: list) -> dict:
         "n": _counts([s["n"] for s in summaries]),
     }
     row["seeds"] = Figure(len(summaries), digits=0)
+    row["notes"] = [f"{e.path.name}: {e.lost}." for e in evaluations if e.lost]
     if len(summaries) == 1:
         row["95 % interval"] = Interval(*(100 * bound for bound in summaries[0]["ci95"]))
     return row
@@ -238,7 +230,7 @@ def claims_table(runs: Runs, main: Table) -> Table:
     """The headline claims: best gain, mean gain, and how many times as many samples D_PA has as D_PI."""
     kinds = {"claim": str, "ours": float, "95 % interval": Interval, "of": str, "paper": float, "of, paper": str}
     table = Table("claims", "Headline claims", kinds)
-    rows = [row for row in main.rows if "gain" in row and DATASETS[row["dataset"]].labelled]
+    rows = [row for row in main.rows if "gain" in row and row["method"] == "MPA" and DATASETS[row["dataset"]].labelled]
     claims = ("best gain", "mean gain", "samples of D_PA over D_PI")
     best, mean, ratio = ({"claim": claim, "notes": []} for claim in claims)
     if rows:

@@ -46,3 +46,13 @@ PRESETS = {
 # The preset `anchored`: all stages ask and compare as in `paper`, so that their results can be shared, and these are PI's defaults.
 ANCHORED = "anchored"
 ANCHORED_DEFAULTS = {"anchors": 100.0, "hold_out": 0.15}
+
+
+def method_name(anchors: str | None) -> str:
+    """What tables call the training on PI's train set: MPA is the paper's; `anchors`, as PI's meta file has it ("100 by answer"), says
+    what was added.
+    """
+    if anchors in (None, "none"):
+        return "MPA"
+    ratio = anchors.split()[0]
+    return ANCHORED if ratio == f"{ANCHORED_DEFAULTS['anchors']:g}" else f"MPA with {ratio} anchors per sample"

@@ -14,7 +14,7 @@ from mpa.parity import ParityRule
 from mpa.presets import PRESETS
 from mpa.records import RELEASED_ALIAS, InputError
 from mpa.runs import Cell
-from mpa.scoring import same_questions
+from mpa.scoring import same_questions, unusable
 
 KEPT = "kept"
 REASONS = (
@@ -31,7 +31,7 @@ REASONS = (
     "image left out",
     "not reached yet",
 )
-CHANGES = ("fixed", "broken", "still wrong", "still right")
+CHANGES = ("fixed", "broken", "still wrong", "still right", "no usable reply")
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,12 @@ class Change:
     after: str | None
     score_before: float
     score_after: float
+    usable: bool = True  # both replies
 
     @property
     def kind(self) -> str:
+        if not self.usable:
+            return "no usable reply"
         right = (self.score_before > 0.5, self.score_after > 0.5)
         return {(False, True): "fixed", (True, False): "broken", (False, False): "still wrong"}.get(
             right, "still right"
@@ -263,5 +266,7 @@ def changes(before: Evaluation, after: Evaluation) -> list[Change]:
         key = str(was["question_id"])
         answers = was.get("answers") or [was["GT_answer"]]
         said = (was["predictions"], now["predictions"])
-        found.append(Change(key, was["image_path"], was["GT_question"], answers, *said, *(of[key] for of in by_id)))
+        usable = not (unusable(was) or unusable(now))
+        scores = (of[key] for of in by_id)
+        found.append(Change(key, was["image_path"], was["GT_question"], answers, *said, *scores, usable))
     return found

@@ -6,9 +6,12 @@
 import statistics
 from pathlib import Path
 
-from mpa import guard, holdout, log_file, records, scoring
+from mpa import comparable, guard, log_file, records, scoring
+from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
+from mpa.evaluations import Evaluation, read_meta
 from mpa.parity import funnel_line
+from mpa.presets import method_name
 from mpa.run_samples import KEPT, RunSamples
 from mpa.runs import Cell
 
@@ -51,10 +54,17 @@ class Run:
     def preset(self) -> str:
         return self.meta["settings"]["preset"]
 
-    def evaluation(self, row: str) -> list[dict] | None:
-        """The records of a row's Eval file; None if the row was not evaluated."""
+    @property
+    def method(self) -> str:
+        return method_name(self.meta["settings"].get("anchors"))
+
+    def evaluation(self, row: str) -> Evaluation | None:
+        """The evaluation of a row, scored anew; None if there is none."""
         path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
-        return records.read_records(path, "Eval") if path.exists() else None
+        if not path.exists():
+            return None
+        meta = read_meta(records.meta_path(path)) if records.meta_path(path).exists() else None
+        return Evaluation.of(path, records.read_records(path, "Eval"), self.dataset, self.preset, meta)
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage. Training and evaluation of the baselines are counted separately."""
@@ -75,31 +85,41 @@ class Run:
 
 
 def summary(run: Run) -> dict:
-    metric = scoring.metric_names(run.dataset, run.preset)[0]
     rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
     for row, found in evaluated.items():
         # The L-VLM's agreement with itself is why a question is held out.
-        if not found or (row == "lvlm" and not DATASETS[run.dataset].labelled):
+        if not found or not found.records or (row == "lvlm" and not DATASETS[run.dataset].labelled):
             continue
         meta = run.folder / run.model(row) / "train_meta.json"
-        mean = scoring.summary(scoring.values(found, metric))
+        mean = scoring.summary(found.scores.tolist())
         rows[row] = {
             "accuracy": mean["score"],
             "n": mean["n"],
             "ci95": mean["ci95"],
             "train_samples": records.read_json(meta)["samples"] if meta.exists() else 0,
+            "lost": found.lost,
         }
-    result = {"rows": rows, "funnel": run.meta["funnel"], "seconds": run.seconds()}
+    result = {"rows": rows, "method": run.method, "funnel": run.meta["funnel"], "seconds": run.seconds()}
     if evaluated["base"] and evaluated["mpa"]:
-        if DATASETS[run.dataset].labelled:
-            gain = scoring.compare(evaluated["base"], evaluated["mpa"], run.dataset, run.preset)[metric]
-            result["gain"] = {"accuracy": gain["score"], "ci95": gain["ci95"]}
-        else:
-            found = guard.compare(evaluated["base"], evaluated["mpa"], run.preset)
-            share = holdout.share_of(holdout.file_of(run.folder, run.lvlm, run.dataset))
-            result["gain"] = {"accuracy": found.gain, "ci95": found.interval}
-            result["guard"] = found.as_json() | {"conclusion": guard.conclusion(found, share)}
+        try:
+            result |= _gain(run, evaluated["base"], evaluated["mpa"])
+        except NotComparable as error:
+            result["no_gain"] = str(error)
     return result
+
+
+def _gain(run: Run, before: Evaluation, after: Evaluation) -> dict:
+    """{"gain"}, and for unlabelled images also {"guard"}: its figures and conclusion. Raises NotComparable."""
+    if DATASETS[run.dataset].labelled:
+        pairs = comparable.compare(before, after)
+        found = pairs.summary()
+        return {"gain": {"accuracy": found["score"], "ci95": found["ci95"], "n": found["n"], "notes": pairs.notes}}
+    of_run = guard.Guard(run.folder, Cell(run.dataset, run.lvlm, run.svlm))
+    found = guard.compare(before, after, max(1, len(of_run.variants)))
+    told = {"guard": found.as_json() | {"conclusion": guard.conclusion(found, of_run.share)}}
+    if found.no_verdict:
+        return told
+    return told | {"gain": {"accuracy": found.gain, "ci95": found.interval, "n": found.n, "notes": list(found.notes)}}
 
 
 def examples(run: Run, n: int = 6) -> list[str]:
@@ -120,11 +140,17 @@ def examples(run: Run, n: int = 6) -> list[str]:
 
 
 def cautions(result: dict) -> list[str]:
-    """What makes the table say little: few test questions, few training samples. Without labels also the guard's conclusion."""
-    lines, mpa = [f"  {line}" for line in result.get("guard", {}).get("conclusion", ())], result["rows"].get("mpa")
+    """What makes the table say little: replies lost, few test questions, few training samples. Without labels also the guard's
+    conclusion.
+    """
+    names, mpa = ROWS | {"mpa": result.get("method", ROWS["mpa"])}, result["rows"].get("mpa")
+    lines = [f"  {names[row]}: {r['lost']}." for row, r in result["rows"].items() if r.get("lost")]
+    lines += [f"  {note}" for note in result.get("gain", {}).get("notes", ())]
+    lines += [f"  No gain: {result['no_gain']}"] if "no_gain" in result else []
+    lines += [f"  {line}" for line in result.get("guard", {}).get("conclusion", ())]
     if mpa and mpa["n"] < FEW_QUESTIONS and "guard" not in result:
         lines.append(
-            f"  Only {mpa['n']} test questions: a gain of 0, or an interval of width 0, says that no answer changed."
+            f"  Only {mpa['n']} test questions: the intervals are wide, and those of accuracies still too narrow."
         )
     if mpa and mpa["train_samples"] < FEW_SAMPLES:
         lines.append(
@@ -135,17 +161,18 @@ def cautions(result: dict) -> list[str]:
 
 def table(result: dict, what: str) -> list[str]:
     """The rows as text. `what` names the measure: accuracy, or agreement with the L-VLM."""
+    names = ROWS | {"mpa": result.get("method", ROWS["mpa"])}
     lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
     for row, r in result["rows"].items():
         low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
         samples = r["train_samples"] or "–"
         lines.append(
-            f"  {ROWS[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
+            f"  {names[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
         )
     if "gain" in result:
         low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
         lines.append(
-            f"  MPA gains {100 * result['gain']['accuracy']:+.1f} points "
+            f"  {names['mpa']} gains {100 * result['gain']['accuracy']:+.1f} points "
             f"(95 % interval {low} to {high}, same questions)."
         )
     return lines
@@ -153,6 +180,7 @@ def table(result: dict, what: str) -> list[str]:
 
 def over_runs(results: list[dict], what: str) -> list[str]:
     """Mean and standard deviation of each row over runs."""
+    names = ROWS | {"mpa": results[0].get("method", ROWS["mpa"])}
     lines = [f"  {'':<32}{'train samples':>16}{what:>16}"]
     for row in results[0]["rows"]:
         cells = [result["rows"][row] for result in results if row in result["rows"]]
@@ -160,7 +188,7 @@ def over_runs(results: list[dict], what: str) -> list[str]:
         samples = [c["train_samples"] for c in cells]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (samples, accuracy)]
         lines.append(
-            f"  {ROWS[row]:<32}{f'{statistics.fmean(samples):.0f} ± {spread[0]:.0f}':>16}"
+            f"  {names[row]:<32}{f'{statistics.fmean(samples):.0f} ± {spread[0]:.0f}':>16}"
             f"{f'{statistics.fmean(accuracy):.1f} ± {spread[1]:.1f}':>16}"
         )
     return lines

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from mpa import records
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, read_meta
+from mpa.presets import method_name
 from mpa.records import InputError
 
 _PARITY = re.compile(rf"PI_(.+)_train_\1_(.+?)_({'|'.join(map(re.escape, DATASETS))})(?:_(.+))?")
@@ -76,6 +77,25 @@ class Training:
         """Without the anchors that were trained on beside them."""
         return self.samples and self.samples - self.pi.get("funnel", {}).get("anchors", 0)
 
+    @property
+    def method(self) -> str:
+        """MPA, or another name if PI added anchors."""
+        return method_name(self.pi.get("settings", {}).get("anchors"))
+
+    @cached_property
+    def models(self) -> dict[str, tuple[str, str]]:
+        """{"L-VLM", "S-VLM": (path, digest of its files, "" if no meta file has it)}, those that are known."""
+        before = self.before.meta if self.before else {}
+        known = [("L-VLM", self.pa, self.pi.get("model_path_lvlm"))]
+        known.append(("S-VLM", before, self.pl.get("settings", {}).get("model_id")))
+        found = {}
+        for who, meta, stored in known:
+            path = meta.get("model_path") or stored
+            digest = re.search(r"@[0-9a-f]{16}$", str(meta.get("settings", {}).get("model")))
+            if path:
+                found[who] = (os.path.realpath(path) if os.path.isdir(path) else path, digest[0] if digest else "")
+        return found
+
     @cached_property
     def settings(self) -> dict:
         """The settings of TELLING, those of stages whose meta file is there."""
@@ -98,6 +118,16 @@ class Experiment:
     variant: str
     label: str
     seeds: list[Training]
+
+    @property
+    def name(self) -> str:
+        """The variant; MPA with anchors is not called `mpa`."""
+        method = self.seeds[0].method
+        return method if self.variant == "mpa" and method != "MPA" else self.variant
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.label}" if self.label else self.name
 
 
 @dataclass
@@ -127,10 +157,12 @@ class Runs:
             by_variant[training.cell, training.variant].append(training)
         for (cell, variant), trainings in by_variant.items():
             by_label = defaultdict(list)
-            values = {name: {str(t.settings[name]) for t in trainings if name in t.settings} for name in TELLING}
-            differing = [name for name in TELLING if len(values[name]) > 1]
-            for t in trainings:
-                by_label[", ".join(f"{name} {t.settings.get(name)}" for name in differing)].append(t)
+            settings = [models | t.settings for models, t in zip(_told_apart(trainings), trainings, strict=True)]
+            telling = ("L-VLM", "S-VLM", *TELLING)
+            values = {name: {str(of[name]) for of in settings if name in of} for name in telling}
+            differing = [name for name in telling if len(values[name]) > 1]
+            for t, of in zip(trainings, settings, strict=True):
+                by_label[", ".join(f"{name} {of.get(name)}" for name in differing)].append(t)
             for label, seeds in by_label.items():
                 if len({t.seed for t in seeds}) == len(seeds):
                     found.append(Experiment(cell, variant, label, sorted(seeds, key=lambda t: t.seed)))
@@ -179,7 +211,10 @@ class Runs:
         pi = self._parity_set(cell, folder, train_json)
         pa = _meta_if_there(folder / f"PA_{cell.lvlm}_{cell.dataset}.meta.json")
         before = self.evaluation(cell.dataset, cell.svlm, folder, after.content)
-        return Training(cell, variant, after, before, pl, pi, pa)
+        training = Training(cell, variant, after, None, pl, pi, pa)
+        if before and before.path.parent != folder and _other_model(training, before):
+            before = None
+        return replace(training, before=before)
 
     def _parity_set(self, cell: Cell, folder: Path, train_json: Path) -> dict:
         """The meta file of the parity set from which a train file is: in this folder, or in that of the train file.
@@ -202,6 +237,24 @@ class Runs:
             model = model.rpartition("_")[0]
         match = _PARITY.fullmatch(train_json.stem)
         return self._prefixes.get(model) or (Cell(match[3], match[1], match[2]) if match else None)
+
+
+def _told_apart(trainings: list[Training]) -> list[dict[str, str]]:
+    """For each training what tells its models from others with the same short names: their digests if all are known, else their paths."""
+    told = [{} for _ in trainings]
+    for who in ("L-VLM", "S-VLM"):
+        known = [t.models.get(who) for t in trainings]
+        by_digest = all(model is None or model[1] for model in known)
+        for of, model in zip(told, known, strict=True):
+            if model:
+                of[who] = records.short_name(model[0]) + model[1] if by_digest else model[0]
+    return told
+
+
+def _other_model(training: Training, before: Evaluation) -> bool:
+    """Is an evaluation in another folder that of another model than the one that was trained, with its short name?"""
+    of_before = replace(training, before=before).models["S-VLM"][0]
+    return training.models.get("S-VLM", (of_before,))[0] != of_before
 
 
 def model_name(cell: Cell) -> str:

@@ -1,6 +1,6 @@
 """Scores of a result file: every metric side by side, the dataset's headline first, each with n and an interval."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from mpa.datasets import DATASETS
 from mpa.metrics import METRICS, bootstrap_interval, few_answers
@@ -36,6 +36,24 @@ def values(records: list[dict], metric: str, field: str = "answers") -> list[flo
         answers = answers_of(r) if field == "answers" else r[field]
         found.append(0.0 if r["predictions"] is None else of(r["predictions"], answers))
     return found
+
+
+def unusable(record: dict) -> str:
+    """Why an Eval record holds no usable reply: "error" (no reply, or a left-out one) or "cut" (by the token limit or a filter); ""
+    if it does.
+
+    Such a question says nothing about what the model knows: no comparison counts it. In the accuracy of one model it stays.
+    """
+    if record["predictions"] is None or record.get("left_out"):
+        return "error"
+    return "" if record.get("finish_reason") in (None, "stop") else "cut"
+
+
+def lost(records: list[dict]) -> str:
+    """ "errors, counted as wrong: 3 of 40 replies; cut off or filtered: 1", or "" if all replies are usable."""
+    found = Counter(map(unusable, records))
+    parts = {"errors, counted as wrong": found["error"], "cut off or filtered": found["cut"]}
+    return "; ".join(f"{what}: {n} of {len(records)} replies" for what, n in parts.items() if n)
 
 
 def summary(scores: list[float]) -> dict:
@@ -79,23 +97,14 @@ def same_questions(before: list[dict], after: list[dict]) -> list[tuple[dict, di
     return pairs
 
 
-def compare(before: list[dict], after: list[dict], dataset: str, preset: str = "paper") -> dict:
-    """{metric: summary of after - before} over the questions that both files hold.
-
-    Each also says on how many questions `after` is better and worse. Raises InputError for other questions.
-    """
-    pairs, rows = same_questions(before, after), {}
-    for name in metric_names(dataset, preset):
-        was, now = (values([pair[i] for pair in pairs], name) for i in (0, 1))
-        gains = [b - a for a, b in zip(was, now, strict=True)]
-        rows[name] = summary(gains) | {"better": sum(g > 0 for g in gains), "worse": sum(g < 0 for g in gains)}
-    return rows
-
-
 def changed(before: list[dict], after: list[dict], args, n: int = 5) -> list[str]:
-    """The first n questions that `after` answers better, and worse, by the headline, as text; with --verbose all."""
+    """The first n questions that `after` answers better, and worse, by the headline, as text; with --verbose all.
+
+    Only of those with a usable reply from both.
+    """
     metric, lines = metric_names(args.dataset, args.preset)[0], []
-    scored = [(pair, *(values([r], metric)[0] for r in pair)) for pair in same_questions(before, after)]
+    pairs = [pair for pair in same_questions(before, after) if not any(map(unusable, pair))]
+    scored = [(pair, *(values([r], metric)[0] for r in pair)) for pair in pairs]
     for word, found in (
         ("better", [pair for pair, was, now in scored if now > was]),
         ("worse", [pair for pair, was, now in scored if now < was]),
@@ -131,6 +140,7 @@ def _score_line(name: str, row: dict) -> str:
 
 def _gain_line(name: str, row: dict) -> str:
     counts = f"better on {row['better']}, worse on {row['worse']} of {row['n']}"
+    counts += f" questions about {row['images']} images" if row["images"] < row["n"] else ""
     return f"  {name:<24}{100 * row['score']:+6.1f} points   {_bounds(row, '+')}   {counts}"
 
 
@@ -153,7 +163,7 @@ def table(rows: dict, dataset: str) -> list[str]:
 
 
 def comparison(rows: dict, dataset: str) -> list[str]:
-    """The rows of `compare` as text, in points; see `shown`."""
+    """The rows of `comparable.Pairs.by_metric` as text, in points; see `shown`."""
     return _lines(rows, dataset, _gain_line)
 
 

@@ -13,19 +13,21 @@ every dataset, and the files are results/RUN/Heldout_<lvlm>_<model>_<dataset>.js
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, distributed, holdout, interchange, records, scoring
+from mpa import cli, comparable, distributed, holdout, interchange, records, scoring
 from mpa.answering import Answers, Question, question_request
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import labelled, load_samples
 from mpa.datasets.protocol import Sample
 from mpa.engines import ENGINES
+from mpa.evaluations import Evaluation as Evaluated
 from mpa.guard import SCORED_AS, answers_file
 from mpa.metrics import most_common
-from mpa.stage import Model, counted, short_replies
+from mpa.stage import Model, short_replies
 
 
 def arguments(argv=None):
@@ -66,7 +68,20 @@ class Evaluation(Answers):
     def record(self, question: Question, reply: dict) -> dict:
         record = super().record(question, reply)
         names = scoring.metric_names(self.model.args.scored_as, self.preset)
+        image = self.prints[question.request.image_path]
+        record["image_hash"] = image and image[1]
         return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
+
+    def changed(self, samples: list[Sample]) -> dict[str, dict]:
+        """A reply for each question whose image is another one than the held-out set was made from: it cannot be answered."""
+        error = {"error": "the image has changed since PI", "permanent": True}
+        known = {s.key: s.more.get("image_hash") for s in samples}
+        found = {}
+        for request in (q.request for q in self.questions):
+            image = self.prints[request.image_path]
+            if image and known[request.key] not in (None, image[1]):
+                found[request.key] = {"key": request.key, **error}
+        return found
 
     def summary(self, result: list[dict]) -> dict:
         few = scoring.few_answers_of(result, self.model.args.scored_as)
@@ -86,7 +101,8 @@ def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
         before = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
         before["GT_answer"] = most_common(s.answers)
         request = question_request(args, s.key, s.image_path, s.question)
-        questions.append(Question(request, before, {"answers": s.answers, **s.more}))
+        more = {name: value for name, value in s.more.items() if name != "image_hash"}
+        questions.append(Question(request, before, {"answers": s.answers, **more}))
     return Evaluation(model, out, f"evaluate {name}", "Eval", questions)
 
 
@@ -127,7 +143,7 @@ def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
             "Is it of another dataset or split?"
         )
     return [
-        found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question")}
+        found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question", "image_hash")}
         for of_file, found in pairs
     ]
 
@@ -137,11 +153,9 @@ def report(args, what: str, result: list[dict]) -> dict:
     scores = scoring.score(result, args.scored_as, args.preset)
     agreement = ", held-out questions: agreement with the L-VLM, not accuracy" if args.held_out else ""
     print("\n".join([f"\n{what} on {args.dataset}{agreement}", *scoring.table(scores, args.scored_as)]))
-    left_out = counted(r["left_out"] for r in result if r.get("left_out"))
-    if left_out:
-        print(f"  {left_out}; counted as wrong")
-    if cut := short_replies(result):
-        print(f"  {cut}")
+    if lost := scoring.lost(result):
+        causes = [f"{n} {why}" for why, n in Counter(r["left_out"] for r in result if r.get("left_out")).most_common()]
+        print(f"  {lost} ({', '.join([*causes, *filter(None, [short_replies(result)])])})")
     if few := scoring.few_answers_of(result, args.scored_as):
         print(f"  {few}")
     single = sum(not r.get("answers") for r in result)
@@ -152,19 +166,15 @@ def report(args, what: str, result: list[dict]) -> dict:
 
 def compare(args) -> dict:
     """Print the gain of the second file over the first, on the questions in both."""
-    before, after = (read_predictions(args, path) for path in args.compare)
-    rows = scoring.compare(before, after, args.dataset, args.preset)
-    n = next(iter(rows.values()))["n"]
-    if not n:
-        raise records.InputError(
-            f"{args.compare[1]}: shares no question with {args.compare[0]}; compare results on the same dataset."
-        )
+    sides = []
+    for path in args.compare:
+        meta = records.read_json(records.meta_path(path)) if records.meta_path(path).exists() else None
+        sides.append(Evaluated.of(path, read_predictions(args, path), args.dataset, args.preset, meta))
+    found = comparable.compare(*sides, one_model=False)
+    rows = found.by_metric(scoring.metric_names(args.dataset, args.preset))
     print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
-    print("\n".join([*scoring.comparison(rows, args.dataset), *scoring.changed(before, after, args)]))
-    if n < max(len(before), len(after)):
-        print(
-            f"  {len(before) - n} questions only in the first file and {len(after) - n} only in the second: not compared."
-        )
+    changed = scoring.changed(*(side.records for side in sides), args)
+    print("\n".join([*scoring.comparison(rows, args.dataset), *changed, *(f"  {note}" for note in found.notes)]))
     return rows
 
 
@@ -212,7 +222,7 @@ def main(argv=None) -> None:
             interchange.results_in(lmms_eval_folder(stage, name))
     scores = {}
     for name, stage in zip(names, stages, strict=True):
-        result = stage.records()
+        result = stage.records(stage.changed(samples))
         scores[name] = report(args, name, result)
         print(f"Results are in {stage.out}.")
         if args.log_samples and distributed.FIRST:

@@ -6,7 +6,8 @@
 
 Reads  both models' answers to the run's held-out questions, on which the L-VLM agrees with itself (PI's --hold-out): the files
        that `scripts/evaluate.py --held-out` writes. For the dataset `images` these are the evaluation. No model is loaded.
-Prints for each levelled model its gain with a 95 % interval, paired by question, and a verdict: better, worse, or not told apart.
+Prints for each levelled model its gain with a 95 % interval, paired by question, and a verdict: better, worse, not told apart, or no
+       verdict, where too many questions have no usable reply.
 Writes results/RUN/guard_<lvlm>_<svlm>_<dataset>.json: the same figures, and which model to use.
 """
 
@@ -18,29 +19,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa import cli, records
 from mpa.datasets import DATASETS
-from mpa.guard import WORSE, Guard, conclusion, recommended
+from mpa.guard import NONE, WORSE, Comparison, Guard, conclusion, recommended
 from mpa.records import InputError
 from mpa.run_folders import add_selection, selected
 
 
+def compared(guard: Guard, variants: list[str]) -> dict[str, Comparison]:
+    """The comparisons that are possible; the others are told. Raises InputError if none is."""
+    found, failed = {}, []
+    for variant in variants:
+        try:
+            found[variant] = guard.compare(variant)
+        except InputError as error:
+            failed.append(error)
+    if not found:
+        raise failed[0]
+    for error in failed:
+        print(f"warning: not compared: {error}", file=sys.stderr)
+    return found
+
+
+def line(name: str, one: Comparison) -> str:
+    """A levelled model's figures and verdict; of one without a verdict only how many questions it is about."""
+    counts = f"n = {one.n}"
+    if one.images < one.n:
+        counts += f" about {one.images} images"
+    if one.unusable:
+        counts += f", {one.unusable} without a usable reply not counted"
+    if one.verdict == NONE:
+        return f"  {name}: {one.verdict} ({counts})"
+    low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
+    before, after = (f"{100 * k / one.n:.1f}" for k in (one.right_before, one.right_before + one.fixed - one.broken))
+    return (
+        f"  {name}: {before} → {after} %, {100 * one.gain:+.1f} points (95 % interval {low} to {high}, "
+        f"{counts}; {one.fixed} fixed, {one.broken} broken): {one.verdict}"
+    )
+
+
 def report(guard: Guard, variants: list[str]) -> None:
-    cell, found = guard.cell, {variant: guard.compare(variant) for variant in variants}
+    cell, found = guard.cell, compared(guard, variants)
     print(
         f"\nGuard of {guard.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM on {guard.questions}"
     )
-    for name, one in found.items():
-        low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
-        before, after = (
-            f"{100 * k / one.n:.1f}" for k in (one.right_before, one.right_before + one.fixed - one.broken)
-        )
-        print(
-            f"  {guard.model(name).name}: {before} → {after} %, {100 * one.gain:+.1f} points (95 % interval {low} to {high}, "
-            f"n = {one.n}; {one.fixed} fixed, {one.broken} broken): {one.verdict}"
-        )
-    highest = max(found, key=lambda name: found[name].gain)
-    for name in dict.fromkeys((variants[0], highest)):
+    print("\n".join(line(guard.model(name).name, one) for name, one in found.items()))
+    for note in dict.fromkeys(note for one in found.values() for note in one.notes):
+        print(f"  {note}")
+    told = [name for name, one in found.items() if one.verdict != NONE]
+    highest = max(told, key=lambda name: found[name].gain, default=next(iter(found)))
+    for name in dict.fromkeys((next(iter(found)), highest)):
         named = f"{guard.model(name).name}: " if len(found) > 1 else ""
-        print("\n".join(f"  {named}{line}" for line in conclusion(found[name], guard.share)))
+        print("\n".join(f"  {named}{said}" for said in conclusion(found[name], guard.share)))
     best = recommended(found)
     print(f"  Use {guard.model(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one is better'}.")
     if [one.verdict for one in found.values()] == [WORSE]:

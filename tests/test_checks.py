@@ -13,6 +13,7 @@ from corrupt import corrupted
 
 from mpa import guard, records
 from mpa.datasets.loading import train_labels
+from mpa.evaluations import Evaluation
 from mpa.guard import answers_file
 from mpa.guard_check import told_by_train_labels
 from mpa.parity import ParityRule
@@ -173,12 +174,16 @@ def test_the_guards_questions_can_be_judged_by_the_train_splits_answers():
     ]
     before = [r | {"answers": ["the L-VLM's"], "predictions": "wrong"} for r in asked]
     after = [r | {"predictions": s.answers[0]} for r, s in zip(before, train_labels("easyVQA")[:40], strict=True)]
-    assert guard.compare(before, after, "paper").verdict == "not told apart"
-    assert told_by_train_labels(before, after, "paper", "easyVQA") == "better"
-    assert told_by_train_labels(after, before, "paper", "easyVQA") == "worse"
+
+    def of(records):
+        return Evaluation.of(Path("Heldout.json"), records, guard.SCORED_AS, "paper")
+
+    assert guard.compare(of(before), of(after)).verdict == "not told apart"
+    assert told_by_train_labels(of(before), of(after), "easyVQA") == "better"
+    assert told_by_train_labels(of(after), of(before), "easyVQA") == "worse"
     for other in ({"GT_question": "another?"}, {"image_path": "another.png"}, {"question_id": 0}):
-        changed = [before[0] | other, *before[1:]]
-        assert told_by_train_labels(changed, changed, "paper", "easyVQA") is None
+        changed = of([before[0] | other, *before[1:]])
+        assert told_by_train_labels(changed, changed, "easyVQA") is None
 
 
 def test_nothing_to_check_is_an_error(tmp_path):

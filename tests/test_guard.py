@@ -17,6 +17,7 @@ from conftest import ROOT, bash
 
 from mpa import guard, records, run_summary
 from mpa.agreement import Z, paired_difference
+from mpa.evaluations import Evaluation
 from mpa.guard import Comparison, Guard
 from mpa.records import InputError
 from mpa.runs import Cell
@@ -126,8 +127,8 @@ def test_what_cannot_be_told_is_an_error(tmp_path):
     held_out(tmp_path, {"small": HALF, MODEL: HALF}, unfinished=3)
     with pytest.raises(InputError, match="3 replies failed with a temporary error, so nothing can be told yet"):
         script.main([str(tmp_path)])
-    with pytest.raises(InputError, match="No held-out question was asked before and after"):
-        guard.compare([], [], "paper")
+    with pytest.raises(InputError, match="they share no question"):
+        guard.compare(*(Evaluation.of(Path(name), [], guard.SCORED_AS, "paper") for name in ("a", "b")))
 
 
 def test_a_labelled_datasets_held_out_answers_do_not_touch_its_evaluation(serve, copied_images, tmp_path):

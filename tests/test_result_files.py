@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import evaluate
 import pytest
 from conftest import ROOT
 from test_interchange import OFFICIAL, RESULT
 
-from mpa import scoring
+from mpa import comparable
+from mpa.evaluations import Evaluation
 from mpa.records import InputError, read_json, read_records
 
 
@@ -37,7 +39,9 @@ def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_p
 def test_files_of_other_questions_with_the_same_ids_are_not_compared():
     other = [{**r, "GT_question": "how few?"} for r in RESULT]
     with pytest.raises(InputError, match="question 0 is 'how many\\?' in the one file and 'how few\\?' in the other"):
-        scoring.compare(RESULT, other, "chartVQA")
+        comparable.compare(
+            *(Evaluation.of(Path(name), r, "chartVQA", "paper") for name, r in (("a", RESULT), ("b", other)))
+        )
 
 
 @pytest.mark.parametrize(

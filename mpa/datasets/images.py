@@ -9,7 +9,8 @@ from mpa.datasets.protocol import Dataset, Split, list_of_records
 
 
 def read(record: dict) -> tuple:
-    return record["question_id"], record["image_path"], record["question"], record["answers"]
+    known = {name: record[name] for name in ("image_hash",) if name in record}  # the image that the L-VLM has seen
+    return record["question_id"], record["image_path"], record["question"], record["answers"], known
 
 
 DATASET = Dataset(

@@ -4,14 +4,16 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from mpa import calibration, records, scoring
+from mpa import calibration, comparable, records
 from mpa.calibration import Reliability
 from mpa.check_tables import coverage_table, reasons_table
+from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
 from mpa.diagnosis import diagnose
-from mpa.evaluations import Evaluation, gains
+from mpa.evaluations import Evaluation
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
+from mpa.presets import method_name
 from mpa.report.texts import shortened
 from mpa.run_case import Case
 from mpa.run_folders import run_name
@@ -28,6 +30,10 @@ class CellContent:
         self.title = f"{run_name(folder)}: {cell.dataset}, {cell.svlm or 'no S-VLM yet'} from {cell.lvlm}"
         self.what = "accuracy" if DATASETS[cell.dataset].labelled else "agreement with the L-VLM"
         self.before, self.after = (self.case.evaluation(model) for model in (cell.svlm, model_name(cell)))
+
+    @property
+    def method(self) -> str:
+        return method_name(self._metas["PI"].get("settings", {}).get("anchors"))
 
     # --- overview ---
 
@@ -64,7 +70,11 @@ class CellContent:
             path.stem for path in sorted(self.folder.glob("Eval_PL_*.json")) if path.stem.startswith(f"Eval_{trained}_")
         ]
         variants = [stem.removeprefix(f"Eval_{trained}_").removesuffix(f"_{self.cell.dataset}") for stem in others]
-        shown = ROWS | {v: v for v in variants if v not in ROWS and v != self.cell.dataset and not v.endswith(".meta")}
+        shown = (
+            ROWS
+            | {"mpa": self.method}
+            | {v: v for v in variants if v not in ROWS and v != self.cell.dataset and not v.endswith(".meta")}
+        )
         shown = {key: name for key, name in shown.items() if key != "lvlm"} | {"lvlm": ROWS["lvlm"]}
         for key, name in shown.items():
             own = trained + ("" if key == "mpa" else f"_{key}")
@@ -79,7 +89,7 @@ class CellContent:
         for key, (name, model, found) in self.evaluations.items():
             row = {"key": key, "name": name, "samples": _meta(self.folder / model / "train_meta.json").get("samples")}
             row["accuracy"] = found.summary["score"]
-            rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"]})
+            rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"], "lost": found.lost})
         return rows
 
     def trained(self) -> list[tuple[str, Evaluation]]:
@@ -89,7 +99,14 @@ class CellContent:
         return [(self.title + ("" if key == "mpa" else f", {key}"), found) for key, found in of]
 
     def gain(self) -> dict | None:
-        return scoring.summary(gains(self.before, self.after).tolist()) if self.before and self.after else None
+        """`paired.summary` with "notes"; only these where nothing can be said. None without both evaluations."""
+        if not (self.before and self.after):
+            return None
+        try:
+            pairs = comparable.compare(self.before, self.after)
+        except NotComparable as error:
+            return {"notes": [f"No gain: {error}"]}
+        return pairs.summary() | {"notes": pairs.notes}
 
     def facts(self) -> list[tuple[str, str]]:
         """Models, settings, versions and commands."""
@@ -279,11 +296,15 @@ def compared(cells: list[CellContent]) -> list[dict]:
             same = (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
             if same and one.after and other.after:
                 pairs.append((one.trained()[0], other.trained()[0]))
-        found += [_pair(*pair) for pair in pairs if pair[0][1].content == pair[1][1].content]
+        found += filter(None, (_pair(*pair) for pair in pairs))
     return found
 
 
-def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict:
-    change = scoring.summary(gains(first[1], second[1]).tolist())
+def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict | None:
+    """None if they cannot be compared."""
+    try:
+        pairs = comparable.compare(first[1], second[1])
+    except NotComparable:
+        return None
     flips = [c for c in changes(first[1], second[1]) if c.kind in ("fixed", "broken")]
-    return {"first": first[0], "second": second[0], "change": change, "flips": flips}
+    return {"first": first[0], "second": second[0], "change": pairs.summary(), "flips": flips}

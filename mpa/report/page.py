@@ -55,12 +55,13 @@ def results_table(content: CellContent) -> dict:
         lines.append(
             [row["name"], samples, f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}", f"{row['n']:,}"]
         )
-    notes = []
-    if gain := content.gain():
+    notes, gain = [f"{row['name']}: {row['lost']}." for row in content.results() if row["lost"]], content.gain() or {}
+    if "score" in gain:
         low, high = (100 * bound for bound in gain["ci95"])
-        notes = [
-            f"Gain of MPA: {100 * gain['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {gain['n']:,}."
-        ]
+        notes.append(
+            f"Gain of {content.method}: {100 * gain['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {gain['n']:,}."
+        )
+    notes += gain.get("notes", [])
     names = ["model", "train samples", content.what, "95 % interval", "n"]
     return {"title": f"Results: {content.what}", "names": names, "lines": lines, "notes": notes}
 
@@ -290,10 +291,10 @@ def _remove_others(folder: Path, rows: list[dict]) -> None:
 def _summary(content: CellContent) -> list[str]:
     """A row of the index."""
     by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f}\u00a0%" for row in content.results()}, content.gain()
-    low, high = (100 * bound for bound in gain["ci95"]) if gain else (0, 0)
-    paired = (
-        [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"] if gain else ["–", "–", "–"]
-    )
+    paired = ["–", "–", "–"]
+    if gain and "score" in gain:
+        low, high = (100 * bound for bound in gain["ci95"])
+        paired = [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"]
     counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
     found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note")
     return [*counts, by_key.get("base", "–"), by_key.get("mpa", "–"), *paired, found or "none"]
