@@ -8,6 +8,7 @@ of PI_<lvlm>_heldout_<dataset>.json, the held-out set.
 from pathlib import Path
 
 from mpa import image_files, records
+from mpa.outputs import kind_of
 from mpa.records import InputError
 
 
@@ -99,7 +100,7 @@ def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
     """Raises InputError if a train file in `folder` shares a question or an image with `test`, a list of `Sample`s."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}
     for train_json in sorted(folder.glob(f"PI_*_train_*_{dataset}*.json")):
-        if train_json.name.endswith(".meta.json"):
+        if train_json.name.endswith(".meta.json") or str(kind_of(train_json)).startswith("export"):
             continue
         shared = [
             r["id"] for r in records.read_records(train_json, "train") if str(r["id"]) in ids or r["image"] in paths

@@ -219,8 +219,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def meta_path(path: str | Path) -> Path:
-    """results/x/PA_a_b.json -> results/x/PA_a_b.meta.json"""
-    return Path(path).with_suffix(".meta.json")
+    """results/x/PA_a_b.json -> results/x/PA_a_b.meta.json; x/table.md -> x/table.md.meta.json"""
+    path = Path(path)
+    return path.with_name(f"{path.stem if path.suffix in ('.json', '.jsonl') else path.name}.meta.json")
 
 
 def write_result(path: str | Path, records: list[dict], settings: dict, **facts) -> None:
@@ -230,15 +231,20 @@ def write_result(path: str | Path, records: list[dict], settings: dict, **facts)
     device …) describe the run. In a distributed run rank 0 writes and the others wait. An old result stays until the new one
     is on the disk.
     """
-    path, meta = Path(path), {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
+    meta = {"settings": settings, **facts, "n": len(records), "made_by": made_by()}
     distributed.wait()  # until all processes have checked that there is no result yet
     if distributed.FIRST:
-        with locked(path, wait=True), atomic.replacing(path) as result, atomic.replacing(meta_path(path)) as beside:
-            for file, content in ((result, records), (beside, meta)):
-                file.write(as_json(content, path).encode("utf-8", "backslashreplace"))
-                atomic.on_disk(file)  # before anything is replaced: the disk may be full
-            path.unlink(missing_ok=True)  # never an old result with a new meta file
+        write_with_meta(path, as_json(records, path), meta)
     distributed.wait()
+
+
+def write_with_meta(path: str | Path, text: str, meta: dict) -> None:
+    path = Path(path)
+    with locked(path, wait=True), atomic.replacing(path) as result, atomic.replacing(meta_path(path)) as beside:
+        for file, content in ((result, text), (beside, as_json(meta, path))):
+            file.write(content.encode("utf-8", "backslashreplace"))
+            atomic.on_disk(file)  # before anything is replaced: the disk may be full
+        path.unlink(missing_ok=True)  # never an old result with a new meta file
 
 
 _HELD: set[tuple[Path, int]] = set()  # the locks of this process, by path and thread

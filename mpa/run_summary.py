@@ -10,6 +10,7 @@ from mpa import comparable, guard, log_file, records, scoring
 from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, read_meta
+from mpa.outputs import refuse_others
 from mpa.parity import funnel_line
 from mpa.presets import method_name
 from mpa.run_samples import KEPT, RunSamples
@@ -202,6 +203,8 @@ def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
     what = "accuracy" if DATASETS[dataset].labelled else "agreement"
     runs = [Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm)) for folder in folders]
     results = [summary(run) for run in runs]
+    for folder in folders:
+        refuse_others(folder / "summary.json", "summary", ours=lambda path: True)  # it has no meta file
     log_file.open_log(folders[0] / "log.txt")
     for folder, run, result in zip(folders, runs, results, strict=True):
         records.write_json(folder / "summary.json", result)

@@ -287,6 +287,8 @@ def _take(runs: Runs, folder: Path, name: str) -> None:
     if name.startswith("Eval_") and (folder / f"{stem}.json").exists():
         runs.evaluations.append(Evaluation.read(folder / f"{stem}.json"))
     elif name.startswith("PI_") and (match := _PARITY.fullmatch(stem)):
+        if "kind" in (records.read_json(folder / name) or ()):  # an export of it
+            return
         meta = read_meta(folder / name)
         lvlm, svlm = (meta.get(f"model_path_{who}", match[i]) for i, who in ((1, "lvlm"), (2, "svlm")))
         cell = Cell(match[3], records.short_name(lvlm), records.short_name(svlm))

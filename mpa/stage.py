@@ -14,6 +14,7 @@ from mpa.conversion import native
 from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.journal import Journal, finished, refuse_other_settings
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
+from mpa.outputs import inputs_of, refuse_others
 from mpa.packages import require
 from mpa.records import InputError
 from mpa.visual_tokens import Counter as TokenCounter
@@ -142,6 +143,8 @@ class Stage:
     outcome. Raises InputError if `out` or its journal was made with other settings.
     """
 
+    kind = "PA"  # a key of records.FIELDS
+
     def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
         self.settings = {name: getattr(model.args, name) for name in DECIDING} | model.deciding()
@@ -150,10 +153,12 @@ class Stage:
         self.facts = {}
 
     def check(self, content: bool = True) -> bool:
-        """Whether the result exists, made with these settings. Raises InputError if it, or its journal, has others.
+        """Whether the result exists, made with these settings. Raises InputError if it, or its journal, has others, and if
+        another command made it.
 
         Without `content`, what the records hold besides the replies is not compared.
         """
+        refuse_others(self.out, self.kind, inputs_of(self.model.args))
         settings = {name: value for name, value in self.settings.items() if content or name != "content"}
         there = finished(self.out, settings, self.model.args.restart)
         if not there:

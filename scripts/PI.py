@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import anchors, asked_again, cli, distributed, given_questions, holdout, records
+from mpa import anchors, asked_again, cli, distributed, given_questions, holdout, outputs, records
 from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
@@ -39,6 +39,7 @@ from mpa.stage import Model, counted
 
 # Beyond the paper, in meta files where they are set: what counts as consistent, and what of it is taken for the train file.
 CONSISTENCY = ("min_probability", "blind", "votes")
+LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 SELECTION = ("max_svlm_probability", "weights", "max_per_question", "max_per_answer")
 
 
@@ -376,14 +377,26 @@ def train_settings(args, lvlm_answers: list[dict] | None, svlm_answers: list[dic
 
 
 def check_train_set(args, lvlm_answers: list[dict] | None = None, svlm_answers: list[dict] | None = None) -> bool:
-    """Whether the train file is there. Raises InputError if it was made with other settings."""
+    """Whether the train file is there. Raises InputError if it was made with other settings, or is another command's."""
+    outputs.refuse_others(
+        train_file(args), "train", [*outputs.inputs_of(args), answers_file(args, args.model_path_lvlm)]
+    )
     return finished(train_file(args), train_settings(args, lvlm_answers, svlm_answers), args.restart)
+
+
+def limits_of(args) -> dict:
+    """The limits of an image with which the S-VLM was asked, {} if its answers do not say: what trains on the set needs them."""
+    file = records.meta_path(args.svlm_json or answers_file(args, args.model_path_svlm))
+    meta = records.read_json(file) if file.exists() else {}
+    settings = meta.get("settings") if isinstance(meta, dict) else None
+    return {name: settings[name] for name in LIMITS if name in settings} if isinstance(settings, dict) else {}
 
 
 def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
     out, settings = train_file(args), train_settings(args, lvlm_answers, svlm_answers)
     if not args.lvlm_json:
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
+    facts |= limits_of(args)
     if held_out_file(args).exists():
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
     if not check_train_set(args, lvlm_answers, svlm_answers):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, holdout, log_file, records
+from mpa import cli, holdout, log_file, outputs, records
 from mpa.argument_types import path_map
 from mpa.datasets.paths import locate
 from mpa.prompts import train_prompt
@@ -65,7 +65,6 @@ def main(argv=None) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = p.parse_args(argv)
-    log_file.open_log(args.train_json.parent / "log.txt")
     parity = records.read_parity(args.train_json)
     meta = records.read_json(records.meta_path(args.train_json))
     annotations, threshold = records.read_records(args.pa_json, "PA"), holdout.threshold_of(args.train_json)
@@ -79,10 +78,15 @@ def main(argv=None) -> None:
         hash_by_path = holdout.hashes(r["image_path"] for r in annotations)
         hash_by_path |= {r["image_path"]: r["image_hash"] for r in annotations if r.get("image_hash")}
         annotations = [r for r in annotations if not holdout.is_held_out(hash_by_path[r["image_path"]], threshold)]
-    for name, samples in train_sets(annotations, parity, args.seed, meta["settings"]["preset"]).items():
-        out = args.train_json.with_name(f"{args.train_json.stem}_{name}.json")
-        records.write_json(out, samples)
-        print(f"{name}: wrote {len(samples)} samples to {out}")
+    found = train_sets(annotations, parity, args.seed, meta["settings"]["preset"])
+    out = {name: args.train_json.with_name(f"{args.train_json.stem}_{name}.json") for name in found}
+    for file in out.values():
+        outputs.refuse_others(file, "baseline", outputs.inputs_of(args), ours=lambda path: True)  # none has a meta file
+    log_file.open_log(args.train_json.parent / "log.txt")
+    with records.locked(out["all_pseudo"], wait=True):  # all of one seed
+        for name, samples in found.items():
+            records.write_json(out[name], samples)
+            print(f"{name}: wrote {len(samples)} samples to {out[name]}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import calibration, check_tables, cli, records, runs
+from mpa import calibration, check_tables, cli, outputs, runs
 from mpa.argument_types import number
 from mpa.guard_check import guard_table
 from mpa.records import InputError
@@ -64,12 +64,14 @@ def main(argv=None) -> None:
         p.error(
             f"--dataset, --lvlm and --svlm are for inspect, coverage and calibration; {args.check} shows all that it finds"
         )
+    if args.out:
+        outputs.refuse_others(args.out, "checks")
     tables = [OF_ALL[args.check](runs.find(args.results))] if args.check in OF_ALL else of_cells(args)
     if not any(table.rows for table in tables):
         raise InputError(f"{args.results[0]}: nothing for {args.check} in it or below. Run the stages first.")
     text = "\n".join(map(FORMATS[args.format], tables))
     if args.out:
-        records.write_text(args.out, text)
+        outputs.write(args.out, text, "checks")
         print(f"Wrote {args.out}.")
     else:
         print(text, end="")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, log_file, records
+from mpa import cli, log_file, outputs, records
 from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.kinds import ANSWER_TYPES, answer_type
@@ -73,6 +73,7 @@ def arguments(argv=None):
 
 def main(argv=None) -> None:
     args = arguments(argv)
+    outputs.refuse_others(args.out, "corrupt", outputs.inputs_of(args))
     base = records.read_json(records.meta_path(args.train_json))
     lvlm, svlm = (records.read_records(file, "PI") for file in (args.lvlm_json, args.svlm_json))
     if len(svlm) < len(lvlm):
@@ -100,7 +101,8 @@ def main(argv=None) -> None:
     settings = {name: getattr(args, name) for name in ("type", "share", "where", "seed")}
     chosen_by = {name: value for name, value in base["settings"].items() if name != "anchors"}  # it writes none
     funnel = {"L-consistent": len(consistent), "parity": len(parity)}
-    models = {name: base[name] for name in ("model_path_lvlm", "model_path_svlm") if name in base}
+    same = ("model_path_lvlm", "model_path_svlm", "min_pixels", "max_pixels", "max_tiles")
+    models = {name: base[name] for name in same if name in base}
     log_file.open_log(args.out.parent / "log.txt")
     records.write_result(
         args.out, parity, chosen_by | {"corrupt": settings}, funnel=funnel, survived=survived, **models

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, comparable, distributed, holdout, interchange, records, scoring
+from mpa import cli, comparable, distributed, holdout, interchange, outputs, records, scoring
 from mpa.answering import Answers, Question, question_request
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import labelled, load_samples
@@ -181,13 +181,16 @@ def compare(args) -> dict:
 def main(argv=None) -> None:
     args = arguments(argv)
     if args.predictions or args.compare:
+        kind = "scores" if args.predictions else "comparison"
+        if args.out:
+            outputs.refuse_others(args.out, kind, outputs.inputs_of(args))
         found = (
             compare(args)
             if args.compare
             else report(args, args.predictions.name, read_predictions(args, args.predictions))
         )
         if args.out:
-            records.write_json(args.out, found)
+            outputs.write(args.out, records.as_json(found, args.out), kind)
             print(f"Wrote {args.out}.")
         return
     cli.open_log(args)

@@ -17,24 +17,25 @@ image; with --image-root it must also lie below that folder.
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from mpa import cli, records
+from mpa import cli, outputs, records
 from mpa.argument_types import path_map
 from mpa.datasets.paths import locate, missing_images
 from mpa.exports import (
     FORMS,
     data_card,
     free_for_folder,
+    further,
     is_unicode,
     registry_with,
     write_folder,
 )
-from mpa.families import MAX_PIXELS, MIN_PIXELS
 from mpa.image_files import ImageError, open_image
 from mpa.records import InputError
 
@@ -51,6 +52,7 @@ def read_samples(args) -> list[dict]:
             if args.to in FOLDERS and ".." in Path(sample["image"]).parts:
                 raise ValueError(f"its image path {sample['image']!r} contains '..'; use a path without it")
             FORMS[args.to](sample)
+            further(sample)
             if is_unicode(sample):
                 kept.append(sample)
         except ValueError as error:
@@ -96,9 +98,9 @@ def read_meta(train_json: Path) -> dict:
 
 def how_to_train(to: str, out: Path, meta: dict) -> str:
     """The trainer's settings (template, pixel limits) that make it train on exactly the evaluated tokens."""
-    stored = [meta.get("settings", {}).get(name) for name in ("min_pixels", "max_pixels")]
-    min_pixels, max_pixels = (n or default for n, default in zip(stored, (MIN_PIXELS, MAX_PIXELS), strict=True))
-    return {
+    known = [meta.get(name, meta.get("settings", {}).get(name)) for name in ("min_pixels", "max_pixels")]
+    min_pixels, max_pixels = known if all(known) else ("MIN", "MAX")
+    line = {
         # Its own resizing differs from the processor's, so it must not resize the images.
         "sharegpt": f"LLaMA-Factory, for a Qwen2-VL: --dataset_dir {out.parent} --dataset {out.stem} --template qwen2_vl "
         f"--image_min_pixels 1 --image_max_pixels 1000000000, and in the model's preprocessor_config.json shortest_edge "
@@ -108,6 +110,12 @@ def how_to_train(to: str, out: Path, meta: dict) -> str:
         "trl": "TRL, for a Qwen2-VL: SFTTrainer(processing_class=AutoProcessor.from_pretrained(S_VLM, "
         f"min_pixels={min_pixels}, max_pixels={max_pixels}), …)",
     }[to]
+    if all(known):
+        return line
+    return (
+        f"{line}\nMIN and MAX are the --min-pixels and --max-pixels with which PI.sh asked the S-VLM. The parity set's meta file does "
+        "not say them: an older version wrote it, or there is none."
+    )
 
 
 def main(argv=None) -> None:
@@ -126,10 +134,11 @@ def main(argv=None) -> None:
     stem, run = args.train_json.stem, args.train_json.resolve().parent.name
     default = f"{stem}_{run}_{args.to}" if args.to in FOLDERS else f"{stem}_{args.to}.json"
     out = args.out or args.train_json.with_name(default + ("l" if args.to == "ms-swift" else ""))
-    if out.resolve() == args.train_json.resolve():
-        raise InputError(f"{out}: is the input file; choose another file with --out.")
     if args.to not in FOLDERS and (out.is_dir() or out.name == "dataset_info.json"):
         raise InputError(f"{out}: cannot be the output file; choose another file with --out.")
+    if args.to not in FOLDERS:
+        ours = {} if args.out else {"ours": lambda path: True}  # the name says so
+        outputs.refuse_others(out, f"export {args.to}", [args.train_json], **ours)
     if args.to in FOLDERS:
         free_for_folder(out)
         check_images([s["image"] for s in samples], args.image_root)
@@ -137,18 +146,34 @@ def main(argv=None) -> None:
     else:
         missing_images([s["image"] for s in samples])
         rows = [FORMS[args.to](s) for s in samples]
+        text = records.as_json(rows, out)
         if args.to == "ms-swift":
-            records.write_text(out, "".join(records.dumps(row, out, ensure_ascii=False) + "\n" for row in rows))
-        elif args.to == "sharegpt":
-            registry = registry_with(out)
-            records.write_json(out, rows)
-            records.write_json(os.path.realpath(out.with_name("dataset_info.json")), registry)
+            text = "".join(records.dumps(row, out, ensure_ascii=False) + "\n" for row in rows)
+        if args.to == "sharegpt":
+            registered = Path(os.path.realpath(out.with_name("dataset_info.json")))
+            with records.locked(registered, wait=True):
+                registry = registry_with(out)
+                outputs.write(out, text, f"export {args.to}")
+                records.write_json(registered, registry)
         else:
-            records.write_json(out, rows)
+            outputs.write(out, text, f"export {args.to}")
     print(f"Wrote {len(samples)} samples to {out}.")
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
         print(f"It contains copies of the images below {os.path.commonpath(folders)}.")
+    for name in ("weight", "kind"):
+        if n := sum(name in further(sample) for sample in samples):
+            reader = (
+                "this repository's trainer reads it" if args.to == "llava" else "the trainer does not read it by itself"
+            )
+            print(f"{n} samples have a `{name}`, which is in the export; {reader}.")
+    left = Counter(
+        name for sample in samples for name in sample.keys() - {"id", "image", "conversations", "weight", "kind"}
+    )
+    if left and args.to != "llava":
+        print(
+            f"Fields that this format does not keep: {', '.join(f'{name} ({n} samples)' for name, n in sorted(left.items()))}."
+        )
     if args.to in ("sharegpt", "ms-swift", "trl"):
         print(how_to_train(args.to, out, meta))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli
+from mpa import cli, outputs
 from mpa.printable import printable
 from mpa.records import InputError
 from mpa.run_folders import add_selection, selected
@@ -35,6 +35,9 @@ def main(argv=None) -> None:
 
     if args.image_root and not Path(args.image_root).is_dir():
         raise InputError(f"{args.image_root}: no such folder; --image-root is a folder of images.")
+    first = args.results[0]
+    out = args.out or first / ("report.html" if args.single_file else "report")
+    outputs.refuse_others(out if args.single_file else out / "index.html", "report", ours=page.ours)
     contents, broken = [], []
     for folder, cell in selected(args):
         try:
@@ -46,14 +49,12 @@ def main(argv=None) -> None:
             print(printable(f"error: {error}"), file=sys.stderr)
     if not contents:
         sys.exit(1)
-    first, how = args.results[0], {"image_root": args.image_root, "redact": args.redact_paths, "broken": broken}
+    how = {"image_root": args.image_root, "redact": args.redact_paths, "broken": broken}
     if args.single_file:
-        out = args.out or first / "report.html"
         images = page.write(contents, out, first / ".thumbnails", single_file=True, **how)
     else:
-        folder = args.out or first / "report"
-        images = page.write_folder(contents, folder, **how)
-        out = folder / "index.html"
+        images = page.write_folder(contents, out, **how)
+        out /= "index.html"
     pairs = "pair" if len(contents) == 1 else "pairs"
     told = f"{len(contents)} {pairs} of models and datasets, {len(images):,} images"
     if hidden := sum(not shown for shown in images.values()):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records, runs
+from mpa import cli, outputs, records, runs
 from mpa.datasets import DATASETS
 from mpa.paper_tables import ablation_table, claims_table, main_table
 from mpa.rating_table import ratings_table
@@ -63,6 +63,8 @@ def main(argv=None) -> None:
         return summarise(args.results, args.dataset, args.lvlm or cli.LVLM, args.svlm or cli.SVLM)
     if args.lvlm or args.svlm:
         p.error("--lvlm and --svlm need --dataset; without it, the tables show all models that they find")
+    if args.out:
+        outputs.refuse_others(args.out, "tables")
     found = runs.find(args.results)
     if not (found.evaluations or found.parity or found.ratings):
         raise records.InputError(
@@ -70,7 +72,7 @@ def main(argv=None) -> None:
         )
     text = "\n".join(map(FORMATS[args.format], paper_tables(found, args.table, args.whole_matrix)))
     if args.out:
-        records.write_text(args.out, text)
+        outputs.write(args.out, text, "tables")
         print(f"Wrote {args.out}.")
     else:
         print(text, end="")

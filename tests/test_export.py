@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 
 import datasets
 import export
+import PI
 import pytest
+from answered_by_rule import annotate, answers_by, flags
 from conftest import STUDENT
 from PIL import Image
 from transformers import AutoProcessor
@@ -88,19 +91,73 @@ def test_per_image_that_is_not_there_is_named_before_a_folder_is_written(parity_
         exported(parity_set, "ms-swift")
 
 
-def test_each_trainer_is_told_what_shows_it_the_evaluated_prompt(parity_set, capsys):
+def of_pi(serve, images, run, *flags_of_pi):
+    """A parity set that PI wrote."""
+    server = serve(answers_by())
+    annotate(server, images, run)
+    return PI.main(flags(server, images, run, "--dtype", "bfloat16", *flags_of_pi))
+
+
+def test_each_trainer_is_told_what_shows_it_the_evaluated_prompt(serve, copied_images, tmp_path, capsys):
     """TRL 1.16, ms-swift 4.6 and LLaMA-Factory 0.9.5 were compared token by token; this test checks their input."""
-    meta = parity_set.with_name(f"{parity_set.stem}.meta.json")
-    meta.write_text(json.dumps({"settings": {"min_pixels": 3136, "max_pixels": 6272}}))
-    exported(parity_set, "ms-swift")
+    parity_set = of_pi(serve, copied_images, tmp_path / "run", "--min-pixels", 3136, "--max-pixels", 6272)
+    answers = [tmp_path / f"run/PI_big_{who}_images.json" for who in ("big", "small")]
+    again = ["--lvlm-json", answers[0], "--svlm-json", answers[1], "--out", tmp_path / "run/again.json"]
+    models = [
+        "--dataset",
+        "images",
+        "--model-path-lvlm",
+        "big",
+        "--model-path-svlm",
+        "small",
+        "--run",
+        f"{tmp_path}/run/",
+    ]
+    from_answers = PI.main([*map(str, [*models, *again])])  # other limits are its default, and say nothing
+    for file in (parity_set, from_answers):
+        capsys.readouterr()
+        exported(file, "ms-swift")
+        said = capsys.readouterr().out
+        assert "MIN_PIXELS=3136 MAX_PIXELS=6272 swift sft --template qwen2_vl --model_type qwen2_vl" in said
+        exported(file, "sharegpt")
+        said = capsys.readouterr().out
+        assert f"--dataset_dir {file.parent} --dataset out-sharegpt --template qwen2_vl" in said
+        assert "shortest_edge 3136 and longest_edge 6272" in said
+        exported(file, "trl")
+        assert "min_pixels=3136, max_pixels=6272" in capsys.readouterr().out
+        shutil.rmtree(file.parent / "out-trl")
+        for name in ("out-ms-swift", "out-sharegpt"):
+            (file.parent / name).unlink()
+            (file.parent / f"{name}.meta.json").unlink()
+
+
+def test_limits_that_no_meta_file_says_are_not_guessed(parity_set, capsys):
+    for to in ("ms-swift", "sharegpt", "trl"):
+        exported(parity_set, to)
+        said = capsys.readouterr().out
+        assert "does not say them" in said and "401408" not in said and "100352" not in said
+    exported(parity_set, "hf")
+    assert "does not say them" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", exports.FORMS)
+def test_weights_and_kinds_are_kept(parity_set, to, tmp_path, capsys):
+    first, second = read_json(parity_set)
+    parity_set.write_text(
+        json.dumps([first | {"weight": 0.25, "kind": "parity", "note": "x"}, second | {"kind": "anchor"}])
+    )
+    out = exported(parity_set, to)
+    if to in export.FOLDERS:
+        rows = list(datasets.load_dataset(str(out), split="train", cache_dir=tmp_path / "cache"))
+    else:
+        rows = read_json(out)
+    assert [(row.get("weight"), row.get("kind")) for row in rows] == [(0.25, "parity"), (None, "anchor")]
     said = capsys.readouterr().out
-    assert "MIN_PIXELS=3136 MAX_PIXELS=6272 swift sft --template qwen2_vl --model_type qwen2_vl" in said
-    exported(parity_set, "sharegpt")
-    said = capsys.readouterr().out
-    assert f"--dataset_dir {parity_set.parent} --dataset out-sharegpt --template qwen2_vl" in said
-    assert "shortest_edge 3136 and longest_edge 6272" in said
-    exported(parity_set, "trl")
-    assert "min_pixels=3136, max_pixels=6272" in capsys.readouterr().out
+    assert "1 samples have a `weight`" in said and "2 samples have a `kind`" in said
+    assert ("does not keep: note (1 samples)" in said) == (to != "llava")
+    parity_set.write_text(json.dumps([first | {"weight": "much"}, second]))
+    with pytest.raises(InputError, match="record 0: 'weight' should be a number: much"):
+        exported(parity_set, to)
 
 
 def test_trls_rows_give_the_evaluated_prompt_in_the_students_own_template(tmp_path):

@@ -20,6 +20,7 @@ from mpa.table_formats import Table
 HERE = Path(__file__).parent
 INSPECTED = 50  # kept, and rejected, samples of the inspection view
 FLIPS = 20  # shown of each pair
+MADE_BY = "Made by scripts/report.py"  # in the footer: a page with it may be overwritten
 
 
 def policy(script: str, style: str, single_file: bool) -> str:
@@ -221,13 +222,18 @@ def gallery(
     return {"cells": cells, "images": images}, {path: name is not None for path, (name, _) in made.items()}
 
 
+def ours(file: Path) -> bool:
+    """Whether a file is a page of this module."""
+    return MADE_BY.encode() in file.read_bytes()
+
+
 def render(template: str, single_file: bool, contents: list[CellContent], broken: list[str], **values) -> str:
     """A page with its policy, style, title and footer. `broken`: why other cells are not in it."""
     script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     title = plain(", ".join(dict.fromkeys(content.folder.name for content in contents)))
     fixed = {"style": Markup(style), "script": Markup(script), "policy": policy(script, style, single_file)}
-    footer = f"Made by scripts/report.py, commit {records.made_by()['commit']}."
+    footer = f"{MADE_BY}, commit {records.made_by()['commit']}."
     return environment.get_template(template).render(
         title=title, footer=footer, broken=list(map(plain, broken)), **fixed, **values
     )
