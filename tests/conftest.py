@@ -28,6 +28,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each process of the tests; read when torch is imported
 
 
+def close(got, expected, rel: float = 1e-4, least: float = 0.0) -> bool:
+    """Whether two ways to compute numbers, lists or tensors agree to `rel` of the largest expected value, or of `least`.
+
+    An absolute tolerance in float32 holds on one CPU and fails on another, whose sums have another order.
+    """
+    import torch
+
+    got, expected = (torch.as_tensor(value).detach().double() for value in (got, expected))
+    assert got.shape == expected.shape
+    return bool((got - expected).abs().max() <= rel * max(expected.abs().max().item(), least))
+
+
 def bash(name: str, *args, **environment) -> subprocess.CompletedProcess:
     """Run a bash script to its end, as a user does."""
     return subprocess.run(

@@ -31,7 +31,11 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, **LAYERS}
 
 def make(family: str, folder: Path) -> str:
     """Write the checkpoint of `family` to a subfolder of `folder`. Returns its path."""
-    processor, config = globals()[f"_{family.removesuffix('_vl') if 'qwen' in family else family}"](family)
+    return save(*globals()[f"_{family.removesuffix('_vl') if 'qwen' in family else family}"](family), folder)
+
+
+def save(processor, config, folder: Path) -> str:
+    """Write processor, and a model of this configuration with random weights, to `folder`. Returns its path."""
     tokenizer, texts = processor.tokenizer, (config.text_config, config)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         for part in texts:
@@ -55,6 +59,8 @@ def _awaken(model) -> None:
             torch.nn.init.normal_(parameter, std=0.15)
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             parameter.data += 4.0 * ("Gemma" in type(model).__name__)
+        if name.endswith(("attn_gate", "mlp_gate")):  # Mllama's
+            parameter.data += 1.0
 
 
 def _tokenizer(*special, **named):

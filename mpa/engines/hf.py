@@ -30,7 +30,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from mpa import distributed, families, models
 from mpa.device_memory import is_out_of_memory
-from mpa.engines import Request, follow_up_request, memory, not_finite, teacher_forcing
+from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, teacher_forcing
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
@@ -74,6 +74,7 @@ class HFEngine:
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
         self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_columns = None
+        self.tried = False  # whether a model type outside the table of families was compared with plain `generate`
 
     def __enter__(self):
         return self
@@ -88,6 +89,11 @@ class HFEngine:
             gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    @property
+    def family(self) -> families.Family | None:
+        """The model's entry in the table of families."""
+        return families.FAMILIES.get(models.model_type(self.model_path))
 
     @property
     def marks(self) -> frozenset[str]:
@@ -156,8 +162,7 @@ class HFEngine:
             self.device = str(self.model.device)  # of the first layers, which take the inputs
         # The shortcuts index key-values with the inputs' positions: both must be on one device.
         on_one_device = len({weight.device for weight in self.model.parameters()}) == 1
-        family = families.FAMILIES.get(self.model.config.model_type)
-        if family and family.shortcuts and on_one_device:
+        if self.family and self.family.shortcuts and on_one_device:
             self.last_columns = LastColumns(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
@@ -172,7 +177,11 @@ class HFEngine:
         forms the same batches as an uninterrupted one.
         """
         requests = list(requests)
-        self.load(requests)
+        with first_request.tried(self):
+            self.load(requests)
+            if not (self.family or self.tried):
+                first_request.check(self, requests)
+                self.tried = True
         self.started = time.perf_counter()
         batches = (batch for batch in self.plan.batches(requests) if any(r.key not in done for r in batch))
         if not self.pool:

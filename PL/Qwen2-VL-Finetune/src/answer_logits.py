@@ -1,6 +1,7 @@
 """Restricts a model's last layer and output layer to the positions that the loss needs."""
 
 import torch
+from families import FAMILIES
 
 
 class AnswerLogits:
@@ -10,10 +11,21 @@ class AnswerLogits:
     feed-forward network therefore skip them (their outputs are zeros), and the output layer returns [1, N, V] for the
     N selected positions. Keep the selection until the backward pass has ended: activation checkpointing runs layers
     again.
+
+    For a model type outside the table of families all logits are computed, and `of` selects.
     """
 
     def __init__(self, model: torch.nn.Module):
         self.positions, self.shape = None, None
+        self.tested = model.config.model_type in FAMILIES
+        if self.tested:
+            self._register(model)
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        """[N, V] at the selected positions, of the model's logits."""
+        return logits[0] if self.tested else logits.flatten(0, 1)[self.positions]
+
+    def _register(self, model: torch.nn.Module) -> None:
         model.get_output_embeddings().register_forward_pre_hook(self._gather)
         layer = model.get_decoder().layers[-1]
         attention = getattr(layer, "self_attn", None)  # none in a convolution layer of LFM2

@@ -163,6 +163,14 @@ def encode(sample: dict, processor) -> dict:
     return encoded | {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
+def whole(sample: dict, processor) -> dict:
+    """The model's inputs as its processor makes them of the whole conversation at once."""
+    text = "".join(turn.prompt + turn.answer for turn in _turns(sample, processor))
+    images = {"images": [[_opened(path) for path in sample["images"]]]} if sample["images"] else {}
+    inputs = processor(text=[text], **images, return_tensors="pt", **tokenizer_options(processor, text))
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
 def _turns(sample: dict, processor) -> list[Turn]:
     try:
         return [*turns(sample["messages"], processor)]

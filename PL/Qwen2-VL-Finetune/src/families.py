@@ -188,8 +188,8 @@ def said_of_unknown(model_type: str | None) -> str:
     if model_type in FAMILIES:
         return ""
     return (
-        f"warning: model type {model_type} is not in the table of families (python -m mpa.models --families): that its "
-        "replies do not depend on the batch, that limits of pixels or tiles are obeyed, and the names of its parts are not tested."
+        f"warning: model type {model_type} is not in the table of families (python -m mpa.models --families): its first reply is "
+        "compared with transformers' own; that limits of pixels or tiles are obeyed, and the names of its parts are not tested."
     )
 
 
@@ -269,6 +269,13 @@ def visual_tokens(processor, width: int, height: int) -> int | None:
 
     Raises ValueError for a shape that the processor refuses.
     """
+    try:
+        return _visual_tokens(processor, width, height)
+    except (AttributeError, KeyError, TypeError):  # of a model type outside the table
+        return None
+
+
+def _visual_tokens(processor, width: int, height: int) -> int | None:
     images = processor.image_processor
     if hasattr(images, "merge_size"):
         return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2

@@ -11,6 +11,7 @@ import torch
 from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE
 from batching import StepBatchSampler, step_sampler
 from device_memory import available_bytes, is_out_of_memory
+from families import FAMILIES
 from memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 from model_loading import compute_dtype
 from params import DataArguments, ModelArguments, TrainingArguments
@@ -152,6 +153,8 @@ def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, sa
     counts = {
         "patches": sum(memory_estimate.patches(model, values.shape) for values in pixels),
         "pixel_bytes": sum(4 * values.numel() for values in pixels),
-        "labelled": sum(int((sample["labels"] != IGNORE).sum()) for sample in encoded),
+        "labelled": sum(int((sample["labels"] != IGNORE).sum()) for sample in encoded)
+        if model.config.model_type in FAMILIES
+        else sum(len(sample["labels"]) for sample in encoded),
     }
     return Batch(len(rows), tokens(rows), **{name: n * len(rows) // len(encoded) for name, n in counts.items()})

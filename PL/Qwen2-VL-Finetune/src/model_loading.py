@@ -84,7 +84,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     if warning and args.process_index == 0:
         print(warning, file=sys.stderr)
     flash = not model_args.disable_flash_attn2 and is_flash_attn_2_available() and (args.bf16 or args.fp16)
-    flash = flash and not (kind in families.FAMILIES and families.FAMILIES[kind].both_ways)
+    flash = flash and kind in families.FAMILIES and not families.FAMILIES[kind].both_ways
     attention = {"attn_implementation": "flash_attention_2"} if flash else {}  # else PyTorch's, or Gemma 2's own
     quantised = _quantised(model_args, args) if model_args.bits != 16 else {}
     model, info = _from_pretrained(

@@ -64,9 +64,9 @@ class Reference:
         """[N, V] at the N positions where `mask` is True. `trained` has selected these already (`AnswerLogits`)."""
         if self.model is None:
             with trained.disable_adapter():
-                return trained(**inputs, use_cache=False).logits[0]
+                return trained(**inputs, use_cache=False).logits[0]  # LoRA is for tested families
         self.answer_logits.select(mask)
-        return self.model(**inputs, use_cache=False).logits[0]
+        return self.answer_logits.of(self.model(**inputs, use_cache=False).logits)
 
 
 def answer_loss(logits, targets, args, weight=None, anchor=None, before=None) -> torch.Tensor:

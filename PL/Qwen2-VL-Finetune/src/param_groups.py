@@ -45,7 +45,7 @@ def check_parts(model_type: str, model_args, args) -> str:
         )
     return (
         f"warning: model type {model_type} is not in the table of families: all its weights are trained as one part, and "
-        "neither its labels nor its training steps are tested."
+        "its labels are not tested. The first sample's loss is compared with that of a plain forward pass."
     )
 
 

@@ -35,14 +35,16 @@ import time
 from pathlib import Path
 
 import checkpoints
+import first_sample
 import memory_check
 import objective
+import param_groups
 import process_group
 import report
 import torch
 import transformers
 from collator import Collator
-from families import FAMILIES, match_config
+from families import match_config
 from features import VisionFeatures, precompute
 from log_file import detail
 from model_card import converted_from, write_card
@@ -106,7 +108,8 @@ def train(
     """
     started, is_first = time.time(), args.process_index == 0
     checkpoint = checkpoint_to_resume(Path(args.output_dir), current, args)
-    trainer = build(samples, model_args, data_args, args, current)
+    with first_sample.tried(model_args.model_id, model_type(model_args)):
+        trainer = build(samples, model_args, data_args, args, current)
     if is_first:
         sample_line = report.first_sample_line(trainer.train_dataset[0], trainer.processing_class.tokenizer)
         first, *parts = trainer.start_lines()
@@ -136,8 +139,8 @@ def build(
     if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
         print(line, flush=True)
     kind = model_type(model_args)
-    if data_args.packing and kind in FAMILIES and not FAMILIES[kind].packing:
-        raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
+    first_sample.refuse_untested(kind, data_args, args)
+    param_groups.check_parts(kind, model_args, args)
     train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
     if planned is not None and args.process_index == 0:
         print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)

@@ -7,6 +7,7 @@ from itertools import chain
 
 import activations
 import evaluation
+import first_sample
 import memory_check
 import objective
 import param_groups
@@ -114,6 +115,8 @@ class Leveler(CheckpointingTrainer):
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
         if self.flops_per_token is None:
+            if not self.answer_logits.tested:
+                first_sample.check(self, model)
             self._set_activation_policy()
             self.peak_flops = peak_matmul_flops(self.args.device, compute_dtype(self.args))
             with FlopCounter(self.model) as counter:
@@ -148,7 +151,7 @@ class Leveler(CheckpointingTrainer):
         by_token = {name: values[mask] for name, values in by_token.items()}
         if self.reference and by_token.get("anchor", mask).any():
             by_token["before"] = self.reference.logits(self.accelerator.unwrap_model(model), inputs, mask)
-        logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
+        logits = self.answer_logits.of(model(**inputs, use_cache=False).logits)  # [N, V]
         targets = next_labels[mask]
         loss = objective.answer_loss(logits, targets, self.args, **by_token)
         mean = loss.item() / max(1, len(targets))
