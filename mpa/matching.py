@@ -5,7 +5,7 @@ import re
 from mpa import metrics
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
-from mpa.replies import ANSWER_WORDS, LABEL, bare, strip_reasoning
+from mpa.replies import ANSWER_WORDS, LABEL, OPENING, bare, strip_reasoning
 
 
 def _form(preset: str):
@@ -13,7 +13,7 @@ def _form(preset: str):
 
 
 def exact(prediction: str | None, answer: str | None, preset: str = "paper") -> bool:
-    """Equal after normalisation (paper, section 3.2). An empty answer matches nothing."""
+    """Equal after normalisation (paper, section 3.2), as text: 3.0 is not 3. An empty answer matches nothing."""
     form = _form(preset)
     return bool(form(answer)) and form(prediction) == form(answer)
 
@@ -49,7 +49,6 @@ MATCHERS = {
 
 # --- text around an answer -------------------------------------------------------------------------
 
-_OPENING = re.compile(r"(?:sure|certainly|of course|okay|ok|well|so|thus|therefore|hence)\b[!,.:]+ *", re.IGNORECASE)
 _YES_NO = re.compile(r"(yes|no)(?:,|;| -| –|—|\.(?= [^\W\d_]{2}))", re.IGNORECASE)
 # Phrases without content of their own: the answer is, it's, that would be, there are …
 _IS = "(?:is|are|was|were|would be|must be|says?|reads?|ist|es|est|è|é|это|是|は|:|=)"
@@ -62,12 +61,23 @@ _FRAME = re.compile(
 )
 # Up to the last "is" of a sentence: the rest is its answer. `_DOUBTS` excludes negations, questions and doubts.
 _STATES = re.compile(
-    r".*[^\W\d_] (?:is|are|was|were|reads|says|equals)(?: +(?:called|named|titled))? +(?:(?:a|an|the) +)?(?=\S)",
+    r"(.*[^\W\d_]) (?:is|are|was|were|reads|says|equals)(?: +(?:called|named|titled))? +(?:(?:a|an|the) +)?(?=\S)",
     re.IGNORECASE,
 )
 _DOUBTS = re.compile(
     r"\b(?:not|no|never|neither|nor|none|without|if|whether|or|either|maybe|perhaps|possibly|probably|unless|except"
     r"|may|might|could|because|what|which|who|why)\b|n['’]t\b|\?",
+    re.IGNORECASE,
+)
+# Before the last "is": another statement, as in "The left is red, the right is blue"; not in "On the left, the car is red",
+# "The car that is parked is red", "It is a car that is red".
+_ANOTHER = re.compile(
+    r"(?<!that )\b(?:is|are|was|were|reads|says|equals|shows|has|have|had|contains|displays|looks|appears|seems|means)\b"
+    r"|[,:](?!\d)|;| [-–—/] |—",
+    re.IGNORECASE,
+)
+_WHERE = re.compile(
+    r"\A(?:in|on|at|by|from|to|for|with|under|of|during|as|near|behind|inside|according to|based on)\b[^,;:]*,",
     re.IGNORECASE,
 )
 _MAX_CHARS = 400  # a short answer is shorter, even with text around it
@@ -84,7 +94,7 @@ def unwrap(text: str | None) -> str | None:
     text = found = (strip_reasoning(text) or "").strip() or text
     for _ in range(6):
         text = bare(text.strip().rstrip(".,;!。 ") if len(text.strip()) > 1 else text)
-        for pattern in (_OPENING, LABEL, _FRAME):
+        for pattern in (OPENING, LABEL, _FRAME):
             start = pattern.match(text)
             if start and (pattern is not LABEL or start["answer"] or start["a"]) and text[start.end() :].strip(" .!*"):
                 text = text[start.end() :]
@@ -95,14 +105,21 @@ def unwrap(text: str | None) -> str | None:
 
 
 def stated(text: str | None) -> str | None:
-    """The answer that a sentence states: "The car is red." -> "red", "No, it is blue." -> "No"; None for other text."""
+    """The answer that a sentence states: "The car is red." -> "red", "No, it is blue." -> "No"; None for other text, also
+    where it states two things: "The left is red, the right is blue".
+    """
     if text is None or len(text) > _MAX_CHARS:
         return None
     text = bare(text)
     if answer := _YES_NO.match(text):
         return answer[1]
     sentence = None if _DOUBTS.search(text) else _STATES.match(text)
-    return bare(text[sentence.end() :].rstrip(".,;!。 ")) if sentence else None
+    if not sentence:
+        return None
+    before = _WHERE.sub("", sentence[1])
+    if ("," in before or ";" in before) if before.endswith(" that") else _ANOTHER.search(before):
+        return None
+    return bare(text[sentence.end() :].rstrip(".,;!。 "))
 
 
 class Match:

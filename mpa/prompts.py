@@ -5,6 +5,7 @@ The prompts are constants with a snapshot test, since a changed word changes eve
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from json import JSONDecoder
 
@@ -20,8 +21,11 @@ from mpa.replies import (
     bare,
     first_line,
     in_reasoning,
+    introduces,
     is_frame,
     strip_reasoning,
+    undecorated,
+    without_announcement,
     without_end_tokens,
 )
 
@@ -88,7 +92,8 @@ A_MARK = "a mark of the prompt format"  # why a text is left out, see `holds_mar
 _MARK = re.compile(r"<image>|<video>|<\|[^|\n]{1,99}\|>")
 # A placeholder that the model did not fill in: the prompt's <question>, or a variant of it.
 _BLANK = re.compile(
-    rf"[<\[{{(](?=[^<>]{{0,80}}(?:{QUESTION_WORDS}|{ANSWER_WORDS}|your|here|insert|\.\.\.))[^<>]{{1,80}}[>\]}})]"
+    rf"[<\[{{(](?=[^<>]{{0,80}}(?:\.\.\.|(?<![a-zà-ÿа-яё])(?:{QUESTION_WORDS}|{ANSWER_WORDS}|your|here|insert)(?![a-zà-ÿа-яё])))"
+    rf"[^<>]{{1,80}}[>\]}})]"
     rf"|(?:(?:your|the|my) )?(?:{QUESTION_WORDS}|{ANSWER_WORDS})(?: here)?[.?:]?|[\s.…_–—|\"'`{{}}\[\]-]+",
     re.IGNORECASE,
 )
@@ -98,6 +103,7 @@ _KEY = re.compile(
     rf"""(?:(?P<question>{QUESTION_WORDS}|q)|(?:{ANSWER_WORDS}|a))(?:_text|\d{{1,2}})?\1\s*[:：]\s*""",
     re.IGNORECASE,
 )
+_TABLE_RULE = re.compile(r":?-+:?")
 _SINGLE_QUOTED = re.compile(r"'((?:[^'\\\n]|\\.|'(?=\w))*)'")
 _SCALAR = re.compile(r"-?\d[\d.,]*%?(?<![.,])|true\b|false\b|yes\b|no\b", re.IGNORECASE)
 _RELEASED_QUESTION = re.compile(r"question:\s*+", re.IGNORECASE)
@@ -184,6 +190,7 @@ def _parts(text: str) -> list[tuple[str, list[str]]]:
     if "</" in text:
         text = _TAG.sub(lambda tag: "\n" if tag[1] else "\nQuestion:\n" if tag["question"] else "\nAnswer:\n", text)
     parts, single = [], False
+    text = "\n".join(_without_table(text.splitlines())) if "|" in text else text
     for line in INLINE.sub("\n", text).splitlines():
         label = LABEL.match(line)
         if label and (label["question"] or label["q"]):
@@ -199,6 +206,30 @@ def _parts(text: str) -> list[tuple[str, list[str]]]:
     return parts
 
 
+def _without_table(lines: list[str]) -> Iterator[str]:
+    """The lines, with a Markdown table's rows as labelled lines, "Question: …", or a line for each cell."""
+    header: list[str] = []
+    for line in lines:
+        row = line.strip()
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        framed = len(row) > 1 and row[0] == row[-1] == "|"
+        labels = [bool(LABEL.fullmatch(cell)) for cell in cells]
+        if "|" not in row:
+            header = []
+            yield line
+        elif (framed or header) and all(map(_TABLE_RULE.fullmatch, cells)):
+            continue
+        elif sum(labels) > 1:
+            header = cells
+        elif header and len(cells) == len(header):
+            named = zip(header, cells, strict=True)
+            yield from (f"{name.strip('*_: ')}: {cell}" for name, cell in named if LABEL.fullmatch(name))
+        elif framed and labels[0]:
+            yield f"{cells[0].strip('*_: ')}: {' '.join(cells[1:])}"
+        else:
+            yield from cells if framed else [line]
+
+
 def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | None, str | None]:
     """(question, answer, reason why they do not form a pair) of the first pair that is not the prompt's template."""
     question = answer = reason = None
@@ -212,22 +243,47 @@ def _first_pair(parts: list[tuple[str, list[str]]]) -> tuple[str | None, str | N
             elif not answer:  # an answer before the question does not count
                 question = text
         elif question is not None:
-            lines = map(without_end_tokens, lines)
-            answer = next((bare(line).strip("* ") for line in lines if not is_frame(line)), "")
-            if _BLANK.fullmatch(answer):
-                answer = ""
-            elif question and answer:
+            answer = _answer(lines)
+            if question and answer:
                 return question, answer, None
     return question, answer, None if question else reason
+
+
+def _answer(lines: list[str]) -> str:
+    """The first of an answer's lines that says something; the first stands beside its label. "" for a placeholder."""
+    for place, line in enumerate(map(without_end_tokens, lines)):
+        if not is_frame(line) and not introduces(line):
+            blank = _BLANK.fullmatch(line.strip()) or _BLANK.fullmatch(bare(line))
+            answer = "" if blank else _content(line, "answer", own_line=place > 0)
+            return "" if _BLANK.fullmatch(answer) else answer
+    return ""
 
 
 def _question(lines: list[str]) -> str:
     """The question in these lines, with its options and further questions, but without remarks after it."""
     found = []
-    for line in (line.strip() for line in lines if not is_frame(line)):
+    for line in (line.strip() for line in lines if not is_frame(line) and without_announcement(line.strip())):
         if not found or not _ENDED.search(found[-1]) or _OPTION.match(line) or _QUESTION_MARK.search(line):
             found.append(line)
-    return bare(" ".join(found)).strip("* ")
+    question = " ".join(found)
+    return (
+        bare(question)
+        if _BLANK.fullmatch(bare(question))
+        else _content(question, "question", own_line=True).strip("* ")
+    )
+
+
+def _content(text: str, kind: str, own_line: bool) -> str:
+    """An answer or question (`kind`) without decoration, announcement, and a second label: "Question: Question: …"."""
+    text = undecorated(text, own_line)
+    for _ in range(6):
+        label = LABEL.match(text)
+        second = label and (label[kind] or (kind == "question" and label["q"])) and text[label.end() :].strip()
+        inner = undecorated(without_announcement(text[label.end() :] if second else text)) or text
+        if inner == text:
+            break
+        text = inner
+    return text
 
 
 def with_question_mark(question: str) -> str:

@@ -160,6 +160,37 @@ def bare(text: str) -> str:
     return _FRACTION.sub(r"\1/\2", text).replace("\\%", "%")
 
 
+# A list's item. "- 5" and "1. Mai" are items only on lines of their own; "> 5", "+ 5" and "# 5" never are.
+_ITEM = r"[•▪●◦‣○■□➤→▸►✅✔☑👉]\ufe0f? *|(?:[>*+·-]|#{1,6}) +(?=[^\W\d_]|[*_\"'`“‘«\[(<])|\[[ xX✓]\] +"
+_ITEMS = {False: re.compile(_ITEM), True: re.compile(rf"{_ITEM}|[*·-] +(?=\S)|\d{{1,2}}[.)] +(?=[^\W\d_])")}
+_ENCLOSED = [
+    *(re.compile(rf"\{a}([^\{a}\{b}]+)\{b}") for a, b in ("[]", "{}", "【】")),
+    re.compile(r"\(([^()]*[^\W\d_][^()]*)\)"),  # (5) may be -5
+    re.compile(r"<([^<>]+[?？])>"),
+    re.compile(r"\|([^\W\d_]{2}[^|]*)\|"),  # |x| is a value
+]
+# Half of a pair: of a table's cell, of emphasis; and line breaks.
+_HALF = re.compile(r"(?:\s*<br ?/?>)+\Z|(?:(?<=\s)\*+|\*{2,})\Z|\A\*+(?=[^*]+\Z)|\A\|\s|\s\|\Z")
+
+
+def undecorated(text: str, own_line: bool = False) -> str:
+    """`bare`, also without what makes `text` a list's item, a table's cell or a filled-in [placeholder].
+
+    >>> [undecorated(text) for text in ("- **red**", "[red]", "| red |", "-5", "- 5", "A*")], undecorated("- 5", own_line=True)
+    (['red', 'red', 'red', '-5', '- 5', 'A*'], '5')
+    """
+    for _ in range(6):
+        inner = _HALF.sub("", bare(text)).strip()
+        if item := _ITEMS[own_line].match(inner):
+            inner = inner[item.end() :]
+        else:
+            inner = next((m[m.lastindex] for p in _ENCLOSED if (m := p.fullmatch(inner))), inner).strip()
+        if not inner or inner == text:
+            break
+        text, own_line = inner, own_line and bool(item)
+    return text
+
+
 def is_frame(line: str) -> bool:
     """Is this line blank, a code fence or a rule?"""
     return not line.strip() or bool(_FENCE.fullmatch(line) or _RULE.fullmatch(line))
@@ -177,8 +208,11 @@ answer, answers, ans, antwort, respuesta, réponse, reponse, resposta, risposta,
 odpověď, jawaban, svar, vastaus, válasz, răspuns, câu trả lời, trả lời, đáp án, ответ, відповідь, отговор, απάντηση,
 إجابة, الإجابة, جواب, الجواب, پاسخ, תשובה, उत्तर, जवाब, উত্তর, คำตอบ, 答案, 回答, 答え, 答, 답변, 정답, 대답, 답
 """
-_BEFORE = """
-the, my, your, a, an, its, die, der, das, la, le, el, o, a, de, het, final, correct, right, short, expected, model,
+_HERE = """
+here is, here are, here's, here’s, hier ist, hier sind, voici, aquí está, aquí tienes, aqui está, ecco, вот, 以下是, 这是, 以下は
+"""
+_BEFORE = f"""
+{_HERE.strip()}, the, my, your, a, an, its, die, der, das, la, le, el, o, a, de, het, final, correct, right, short, expected, model,
 proposed, sample, example, generated, predicted, visual, vqa, reference, ground truth, ground-truth, brief, one-word,
 正确, 正確, 参考, 最终, 最終, richtige, correcta, correcte, correta, corretta, правильный
 """
@@ -192,7 +226,7 @@ def _any(words: str) -> str:
 QUESTION_WORDS, ANSWER_WORDS = _any(_QUESTION), _any(_ANSWER)
 # A number or a remark after a label's word: Question 1, Answer (one word).
 _BEHIND = r"(?:[ _]?(?:no\.? ?|nr\.? ?|#|№)?\d{1,3})?(?: ?[(\[][^()\[\]\n]{0,40}[)\]])?"
-_WORDS = rf"(?:(?:{_any(_BEFORE)})[ _-]?){{0,3}}(?:(?P<question>{QUESTION_WORDS})|(?P<answer>{ANSWER_WORDS})){_BEHIND}"
+_WORDS = rf"(?:(?:{_any(_BEFORE)})[ _-]?){{0,4}}(?:(?P<question>{QUESTION_WORDS})|(?P<answer>{ANSWER_WORDS})){_BEHIND}"
 _LETTERS = r"(?:(?P<q>q)|(?P<a>a))(?:\d{1,3})?"
 _END = r"""[*_`"'”)\]]*+[ ]*+"""
 # A label at the start of a line, with any decoration: "- **Question 1:** …", "### Answer", "Q: …".
@@ -209,17 +243,45 @@ INLINE = re.compile(
 INLINE_LETTER = re.compile(r"(?<=[?？؟])[\s|*_]*+(?=a ?[:：])", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
+# --- announcements ---------------------------------------------------------------------------------
+
+OPENING = re.compile(r"(?:sure|certainly|of course|okay|ok|well|so|thus|therefore|hence)\b[!,.:]+ *", re.IGNORECASE)
+_POLITE = r"(?:sure(?: thing)?|certainly|of course|absolutely|gladly|no problem|natürlich|gerne?|bien sûr|claro|certo|конечно|当然|好的)"
+_SPOKEN = rf"(?<![a-zà-ÿа-яё])(?:{QUESTION_WORDS}|{ANSWER_WORDS})(?![a-zà-ÿа-яё])"
+# What says only that something follows: "Sure!", "Sure! Here is the answer:".
+_ANNOUNCED = re.compile(
+    rf"(?:(?:{_POLITE}|ok|okay) ?[!！,.]+\s*)?(?:{_any(_HERE)})[^:：?\n]{{0,80}}{_SPOKEN}[^:：?\n]{{0,80}}[:：][\s*_]*|{_POLITE} ?[!！]+\s*",
+    re.IGNORECASE,
+)
+_INTRODUCES = re.compile(rf"[^:：\n]{{0,120}}{_SPOKEN}[^:：\n]{{0,80}}[:：][\s*_]*", re.IGNORECASE)
+
+
+def without_announcement(text: str) -> str:
+    """`text` without "Sure!" or "Here is the answer:" before it.
+
+    >>> without_announcement("Sure! Here is the answer: red"), without_announcement("Sure!"), without_announcement("Sure")
+    ('red', '', 'Sure')
+    """
+    start = _ANNOUNCED.match(text)
+    return text[start.end() :] if start else text
+
+
+def introduces(line: str) -> bool:
+    """Does this line only say what follows: "Answer:", "Sure! Here is the answer:", "Based on the image, the answer is:"?"""
+    line = without_announcement(line.strip())
+    label = LABEL.match(line)
+    only_label = label and label.end() == len(line) and not line.isalpha()
+    return not line or bool(only_label or _INTRODUCES.fullmatch(line))
+
 
 def first_line(reply: str) -> str:
     """The first line of a reply with content: the short answer that the prompt asks for. "" if there is none.
 
-    Skips reasoning, blank lines, code fences, horizontal rules, and lines that are only a label, such as "Answer:".
+    Skips reasoning, blank lines, code fences, horizontal rules, and lines that only say what follows, such as "Answer:".
     End tokens at the line's end are removed.
     """
     for line in (strip_reasoning(reply) or "").splitlines():
         line = _ANSWER_TAG.sub("", without_end_tokens(line)).strip()
-        label = LABEL.match(line)
-        only_label = label and label.end() == len(line) and not line.isalpha()
-        if not is_frame(line) and not only_label:
+        if not is_frame(line) and not introduces(line):
             return line
     return ""

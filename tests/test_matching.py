@@ -17,6 +17,8 @@ def test_an_empty_answer_matches_nothing(name):
     [
         ("exact", "Pony-tail", "ponytail", True),
         ("exact", "2013", "1", False),
+        ("exact", "3.0", "3", False),
+        ("tolerant", "3.0", "3", True),
         ("exact", "un café", "uncafé", True),
         ("exact", "猫", "猫。", True),
         ("contains", "2013", "1", True),
@@ -56,11 +58,15 @@ def test_matchers(name, prediction, answer, agrees):
 WRAPPED = r"""
 The answer is red. | Answer: red | \boxed{red} | $\boxed{\text{red}}$ | **Answer:** red | It's red | It’s red. | It is a red
 <answer>red</answer> | "red" | 'red'. | The correct answer is: red | So the answer is red. | Final answer: red | **The answer is red.**
+On the left, the car is red. | The car that is parked is red | It is a car that is red | Sure! Here is the answer: red
 The color of the phone is red. | The sign says "red". | This is red. | I think it is red. | Sure! The answer is red. | <think>hm</think>red
 """.strip()
 NOT_WRAPPED = """
 The answer is not red. | It isn't red | The car is not red | It could be red | It is red or blue | It is red and blue
-If it is red | Is it red? | I don't think it is red | blue
+If it is red | Is it red? | I don't think it is red | blue | The left is blue, the right is red
+The left is blue and the right is red | The left is blue; the right is red | The left has blue, the right is red
+The left one blue, the right one is red | The left is blue. The right is red. | The left: blue. The right is red
+The left shows blue and the right is red | It is blue, the other is red | The answer is blue, the other is red
 """.strip()
 
 

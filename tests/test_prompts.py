@@ -220,7 +220,7 @@ def test_an_end_token_is_removed_after_the_answer_and_refused_within_it(token):
 
 
 def test_what_looks_like_an_end_token_is_an_answer():
-    for answer in ("<b>", "a < b", "</ s>", "s>", "end of turn", "[INSTALL]", "<red>", "1 <2> 3", "<|"):
+    for answer in ("<b>", "a < b", "</ s>", "s>", "end of turn", "INSTALL]", "<red>", "1 <2> 3", "<|"):
         assert parse_annotation(f"Question: What is it?\nAnswer: {answer}") == Annotation("What is it?", answer)
         assert first_line(answer) == without_end_tokens(answer) == answer
 
@@ -234,3 +234,77 @@ def test_the_released_reader_finds_what_its_expressions_find():
         answer = re.search(r"answer:\s*([^\n]*)", reply, re.IGNORECASE)
         expected = Annotation(question and question.group(1).strip(), answer and answer.group(1).strip())
         assert parse_annotation(reply, "released") == expected
+
+
+Q = "Question: What is it?\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("| Question | Answer |\n|---|---|\n| What is it? | red |", "red"),
+        ("Question | Answer\n:---: | ---\nWhat is it? | -5\n", "-5"),
+        ("| # | **Question** | **Answer** |\n|-|-|-|\n| 1 | What is it? | **red** |\n| 2 | Why? | so |", "red"),
+        ("| Question | What is it? |\n|---|---|\n| Answer | red |", "red"),
+        ("| Question: What is it? |\n| Answer: red |", "red"),
+        ("| **Question:** What is it? | **Answer:** red |", "red"),
+        (f"{Q}Answer:\n| Answer |\n|---|\n| red |", "red"),
+        (f"{Q}Answer: | red |", "red"),
+        (f"{Q}Answer: |x|", "|x|"),
+        *((f"{Q}Answer: {text}", "red") for text in ("[red]", "**[red]**", '["red"]', "(red)", "{red}", "【red】")),
+        *((f"{Q}Answer: {text}", text) for text in ("f(x)", "(a) or (b)", "red (dark)", "(5)", "[a] or [b]")),
+        *((f"{Q}Answer:\n{item} red", "red") for item in ("-", "*", "•", ">", "###", "1.", "2)", "- [x]", "→", "- -")),
+        (f"{Q}Answer:\n- **red**", "red"),
+        (f"{Q}Answer: - red", "red"),
+        (f"{Q}Answer:\n- 5", "5"),
+        (f"{Q}Answer:\n- -5", "-5"),
+        *(
+            (f"{Q}Answer: {n}", n)
+            for n in ("-5", "−5", "- 5", "− 5", "+5", "> 5", "# 5", "10:30", "50 %", "1. Mai", "A*", "3.0")
+        ),
+        *((f"{Q}Answer:\n{n}", n) for n in ("-5", "−5", "− 5", "1.5", "> 5")),
+        ("Question: Question: What is it?\nAnswer: Answer: red", "red"),
+        ("**Question:** Q: What is it?\n**Answer:** The answer: Answer: red", "red"),
+        ("Frage: Frage: What is it?\nAntwort: Antwort: red", "red"),
+        ('{"question": "Question: What is it?", "answer": "- [red]"}', "red"),
+        (f"{Q}Answer: A: red", "A: red"),
+        (f"{Q}Answer: A. Smith", "A. Smith"),
+        (f"{Q}Answer: Note:", "Note:"),
+        *(
+            (f"{Q}Answer:{space}{text}red", "red")
+            for space in (" ", "\n")
+            for text in (
+                "Sure! Here is the answer:\n",
+                "Sure! Here is the answer: ",
+                "Sure!\n",
+                "Here's the short answer:\n\n",
+            )
+        ),
+        (f"{Q}Answer: Based on the image, the answer is:\nred", "red"),
+        (f"{Q}Answer: Natürlich! Hier ist die Antwort:\nred", "red"),
+        (f"{Q}Answer: 当然！答案如下：\nred", "red"),
+        (f"{Q}Answer: Sure", "Sure"),
+        ("Sure! Here is the question:\nWhat is it?\n\nHere is the answer:\nred", "red"),
+        ("Question: Sure! Here is a question:\nWhat is it?\nAnswer: red", "red"),
+        ("Question: Here's a question about the image: What is it?\nAnswer: red", "red"),
+        ("Question:\n- What is it?\nAnswer:\n- red", "red"),
+        ("Question: [What is it?]\nAnswer: [there]", "there"),
+        ("Question: | What is it? |\nAnswer: red<br>", "red"),
+    ],
+)
+def test_an_annotation_keeps_no_decoration_and_each_sign(reply, answer):
+    assert parse_annotation(reply) == Annotation("What is it?", answer)
+    cut = next((reply[:i] for i in range(len(reply) + 1) if annotation_is_complete(reply[:i])), reply)
+    assert parse_annotation(cut) == Annotation("What is it?", answer)
+
+
+@pytest.mark.parametrize(
+    "said", ["Sure! Here is the answer:", "[insert answer]", "**[your answer here]**", "[ ]", "Sure!"]
+)
+def test_what_only_announces_an_answer_or_holds_its_place_is_none(said):
+    assert parse_annotation(f"{Q}Answer: {said}").reason == "no answer"
+
+
+def test_a_choice_that_ends_in_a_colon_stays_in_the_question():
+    reply = "Question: Choose the correct answer:\nA) cat\nB) dog\nAnswer: A"
+    assert parse_annotation(reply) == Annotation("Choose the correct answer: A) cat B) dog", "A")

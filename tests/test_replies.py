@@ -81,6 +81,11 @@ def test_a_prompt_says_whether_the_reply_begins_in_reasoning():
         ("Answer: red", "Answer: red"),
         ("Answer", "Answer"),
         ("-5", "-5"),
+        ("Sure! Here is the answer:\nred", "red"),
+        ("Sure!\n\nred", "red"),
+        ("Based on the image, the answer is:\n**red**", "**red**"),
+        ("OK.\nIt says OK", "OK."),
+        ("Note:\nred", "Note:"),
     ],
 )
 def test_the_short_answer_is_the_first_line_that_says_something(reply, line):
