@@ -26,7 +26,7 @@ esac
 wanted() { cat "$ROOT/requirements.txt" "$ROOT"/requirements-{export,openai,quantization,rating,reproduce}.txt "$FILE"; }
 VENV=$(realpath -ms -- "$VENV")
 STAMP=$VENV/$(basename "$FILE")
-if wanted | cmp -s - "$STAMP"; then exit; fi
+if [[ -f $STAMP && $(wanted) == "$(<"$STAMP")" ]]; then exit; fi
 # uv empties the folder of an environment that it makes anew.
 [[ ! -e $VENV || $VENV == "$ROOT"/.venv* || -e $VENV/pyvenv.cfg || -x $VENV/bin/python || ! $(ls -A "$VENV") ]] ||
     fail "$VENV: is not an environment of Python, and not empty. Name another folder with VENV=DIR (VLLM_VENV=DIR for vllm)."
