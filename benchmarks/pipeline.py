@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline.py                       # 2,000 easy-VQA images, the embedded pair
     python benchmarks/pipeline.py --compute-bound       # 12 images, 150 M and 40 M random parameters
+    python benchmarks/pipeline.py --start-up ../before  # PA, PI, PL and evaluate with 40 images, here and in another checkout
     python benchmarks/pipeline.py --lvlm Qwen/Qwen2-VL-7B-Instruct --svlm Qwen/Qwen2-VL-2B-Instruct \\
         --dataset textVQA --min-pixels 100352 --max-pixels 401408 --batch-size 32
 
@@ -9,14 +10,17 @@ The plain loop works like the released code, but over all batches: batches of 8 
 read between the batches, both models in memory, the S-VLM asked all questions, up to 128 tokens. Ours are the real
 stages with journal and files. Both are greedy and alternate in this process, after a warm-up; model loading counts for
 both. --compute-bound uses models so large that arithmetic dominates, and reports time and operations relative to
-the plain loop. The last line is a JSON object.
+the plain loop. --start-up runs the four bash scripts, whose time is mostly start-up, and compares the results of two
+checkouts. The last line is a JSON object.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -116,6 +120,56 @@ def differences(one: dict | list, other: dict | list) -> int:
     return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
 
 
+STAGES = {
+    "PA": "scripts/PA.sh --limit 40 --temperature 1",
+    "PI": "scripts/PI.sh",
+    "PL": "PL/Qwen2-VL-Finetune/scripts/PL.sh",
+    "evaluate": "evaluate.sh --limit 40 --model-path {student} {run}/PL_teacher_student_easyVQA",
+}
+
+
+def four_stages(checkout: Path) -> tuple[dict, dict]:
+    """{stage: (seconds, CPU seconds)} of the demo's stages with 40 images in a checkout, and their results."""
+    mini, took = checkout / "data/mini", {}
+    settings = {"LVLM": mini / "teacher", "SVLM": mini / "student", "DATASET": "easyVQA", "DTYPE": "float32"}
+    settings |= {"BATCH_SIZE": 64, "PL_BATCH_SIZE": 16, "ACCUMULATION": 1, "LEARNING_RATE": 1.5e-4, "VISION_LR": 1.5e-4}
+    settings |= {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "HF_HUB_OFFLINE": 1}
+    with tempfile.TemporaryDirectory() as run:
+        environment = os.environ | {name: str(value) for name, value in {**settings, "RUN": f"{run}/"}.items()}
+        for stage, command in STAGES.items():
+            words = command.format(student=mini / "student", run=run).split()
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run(["bash", *words], cwd=checkout, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+            took[stage] = seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        names = ("PI_teacher_train_teacher_student", "Eval_PL_teacher_student_easyVQA")
+        results = {
+            "parity": [str(r["id"]) for r in json.loads(Path(run, f"{names[0]}_easyVQA.json").read_text())],
+            "answers": [r["predictions"] for r in json.loads(Path(run, f"{names[1]}_easyVQA.json").read_text())],
+        }
+    return took, results
+
+
+def start_up(other: Path | None, rounds: int) -> dict:
+    """The medians over the rounds; with another checkout, the ratio of each stage's CPU seconds to its, and whether results are equal."""
+    places, found = {"here": ROOT, **({"other": other.resolve()} if other else {})}, {}
+    for _ in range(rounds):
+        for place, checkout in places.items():
+            found.setdefault(place, []).append(four_stages(checkout))
+    figures = {"rounds": rounds}
+    for place, runs in found.items():
+        for i, unit in enumerate(("seconds", "cpu_seconds")):
+            of_stages = {stage: round(statistics.median(took[stage][i] for took, _ in runs), 1) for stage in STAGES}
+            total = statistics.median(sum(values[i] for values in took.values()) for took, _ in runs)
+            figures[f"{unit} {place}"] = {**of_stages, "all": round(total, 1)}
+    if other:
+        ours, theirs = figures["cpu_seconds here"], figures["cpu_seconds other"]
+        figures["ratio"] = {stage: round(ours[stage] / theirs[stage], 2) for stage in ours}
+        figures["results_equal"] = all(ours[1] == theirs[1] for ours, theirs in zip(*found.values(), strict=True))
+    return figures
+
+
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="easyVQA", choices=DATASETS)
@@ -129,7 +183,18 @@ def main(argv=None) -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", help="in bfloat16 the outputs may differ")
     p.add_argument("--compute-bound", action="store_true", help="larger models with random weights; see shapes.py")
+    p.add_argument(
+        "--start-up",
+        type=Path,
+        nargs="?",
+        const=False,
+        metavar="CHECKOUT",
+        help="the four stages with 40 images; and another checkout's",
+    )
     args = p.parse_args(argv)
+    if args.start_up is not None:
+        print(json.dumps(start_up(args.start_up or None, args.rounds)))
+        return
     if args.compute_bound:
         with tempfile.TemporaryDirectory() as work:
             device = models.pick_device(args.device)
