@@ -49,11 +49,15 @@ class Answers(Stage):
     def __init__(self, model: Model, out, label: str, kind: str, questions: list[Question], **choices):
         self.kind, self.questions, self.preset = kind, questions, model.args.preset
         self.prints = fingerprints(q.request.image_path for q in questions)
-        content = []
-        for q in questions:
-            path = q.request.image_path
-            content.append((q.request.key, path, self.prints[path], q.request.prompt, q.before, q.after))
-        super().__init__(model, out, label, content, **choices)
+        super().__init__(model, out, label, self.content(questions), **choices)
+
+    def content(self, questions: list[Question]) -> list[tuple]:
+        """What decides the records of these questions, besides the settings."""
+        paths = [q.request.image_path for q in questions]
+        return [
+            (q.request.key, path, self.prints[path], q.request.prompt, q.before, q.after)
+            for q, path in zip(questions, paths, strict=True)
+        ]
 
     def record(self, question: Question, reply: dict) -> dict:
         """The record of a reply. `finish_reason` is set if the reply was truncated or filtered."""

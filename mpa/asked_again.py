@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mpa import atomic, distributed, records
+from mpa.answer_all import AllAnswers
 from mpa.answering import Answers, Question
 from mpa.argument_types import number
 from mpa.parity import asked_again_file
@@ -108,7 +109,7 @@ def scored(args, questions: list[Question]) -> Answers:
     """The annotated answers with the log-probabilities that the S-VLM gives them: one pass for each, without generation."""
     svlm = args.model_path_svlm
     model, file = Model(args, svlm), _file(args, f"scored-{records.short_name(svlm)}")
-    return Answers(model, file, "PI S-VLM, annotated answers", "PI", with_answers(questions), scored=True)
+    return AllAnswers(model, file, "PI S-VLM, annotated answers", "PI", with_answers(questions), scored=True)
 
 
 def scores(args, questions: list[Question]) -> list[dict]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import anchors, asked_again, cli, distributed, given_questions, holdout, outputs, records
+from mpa import anchors, answer_all, asked_again, cli, distributed, given_questions, holdout, outputs, records
 from mpa.annotations import answers_of_pa, usable_annotations
 from mpa.answering import Answers, Question, question_request
 from mpa.argument_types import number
@@ -143,16 +143,19 @@ def questions_of(annotations: list[dict], args) -> list[Question]:
     return questions
 
 
-def of_model(args, who: str, path: str, questions: list[Question], **choices) -> Answers:
-    """One model's answers to the questions, in its PI file."""
-    label = f"PI {who} {records.short_name(path)}"
-    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions, **choices)
+def of_lvlm(args, questions: list[Question]) -> Answers:
+    """The L-VLM's answers to the questions, in its PI file."""
+    path = args.model_path_lvlm
+    label = f"PI L-VLM {records.short_name(path)}"
+    return Answers(Model(args, path), answers_file(args, path), label, "PI", questions)
 
 
-def of_svlm(args, questions: list[Question]) -> Answers:
-    choices = {"match": args.match, "answer_all": args.answer_all, "hold_out": args.hold_out}
-    choices |= beyond_paper(args, CONSISTENCY)
-    return of_model(args, "S-VLM", args.model_path_svlm, questions, **choices)
+def of_svlm(args, questions: list[Question], needed: set[str]) -> list[Answers]:
+    """The S-VLM's answers, see `answer_all.of_svlm`."""
+    choices = {"match": args.match, "hold_out": args.hold_out} | beyond_paper(args, CONSISTENCY)
+    path = args.model_path_svlm
+    label = f"PI S-VLM {records.short_name(path)}"
+    return answer_all.of_svlm(args, answers_file(args, path), label, questions, needed, **choices)
 
 
 def answers_file(args, path: str) -> Path:
@@ -225,23 +228,23 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
         Model(args, args.model_path_svlm).dry_run(scored, "PI S-VLM, annotated answers, at most")
 
 
-def check_settings(args, lvlm: Answers) -> None:
+def check_settings(args, rule: ParityRule, lvlm: Answers) -> None:
     """Raise InputError for what is there with other settings, as far as they are known before the L-VLM has answered."""
     lvlm.check()
     holdout.decide(held_out_file(args), {}, args.hold_out)
     for stage in asked_again.stages(args, lvlm.questions):
         stage.check()
     if not args.only_lvlm:
-        of_svlm(args, []).check(content=False)
-        check_train_set(args)
+        of_svlm(args, [], set())[0].check(content=False)
+        check_train_set(args, rule)
 
 
-def ask_lvlm(args, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
+def ask_lvlm(args, rule: ParityRule, pa_json: Path, annotations: list[dict]) -> tuple[list[Question], list[dict]]:
     """(all questions, the L-VLM's answers). Both are the same for all S-VLMs."""
     ready, why = answers_of_pa(args, pa_json, annotations)
     questions = questions_of(annotations, args)
-    lvlm = of_model(args, "L-VLM", args.model_path_lvlm, questions)
-    check_settings(args, lvlm)
+    lvlm = of_lvlm(args, questions)
+    check_settings(args, rule, lvlm)
     if args.dry_run:
         dry_run(args, questions, ready)
         raise SystemExit
@@ -283,15 +286,14 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
     given = given_questions.of(args)
     for path in (args.model_path_lvlm, args.model_path_svlm):
         Model(args, path).check()
-    questions, lvlm_answers = ask_lvlm(args, pa_json, annotations)
+    questions, lvlm_answers = ask_lvlm(args, rule, pa_json, annotations)
     see_more(args, rule, questions, lvlm_answers)
     questions, lvlm_answers = without_marks(args, questions, lvlm_answers)
     consistent = [r for r in lvlm_answers if rule.consistent(r)]
     held_out, threshold, test = held_out_of(args, consistent)
     ids = {str(r["question_id"]) for r in consistent}
-    for_svlm = [q for q in questions if args.answer_all or q.request.key in ids]
-    for_svlm = [q for q in for_svlm if q.request.image_path not in held_out]
-    if not for_svlm:
+    for_svlm = [q for q in questions if q.request.image_path not in held_out]
+    if not (for_svlm if args.answer_all else any(q.request.key in ids for q in for_svlm)):
         kept = f"; all are held out (--hold-out {args.hold_out:g}), so none is left to train on" if held_out else ""
         remedy = "Annotate more images."
         if len(questions) < n / 2:
@@ -300,22 +302,24 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(questions)} samples "
             f"(--match {args.match}){kept}. {remedy}"
         )
-    svlm = of_svlm(args, for_svlm)
-    further = [asked_again.scored(args, for_svlm)] if args.score else []
+    svlm = of_svlm(args, for_svlm, ids)
+    further = [asked_again.scored(args, svlm[-1].questions)] if args.score else []
     if given:
         chosen, of_given = given_questions.about(args, given, threshold)
         further.append(of_given)
     for stage in further:
         stage.check()
-    svlm_answers = svlm.records() if svlm.check() else None  # nothing is asked, nothing is written
-    check_train_set(args, lvlm_answers, svlm_answers)
+    there = svlm[0].check() and len(svlm) == 1
+    svlm_answers = svlm[0].records() if there else None  # nothing is asked, nothing is written
+    check_train_set(args, rule, lvlm_answers, svlm_answers)
     write_held_out(args, test, threshold)
     if given:
         given_questions.write(args, given, chosen, of_given)
     if svlm_answers is None:
-        svlm_answers = svlm.records()
+        svlm_answers = answer_all.made(svlm)
     if args.score:
-        rule.see_probabilities(asked_again.scores(args, for_svlm))
+        answered = {str(r["question_id"]) for r in svlm_answers}
+        rule.see_probabilities(asked_again.scores(args, [q for q in for_svlm if q.request.key in answered]))
     funnel = {"pictures": n, "parsed": len(questions), "L-consistent": len(consistent)}
     return lvlm_answers, svlm_answers, funnel | ({"held out": len(held_out)} if held_out else {}), threshold
 
@@ -330,7 +334,7 @@ def read_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str
     held_out, threshold, test = held_out_of(args, [r for r in svlm_answers if str(r["question_id"]) in consistent])
     svlm_answers = [r for r in svlm_answers if r["image_path"] not in held_out]
     funnel = {"L-consistent": len(consistent)} | ({"held out": len(held_out)} if held_out else {})
-    check_train_set(args, lvlm_answers, svlm_answers)
+    check_train_set(args, rule, lvlm_answers, svlm_answers)
     write_held_out(args, test, threshold)
     return lvlm_answers, svlm_answers, funnel, threshold
 
@@ -362,7 +366,7 @@ def train_file(args) -> Path:
     return args.out or records.run_folder(args.run) / f"PI_{lvlm}_train_{lvlm}_{svlm}_{args.dataset}.json"
 
 
-def train_settings(args, lvlm_answers: list[dict] | None, svlm_answers: list[dict] | None) -> dict:
+def train_settings(args, rule: ParityRule, lvlm_answers: list[dict] | None, svlm_answers: list[dict] | None) -> dict:
     """The settings of the train file; without the answers, those that are known before."""
     settings = {name: getattr(args, name) for name in ("preset", "match", "hold_out")}
     if args.lvlm_json:
@@ -372,16 +376,28 @@ def train_settings(args, lvlm_answers: list[dict] | None, svlm_answers: list[dic
     chosen = beyond_paper(args, CONSISTENCY + SELECTION)
     settings |= chosen | ({"seed": args.seed} if chosen else {})
     if lvlm_answers is not None and svlm_answers is not None:
-        settings["content"] = records.digest(json.dumps([lvlm_answers, svlm_answers]))
+        settings["content"] = selected_from(train_file(args), rule, lvlm_answers, svlm_answers)
     return settings
 
 
-def check_train_set(args, lvlm_answers: list[dict] | None = None, svlm_answers: list[dict] | None = None) -> bool:
+def selected_from(out: Path, rule: ParityRule, lvlm_answers: list[dict], svlm_answers: list[dict]) -> str:
+    """The digest of the answers; of those that decide the parity set alone, where it was selected before --answer-all asked the rest."""
+    consistent = {str(r["question_id"]) for r in lvlm_answers if rule.consistent(r)}
+    deciding = [r for r in svlm_answers if str(r["question_id"]) in consistent]
+    before = records.digest(json.dumps([lvlm_answers, deciding]))
+    meta = records.read_json(records.meta_path(out)) if records.meta_path(out).exists() else {}
+    there = meta.get("settings", {}).get("content") if isinstance(meta, dict) else None
+    return before if there == before else records.digest(json.dumps([lvlm_answers, svlm_answers]))
+
+
+def check_train_set(
+    args, rule: ParityRule, lvlm_answers: list[dict] | None = None, svlm_answers: list[dict] | None = None
+) -> bool:
     """Whether the train file is there. Raises InputError if it was made with other settings, or is another command's."""
     outputs.refuse_others(
         train_file(args), "train", [*outputs.inputs_of(args), answers_file(args, args.model_path_lvlm)]
     )
-    return finished(train_file(args), train_settings(args, lvlm_answers, svlm_answers), args.restart)
+    return finished(train_file(args), train_settings(args, rule, lvlm_answers, svlm_answers), args.restart)
 
 
 def limits_of(args) -> dict:
@@ -392,14 +408,14 @@ def limits_of(args) -> dict:
     return {name: settings[name] for name in LIMITS if name in settings} if isinstance(settings, dict) else {}
 
 
-def write_train_set(args, train: list[dict], lvlm_answers: list[dict], svlm_answers: list[dict], **facts) -> Path:
-    out, settings = train_file(args), train_settings(args, lvlm_answers, svlm_answers)
+def write_train_set(args, rule: ParityRule, train: list[dict], lvlm_answers: list, svlm_answers: list, **facts) -> Path:
+    out, settings = train_file(args), train_settings(args, rule, lvlm_answers, svlm_answers)
     if not args.lvlm_json:
         facts |= {"model_path_lvlm": args.model_path_lvlm, "model_path_svlm": args.model_path_svlm}
     facts |= limits_of(args)
     if held_out_file(args).exists():
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
-    if not check_train_set(args, lvlm_answers, svlm_answers):
+    if not check_train_set(args, rule, lvlm_answers, svlm_answers):
         cli.open_log(args, writes=True)
         records.write_result(out, train, settings, **facts)
     return out
@@ -413,7 +429,7 @@ def main(argv=None) -> Path:
         pa_json, _, annotations = read_annotations(args)
         given = given_questions.of(args)
         Model(args, args.model_path_lvlm).check()
-        questions, answers = ask_lvlm(args, pa_json, annotations)
+        questions, answers = ask_lvlm(args, rule, pa_json, annotations)
         see_more(args, rule, questions, answers)
         if given:  # now, as all S-VLMs of the run share the L-VLM's answers to them
             _, threshold, test = held_out_of(args, [r for r in answers if rule.consistent(r)])
@@ -432,7 +448,7 @@ def main(argv=None) -> Path:
     if not PRESETS[args.preset].literal:
         wrapped = {"L-VLM": rule.only_unwrapped(lvlm_answers), "S-VLM": rule.only_unwrapped(svlm_answers)}
         facts["matched_within_words"] = wrapped
-    out = write_train_set(args, train, lvlm_answers, svlm_answers, **facts)
+    out = write_train_set(args, rule, train, lvlm_answers, svlm_answers, **facts)
 
     print("PI: " + funnel_line(funnel))
     if any(wrapped.values()):

@@ -1,0 +1,97 @@
+"""PI's --answer-all after a call without it: the S-VLM's answers that are there are taken over, and only the rest is asked."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from mpa import records
+from mpa.answering import Answers, Question
+from mpa.stage import Model
+
+
+def of_svlm(args, out: Path, label: str, questions: list[Question], needed: set[str], **choices) -> list[Answers]:
+    """The S-VLM's answers to the questions whose ids are `needed`; to all, with --answer-all or where that is begun.
+
+    What was begun without --answer-all is finished so; then the rest is asked: these are two stages, for `made`.
+    """
+    model, begun = Model(args, args.model_path_svlm), None if args.restart else _begun_with(out)
+    stages = []
+    if begun is False or not (args.answer_all or begun):
+        fewer = [q for q in questions if q.request.key in needed]
+        stages.append(Answers(model, out, label, "PI", fewer, answer_all=False, **choices))
+    if args.answer_all or begun:
+        stages.append(AllAnswers(model, out, label, "PI", questions, answer_all=True, **choices))
+    return stages
+
+
+def made(stages: list[Answers]) -> list[dict]:
+    """The answers of the last stage; of an earlier one while its replies are to be asked again."""
+    for stage in stages:
+        answers = stage.records()
+        if records.read_json(records.meta_path(stage.out)).get("unfinished"):
+            break
+    return answers
+
+
+def _begun_with(out: Path) -> bool | None:
+    """Whether these answers were begun with --answer-all, by their result or its journal. None: they were not begun."""
+    meta, journal = records.meta_path(out), out.with_suffix(".journal.jsonl")
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, IndexError
+    ):  # what is broken is said where it is used
+        text = meta.read_text() if out.exists() else journal.read_text().splitlines()[0]
+        return bool(json.loads(text)["settings"]["answer_all"])
+    return None
+
+
+class AllAnswers(Answers):
+    """The answers to all questions. Those of a finished result to some of them, asked with the same settings, are taken over.
+
+    The digest of its requests, which covers questions, prompts and images, shows that they are the same.
+    """
+
+    @cached_property
+    def earlier(self) -> list[dict]:
+        """The replies of such a result; [] if there is none."""
+        meta = records.read_json(records.meta_path(self.out)) if self._there() else {}
+        old = meta.get("settings") if isinstance(meta, dict) else None
+        if not isinstance(old, dict) or meta.get("unfinished"):
+            return []
+        differing = {name for name in old | self.settings if old.get(name) != self.settings.get(name)}
+        if "content" not in differing or differing - {"content", "answer_all"}:
+            return []
+        found = {str(r["question_id"]): r for r in records.read_records(self.out, self.kind)}
+        asked = [q for q in self.questions if q.request.key in found]
+        if records.digest(json.dumps(self.content(asked))) != old["content"]:
+            return []
+        replies = {q.request.key: _reply(found[q.request.key]) for q in asked}
+        same = [q for q in asked if self.record(q, replies[q.request.key]) == found[q.request.key]]
+        return [replies[q.request.key] for q in same]
+
+    def _there(self) -> bool:
+        return not self.model.args.restart and self.out.exists() and records.meta_path(self.out).exists()
+
+    def check(self, content: bool = True) -> bool:
+        return not self.earlier and super().check(content)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator:
+        with super().running() as engine:
+            self.journal.append(self.earlier)  # so that they outlive the result that this one replaces
+            if self.earlier:
+                n = len(self.questions)
+                print(f"{self.label}: {len(self.earlier)} of the {n} answers are there already; asking the rest.")
+            yield engine
+
+
+def _reply(record: dict) -> dict:
+    """The reply that gives this record."""
+    text = (
+        {"error": record["left_out"], "permanent": True}
+        if record.get("left_out")
+        else {"text": record["predictions"] or ""}
+    )
+    more = {name: record[name] for name in ("logprob", "finish_reason") if name in record}
+    return {"key": str(record["question_id"])} | text | more
