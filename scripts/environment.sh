@@ -50,6 +50,10 @@ expect_settings() {
     expect 0+ GPUS SEED MIN_PARITY
     expect 1+ ROUNDS LIMIT BATCH_SIZE PL_BATCH_SIZE ACCUMULATION CPU_PROCESSES MIN_PIXELS MAX_PIXELS MAX_TILES
     expect any EPOCHS LEARNING_RATE MERGER_LR VISION_LR
+    if [[ ! -f $ROOT/PL/Qwen2-VL-Finetune/scripts/${ZERO:-zero2}.json ]]; then
+        printf 'error: ZERO is %q: give zero2, zero2_offload, zero3 or zero3_offload.\n' "$ZERO" >&2
+        exit 2
+    fi
 }
 
 # run_folder RUN: the folder of a run, by the rule of mpa.records.run_folder: results/RUN, or RUN itself if it has a slash.

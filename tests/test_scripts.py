@@ -175,6 +175,7 @@ REFUSED = [
     *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "1 0", "a[$(id)]")),
     *(("scripts/mpa.sh", name, value) for name in ("ROUNDS", "LIMIT") for value in ("0", "08", "1.5", "0x2")),
     *(("scripts/demo.sh", name, "off") for name in ("GUARD", "REPORT", "PICTURES", "QUESTIONS", "SEEDS", "VERBOSE")),
+    ("scripts/mpa.sh", "ZERO", "zero1"),
     *(("scripts/guard.sh", name, "yes") for name in ("REMEDY", "ANCHORS", "EPOCHS")),
     *((f"scripts/{name}.sh", "GPUS", "all") for name in ("PA", "PI", "evaluate")),
     *(("PL/Qwen2-VL-Finetune/scripts/PL.sh", name, "two") for name in ("CPU_PROCESSES", "VERBOSE", "MEMORY_CHECK")),
