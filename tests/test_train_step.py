@@ -8,6 +8,7 @@ import param_groups
 import pytest
 import torch
 import train
+from conftest import close
 from families import FAMILIES
 from torch.profiler import ProfilerActivity, profile
 from trainer import Leveler
@@ -54,14 +55,15 @@ def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, t
     plain.backward()
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
     for packing in (False, True) if packs(trainer) else (False,):
         trainer.data_collator.packing = packing
         for batches in ([samples], [samples[:3], samples[3:]]):
             loss, gradients = step(trainer, batches)
-            assert loss == pytest.approx(plain.item(), abs=2e-5)
+            assert close(loss, plain.item(), 1e-5)
             assert gradients.keys() == expected.keys()
-            for name, gradient in gradients.items():
-                assert torch.allclose(gradient, expected[name], atol=2e-4 * expected[name].abs().max() + 1e-7), name
+            for name, gradient in gradients.items():  # that of a key's bias is zero but for rounding
+                assert close(gradient, expected[name], 2e-4, least=1e-3 * largest), name
 
 
 def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoint, tmp_path):
@@ -77,11 +79,12 @@ def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoin
         seen.append(step(trainer, [samples[:2], samples[2:5], samples[5:]]))
     assert "pixel_values" not in samples[0] and "features" in samples[0]
     (loss, expected), (same, gradients) = seen
-    assert same == pytest.approx(loss, abs=1e-5) and gradients.keys() == expected.keys()
-    assert all(torch.allclose(gradients[name], expected[name], atol=1e-5) for name in expected)
+    assert close(same, loss, 1e-5) and gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert all(close(gradients[name], expected[name], 2e-4, least=1e-3 * largest) for name in expected)
     if packs(trainer):
         trainer.data_collator.packing = True
-        assert step(trainer, [samples])[0] == pytest.approx(loss, abs=2e-5)
+        assert close(step(trainer, [samples])[0], loss, 1e-5)
 
 
 def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
@@ -114,7 +117,7 @@ def test_recomputation_and_smaller_micro_batches_change_no_loss(tmp_path, capsys
         assert losses(tmp_path / way) == losses(tmp_path / "out")
     train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="micro_batches"))
     assert "2 steps of 6 (micro-batches per device: 2)" in capsys.readouterr().out
-    assert losses(tmp_path / "micro_batches") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    assert close(losses(tmp_path / "micro_batches"), losses(tmp_path / "out"), 1e-5)
 
 
 def test_activation_bytes_are_those_that_the_step_allocates(checkpoint, tmp_path):
