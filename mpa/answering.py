@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mpa import records
 from mpa.engines import Request, ask
+from mpa.finish_reasons import canonical
 from mpa.image_files import fingerprints
 from mpa.journal import passing
 from mpa.presets import PRESETS
@@ -68,8 +69,8 @@ class Answers(Stage):
         if holds_mark(record["predictions"] or ""):  # a server that generates beyond the answer's end
             left_out = A_MARK
         record |= {"left_out": left_out, "logprob": reply.get("logprob")}
-        truncated = reply.get("finish_reason", "stop") != "stop"
-        return record | {"finish_reason": reply["finish_reason"]} if truncated else record
+        reason = canonical(reply.get("finish_reason"))
+        return record if reason == "stop" else record | {"finish_reason": reason}
 
     def summary(self, result: list[dict]) -> dict:
         """Additional fields for the meta file."""

@@ -13,6 +13,7 @@ from mpa import asked_again, distributed, holdout, records
 from mpa.answering import Answers, Question, question_request
 from mpa.datasets.loading import train_labels
 from mpa.datasets.paths import inside, moved
+from mpa.finish_reasons import why_cut
 from mpa.records import InputError, read_json
 
 TRAIN = "train"  # instead of a file: the questions of the dataset's train split
@@ -98,7 +99,7 @@ def about(args, given: list[dict], threshold: str) -> tuple[list[dict], Answers]
 def write(args, given: list[dict], chosen: list[dict], stage: Answers) -> None:
     """Ask the L-VLM the chosen ones of the given questions, and write them with its answers as a second held-out set."""
     answers, by_key = stage.records({}), {r["question_id"]: r for r in chosen}
-    kept = [r for r in answers if r["predictions"] and not r["left_out"] and not r.get("finish_reason")]
+    kept = [r for r in answers if r["predictions"] and not r["left_out"] and not why_cut(r.get("finish_reason"))]
     folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
     file = holdout.given_questions_file(folder, lvlm, args.dataset)
     if distributed.FIRST:

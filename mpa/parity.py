@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from mpa import records
+from mpa.finish_reasons import why_cut
 from mpa.matching import Match
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
@@ -98,7 +99,7 @@ class ParityRule:
 
     def consistent(self, record: dict) -> bool:
         """Does the L-VLM agree with itself? Under `paper`, a truncated or filtered reply never counts as agreement."""
-        cut = PRESETS[self.preset].checked and record.get("finish_reason")
+        cut = PRESETS[self.preset].checked and why_cut(record.get("finish_reason"))
         seen = str(record.get("question_id")) not in self.blind
         return self.repeats(record) and not cut and self.sure(record) and seen
 

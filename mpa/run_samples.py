@@ -9,6 +9,7 @@ from pathlib import Path
 from mpa import records
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, read_meta
+from mpa.finish_reasons import canonical
 from mpa.matching import MATCHERS
 from mpa.parity import ParityRule
 from mpa.presets import PRESETS
@@ -160,7 +161,7 @@ class RunSamples:
                     reason,
                     detail,
                     consistent,
-                    (of_lvlm or {}).get("finish_reason") == "length",
+                    canonical((of_lvlm or {}).get("finish_reason")) == "length",
                     r.get("ground_truth_question"),
                     None if truth is None else [truth],
                     *(finite(one.get("logprob")) for one in (r, of_lvlm or {}, of_svlm or {})),

@@ -12,6 +12,7 @@ from pathlib import Path
 from mpa import cli, distributed, families, records
 from mpa.conversion import native
 from mpa.engines import ENGINES, Request, finite, open_engine
+from mpa.finish_reasons import why_cut
 from mpa.journal import Journal, finished, refuse_other_settings
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
 from mpa.outputs import inputs_of, refuse_others
@@ -227,9 +228,11 @@ def account_line(facts: dict) -> str:
 
 def short_replies(result: list[dict]) -> str:
     """ "2 answers cut off at the token limit, 1 stopped by the content filter": for the records whose answer was cut."""
-    why = {"length": "cut off at the token limit (--max-new-tokens)", "content_filter": "stopped by the content filter"}
-    reasons = Counter(r["finish_reason"] for r in result if "predictions" in r and r.get("finish_reason"))
-    return ", ".join(f"{n} answers {why.get(reason, f'ended by {reason!r}')}" for reason, n in reasons.most_common())
+    reasons = Counter(why_cut(r.get("finish_reason")) for r in result if "predictions" in r)
+    said = [(reason, n) for reason, n in reasons.most_common() if reason]
+    return ", ".join(
+        f"{n} answers {reason.replace('token limit', 'token limit (--max-new-tokens)')}" for reason, n in said
+    )
 
 
 def counted(reasons) -> str:

@@ -26,6 +26,7 @@ from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.datasets.protocol import Sample
 from mpa.engines import Request, ask, cut_off
+from mpa.finish_reasons import canonical
 from mpa.image_files import fingerprints
 from mpa.journal import Journal, passing
 from mpa.metrics import most_common
@@ -254,7 +255,12 @@ def make(args, stage: Stage, samples: list[Sample], questions: list[Sample], tri
         print(f"PA: {counts['parsed']} of {len(samples)} images annotated. {counts['left_out']}".rstrip())
     else:
         print(f"PA: {counts['parsed']} questions about {len(samples)} images. {counts['left_out']}".rstrip())
-    if len(reasons) > len(result) / 2:
+    cut = sum(canonical(r["finish_reason"]) == "length" for r in result if r["left_out"])
+    if cut > len(result) / 2:
+        print(
+            "PA: most replies were cut off at the token limit: raise --max-new-tokens. A model that thinks needs much more."
+        )
+    elif len(reasons) > len(result) / 2:
         example = next(r for r in result if r["left_out"])
         print(
             f"PA: most images were left out. One reply: {str(example['reply'])[:200]!r}. Check the model, --prompt-file and"

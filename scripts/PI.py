@@ -29,13 +29,14 @@ from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.paths import locate, missing_images
 from mpa.engines import ENGINES
+from mpa.finish_reasons import why_cut
 from mpa.journal import finished
 from mpa.matching import MATCHERS
 from mpa.parity import ParityRule, capped, funnel_line
 from mpa.presets import ANCHORED_DEFAULTS, PRESETS
 from mpa.prompts import holds_mark
 from mpa.records import InputError
-from mpa.stage import Model, counted
+from mpa.stage import Model, counted, short_replies
 
 # Beyond the paper, in meta files where they are set: what counts as consistent, and what of it is taken for the train file.
 CONSISTENCY = ("min_probability", "blind", "votes")
@@ -277,6 +278,16 @@ def without_marks(args, questions: list[Question], lvlm_answers: list[dict]) -> 
     return list(compress(questions, kept)), list(compress(lvlm_answers, kept))
 
 
+def lost_answers(args, lvlm_answers: list[dict]) -> str:
+    """Why most of the L-VLM's answers cannot agree with the annotations, where they are cut off or missing; else ""."""
+    cut = sum(bool(why_cut(r.get("finish_reason"))) for r in lvlm_answers) if PRESETS[args.preset].checked else 0
+    failed = [r["left_out"] for r in lvlm_answers if r.get("left_out")]
+    if cut + len(failed) < len(lvlm_answers) / 2:
+        return ""
+    what = ", ".join(filter(None, [short_replies(lvlm_answers) if cut else "", counted(failed)]))
+    return f"Of the L-VLM's {len(lvlm_answers)} answers: {what}. More images would not help."
+
+
 def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]:
     """(L-VLM's answers, S-VLM's answers, funnel, hold-out threshold).
 
@@ -300,7 +311,7 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             remedy = f"Only {len(questions)} of {n} images were annotated: see `reply` and `left_out` in that file."
         raise InputError(
             f"{pa_json}: the L-VLM agrees with itself on {len(consistent)} of {len(questions)} samples "
-            f"(--match {args.match}){kept}. {remedy}"
+            f"(--match {args.match}){kept}. {lost_answers(args, lvlm_answers) or remedy}"
         )
     svlm = of_svlm(args, for_svlm, ids)
     further = [asked_again.scored(args, svlm[-1].questions)] if args.score else []

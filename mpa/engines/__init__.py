@@ -5,8 +5,8 @@ each `{"key", "text", "logprob", "tokens", "finish_reason"}` or `{"key", "error"
 read costs one request. Requests whose key is in `done` need no reply.
 
 - `logprob` is the sum over the generated `tokens`, including the end token.
-- `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit) or
-  "content_filter".
+- `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit), "content_filter" or
+  another word of `mpa.finish_reasons`.
 - A reply whose log-probability is NaN or infinite is an error (`not_finite`): its tokens mean nothing.
 - An error is `permanent` where asking again cannot help; other errors are temporary.
 - `follow_up`: the reply to the request's follow-up. Where it is missing or an error, PI asks that question.
@@ -23,11 +23,13 @@ from importlib import import_module
 from tqdm import tqdm
 
 from mpa import distributed
+from mpa.finish_reasons import why_cut
 from mpa.journal import Journal, follow_up_key, passing
 from mpa.packages import require
 from mpa.presets import PRESETS
 from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 from mpa.records import InputError
+from mpa.replies import in_reasoning
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class Request:
 
 def cut_off(reply: dict) -> str | None:
     """Why an annotation is incomplete; None where it is complete. Text after the line of its answer may be missing."""
-    why = {"length": "cut off at the token limit", "content_filter": "stopped by the content filter"}
-    reason = why.get(reply.get("finish_reason", "stop"))
-    text = reply["text"]
-    return None if reason is None or annotation_is_complete(text[: text.rfind("\n") + 1]) else reason
+    reason, text = why_cut(reply.get("finish_reason")), reply["text"]
+    if reason is None or annotation_is_complete(text[: text.rfind("\n") + 1]):
+        return None
+    return reason if text.strip() and not in_reasoning(text) else f"{reason} before it answered"
 
 
 NOT_FINITE = "the model's logits are NaN or infinite"

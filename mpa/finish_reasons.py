@@ -1,0 +1,65 @@
+"""Why a reply ended: the words of all servers and engines in one table, for all stages."""
+
+_STOP = """
+stop, eos, eos_token, eos_found, end, end_turn, end_of_turn, endoftext, end_of_text, stop_sequence, stop_token, stop_str, stop_word,
+stop_criteria, stop_reason, complete, completed, finish, finished, done, success, unspecified, null, none
+"""
+_LENGTH = """
+length, max_tokens, max_token, max_length, max_new_tokens, max_output_tokens, max_completion_tokens, maxtokens, maxlength, limit,
+length_limit, token_limit, token_limit_reached, max_tokens_reached, model_length, context_length, context_length_exceeded,
+context_window_exceeded, model_context_window_exceeded, error_limit, truncated, incomplete
+"""
+_FILTER = """
+content_filter, content_filtered, contentfilter, content_policy, content_policy_violation, filtered, filter, safety, image_safety,
+recitation, image_recitation, blocklist, blocked, prohibited_content, image_prohibited_content, spii, refusal, sensitive, moderation,
+guardrail, guardrails, guardrail_intervened, guardrails_intervened, error_toxic, language
+"""
+_TOOL = """
+tool_calls, tool_call, tool_use, tooluse, function_call, function_calls, malformed_function_call, unexpected_tool_call,
+too_many_tool_calls, pause_turn
+"""
+# The server broke the reply off: asked again, it may reply.
+_ERROR = """
+error, abort, aborted, cancel, canceled, cancelled, user_cancel, insufficient_system_resource, network_error, internal_error, timeout,
+overloaded, load, unload
+"""
+_TABLE = {
+    word.strip(): kind
+    for kind, words in {
+        "stop": _STOP,
+        "length": _LENGTH,
+        "content_filter": _FILTER,
+        "tool_calls": _TOOL,
+        "error": _ERROR,
+    }.items()
+    for word in words.split(",")
+}
+_CUT = {
+    "length": "cut off at the token limit",
+    "content_filter": "stopped by the content filter",
+    "tool_calls": "ended by a call of a tool",
+    "error": "broken off by the server",
+}
+
+
+def canonical(reason) -> str:
+    """ "stop", "length", "content_filter", "tool_calls" or "error"; an unknown word as it is. No reason is "stop".
+
+    >>> canonical("MAX_TOKENS"), canonical("eos_token"), canonical("FinishReason.SAFETY"), canonical(None), canonical("tired")
+    ('length', 'stop', 'content_filter', 'stop', 'tired')
+    """
+    if reason is None:
+        return "stop"
+    said = reason if isinstance(reason, str) else repr(reason)
+    word = said.strip().lower().replace("-", "_").replace(" ", "_").rpartition(".")[2].removeprefix("finish_reason_")
+    return _TABLE.get(word, said[:60]) if word else "stop"
+
+
+def is_known(reason) -> bool:
+    return canonical(reason) in _TABLE
+
+
+def why_cut(reason) -> str | None:
+    """Why a reply with this finish reason is incomplete, or may be; None where it is complete."""
+    kind = canonical(reason)
+    return None if kind == "stop" else _CUT.get(kind, f"ended for a reason that is not known, {kind!r}")
