@@ -14,6 +14,12 @@ from mpa.prompts import train_prompt
 from mpa.records import InputError
 
 
+def probability(logprob) -> float | None:
+    """None where the value, which may come from a server or an edited file, is no logarithm of a probability."""
+    number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
+    return math.exp(max(logprob, -1e4)) if number and -math.inf < logprob <= 1e-3 else None  # above 0 by rounding alone
+
+
 class ParityRule:
     """The rule for one matcher (a key of matching.MATCHERS) and one preset. Records are those of PI files.
 
@@ -60,8 +66,8 @@ class ParityRule:
 
     def see_probabilities(self, scored: list[dict]) -> None:
         """Take the log-probabilities that the S-VLM gives the annotated answers. Those it could not tell are left out."""
-        known = (r for r in scored if r["logprob"] is not None)
-        self.probabilities = {str(r["question_id"]): math.exp(r["logprob"]) for r in known}
+        known = {str(r["question_id"]): probability(r["logprob"]) for r in scored}
+        self.probabilities = {key: value for key, value in known.items() if value is not None}
 
     def see_blind(self, answers: list[dict]) -> None:
         """Take the L-VLM's answers without the image."""
@@ -105,8 +111,8 @@ class ParityRule:
 
     def sure(self, record: dict) -> bool:
         """Has the answer the least probability? Without a log-probability it has not."""
-        logprob = record.get("logprob")
-        return not self.min_probability or (logprob is not None and math.exp(logprob) >= self.min_probability)
+        known = probability(record.get("logprob"))
+        return not self.min_probability or (known is not None and known >= self.min_probability)
 
     def only_unwrapped(self, answers: list[dict]) -> int:
         """How many answers match only after the words or Markdown around them are removed."""

@@ -127,3 +127,11 @@ def test_a_scoring_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mpa.engines.hf.HFEngine.answer_prepared", lambda *_: asked.append(1) or [])
     run("--score")
     assert not asked and json.loads((tmp_path / SCORED).read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("logprob", [None, True, 3.0, 1e9, 10**400, "-1", [], float("nan"), float("-inf")])
+def test_what_is_no_log_probability_makes_no_answer_sure(logprob):
+    rule = ParityRule("exact", "paper", min_probability=0.5)
+    assert not rule.sure({"logprob": logprob}) and rule.sure({"logprob": -0.1}) and rule.sure({"logprob": 0})
+    rule.see_probabilities([{"question_id": 1, "logprob": logprob}])
+    assert not rule.probabilities
