@@ -22,7 +22,7 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[st
     pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
     model = Model(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
-    now |= {"quantization": None, "max_tiles": None} | model.deciding()
+    now |= {"quantization": None, "max_tiles": None, "request_json": None} | model.deciding()
     if not model.local:
         del now["dtype"]
     differing = [name for name, value in now.items() if pa_settings.get(name) != value]

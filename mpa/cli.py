@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from mpa import distributed, interchange, log_file, records
-from mpa.argument_types import number, path_map
+from mpa.argument_types import number, path_map, request_json
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
 from mpa.families import MAX_PIXELS, MIN_PIXELS
@@ -155,6 +155,13 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
         "model, with --engine openai (bash scripts/setup.sh openai; its key from $OPENAI_API_KEY)"
     )
     openai.add_argument("--base-url", help="of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
+    openai.add_argument(
+        "--request-json",
+        type=request_json,
+        metavar="JSON",
+        help='further fields of each request, e.g. \'{"reasoning_effort": "none"}\', which switches thinking off; a setting that '
+        "decides the replies",
+    )
     openai.add_argument("--concurrency", type=number(1), default=16, help="concurrent requests (default: %(default)s)")
     openai.add_argument(
         "--max-cost",

@@ -314,7 +314,7 @@ def _git(*words: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Remove user, password and query from the URLs in a text: https://me:key@host/v1?key=… -> https://host/v1"""
-    return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?#]*)[?#]?\S*", r"\1\2", text)
+    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)[?#]?\S*", r"\1\2", text)
 
 
 def digest(*parts: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mpa import cli, distributed, families, records
 from mpa.conversion import native
 from mpa.engines import ENGINES, Request, finite, open_engine
+from mpa.engines.endpoint import Endpoint
 from mpa.finish_reasons import why_cut
 from mpa.journal import Journal, finished, refuse_other_settings
 from mpa.models import check_model_path, format_marks, identity, model_type, resolved_dtype
@@ -36,6 +37,7 @@ class Model:
         # With Ray, the engine whose replies these are is that of its actors.
         self.replies_from = args.ray_engine if self.engine_name == "ray" else self.engine_name
         self.local = ENGINES[self.replies_from].local
+        self.has_endpoint = "base_url" in ENGINES[self.replies_from].settings
         self.quantization = args.quantization if is_lvlm else None
 
     def check(self) -> None:
@@ -50,6 +52,8 @@ class Model:
             )
         if self.local:
             check_model_path(self.path)
+        if self.has_endpoint:
+            Endpoint(self.args.base_url, self.args.request_json)
 
     @property
     def identity(self) -> str:
@@ -96,8 +100,9 @@ class Model:
         return open_engine(self.engine_name, model_path=self.folder, **settings)
 
     def deciding(self) -> dict:
-        """What of the model's settings decides its replies. Tiles and quantization are entries only where they are limited."""
+        """What of the model's settings decides its replies. Tiles, quantization and request_json are entries only where given."""
         limits = {"max_tiles": self.max_tiles, "quantization": self.quantization}
+        limits["request_json"] = self.args.request_json if self.has_endpoint else None
         settings = {"dtype": self.dtype, "model": self.identity}
         return settings | {name: value for name, value in limits.items() if value}
 

@@ -4,10 +4,12 @@ import time
 from collections import Counter
 
 import pytest
-from fake_server import annotate_or_answer, text_of
+from fake_server import annotate_or_answer, completion, text_of
 from server_requests import asked, collect
 
-from mpa.engines.responses import retry_after
+from mpa.engines.end_of_run import EndOfRun
+from mpa.engines.pacing import Pacer
+from mpa.engines.responses import Retryable, retry_after
 
 
 def test_no_request_is_lost_to_a_rate_limit(images, serve):
@@ -106,3 +108,111 @@ def test_a_parameter_that_the_model_does_not_take_is_left_out_or_renamed_once(
     assert facts["dropped_parameters"] == {name: "max_tokens" if name == "max_completion_tokens" else ""}
     assert capsys.readouterr().err.count(f"does not take {name}") == 1
     assert name != "max_completion_tokens" or server.bodies[-1]["max_tokens"] == 128
+
+
+def refusing(who: str, status: int, error: dict):
+    """Refuses the requests with this prompt."""
+
+    def rule(body, _):
+        return (status, {"error": error}) if text_of(body) == who else annotate_or_answer(body)
+
+    return rule
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+@pytest.mark.parametrize(
+    ("message", "permanent"),
+    [
+        ("max_completion_tokens is too large: 128. This model's maximum context length is 4096 tokens", True),
+        ("Unsupported parameter: 'max_completion_tokens' is not supported with this image.", None),
+        ("the billing address in this image is sensitive", True),
+    ],
+)
+def test_a_refusal_of_one_request_changes_no_other(images, serve, concurrency, message, permanent):
+    server = serve(refusing("BAD", 400, {"message": message}))
+    bad, others = asked(images, 1, prompt="BAD"), asked(images, 12)[1:]
+    found, failure, facts = collect(server, [*others[:4], *bad, *others[4:]], concurrency=concurrency)
+    assert failure is None and len(found) == 12 and sum("text" in r for r in found.values()) >= 11
+    assert permanent is None or found["q0"].get("permanent") == permanent
+    assert all(body.get("max_completion_tokens", body.get("max_tokens")) == 128 for body in server.bodies)
+    assert permanent is None or "dropped_parameters" not in facts
+
+
+def test_a_refused_value_is_left_out_of_the_requests_it_was_refused_of(images, serve, capsys):
+    def rule(body, _):
+        if body.get("temperature") == 1.0:
+            return 400, {"error": {"message": "temperature must be in [0,1)"}}
+        return annotate_or_answer(body)
+
+    server, some = serve(rule), asked(images, 6)
+    hot = [request.__class__(**vars(request) | {"key": f"h{i}", "temperature": 1.0}) for i, request in enumerate(some)]
+    found, failure, facts = collect(server, [*some, *hot, *asked(images, 12)[6:]], concurrency=1)
+    assert failure is None and len(found) == 18 and all("text" in reply for reply in found.values())
+    assert facts["dropped_values"] == {"temperature=1.0": 6} and "dropped_parameters" not in facts
+    assert sum(body.get("temperature") == 0.0 for body in server.bodies) == 12
+    assert capsys.readouterr().err.count("refuses temperature=1.0") == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_the_last_token_limit_is_never_dropped(images, serve, concurrency):
+    def rule(body, _):
+        name = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
+        error = {"message": f"Unsupported parameter: '{name}' is not supported with this model.", "param": name}
+        return (400, {"error": error}) if name else annotate_or_answer(body)
+
+    server = serve(rule)
+    found, failure, _ = collect(server, asked(images, 20), concurrency=concurrency)
+    assert "takes neither max_completion_tokens nor max_tokens" in str(failure) and not found
+    assert server.billed == 0 and all("max_tokens" in b or "max_completion_tokens" in b for b in server.bodies)
+
+
+def test_a_server_that_passes_over_the_newer_name_of_the_limit_gets_the_older_one(images, serve, capsys):
+    def rule(body, _):
+        tokens = body.get("max_tokens", 4000)
+        return 200, completion("x" * 400, usage={"prompt_tokens": 1000, "completion_tokens": tokens})
+
+    server = serve(rule)
+    collect(server, asked(images, 4), concurrency=1)
+    assert [body.get("max_tokens") for body in server.bodies] == [None, 128, 128, 128]
+    assert "has written 4000 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "not found"), (400, "Your credit balance is too low"), (405, "x")]
+)
+def test_one_doubtful_refusal_costs_itself_and_several_in_a_row_end_the_run(images, serve, status, message):
+    bad = asked(images, 1, prompt="BAD")
+    found, failure, _ = collect(serve(refusing("BAD", status, {"message": message})), bad + asked(images, 9)[1:])
+    assert failure is None and sum("text" in reply for reply in found.values()) == 8
+    assert not found["q0"]["permanent"]  # the next call asks again
+
+    def rule(body, number):
+        return annotate_or_answer(body) if number <= 3 else (status, {"error": {"message": message}})
+
+    server = serve(rule)
+    found, failure, _ = collect(server, asked(images, 40), concurrency=4)
+    assert f"{status}: {message}" in str(failure) and server.number < 20
+    assert sum("text" in reply for reply in found.values()) == server.billed == 3
+
+
+@pytest.mark.parametrize("wait", ["0.1", "0.5"])
+def test_half_of_the_requests_refused_for_a_moment_are_not_slowed_down_for_seconds(images, serve, wait):
+    def rule(body, number):
+        if number % 2:
+            return 429, {"error": {"message": "slow down"}}, {"Retry-After": wait}
+        return annotate_or_answer(body)
+
+    started = time.monotonic()
+    found, failure, _ = collect(serve(rule, pause=0.02), asked(images, 24))
+    assert failure is None and len(found) == 24 and all("text" in reply for reply in found.values())
+    assert time.monotonic() - started < (4 if wait == "0.1" else 12)
+
+
+def test_a_retry_after_that_does_not_help_is_waited_for_longer_and_longer():
+    pacer, pauses = Pacer(16, "s", EndOfRun()), []
+    pacer.last_reply_at = time.monotonic()
+    for _ in range(17):
+        pacer.slowed_at = pacer.resume_at = 0.0
+        alone = pacer.rate_limited(Retryable("x", retry_after=0.1, rate_limit=True), time.monotonic())
+        pauses.append(alone or pacer.resume_at - time.monotonic())
+    assert max(pauses[:10]) < 0.2 and pauses[-1] > 20 and pacer.limit == 1

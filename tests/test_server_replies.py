@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from conftest import python
-from fake_server import annotate_or_answer, completion
+from fake_server import USAGE, annotate_or_answer, completion
 from server_requests import asked, collect
 
 from mpa.prompts import A_MARK
@@ -30,6 +30,15 @@ def with_message(**message) -> dict:
             "red",
         ),
         (completion() | {"choices": [completion()["choices"][0] | {"logprobs": 3}]}, "red"),
+        (completion(created="x", id=3, model=[], service_tier={}, system_fingerprint=[1]), "red"),
+        (completion(usage=[1]), "red"),
+        (completion(usage={"prompt_tokens": 10**400, "completion_tokens": 1.5}), "red"),
+        (completion(usage=USAGE | {"completion_tokens_details": [3], "prompt_tokens_details": "x"}), "red"),
+        (with_message(content="red", reasoning=3, tool_calls="x", refusal=[], role=None), "red"),
+        (
+            completion() | {"choices": [completion()["choices"][0] | {"index": "x", "logprobs": {"content": "red"}}]},
+            "red",
+        ),
         (json.dumps(completion("RED")).replace("RED", "red\\ud800").encode(), "red\ufffd"),
         (completion() | {"choices": [completion()["choices"][0] | {"finish_reason": None}]}, "red"),
     ],
@@ -38,6 +47,26 @@ def test_a_reply_of_an_odd_shape_is_read(images, serve, document, text):
     found, failure, _ = collect(serve(lambda *_: (200, document)), asked(images, 1, prompt="q"))
     assert failure is None and found["q0"]["text"] == text and found["q0"]["finish_reason"] == "stop"
     json.dumps(found).encode()
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, 3.0, 1e308, -1e300, "high", [1], {}, None, 10**400, float("nan"), float("-inf")]
+)
+def test_an_absurd_log_probability_is_none(images, serve, value):
+    logprobs = {"content": [{"token": "red", "logprob": -0.5}, {"token": "!", "logprob": value}]}
+    document = completion() | {"choices": [completion()["choices"][0] | {"logprobs": logprobs}]}
+    found, failure, _ = collect(serve(lambda *_: (200, document)), asked(images, 1, prompt="q"))
+    assert failure is None and found["q0"]["text"] == "red" and found["q0"]["logprob"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "total"), [([-0.5, -0.25], -0.75), ([0, -1], -1.0), ([1e-7], 0.0), ([-9999.0], -9999.0)]
+)
+def test_a_log_probability_is_the_sum_over_the_tokens(images, serve, values, total):
+    logprobs = {"content": [{"logprob": value} for value in values]}
+    document = completion() | {"choices": [completion()["choices"][0] | {"logprobs": logprobs}]}
+    found, _, _ = collect(serve(lambda *_: (200, document)), asked(images, 1, prompt="q"))
+    assert found["q0"]["logprob"] == total
 
 
 @pytest.mark.parametrize(

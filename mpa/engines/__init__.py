@@ -139,7 +139,10 @@ ENGINES = {
     ),
     "openai": Engine(
         "mpa.engines.openai:OpenAIEngine",
-        ("base_url", "concurrency", "max_cost", "price_in", "price_out", "image_detail", "max_pixels", "ledger"),
+        (
+            *("base_url", "request_json", "concurrency", "max_cost", "price_in", "price_out", "image_detail"),
+            *("max_pixels", "ledger"),
+        ),
         local=False,
         packages=("openai", "openai"),
     ),

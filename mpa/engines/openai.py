@@ -13,7 +13,6 @@ the quota, the budget) ends the run: nothing new is sent, requests under way are
 """
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator
@@ -26,14 +25,23 @@ from mpa.engines.budget import Budget
 from mpa.engines.chat_request import EncodedImage, Parameters, encode_image
 from mpa.engines.costs import Costs, Reservation
 from mpa.engines.end_of_run import EndOfRun, Stopped
+from mpa.engines.endpoint import Endpoint
 from mpa.engines.pacing import MAX_RETRIES, Pacer, backoff
-from mpa.engines.responses import Refused, Retryable, Unsupported, classify_error, read_reply
+from mpa.engines.responses import Refused, Retryable, Unsupported, read_reply
+from mpa.engines.server_errors import causes, classify_error, may_have_arrived
+from mpa.finish_reasons import is_known
 from mpa.image_files import ImageError
 from mpa.models import COMMON_MARKS
 from mpa.records import InputError, without_secrets
 
 TIMEOUT = 300.0  # seconds for a reply
-MAX_REFUSALS = 5  # without a single reply: then the images are not the reason
+MAX_REFUSALS = 5  # without a single reply, or doubtful and in a row: then the images are not the reason
+MAX_PAID_RETRIES = 2  # of a request whose replies are billed and hold no text
+THINKS = (
+    "{} thinks before it answers: its thoughts are paid for and take from --max-new-tokens. Give it room with a larger "
+    '--max-new-tokens, or switch it off: --request-json \'{{"reasoning_effort": "none"}}\' or '
+    '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\', as the server\'s documentation says.'
+)
 
 
 class OpenAIEngine:
@@ -41,6 +49,7 @@ class OpenAIEngine:
 
     Prices are for a million tokens, in any currency. `max_cost` covers the whole run, whose account is in `ledger`.
     Images with more than `max_pixels` are made smaller before they are sent. The key comes from $OPENAI_API_KEY alone.
+    `request_json`: further fields of each request (see `argument_types.request_json`).
     """
 
     marks = COMMON_MARKS  # the model's own tokenizer is not known here
@@ -56,22 +65,20 @@ class OpenAIEngine:
         image_detail: str = "auto",
         max_pixels: int = 512 * 28 * 28,
         ledger: Path | None = None,
+        request_json: dict | None = None,
     ):
         if max_cost is not None and not (price_in or price_out):
             raise InputError("--max-cost needs --price-in and --price-out, what a million tokens cost.")
-        self.key, self.base_url = os.environ.get("OPENAI_API_KEY", ""), base_url or os.environ.get("OPENAI_BASE_URL")
-        if not (self.key or self.base_url):
-            raise InputError(
-                "OPENAI_API_KEY is not set: export your key, or name a server of your own with --base-url."
-            )
-        self.server = without_secrets(self.base_url) if self.base_url else "OpenAI"
+        self.endpoint = Endpoint(base_url, request_json)
+        self.server = self.endpoint.server
         self.model, self.max_pixels, self.max_cost = model_path, max_pixels, max_cost
         self.budget = Budget(Path(ledger) if ledger else None, f"{Path(sys.argv[0]).stem} {model_path}", max_cost)
-        self.costs = Costs(self.budget, model_path, (price_in, price_out), self._note)
-        self.parameters = Parameters(model_path, image_detail, self._note)
+        self.costs = Costs(self.budget, model_path, (price_in, price_out), self._note, request_json)
+        self.parameters = Parameters(model_path, image_detail, request_json, self._note)
         self.end = EndOfRun()
         self.pacer = Pacer(concurrency, self.server, self.end)
-        self.refusals, self.notes = 0, set()
+        self.refusals = self.doubtful = self.thinking = 0  # the doubtful in a row
+        self.notes = set()
         self.started = time.monotonic()
 
     def __enter__(self):
@@ -87,6 +94,10 @@ class OpenAIEngine:
         facts |= {"cost": round(account["cost"], 6), "server_seconds": round(account["seconds"], 1)}
         if self.parameters.dropped:
             facts["dropped_parameters"] = dict(sorted(self.parameters.dropped.items()))
+        if self.parameters.dropped_values:
+            facts["dropped_values"] = dict(sorted(self.parameters.dropped_values.items()))
+        if self.thinking:
+            facts["thinking_replies"] = self.thinking
         return {"device": self.server, "dtype": None, **facts}
 
     def status(self) -> str:
@@ -107,10 +118,7 @@ class OpenAIEngine:
         waiting, tasks = (r for r in requests if r.key not in done), set()
         self.started = time.monotonic()
         with asyncio.Runner() as runner:
-            loop = runner.get_loop()
-            self.client = openai.AsyncOpenAI(
-                api_key=self.key or "none", base_url=self.base_url, max_retries=0, timeout=TIMEOUT
-            )
+            loop, self.client = runner.get_loop(), self._client()
             self.pacer.start()
             with self.end.watch(loop):
                 try:
@@ -129,6 +137,16 @@ class OpenAIEngine:
                     runner.run(self.client.close())
                     self.budget.charge(0.0, seconds=time.monotonic() - self.started)
 
+    def _client(self) -> openai.AsyncOpenAI:
+        key, url = self.endpoint.key or "none", self.endpoint.url
+        try:
+            return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, timeout=TIMEOUT)
+        except Exception as error:  # whatever the library finds in the environment
+            raise InputError(
+                f"{self.server}: no connection can be made ({self._says(error)}). Check the address, the proxy variables and "
+                "SSL_CERT_FILE."
+            ) from None
+
     def _max_tasks(self) -> int:
         """One until it is known what a reply costs, where there is a budget."""
         return self.pacer.concurrency if self.pacer.replies or self.max_cost is None else 1
@@ -141,9 +159,7 @@ class OpenAIEngine:
         except ImageError as error:
             return {"key": request.key, "error": f"image: {error}", "permanent": True}
         except Refused as error:
-            self.refusals += 1
-            if not self.pacer.replies and self.refusals >= MAX_REFUSALS:
-                self.end.fail(InputError(f"{self.model}: the server refuses every request: {error}"))
+            if self._end_for(error):
                 return None
             return {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
         except Stopped:
@@ -160,6 +176,7 @@ class OpenAIEngine:
         try:
             return await self._ask_with_retries(follow_up, image)
         except Refused as error:
+            self._end_for(error)
             return {"key": follow_up.key, "error": f"server: {error}", "permanent": error.permanent}
         except Stopped:
             return {"key": follow_up.key, "error": "stopped before it was asked", "permanent": False}
@@ -167,16 +184,29 @@ class OpenAIEngine:
             self.end.fail(error)
             return {"key": follow_up.key, "error": str(error), "permanent": False}
 
+    def _end_for(self, error: Refused) -> bool:
+        """Whether this refusal ends the run: with those before it, it shows that no request will succeed."""
+        self.refusals += 1
+        self.doubtful += error.doubtful
+        every = not self.pacer.replies and self.refusals >= MAX_REFUSALS
+        if every:
+            self.end.fail(InputError(f"{self.model}: the server refuses every request: {error}"))
+        elif error.doubtful and self.doubtful >= MAX_REFUSALS:
+            says = f"{self.model} at {self.server} refuses one request after the other: {error}"
+            self.end.fail(InputError(f"{says}. Finished replies are kept."))
+        return every and not error.billed
+
     async def _ask_with_retries(self, request: Request, image: EncodedImage) -> dict:
         """The reply. Raises Refused for this request, Stopped, or InputError for the run."""
-        failures, last_failure, replies_before = 0, "", self.pacer.replies
+        failures, paid, last_failure, replies_before, left_out = 0, 0, "", self.pacer.replies, set()
         while failures <= MAX_RETRIES:
             reservation = await self._reserve(request, image.pixels)
             sent_at, charge = time.monotonic(), {}
             try:
-                reply = await self._send(request, image.url)
+                reply = await self._send(request, image.url, left_out)
                 charge = self.costs.charge(reply.pop("usage"), reservation)
                 self.pacer.replied()
+                self.doubtful = 0
                 return reply
             except (Retryable, Refused) as failure:
                 if failure.usage or failure.billed:
@@ -184,13 +214,17 @@ class OpenAIEngine:
                 if isinstance(failure, Refused):
                     raise
                 if failure.rate_limit:
-                    self.pacer.rate_limited(failure, sent_at)
+                    await self.end.sleep(self.pacer.rate_limited(failure, sent_at))
                     continue
                 failures, last_failure = failures + 1, str(failure)
+                paid += failure.usage is not None
+                if paid > MAX_PAID_RETRIES:
+                    raise Refused(f"paid {paid} times: {last_failure}", permanent=False) from None
+                self._tell_of_first(failure)
                 if failures <= MAX_RETRIES:
                     await self.end.sleep(backoff(failures - 1, failure.retry_after))
-            except Unsupported as failure:
-                self.parameters.drop(str(failure))
+            except Unsupported:
+                continue  # now without the parameter
             finally:
                 self.budget.charge(reservation.amount, **charge)
                 await self.pacer.release()
@@ -201,13 +235,13 @@ class OpenAIEngine:
     async def _reserve(self, request: Request, pixels: int) -> Reservation:
         """Waits until the request may be sent, and sets aside what it may cost. Raises Stopped where the run ends
         before, InputError where the budget does not allow the request."""
-        prompt_tokens = self.costs.prompt_tokens(request, pixels)
+        prompt_tokens, least = self.costs.prompt_tokens(request, pixels)
         while True:
             await self.pacer.wait_for_slot()
             amount = self.costs.upper_bound(request, prompt_tokens)
             if self.budget.reserve(amount):
                 self.pacer.in_flight += 1
-                return Reservation(amount, prompt_tokens)
+                return Reservation(amount, prompt_tokens, least)
             if not self.pacer.in_flight:
                 raise InputError(
                     f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
@@ -216,27 +250,44 @@ class OpenAIEngine:
                 )
             await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
 
-    async def _send(self, request: Request, image_url: str) -> dict:
+    async def _send(self, request: Request, image_url: str, left_out: set[str]) -> dict:
         """One call. Raises Retryable, Refused, Unsupported or InputError, by what the failure concerns."""
-        arguments, sent = self.parameters.chat_completion(request, image_url)
+        arguments, sent = self.parameters.chat_completion(request, image_url, left_out)
+        redact = self.endpoint.redact
         try:
             raw = await self.client.chat.completions.with_raw_response.create(**arguments)
         except openai.APIStatusError as error:
-            failure = classify_error(error, sent, self.key)
+            response = error.response
+            failure = classify_error(error.status_code, response.headers, response.text, sent, redact)
+            if isinstance(failure, Unsupported):
+                self.parameters.drop(failure, sent, left_out)
             if isinstance(failure, InputError):
                 failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
             raise failure from None
-        except (openai.APIError, ValueError) as error:  # connections, time-outs, bodies that are no JSON
-            says = without_secrets(f"{type(error).__name__}: {error}")
-            raise Retryable(says, billed=_may_have_arrived(error)) from None
-        reply = read_reply(raw.http_response.text)
-        return {"key": request.key, **reply, "tokens": reply["usage"][1] if reply["usage"] else None}
+        except Exception as error:  # connections, time-outs, redirections to nowhere, bodies that are no JSON
+            raise Retryable(self._says(error), billed=may_have_arrived(error)) from None
+        reply = read_reply(raw.http_response.text, request.max_new_tokens, redact)
+        tokens = reply["usage"][1] if reply["usage"] else None
+        self.parameters.replied(sent, tokens)
+        if reply.pop("thinks"):
+            self.thinking += 1
+            self._note(THINKS.format(self.model))
+        if not is_known(reply["finish_reason"]):
+            said = repr(reply["finish_reason"])
+            self._note(
+                f"{self.server} ends replies for the reason {said}, which is not known: they do not count as complete."
+            )
+        return {"key": request.key, **reply, "tokens": tokens}
 
+    def _tell_of_first(self, failure: Retryable) -> None:
+        """Say why there is no reply, before the attempts go on for minutes."""
+        if not self.pacer.replies and "first failure" not in self.notes:
+            proxy = f" through the proxy {without_secrets(self.endpoint.proxy)}" if self.endpoint.proxy else ""
+            self._note(f"{self.server}{proxy}: {failure}. Trying again for some minutes.")
+            self.notes.add("first failure")
 
-def _may_have_arrived(error: Exception) -> bool:
-    """Whether a request may have reached the server, and be billed, before its connection failed."""
-    causes, cause = [], error
-    while cause is not None:
-        causes.append(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
-    return not any(name.startswith("Connect") and name != "ConnectionResetError" for name in causes[1:])
+    def _says(self, error: Exception) -> str:
+        """An exception with its cause, which libraries hide, without secrets."""
+        first = causes(error)[-1]
+        said = f"{type(error).__name__}: {str(first) or type(first).__name__}"
+        return self.endpoint.redact(without_secrets(" ".join(said.split())))[:300]

@@ -1,7 +1,8 @@
 """When the `openai` engine may send its next request: concurrency that adapts, and one pause for all requests.
 
 Concurrency grows by one per round of replies, and is halved when the server says that there are too many requests
-(additive increase, multiplicative decrease, as TCP does).
+(additive increase, multiplicative decrease, as TCP does). Where the server says how long to wait, it paces the requests itself:
+then that time is waited, and some concurrency is kept as long as replies come.
 """
 
 import asyncio
@@ -15,6 +16,9 @@ from mpa.records import InputError
 
 MAX_RETRIES = 8  # of a request, before it is given up; a rate limit is not a failed attempt
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more
+LEAST_CONCURRENCY = 4  # where a server says how long to wait, and replies come in between
+TRUSTED_PAUSES = 10  # in a row without a reply, as short as the server asks for
+SHORT_PAUSE = 1.0  # seconds: asked for of one request; a longer one is made by all
 RATE_LIMIT_PATIENCE = 1800.0  # seconds without any reply, while the server says that there are too many requests
 
 
@@ -44,7 +48,7 @@ class Pacer:
                 raise Stopped
             pause = self.resume_at - time.monotonic()
             if pause > 0:  # each request resumes at a moment of its own, not all at once
-                await self.end.sleep(pause + random.uniform(0, min(2.0, 0.1 * self.concurrency)))
+                await self.end.sleep(pause + random.uniform(0, min(2.0, 0.1 * self.concurrency, pause)))
             elif self.in_flight < max(1, int(self.limit)):
                 return
             else:
@@ -67,13 +71,24 @@ class Pacer:
         self.rate_limits, self.last_reply_at = 0, time.monotonic()
         self.limit = min(float(self.concurrency), self.limit + 1 / self.limit)
 
-    def rate_limited(self, failure: Retryable, sent_at: float) -> None:
-        """Fewer requests at a time, after a pause for all. InputError after RATE_LIMIT_PATIENCE without a reply."""
-        now = time.monotonic()
+    def rate_limited(self, failure: Retryable, sent_at: float) -> float:
+        """Fewer requests at a time, and a pause: for all, or for this request alone the seconds that are returned.
+
+        Raises InputError after RATE_LIMIT_PATIENCE without a reply.
+        """
+        now, asked_for = time.monotonic(), failure.retry_after
         if now - self.last_reply_at > RATE_LIMIT_PATIENCE:
             minutes = RATE_LIMIT_PATIENCE / 60
             raise InputError(f"{self.server}: too many requests for {minutes:.0f} minutes: {failure}. Run again later.")
-        if sent_at > self.slowed_at:  # of requests sent together, only the first rate limit counts
-            self.slowed_at, self.limit = now, max(1.0, self.limit / 2)
-            self.rate_limits += 1
-        self.resume_at = max(self.resume_at, now + backoff(min(self.rate_limits, 10), failure.retry_after))
+        first = sent_at > self.slowed_at  # of requests sent together, only the first rate limit counts
+        self.rate_limits += first
+        trusted = asked_for and self.rate_limits <= TRUSTED_PAUSES
+        if first:
+            least = LEAST_CONCURRENCY if trusted else 1
+            self.slowed_at, self.limit = now, min(self.limit, max(least, self.limit / 2))
+        if trusted and asked_for <= SHORT_PAUSE:
+            return asked_for * random.uniform(1.0, 1.25)
+        more = self.rate_limits - (TRUSTED_PAUSES if asked_for else 0)
+        pause = asked_for if trusted else backoff(min(more, 10), asked_for)
+        self.resume_at = max(self.resume_at, now + pause)
+        return 0.0

@@ -1,38 +1,24 @@
-"""What a server's response means to the `openai` engine: the class of a failure, or the reply.
+"""What a server's response means to the `openai` engine: the kinds of failure, and the content of a reply.
 
-A failure is classified by code and message, not by status alone: a 403 may be one flagged image or an account without
-credit.
+Nothing is believed for having the right shape: counts of tokens are checked by `costs.py`, log-probabilities and the reason
+why a reply ended here. All text passes `redact` (see `endpoint.py`) first.
 """
 
 import json
 import math
-import re
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
-import openai
-
-from mpa.records import InputError, without_secrets
+from mpa.finish_reasons import canonical
+from mpa.replies import strip_reasoning
 
 MAX_RETRY_AFTER = 3600.0  # seconds
-# No request of this account will succeed.
-_ACCOUNT_FAILURE = re.compile(
-    r"insufficient[_ ]quota|exceeded your current quota|billing|payment required|(?:insufficient|not enough|out of|no) "
-    r"(?:credits?|funds|balance)|credit balance|spend(?:ing)? limit|hard[_ ]limit"
-    r"|account.{0,30}(?:deactivated|disabled|suspended|terminated)"
-    r"|access[_ ]terminated|invalid[_ ]api[_ ]key|incorrect api key|model[_ ]not[_ ]found"
-    r"|does not exist or you do not have access",
-    re.IGNORECASE,
-)
-# This one request is refused, and will be refused again.
-_FLAGGED = re.compile(
-    r"content[_ ](?:policy|filter|management)|moderation|safety|flagged|responsible ?ai|inappropriate|disallowed|"
-    r"policy[_ ]violation|invalid[_ ]image|image[_ ](?:parse|content|too)|unsupported[_ ]image",
-    re.IGNORECASE,
-)
-# Parameters that a model may not take, and those that have another name.
-PARAMETERS = ("temperature", "top_p", "seed", "logprobs", "detail", "max_completion_tokens", "max_tokens")
-RENAMED = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
+# Where servers put what a model has thought.
+THOUGHTS = ("reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "thought", "thoughts")
+MOST_TOKENS = 10**8  # of a reply; more is no count
+MOST_BYTES_PER_TOKEN = 64  # of a reply, whose tokens may be long rows of one character
+LEAST_LOGPROB = -1e5  # of one token; OpenAI gives -9999 for those that are very unlikely
 
 
 class Retryable(Exception):
@@ -45,48 +31,20 @@ class Retryable(Exception):
 
 
 class Refused(Exception):
-    """The server refuses this one request; `permanent` where it would refuse it again. `usage` as above."""
+    """The server refuses this one request; `permanent` where it would refuse it again. `usage` and `billed` as above.
+    `doubtful`: it may be the account or the address that is refused, which several of them in a row show."""
 
-    billed = False  # where `usage` is not known
-
-    def __init__(self, what: str, permanent: bool = True, usage: tuple[int, int] | None = None):
+    def __init__(self, what: str, permanent: bool = True, usage=None, billed: bool = False, doubtful: bool = False):
         super().__init__(what)
-        self.permanent, self.usage = permanent, usage
+        self.permanent, self.usage, self.billed, self.doubtful = permanent, usage, billed, doubtful
 
 
 class Unsupported(Exception):
-    """The model does not take this parameter."""
+    """The model does not take the parameter `name`; with `only_value`, not this value of it."""
 
-
-def classify_error(error: openai.APIStatusError, options: dict, key: str) -> Exception:
-    """Unsupported, InputError (ends the run), Refused or Retryable. `options` are the parameters that were sent."""
-    body = error.body if isinstance(error.body, dict) else {}
-    body = body["error"] if isinstance(body.get("error"), dict) else body
-    message = str(body.get("message") or body.get("detail") or error)
-    code = " ".join(str(body.get(name) or "") for name in ("code", "type"))
-    says = f"{error.status_code}: {message}"
-    says = without_secrets(says.replace(key, "…") if key else says)[:500]
-    status, code_and_message = error.status_code, f"{code} {message}"
-    if status in (400, 403, 422) and (name := _refused_parameter(str(body.get("param") or ""), message, options)):
-        return Unsupported(name)
-    if status == 402 or _ACCOUNT_FAILURE.search(code_and_message) or status in (401, 404):
-        return InputError(says)
-    if _FLAGGED.search(code_and_message) and status < 500:
-        return Refused(says)
-    if status == 403:
-        return Refused(says, permanent=False)
-    if status in (408, 409, 425, 429) or status >= 500:
-        return Retryable(says, retry_after(error.response.headers), rate_limit=status == 429)
-    return Refused(says)
-
-
-def _refused_parameter(param: str, message: str, options: dict) -> str | None:
-    """The parameter that the error names, of those that were sent."""
-    for name in PARAMETERS:
-        sent = name in options or (name == "detail" and "detail" in json.dumps(options.get("image_url", "")))
-        if sent and (re.search(rf"\b{name}\b", param) or re.search(rf"(?<![\w-]){name}(?![\w-])", message)):
-            return name
-    return None
+    def __init__(self, what: str, name: str, only_value: bool):
+        super().__init__(what)
+        self.name, self.only_value = name, only_value
 
 
 def retry_after(headers) -> float | None:
@@ -102,31 +60,48 @@ def retry_after(headers) -> float | None:
     return min(seconds, MAX_RETRY_AFTER) if math.isfinite(seconds) and seconds > 0 else None
 
 
-def read_reply(body: str) -> dict:
-    """{"text", "logprob", "finish_reason", "usage": (in, out) or None} of a chat completion.
+def decoded(body: str, redact: Callable):
+    """The JSON document in `body`. Raises ValueError where it is none."""
+    try:
+        return redact(json.loads(body))
+    except (ValueError, RecursionError):
+        raise ValueError(f"no JSON, but {redact(body)[:80]!r}") from None
 
-    Raises Refused where the model declines, Retryable where the body holds no reply.
+
+def read_reply(body: str, limit: int, redact: Callable) -> dict:
+    """{"text", "logprob", "finish_reason", "usage": (in, out) or None, "thinks"} of a chat completion.
+
+    `limit` is the most tokens that were asked for. Raises Refused where the model declines, Retryable where there is no reply.
     """
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Retryable(f"no JSON, but {body[:80]!r}", billed=True) from None
+        document = decoded(body, redact)
+    except ValueError as error:
+        raise Retryable(str(error), billed=True) from None
     choices = document.get("choices") if isinstance(document, dict) else None
     usage = _usage(document.get("usage")) if isinstance(document, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         raise Retryable(f"no reply, but {str(document)[:80]!r}", billed=True, usage=usage)
-    text, reason = _text(message.get("content")), choice.get("finish_reason")
-    reason = reason if isinstance(reason, str) else "stop"
+    text, reason = _text(message.get("content")), canonical(choice.get("finish_reason"))
+    if text and usage and usage[1] * MOST_BYTES_PER_TOKEN < len(text.encode()):
+        usage = None  # it cannot be
+    if choice.get("finish_reason") is None and usage and usage[1] >= limit:
+        reason = "length"
+    thinks = _thinks(message, document.get("usage"), text or "")
+    if reason == "error":
+        raise Retryable(f"the server broke the reply off ({choice['finish_reason']})", billed=True, usage=usage)
     if not text:
         if isinstance(message.get("refusal"), str) and message["refusal"]:
-            raise Refused(f"the model declines: {_clean(message['refusal'])[:200]}", usage=usage)
+            raise Refused(f"the model declines: {_clean(message['refusal'])[:200]}", usage=usage, billed=True)
         if reason == "content_filter":
-            raise Refused("stopped by the content filter", usage=usage)
-        if text is None:
+            raise Refused("stopped by the content filter", usage=usage, billed=True)
+        if reason == "tool_calls":
+            raise Refused("the model calls a tool instead of answering", usage=usage, billed=True)
+        if text is None and reason != "length" and not thinks:
             raise Retryable(f"no text in the reply ({reason})", billed=True, usage=usage)
-    return {"text": text, "logprob": _logprob(choice.get("logprobs")), "finish_reason": reason, "usage": usage}
+    logprob = _logprob(choice.get("logprobs"))
+    return {"text": text or "", "logprob": logprob, "finish_reason": reason, "usage": usage, "thinks": thinks}
 
 
 def _text(content) -> str | None:
@@ -143,21 +118,42 @@ def _clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _thinks(message: dict, usage, text: str) -> bool:
+    """Did the model write thoughts, apart from its reply or in it?"""
+    content = message.get("content")
+    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("completion_tokens_details")
+    counts = [place.get("reasoning_tokens") for place in (usage, details) if isinstance(place, dict)]
+    return (
+        any(
+            said.strip() if isinstance(said := message.get(n), str) else isinstance(said, list | dict) and said
+            for n in THOUGHTS
+        )
+        or any(p.get("type") in THOUGHTS for p in parts)
+        or any(_is_number(n) and n > 0 for n in counts)
+        or strip_reasoning(text) != text
+    )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _usage(found) -> tuple[int, int] | None:
     if not isinstance(found, dict):
         return None
     counts = [found.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts) or not any(counts):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS for n in counts):
         return None
     return counts[0], counts[1]
 
 
 def _logprob(found) -> float | None:
+    """The sum over the tokens; None where one of them is no logarithm of a probability."""
     tokens = found.get("content") if isinstance(found, dict) else None
-    values = (
-        [token.get("logprob") if isinstance(token, dict) else None for token in tokens or ()]
-        if isinstance(tokens, list)
-        else []
-    )
-    good = values and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    return round(sum(values), 4) if good else None
+    if not isinstance(tokens, list) or not tokens:
+        return None
+    values = [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
+    good = all(_is_number(v) and LEAST_LOGPROB <= v <= 1e-3 for v in values)  # above 0 by rounding alone
+    return round(min(sum(values), 0.0), 4) if good else None
