@@ -37,6 +37,18 @@ def test_the_budget_of_a_run_is_never_exceeded(images, serve, tmp_path, concurre
     assert all(reply["text"] == ANNOTATION for reply in found.values())
 
 
+@pytest.mark.parametrize(
+    "counts", [(0, 100), (-5, 100), (1, 100), (3.5, 100), ("1000", 100), (True, 100), (10**12, 100), (1000, 0)]
+)
+def test_counts_of_tokens_that_cannot_be_cost_as_much_as_was_reserved(images, serve, capsys, counts):
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), counts, strict=True))
+    server = serve(lambda *_: (200, completion("a " * 100, usage=usage)), pause=0.01)
+    _, failure, facts = collect(server, asked(images), price_in=1.0, price_out=10.0, max_cost=0.05)
+    assert "is nearly spent" in str(failure) and 0 < facts["cost"] <= 0.05 and facts["tokens_in"] == 0
+    assert server.billed * (1000 * 1 + 128 * 10) / 1e6 <= 0.05
+    assert capsys.readouterr().err.count("counts at its upper estimate") == 1
+
+
 def test_what_a_killed_process_had_reserved_counts_as_spent(tmp_path):
     book = {"spent": {}, "reserved": {f"{os.uname().nodename}:999999999": 0.75, "elsewhere:1": 0.1}}
     (tmp_path / "spending.json").write_text(json.dumps(book))
@@ -136,3 +148,13 @@ def test_a_follow_up_that_a_signal_came_before_is_asked_by_the_next_call(images,
     assert python(*pa(images, server, tmp_path / "run")).returncode == 0
     assert (tmp_path / "run/PA_m_images.json").read_bytes() == (tmp_path / "whole/PA_m_images.json").read_bytes()
     assert server.billed == 2 * asked  # nothing was paid for twice
+
+
+def test_no_failure_of_a_server_makes_a_run_cost_more_than_allowed():
+    """A short version of benchmarks/budget.py, which has 20 seeds."""
+    command = [sys.executable, ROOT / "benchmarks/budget.py", "--seeds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["requests"] > 50 and 0 < found["largest_bill"] <= found["largest_account"] <= found["cap"]
+    assert (found["exceeded"], found["without_a_limit"], found["below_bill"]) == (0, 0, 0)
