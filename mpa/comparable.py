@@ -52,10 +52,8 @@ class Pairs:
         """Why nothing can be said, "" if something can."""
         if self.unusable <= MOST_UNUSABLE * self.asked:
             return ""
-        return (
-            f"{self.unusable} of {self.asked} questions have no usable reply from one of both ({self.unusable / self.asked:.0%}, more "
-            f"than {MOST_UNUSABLE:.0%}): errors, or cut"
-        )
+        share, most = (f"{100 * part:.0f} %" for part in (self.unusable / self.asked, MOST_UNUSABLE))
+        return f"{self.unusable} of {self.asked} questions have no usable reply from one of both ({share}, more than {most}): errors, or cut"
 
     @property
     def scores(self) -> tuple[np.ndarray, np.ndarray]:

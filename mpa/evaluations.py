@@ -117,8 +117,8 @@ class Evaluation:
         A question without an image is its own.
         """
         if "records" not in self.__dict__:
-            text = self._text()
-            hashes, paths = (re.findall(rb'\n {8}"%b": (".*")' % name, text) for name in (b"image_hash", b"image_path"))
+            found = re.findall(rb'\n {8}"image_(hash|path)": (".*")', self._text())
+            hashes, paths = ([image for name, image in found if name == one] for one in (b"hash", b"path"))
             if len(paths) == len(self.scores):
                 return (hashes if len(hashes) == len(paths) else None), paths
         # As the file's text has them, so that both ways give the same.
@@ -128,7 +128,7 @@ class Evaluation:
 
     @cached_property
     def _searched(self) -> tuple[list[bytes], bool]:
-        """(the scores in the file's text, whether all replies in it are usable).
+        """(the scores in the file's text, whether all replies in it are usable: by the meta file's counts, if it has them).
 
         Parsing its JSON takes ten times as long. JSON escapes the quotes and line ends in a text, so no answer can look like
         the start of a field. In a file with another layout nothing is found: ([], False).
@@ -137,6 +137,9 @@ class Evaluation:
         found = re.findall(rb'"scores": \{\n {12}"%b": ([\d.e-]+)' % self.metric.encode(), text)
         if len(found) != self.summary["n"]:
             return [], False
+        counts = self.meta.get("counts")
+        if isinstance(counts, dict) and counts.keys() >= {"left_out", "finish_reason"}:
+            return found, not (counts["left_out"] or counts["finish_reason"])
         return found, not any(mark in text for mark in MARKS)
 
     def _text(self) -> bytes:

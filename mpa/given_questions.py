@@ -61,7 +61,7 @@ def _of_file(file: Path, image_root: str | None, path_map: dict[str, str]) -> li
 def about_held_out_images(questions: list[dict], threshold: str, seed: int, most: int) -> list[dict]:
     """Those about held-out images, each with its `image_hash`; of more than `most` a random choice, about as many images as possible.
 
-    The guard's interval takes the questions for independent, which several about one image are not quite.
+    The guard's interval counts images: several questions about one tell less than as many about others.
     """
     hashes = holdout.hashes(r["image_path"] for r in questions)
     found = [r | {"image_hash": hashes[r["image_path"]]} for r in questions]

@@ -257,7 +257,7 @@ class Change:
 
 
 def changes(before: Evaluation, after: Evaluation) -> list[Change]:
-    """Each question that both were asked, with its scores by the headline metric. Raises InputError as `scoring.compare`."""
+    """Each question that both were asked, with its scores by the headline metric. Raises InputError as `scoring.same_questions`."""
     by_id = [
         dict(zip((str(r["question_id"]) for r in e.records), map(float, e.scores), strict=True))
         for e in (before, after)

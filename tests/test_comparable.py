@@ -58,7 +58,7 @@ def test_the_guard_gives_no_verdict_from_broken_replies_and_counts_few(tmp_path,
     script.main([str(tmp_path)])
     said = capsys.readouterr().out
     assert f"{MODEL}: no verdict (n = 280, 120 without a usable reply not counted)" in said and " points" not in said
-    assert "No verdict: 120 of 400 questions have no usable reply from one of both (30%, more than 10%)" in said
+    assert "No verdict: 120 of 400 questions have no usable reply from one of both (30 %, more than 10 %)" in said
     found = json.loads((tmp_path / "guard_big_small_okVQA.json").read_text())
     assert found["recommended"] is None and found["models"]["mpa"]["gain"] is None
     script.main([str(tmp_path), "--variant", "mpa", "--verdict"])
