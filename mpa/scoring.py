@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 
 from mpa.datasets import DATASETS
+from mpa.finish_reasons import why_cut
 from mpa.metrics import METRICS, bootstrap_interval, few_answers
 from mpa.normalise import normalise
 from mpa.presets import PRESETS
@@ -46,7 +47,7 @@ def unusable(record: dict) -> str:
     """
     if record["predictions"] is None or record.get("left_out"):
         return "error"
-    return "" if record.get("finish_reason") in (None, "stop") else "cut"
+    return "cut" if why_cut(record.get("finish_reason")) else ""
 
 
 def lost(records: list[dict]) -> str:
