@@ -1,7 +1,6 @@
 """The stages' command line: what every stage takes, how arguments are checked, how errors and signals end a script."""
 
 import argparse
-import errno
 import os
 import random
 import select
@@ -10,7 +9,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from mpa import distributed, interchange, log_file, records
+from mpa import disk_errors, distributed, interchange, log_file, records
 from mpa.argument_types import number, path_map, request_json
 from mpa.datasets import DATASETS
 from mpa.engines import ENGINES
@@ -247,15 +246,11 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     SIGTERM, SIGHUP and Ctrl-C end it with exit code 143, 129 and 130. `remedy` is the advice for a path that cannot be written.
     """
     log_file.install()
-    heard = [signal.SIGINT]
-
-    def interrupt(number, _):
-        heard[0] = number
-        raise KeyboardInterrupt
-
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    sys.unraisablehook = distributed.say_unraisable
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, interrupt)
+            signal.signal(signum, distributed.Heard.handle)
     distributed.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
@@ -264,6 +259,7 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     try:
         try:
             main()
+            distributed.stop_if_asked()  # e.g. scripts that never looked: what called this must not go on
             distributed.end()
         finally:
             sys.stdout.flush()  # now, where it can still be said that nobody reads
@@ -274,20 +270,24 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
             raise
         sys.exit(128 + signal.SIGPIPE)  # quietly, as other programs end before `head`
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(
-                f"error: {error.filename or 'the results folder'}: no space left on the disk. "
-                "Make room and run the same command again: what is finished is kept."
-            )
-        if error.errno in (
-            *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-            *(errno.ENAMETOOLONG, errno.ELOOP),
-        ):
-            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror}). {remedy}")
+        if line := disk_line(error, remedy):
+            sys.exit(line)
         raise
     except KeyboardInterrupt:
         print("stopped. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(128 + heard[0])
+        sys.exit(128 + (distributed.Heard.signal or signal.SIGINT))
+    finally:
+        distributed.Heard.signal = 0
+        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
+
+
+def disk_line(error: OSError, remedy: str) -> str:
+    """The one line for an error of the disk; "" for another error."""
+    if error.errno in disk_errors.FULL:
+        remedy = "Make room and run the same command again: what is finished is kept."
+    what = disk_errors.cause(error)
+    return f"error: {error.filename or 'the results folder'}: {what}. {remedy}" if what else ""
 
 
 def _unread(stream) -> bool:

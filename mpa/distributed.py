@@ -45,6 +45,30 @@ def end_with_launcher() -> None:
             sys.exit(128 + signal.SIGTERM)  # the launcher was killed before this
 
 
+class Heard:
+    """The last signal that asked this process to stop; 0: none."""
+
+    signal = 0
+
+    @classmethod
+    def handle(cls, number, _frame) -> None:
+        """A signal's handler. Python drops an exception that rises in a destructor: `stop_if_asked` raises it then."""
+        cls.signal = number
+        raise KeyboardInterrupt
+
+
+def say_unraisable(dropped) -> None:
+    """`sys.unraisablehook`: quiet about an exception of `Heard.handle` that Python dropped."""
+    if not (Heard.signal and issubclass(dropped.exc_type, KeyboardInterrupt)):
+        sys.__unraisablehook__(dropped)
+
+
+def stop_if_asked() -> None:
+    """Raise KeyboardInterrupt if a signal has come. Call it between batches."""
+    if Heard.signal:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def signals_held():
     """SIGINT, SIGTERM and SIGHUP wait until this block is left: for a fork.

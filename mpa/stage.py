@@ -117,6 +117,7 @@ class Model:
         """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
         with self.engine() as engine:
             list(finite(engine.generate(requests[:1])))  # loads the model
+            distributed.stop_if_asked()
             at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
             some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
             before, started = engine.facts(), time.perf_counter()
@@ -184,6 +185,7 @@ class Stage:
 
         Raises InputError where another does now; `wait`: waits for it instead.
         """
+        distributed.stop_if_asked()
         if self.finished():
             yield False
             return

@@ -4,8 +4,15 @@ import pytest
 from conftest import ROOT
 
 STAGES, TRAINER = ROOT / "mpa", ROOT / "PL/Qwen2-VL-Finetune/src"
-SHARED = ["device_memory.py", "families.py", "image_files.py", "light_imports.py", "loading_errors.py", "log_file.py"]
-SHARED += ["memory_estimate.py", "quantization.py"]
+SHARED = [
+    "device_memory.py",
+    "disk_errors.py",
+    "families.py",
+    "image_files.py",
+    "light_imports.py",
+    "loading_errors.py",
+]
+SHARED += ["log_file.py", "memory_estimate.py", "quantization.py"]
 
 
 def test_a_name_in_both_folders_is_a_shared_file():

@@ -172,10 +172,12 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
     if follow_ups:
         for replies in engine.generate(follow_ups, journal):
             journal.append(replies)
+            distributed.stop_if_asked()
 
 
 def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
     """Put the reply to every request into the journal. Of several processes, each asks for its part."""
+    distributed.stop_if_asked()
     ours = requests[distributed.RANK :: distributed.WORLD]
     _ask_follow_ups(engine, ours, journal)
     missing = sum(request.key not in journal for request in ours)
@@ -188,5 +190,6 @@ def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> No
                 journal.append(replies)
                 bar.set_postfix_str(engine.status(), refresh=False)
                 bar.update(new)
+                distributed.stop_if_asked()
     distributed.wait()
     journal.read_others()

@@ -158,6 +158,7 @@ class StopOnSignal(TrainerCallback):
         self.requested, self.signal = False, signal.SIGTERM
 
     def on_train_begin(self, args, state, control, **_):
+        process_group.stop_if_asked()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

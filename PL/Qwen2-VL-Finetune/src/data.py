@@ -249,7 +249,10 @@ def encode_all(
     loader = torch.utils.data.DataLoader(encoder, batch_size=None, sampler=own, num_workers=workers, collate_fn=_same)
     with process_group.signals_held():  # the workers start here
         encoded = iter(loader)
-    results = list(tqdm(encoded, "checking samples", len(own), unit="sample", disable=None if rank == 0 else True))
+    results = []
+    for result in tqdm(encoded, "checking samples", len(own), unit="sample", disable=None if rank == 0 else True):
+        results.append(result)
+        process_group.stop_if_asked()
     by_rank = process_group.all_gather(results)
     results = [by_rank[i % world][i // world] for i in range(len(samples))]
 

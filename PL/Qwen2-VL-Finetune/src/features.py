@@ -79,6 +79,7 @@ def precompute(samples: Samples, features: VisionFeatures, cache: SampleCache) -
     local_rank, full = int(os.environ.get("LOCAL_RANK", 0)), False
     own = [*keys][local_rank :: process_group.local_world_size()]
     for i in tqdm(own, "features of images", unit="sample", disable=None if local_rank == 0 else True):
+        process_group.stop_if_asked()
         if cache.get(keys[i]) is None:
             encoded = {name: value for name, value in samples[i].items() if name != "sample"}
             if full := not cache.put(keys[i], features.replace_images(encoded)):

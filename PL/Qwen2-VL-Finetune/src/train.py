@@ -28,13 +28,13 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, end
 import light_imports  # noqa: F401  isort: skip
 
 import contextlib
-import errno
 import os
 import shutil
 import time
 from pathlib import Path
 
 import checkpoints
+import disk_errors
 import first_sample
 import memory_check
 import objective
@@ -67,8 +67,6 @@ BLANK = {
         {"role": "assistant", "content": [{"type": "text", "text": "."}]},
     ],
 }
-# Disk errors that the user can correct; others are bugs.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
 def main(argv=None) -> int:
@@ -93,7 +91,8 @@ def main(argv=None) -> int:
         return 0
     with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext():
         try:
-            return train(samples, model_args, data_args, args, current)
+            with disk_errors.named(out):
+                return train(samples, model_args, data_args, args, current)
         finally:
             if args.local_process_index == 0 and not data_args.samples_dir:
                 shutil.rmtree(cache_folder(data_args, args), ignore_errors=True)
@@ -200,14 +199,8 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
 
 def run() -> int:
     """`main`, with one line on stderr for an error that the user can correct. Returns the exit code."""
-    stopped_by = [signal.SIGINT]
-
-    def stop(number, _):  # until `StopOnSignal` saves a checkpoint on it
-        stopped_by[0] = number
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):  # until `StopOnSignal` saves a checkpoint on them
+        signal.signal(number, process_group.Heard.handle)
     try:
         code = main()
         process_group.destroy()
@@ -217,12 +210,12 @@ def run() -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped before the first step. The same command starts again.", file=sys.stderr)
-        return 128 + stopped_by[0]
+        return 128 + (process_group.Heard.signal or signal.SIGINT)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if not (what := disk_errors.cause(error)):
             raise
         print(
-            f"error: {error.filename or 'the output folder'}: {error.strerror}. Free disk space or choose another "
+            f"error: {error.filename or 'the output folder'}: {what}. Free disk space or choose another "
             "--output_dir; the same command resumes from the last complete checkpoint.",
             file=sys.stderr,
         )
