@@ -19,6 +19,7 @@ from layouts import root_of
 from sources import UNREADABLE, Member, Source, check_ratio
 from tqdm import tqdm
 
+from mpa import disk_errors
 from mpa.datasets import DATASETS
 from mpa.datasets.protocol import Sample
 from mpa.image_files import ImageError, open_file, open_image
@@ -133,7 +134,7 @@ def put(path: Path, fill: Callable[[Path], None]) -> str | None:
     except UNREADABLE as error:
         return f"cannot be unpacked ({error})"
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno in (*disk_errors.FULL, errno.EROFS):
             raise
         return f"cannot be read or written ({error.strerror or error})"
     finally:

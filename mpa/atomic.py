@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mpa import disk_errors
+
 
 @contextlib.contextmanager
 def temporary(path: Path, clean: bool = True) -> Iterator[BinaryIO]:
@@ -27,10 +29,11 @@ def temporary(path: Path, clean: bool = True) -> Iterator[BinaryIO]:
             break
         file.close()  # another writer took it for left over before it was locked
     try:
-        with file:
+        with disk_errors.named(path), file:
             yield file
     finally:
-        Path(file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(file.name).unlink()
 
 
 def remove_left(folder: Path, name: str = "*") -> None:

@@ -4,6 +4,7 @@ A stage that was killed reads its journal and continues where it stopped. The fi
 determine the result; a journal with other settings is refused.
 """
 
+import contextlib
 import fcntl
 import glob
 import json
@@ -188,8 +189,10 @@ class Journal:
         try:
             while unwritten:
                 unwritten = unwritten[self._file.write(unwritten) :]
-        except OSError:  # e.g. a full disk: leave no partial line
-            self._file.truncate(start)
+        except OSError as error:  # e.g. a full disk: leave no partial line
+            error.filename = str(self.path)
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
             raise
         return [start + at for at in accumulate(map(len, lines[:-1]), initial=0)] if lines else []
 

@@ -14,6 +14,7 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints
 
+from mpa.disk_errors import cause
 from mpa.image_files import ImageError, open_image
 from mpa.ratings import ASPECTS, Ratings
 
@@ -96,7 +97,12 @@ def application(ratings: Ratings) -> FastAPI:
     def rate(click: Annotated[Click, Body()]) -> dict:
         """Save a click; it is on the disk when the reply is sent."""
         check(click.position)
-        ratings.add(click.rater, click.position, click.aspect, click.value)
+        try:
+            ratings.add(click.rater, click.position, click.aspect, click.value)
+        except OSError as error:
+            raise HTTPException(
+                507, f"{error.filename}: {cause(error) or error.strerror}. The click was not saved."
+            ) from None
         return start(click.rater)
 
     @app.get("/images/{position}")

@@ -9,6 +9,7 @@ and an aspect counts, and null takes it back:
 the settings of the selection and the sizes of both sets.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mpa import records
+from mpa import disk_errors, records
 from mpa.datasets.paths import locate
 from mpa.records import InputError
 from mpa.runs import Cell
@@ -122,13 +123,20 @@ class Ratings:
         os.ftruncate(self.handle, content.rfind(b"\n") + 1)
 
     def add(self, rater: str, position: int, aspect: str, value: bool | None) -> None:
-        """Append a click and write it to the disk."""
+        """Append a click and write it to the disk. Raises OSError, and keeps nothing of it, if the disk is full."""
         item = self.items[position]
         line = {"rater": rater, "question_id": item.question_id, "set": item.set, "aspect": aspect, "value": value}
         line["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        with self.lock:
-            os.write(self.handle, (json.dumps(line) + "\n").encode())
-            os.fsync(self.handle)
+        content = (json.dumps(line) + "\n").encode()
+        with self.lock, disk_errors.named(self.file):
+            end = os.fstat(self.handle).st_size
+            try:
+                if os.write(self.handle, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self.handle)
+            except OSError:
+                os.ftruncate(self.handle, end)
+                raise
             self.values[rater, item.question_id, item.set][aspect] = value
 
     def of(self, rater: str, position: int) -> dict[str, bool]:

@@ -7,15 +7,17 @@ Writes RESULTS/<preset>-<seed>/, with the stages' files; logs/, what each job pr
        snakemake.log, what Snakemake printed.
 """
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import experiments
+from mpa import cli, experiments
 from mpa.records import REPOSITORY as ROOT
 
 ALWAYS = [
@@ -25,6 +27,7 @@ ALWAYS = [
     *("--rerun-incomplete", "--keep-incomplete"),
     *("--rerun-triggers", "mtime", "params", "input"),
 ]
+ROOM = 2**16  # bytes; with fewer Snakemake cannot keep its records
 # Flags of the user with which Snakemake only prints (-n also among others, as in -np), and those that are not the user's.
 SHOWN = re.compile("-[a-zA-Z]*n[a-zA-Z]*|-h|--(dry-?run|help|dag|rulegraph|summary)")
 OWN = re.compile("-[Cds].*|--(config|directory|snakefile)(=.*)?")
@@ -43,6 +46,7 @@ def snakemake(results: Path, flags: list[str], shown: bool) -> int:
     """
     from snakemake.cli import main
 
+    screen = os.dup(sys.stderr.fileno())
     if not shown:
         for old in failures(results):
             old.unlink()
@@ -52,6 +56,8 @@ def snakemake(results: Path, flags: list[str], shown: bool) -> int:
         main([*ALWAYS, "--directory", str(results), *flags])
     except SystemExit as ended:
         return int(ended.code or 0)
+    finally:
+        os.dup2(screen, sys.stderr.fileno())
     return 0
 
 
@@ -77,11 +83,12 @@ def main(argv: list[str]) -> int:
     shown = any(map(SHOWN.fullmatch, given))
     if data := experiments.read(file).data:
         os.environ["MPA_DATA"] = str(data)
-    screen = os.dup(sys.stderr.fileno())
     code = snakemake(results, [*own, *given], shown)
-    os.dup2(screen, sys.stderr.fileno())
     failed = report_failures(results)
-    if code and not failed:
+    if code and shutil.disk_usage(results).free < ROOM:
+        full = OSError(errno.ENOSPC, "", str(results))
+        print(cli.disk_line(full, ""), file=sys.stderr)
+    elif code and not failed:
         log = results / "snakemake.log"
         said = log.read_text().strip().splitlines()[-12:] if log.exists() else []
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
@@ -99,4 +106,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as error:
+        if line := cli.disk_line(error, "Choose another RESULTS."):
+            sys.exit(line)
+        raise

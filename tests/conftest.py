@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -91,6 +92,23 @@ def killed(name: str, *args, replies: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert os.read(read_end, 1) == b""
     os.close(read_end)
+
+
+def snapshot(folder) -> dict:
+    """All files and folders, with their content; without the log, in which refused calls are told too."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.name != "log.txt")
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in paths}
+
+
+@contextlib.contextmanager
+def at_most(size: int):
+    """Within this block no file may grow beyond `size` bytes, as with `ulimit -f`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

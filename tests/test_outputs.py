@@ -5,9 +5,8 @@ import os
 import shutil
 
 import pytest
-from conftest import STUDENT, TEACHER, python
+from conftest import STUDENT, TEACHER, python, snapshot
 from easy_run import EASY
-from test_refused_calls import snapshot
 
 from mpa.records import read_json
 

@@ -5,16 +5,10 @@ import shutil
 
 import pytest
 from answered_by_rule import annotate, answers_by, flags
-from conftest import MINI, STUDENT, TEACHER, python
+from conftest import MINI, STUDENT, TEACHER, python, snapshot
 from easy_run import EASY
 
 from mpa.records import read_json
-
-
-def snapshot(folder) -> dict:
-    """All files and folders, with their content; without the log, in which refused calls are told too."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.name != "log.txt")
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in paths}
 
 
 def sampled_by_rule():

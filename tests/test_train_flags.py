@@ -73,6 +73,13 @@ def test_a_flag_without_sense_is_one_line_with_the_remedy(tmp_path, given, says)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_model_that_is_trained_is_never_the_output(tmp_path):
+    (tmp_path / "link").symlink_to(STUDENT)
+    for out in (str(STUDENT), f"{STUDENT}/../student", str(tmp_path / "link")):
+        with pytest.raises(DataError, match="is the model that is trained, and would be overwritten"):
+            params.parse(["--model_id", str(STUDENT), "--data_path", "x.json", "--output_dir", out, *MINI[:2]])
+
+
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(DataError, match="is a file; name a folder"):

@@ -1,15 +1,18 @@
 """Complete trainings: repeated, stopped and resumed, on several ranks, with every ZeRO stage."""
 
 import json
+import math
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import param_groups
 import pytest
 import torch
 import train
-from conftest import STUDENT, bash
+from conftest import STUDENT, at_most, bash
+from safetensors import safe_open
 from trainer import Leveler
 from training import MINI, ONE, TWO, arguments, build, conversation, free_port, launch, losses, weights, write, zero
 
@@ -145,6 +148,30 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     monkeypatch.undo()
     train.main(arguments(tmp_path, *ONE))
     assert len(losses(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize("parts", [0.1, 1.2], ids=["weights", "optimizer"])
+def test_weights_and_optimizers_that_do_not_fit_are_one_line(tmp_path, monkeypatch, capsys, parts):
+    """safetensors raises its own error, and torch.save a RuntimeError."""
+    write(tmp_path, 6)
+    with safe_open(STUDENT / "model.safetensors", "pt") as file:
+        in_float32 = sum(4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(tmp_path, *ONE, "--save_steps", "1")])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with at_most(int(parts * in_float32)):
+        code = train.run()
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 1 and "Traceback" not in said
+    assert (
+        str(tmp_path / "out") in line
+        and "no space left" in line
+        and "resumes from the last complete checkpoint" in line
+    )
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert train.run() == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_checkpoint_with_other_settings_is_refused(whole):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from mpa import disk_errors
 from mpa.conversion.checkpoint import INDEX, Checkpoint
 from mpa.records import InputError
 
@@ -32,7 +33,8 @@ def write_weights(sources: list[tuple[Checkpoint, Renaming]], model, out: Path) 
     def write_shard() -> None:
         nonlocal shard, size
         shards.append(out / f"shard-{len(shards) + 1}")
-        save_file(shard, shards[-1], metadata={"format": "pt"})
+        with disk_errors.named(shards[-1]):
+            save_file(shard, shards[-1], metadata={"format": "pt"})
         table.update(dict.fromkeys(shard, len(shards)))
         shard, size = {}, 0
 

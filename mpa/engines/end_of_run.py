@@ -27,6 +27,14 @@ class EndOfRun:
         self.failure = self.failure or failure
         self.event.set()
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """An error of the disk within this block ends the run; what follows the block is still done."""
+        try:
+            yield
+        except OSError as error:
+            self.fail(error)
+
     async def sleep(self, seconds: float) -> None:
         """Raises Stopped as soon as the run ends."""
         with contextlib.suppress(TimeoutError):

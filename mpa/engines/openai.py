@@ -132,10 +132,11 @@ class OpenAIEngine:
                         if replies:
                             yield replies
                 finally:
-                    for task in tasks:
-                        task.cancel()
+                    if under_way := sum(task.cancel() for task in tasks):
+                        self._note(f"{under_way} requests were under way: their replies are lost, and may be billed.")
                     runner.run(self.client.close())
-                    self.budget.charge(0.0, seconds=time.monotonic() - self.started)
+                    with self.end.failing():
+                        self.budget.charge(0.0, seconds=time.monotonic() - self.started)
 
     def _client(self) -> openai.AsyncOpenAI:
         key, url = self.endpoint.key or "none", self.endpoint.url
@@ -164,7 +165,7 @@ class OpenAIEngine:
             return {"key": request.key, "error": f"server: {error}", "permanent": error.permanent}
         except Stopped:
             return None
-        except InputError as error:
+        except (InputError, OSError) as error:
             self.end.fail(error)
             return None
         if follow_up := follow_up_request(request, reply, self.marks):
@@ -180,7 +181,7 @@ class OpenAIEngine:
             return {"key": follow_up.key, "error": f"server: {error}", "permanent": error.permanent}
         except Stopped:
             return {"key": follow_up.key, "error": "stopped before it was asked", "permanent": False}
-        except InputError as error:
+        except (InputError, OSError) as error:
             self.end.fail(error)
             return {"key": follow_up.key, "error": str(error), "permanent": False}
 
@@ -226,7 +227,8 @@ class OpenAIEngine:
             except Unsupported:
                 continue  # now without the parameter
             finally:
-                self.budget.charge(reservation.amount, **charge)
+                with self.end.failing():  # the reply is here, and kept
+                    self.budget.charge(reservation.amount, **charge)
                 await self.pacer.release()
         if self.pacer.replies > replies_before:
             raise Refused(f"failed {failures} times while others went through: {last_failure}", permanent=False)

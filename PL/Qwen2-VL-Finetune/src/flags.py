@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def check(model, data, args) -> None:
     _check_model(model)
     _check_training(model, data, args)
     _check_evaluation(data, args)
-    _check_machine(args)
+    _check_machine(model, args)
 
 
 def _check_ranges(arguments) -> None:
@@ -227,7 +228,7 @@ def _check_evaluation(data, args) -> None:
         )
 
 
-def _check_machine(args) -> None:
+def _check_machine(model, args) -> None:
     """What this machine's devices, packages and paths allow."""
     if args.n_gpu > 1:
         raise DataError(
@@ -247,6 +248,10 @@ def _check_machine(args) -> None:
     out = Path(args.output_dir)
     if out.exists() and not out.is_dir():
         raise DataError(f"--output_dir {out}: is a file; name a folder.")
+    if out.exists() and os.path.isdir(model.model_id) and os.path.samefile(out, model.model_id):
+        raise DataError(
+            f"--output_dir {out}: is the model that is trained, and would be overwritten; name another folder."
+        )
     if isinstance(args.deepspeed, str):
         try:
             json.loads(Path(args.deepspeed).read_text())

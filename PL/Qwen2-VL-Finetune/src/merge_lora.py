@@ -5,9 +5,11 @@ python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import disk_errors
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -37,9 +39,19 @@ def main() -> None:
     args = p.parse_args()
     if not (args.model_path / ADAPTER).is_file():
         sys.exit(f"error: {args.model_path}: has no {ADAPTER}. Name the output folder of a LoRA training.")
-    if args.save_model_path.exists() and any(args.save_model_path.iterdir()):
-        sys.exit(f"error: {args.save_model_path}: is not empty. Choose another --save-model-path.")
-    merge(args.model_path, args.save_model_path, args.model_base, args.trust_remote_code)
+    out = args.save_model_path
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        sys.exit(f"error: {out}: is not an empty folder. Choose another --save-model-path.")
+    try:
+        with disk_errors.named(args.save_model_path):
+            merge(args.model_path, args.save_model_path, args.model_base, args.trust_remote_code)
+    except OSError as error:
+        if not (what := disk_errors.cause(error)):
+            raise
+        shutil.rmtree(args.save_model_path, ignore_errors=True)  # a part of it
+        sys.exit(
+            f"error: {error.filename}: {what}. Nothing was merged; the adapter is as it was. Make room and try again."
+        )
     print(f"Wrote {args.save_model_path}. Next: evaluate.sh with MODEL={args.save_model_path}.")
 
 
