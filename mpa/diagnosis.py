@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpa import comparable, records, scoring
+from mpa import comparable, scoring
 from mpa.agreement import wilson
 from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
+from mpa.evaluations import read_meta
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
 from mpa.run_case import Case, checked_against_labels
@@ -62,7 +63,8 @@ def few_samples(case: Case):
             "warning",
             f"{len(case.kept)} samples from {len(case.run.samples):,} annotated images",
             "So few samples teach little, and the gain depends on chance.",
-            "Annotate more images, or sample the questions with PA's --temperature 1.",
+            "Annotate more images"
+            + ("." if case.used.get("temperature") else ", or sample the questions with PA's --temperature 1."),
         )
 
 
@@ -104,7 +106,12 @@ def low_consistency(case: Case):
             f"it repeats {share(len(case.consistent), n)} of its answers; most frequent differences: "
             + ", ".join(f"{kind} ({count})" for kind, count in kinds),
             "Its questions are too hard or too vague for it, or answers differ only in form.",
-            "Look at the samples (scripts/checks.py inspect). If answers differ in form: --match anls or tolerant.",
+            "Look at the samples (scripts/checks.py inspect)."
+            + (
+                " If answers differ in form: --match anls or tolerant."
+                if case.used.get("match", "exact") == "exact"
+                else ""
+            ),
         )
 
 
@@ -138,7 +145,9 @@ def duplicates(case: Case):
             f"{len(questions):,} distinct questions in {n:,} {what}; {text[:80]!r} stands {share(most, n)} times; "
             f"the most frequent question with the same answer {same} times",
             "They cover fewer things than their number suggests.",
-            "Sample the questions with PA's --temperature 1, or ask for variety in --prompt-file.",
+            "Ask for variety in --prompt-file."
+            if case.used.get("temperature")
+            else "Sample the questions with PA's --temperature 1, or ask for variety in --prompt-file.",
         )
 
 
@@ -155,7 +164,8 @@ def yes_no(case: Case):
             f"{share(len(of_type), len(case.kept))} of the parity set are yes/no questions; in {opposite} of them the target "
             "is the opposite of what the S-VLM says",
             "The S-VLM can learn to contradict itself instead of looking (docs/no-harm.md).",
-            "Ask open questions (--prompt-file), or add samples that it answers right (PI's --anchors; docs/no-harm.md).",
+            "Ask open questions (--prompt-file)"
+            + ("." if case.anchored else ", or add samples that it answers right (PI's --anchors; docs/no-harm.md)."),
         )
 
 
@@ -220,7 +230,7 @@ def truncated(case: Case):
 
 def training(case: Case):
     path = case.folder / case.model / "train_meta.json"
-    steps = records.read_json(path).get("steps") if path.exists() else None
+    steps = read_meta(path).get("steps") if path.exists() else None
     if isinstance(steps, int) and steps < FEW_STEPS:
         yield Finding(
             "few training steps",
@@ -276,7 +286,8 @@ def no_gain(case: Case):
                 "problem",
                 figure,
                 "The levelled S-VLM is worse than before.",
-                "Keep the S-VLM from before. Then try a lower LEARNING_RATE, or PI's --anchors (docs/no-harm.md)."
+                "Keep the S-VLM from before. Then try a lower LEARNING_RATE"
+                + (" (docs/no-harm.md)." if case.anchored else ", or PI's --anchors (docs/no-harm.md).")
                 if own
                 else "Mix in other data with a share: DATA='parity.json:0.9 other.json:0.1'.",
             )

@@ -95,7 +95,7 @@ class Evaluation:
         Raises InputError if the scores do not add up to the meta file's.
         """
         found, _ = self._searched
-        found = found or [r.get("scores", {}).get(self.metric, float("nan")) for r in self.records]
+        found = found or [(r.get("scores") or {}).get(self.metric, float("nan")) for r in self.records]
         scores = np.array(found, dtype=float)
         if len(scores) != self.summary["n"] or not abs(scores.sum() / len(scores) - self.summary["score"]) < 1e-6:
             raise InputError(
@@ -171,10 +171,18 @@ class Evaluation:
 
 
 def read_meta(file: Path) -> dict:
-    """The content of a meta file or a train_meta.json. Raises InputError if it has no settings."""
+    """The content of a meta file or a train_meta.json. Raises InputError if it has no settings, or counts that are none."""
     meta = records.read_json(file)
     if not isinstance(meta, dict) or not isinstance(meta.get("settings"), dict):
         raise InputError(f"{file}: not a stage's meta file; run the stage again, or move it away.")
+    funnel = meta.get("funnel") or {}
+    counts = {name: meta.get(name) for name in ("seconds", "samples", "steps", "n", "unfinished")}
+    counts |= funnel if isinstance(funnel, dict) else {"funnel": str(funnel)}
+    for name, value in counts.items():
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise InputError(
+                f"{file}: {name!r} should be a number: {str(value)[:80]}. Run the stage again, or move it away."
+            )
     return meta
 
 

@@ -32,12 +32,12 @@ _FIRST_WORDS = {
 _TYPE_OF = {word: name for name, words in _FIRST_WORDS.items() for word in words.split()}
 
 
-def answer_type(answer: str, task: str) -> str:
+def answer_type(answer: str | None, task: str) -> str:
     """One of ANSWER_TYPES. `task` is the dataset's: an answer to a question about text is that text, if no other type fits.
 
     "entity": a name or noun phrase of up to three words. "other": anything longer, and an empty answer.
     """
-    words = re.findall(r"[^\W\d_]+|\d+", answer.casefold())
+    words = re.findall(r"[^\W\d_]+|\d+", (answer or "").casefold())
     if normalise(answer) in ("yes", "no"):
         return "yes/no"
     counted = [word for word in words if word.isdigit() or word in NUMBERS]
@@ -50,9 +50,9 @@ def answer_type(answer: str, task: str) -> str:
     return "entity" if 1 <= len(words) <= 3 else "other"
 
 
-def question_type(question: str) -> str:
+def question_type(question: str | None) -> str:
     """One of QUESTION_TYPES, by the first words; also where the question word comes later, after a comma or "in"."""
-    words = re.findall(r"[\w']+", question.casefold().replace("’", "'"))
+    words = re.findall(r"[\w']+", (question or "").casefold().replace("’", "'"))
     text = " ".join(words)
     if re.search(r"\bhow (?:many|much)\b", text):
         return "how many"

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints
 
 from mpa.disk_errors import cause
@@ -26,6 +28,7 @@ FILES = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 MAX_SIDE = 2000  # pixels; larger images are shown smaller
+MAX_BODY = 4096  # bytes of a request; a click has some 150
 LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # another name that leads here is another site's
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -68,15 +71,24 @@ def application(ratings: Ratings) -> FastAPI:
 
     @app.middleware("http")
     async def only_this_page(request: Request, call_next) -> Response:
-        """Refuse requests that another site's page makes, and forbid the page whatever it does not need."""
+        """Refuse requests that another site's page makes, and long ones unread; forbid the page whatever it does not need."""
         host = request.headers.get("host", "")
-        origin = request.headers.get("origin")
+        origin, length = request.headers.get("origin"), request.headers.get("content-length", "0")
         if not LOCAL.fullmatch(host) or origin not in (None, f"http://{host}"):
             response = Response("This page is only for this machine.", 403)
+        elif "transfer-encoding" in request.headers or not length.isdecimal():
+            response = Response("A request says its length.", 411)
+        elif len(length) > 9 or int(length) > MAX_BODY:
+            response = Response("This request is too long.", 413)
         else:
             response = await call_next(request)
         response.headers.update(HEADERS)
         return response
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(_: Request, error: RequestValidationError) -> JSONResponse:
+        """What is wrong, without the input: it may be of any length, and no valid Unicode."""
+        return JSONResponse({"detail": [problem["msg"] for problem in error.errors()]}, 422)
 
     for address, (name, kind) in FILES.items():
         app.get(address)(_file(PAGE / name, kind))

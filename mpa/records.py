@@ -184,6 +184,7 @@ def _type_error(record: dict, kind: str) -> str:
         "left_out": str,
         "type": str,
         "follow_up": dict,
+        "scores": dict,
         "image_hash": str,
         "finish_reason": str,
         "image_bytes": int,

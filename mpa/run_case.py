@@ -1,13 +1,15 @@
 """The files of one cell of a run together: its samples by PI's verdict, evaluations, training log, and what labels say."""
 
+import contextlib
 from functools import cached_property
 from pathlib import Path
 
 from mpa import records
 from mpa.datasets.loading import train_labels
-from mpa.evaluations import Evaluation
+from mpa.evaluations import Evaluation, read_meta
 from mpa.matching import Match
 from mpa.normalise import normalise
+from mpa.records import InputError
 from mpa.run_samples import RunSamples, Sample, task_of
 from mpa.runs import Cell, model_name
 
@@ -39,6 +41,19 @@ class Case:
         """Those that the L-VLM has answered."""
         return [s for s in self.run.samples if s.consistent is not None]
 
+    @cached_property
+    def used(self) -> dict:
+        """The settings of PA, and over them of PI, so that no advice is what the run has done; {} without meta files."""
+        found = {}
+        for file in map(records.meta_path, (self.run.pa_json, self.run.train_json)):
+            with contextlib.suppress(InputError):
+                found |= read_meta(file)["settings"]
+        return found
+
+    @property
+    def anchored(self) -> bool:
+        return self.used.get("anchors", "none") != "none"
+
     def evaluation(self, model: str, dataset: str | None = None) -> Evaluation | None:
         path = self.folder / f"Eval_{model}_{dataset or self.cell.dataset}.json"
         return Evaluation.read(path) if path.exists() and records.meta_path(path).exists() else None
@@ -49,7 +64,8 @@ class Case:
         path = self.folder / self.model / "trainer_state.json"
         content = records.read_json(path) if path.exists() else {}
         history = content.get("log_history") if isinstance(content, dict) else None
-        return [e for e in history or [] if isinstance(e, dict) and isinstance(e.get("step"), int | float)]
+        history = history if isinstance(history, list) else []
+        return [e for e in history if isinstance(e, dict) and isinstance(e.get("step"), int | float)]
 
     @cached_property
     def losses(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Which run folders there are, and which datasets and models each holds, by file names: also of unfinished runs."""
+"""Which run folders there are, and which datasets and models each holds, by their result files: also of unfinished runs."""
 
 import argparse
 import os
@@ -15,16 +15,29 @@ _ANSWERS = re.compile(rf"PI_(.+)_({_DATASET})")
 _PA = re.compile(rf"PA_(.+)_({_DATASET})")
 
 
+def _results(folder: Path, names: list[str]) -> list[str]:
+    """Those names of JSON files that may be results of PA, PI and evaluate, also damaged ones; a text or a command is none."""
+
+    def holds_text(name: str) -> bool:
+        try:
+            with open(folder / name, encoding="utf-8-sig", errors="replace") as file:
+                return file.read(64).lstrip()[:1].isalpha()
+        except OSError:  # reading it as a result says why
+            return False
+
+    stages = [n for n in names if n.startswith(("PA_", "PI_", "Eval_")) and n.endswith(".json")]
+    return [n for n in stages if not n.endswith(".meta.json") and not holds_text(n)]
+
+
 def run_folders(folders: list[Path]) -> list[Path]:
-    """The folders with a PA or PI file, here and below. Raises InputError for a missing folder."""
+    """The folders with a result of PA or PI, here and below. Raises InputError for a missing folder."""
     found = []
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Give run folders, or a folder that holds some.")
         for place, below, files in os.walk(folder):
-            skipped = ("lmms-eval", "pace", "logs", "report")
-            below[:] = sorted(n for n in below if not n.startswith(("PL_", ".")) and n not in skipped)
-            if any(name.startswith(("PA_", "PI_")) and name.endswith(".json") for name in files):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            if any(not name.startswith("Eval_") for name in _results(Path(place), files)):
                 found.append(Path(place))
     return found
 
@@ -37,8 +50,7 @@ def run_name(folder: Path) -> str:
 
 def cells_in(folder: Path) -> list[Cell]:
     """The datasets and pairs of models in a run folder. The S-VLM is "" where only the L-VLM has answered yet."""
-    stems = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
-    stems = sorted(stem for stem in stems if not stem.endswith(".meta"))
+    stems = sorted(name.removesuffix(".json") for name in _results(folder, os.listdir(folder)))
     alias = {short: name for name, short in RELEASED_ALIAS.items()}
     cells = set()
     for m in filter(None, map(_TRAIN.fullmatch, stems)):

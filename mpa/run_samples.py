@@ -149,13 +149,17 @@ class RunSamples:
             consistent = self._consistent(of_lvlm, of_svlm)
             reason, detail = self._verdict(r, of_lvlm, of_svlm, kept)
             detail = "an anchor: PL also trains on it" if key in anchors else detail
-            truth = r.get("ground_truth_answer")
+            truth, asked = r.get("ground_truth_answer"), of_svlm or of_lvlm or {}
+            question, annotation = (
+                r[f"predicted_{part}"] or asked.get(f"PA_{part}") or ("" if reason == KEPT else None)
+                for part in ("question", "answer")
+            )
             found.append(
                 Sample(
                     key,
-                    (of_svlm or of_lvlm or r)["image_path"],
-                    r["predicted_question"],
-                    r["predicted_answer"],
+                    asked.get("image_path") or r["image_path"] or "",
+                    question,
+                    annotation,
                     (of_lvlm or {}).get("predictions"),
                     (of_svlm or {}).get("predictions"),
                     reason,
@@ -268,6 +272,6 @@ def changes(before: Evaluation, after: Evaluation) -> list[Change]:
         answers = was.get("answers") or [was["GT_answer"]]
         said = (was["predictions"], now["predictions"])
         usable = not (unusable(was) or unusable(now))
-        scores = (of[key] for of in by_id)
-        found.append(Change(key, was["image_path"], was["GT_question"], answers, *said, *scores, usable))
+        image, question, scores = was["image_path"] or "", was["GT_question"] or "", (of[key] for of in by_id)
+        found.append(Change(key, image, question, answers, *said, *scores, usable))
     return found

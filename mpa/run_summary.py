@@ -40,7 +40,7 @@ class Run:
         self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
         self.pa = folder / f"PA_{lvlm}_{dataset}.json"
         self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
-        self.meta = records.read_json(records.meta_path(self.train))
+        self.meta = read_meta(records.meta_path(self.train))
 
     def answers(self, model: str) -> Path:
         return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def preset(self) -> str:
-        return self.meta["settings"]["preset"]
+        return self.meta["settings"].get("preset", "paper")
 
     @property
     def method(self) -> str:
@@ -71,7 +71,7 @@ class Run:
         """Seconds per stage. Training and evaluation of the baselines are counted separately."""
 
         def of(path: Path) -> float:
-            return records.read_json(path)["seconds"] if path.exists() else 0.0
+            return (read_meta(path).get("seconds") or 0.0) if path.exists() else 0.0
 
         training = {row: of(self.folder / self.model(row) / "train_meta.json") for row in ROWS}
         evaluation = {row: of(self.folder / f"Eval_{self.model(row)}_{self.dataset}.meta.json") for row in ROWS}
@@ -97,14 +97,14 @@ def summary(run: Run) -> dict:
             "accuracy": mean["score"],
             "n": mean["n"],
             "ci95": mean["ci95"],
-            "train_samples": records.read_json(meta)["samples"] if meta.exists() else 0,
+            "train_samples": (read_meta(meta).get("samples") or 0) if meta.exists() else 0,
             "lost": found.lost,
         }
-    result = {"rows": rows, "method": run.method, "funnel": run.meta["funnel"], "seconds": run.seconds()}
+    result = {"rows": rows, "method": run.method, "funnel": run.meta.get("funnel") or {}, "seconds": run.seconds()}
     if evaluated["base"] and evaluated["mpa"]:
         try:
             result |= _gain(run, evaluated["base"], evaluated["mpa"])
-        except NotComparable as error:
+        except NotComparable as error:  # the rest of the summary is as it is
             result["no_gain"] = str(error)
     return result
 

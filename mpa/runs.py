@@ -20,7 +20,6 @@ from mpa.presets import method_name
 from mpa.records import InputError
 
 _PARITY = re.compile(rf"PI_(.+)_train_\1_(.+?)_({'|'.join(map(re.escape, DATASETS))})(?:_(.+))?")
-_NOT_RUNS = ("PL_", ".", "lmms-eval")  # folders of models, of other programs and of other formats
 # Settings by which trainings are different experiments, not seeds of one: {name: (file, its name there)}.
 TELLING = {
     "images": ("PA", "limit"),
@@ -75,7 +74,7 @@ class Training:
     @property
     def parity_samples(self) -> int | None:
         """Without the anchors that were trained on beside them."""
-        return self.samples and self.samples - self.pi.get("funnel", {}).get("anchors", 0)
+        return self.samples and self.samples - (self.pi.get("funnel") or {}).get("anchors", 0)
 
     @property
     def method(self) -> str:
@@ -270,7 +269,7 @@ def find(folders: list[Path]) -> Runs:
             raise InputError(f"{folder}: no such folder. Give run folders, or a folder that holds some.")
         for place, subfolders, files in os.walk(folder):
             real = Path(os.path.realpath(place))
-            subfolders[:] = [] if real in seen else sorted(n for n in subfolders if not n.startswith(_NOT_RUNS))
+            subfolders[:] = [] if real in seen else sorted(n for n in subfolders if not n.startswith("."))
             for name in () if real in seen else sorted(files):
                 _take(runs, real, name)
             seen.add(real)

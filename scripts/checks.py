@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa import calibration, check_tables, cli, outputs, runs
 from mpa.argument_types import number
 from mpa.guard_check import guard_table
+from mpa.printable import printable
 from mpa.records import InputError
 from mpa.run_case import Case
 from mpa.run_folders import add_selection, selected
@@ -36,19 +37,25 @@ OF_ALL = {
 }
 
 
-def of_cells(args) -> list[Table]:
-    """The tables of each run folder and pair of models."""
-    tables = []
+def of_cells(args) -> tuple[list[Table], list[str]]:
+    """(the tables of each run folder and pair of models, why others have none)."""
+    tables, broken = [], []
     for folder, cell in selected(args):
-        case = Case(folder, cell)
-        if args.check == "inspect" and case.run.samples:
-            tables.append(check_tables.reasons_table(case))
-            tables.append(check_tables.inspection_table(case, args.n, args.seed))
-        elif args.check == "coverage":
-            tables += [check_tables.coverage_table(case, of) for of in ("answer", "question")]
-        elif args.check == "calibration":
-            tables.append(check_tables.calibration_table(cell, calibration.of_case(case)))
-    return tables
+        try:
+            tables += of_case(args, Case(folder, cell))
+        except InputError as error:  # the others may be whole
+            broken.append(str(error))
+    return tables, broken
+
+
+def of_case(args, case: Case) -> list[Table]:
+    if args.check == "coverage":
+        return [check_tables.coverage_table(case, of) for of in ("answer", "question")]
+    if args.check == "calibration":
+        return [check_tables.calibration_table(case.cell, calibration.of_case(case))]
+    if not case.run.samples:
+        return []
+    return [check_tables.reasons_table(case), check_tables.inspection_table(case, args.n, args.seed)]
 
 
 def main(argv=None) -> None:
@@ -66,7 +73,11 @@ def main(argv=None) -> None:
         )
     if args.out:
         outputs.refuse_others(args.out, "checks")
-    tables = [OF_ALL[args.check](runs.find(args.results))] if args.check in OF_ALL else of_cells(args)
+    tables, broken = ([OF_ALL[args.check](runs.find(args.results))], []) if args.check in OF_ALL else of_cells(args)
+    for why in broken:
+        print(printable(f"error: {why}"), file=sys.stderr)
+    if broken and not tables:
+        sys.exit(1)
     if not any(table.rows for table in tables):
         raise InputError(f"{args.results[0]}: nothing for {args.check} in it or below. Run the stages first.")
     text = "\n".join(map(FORMATS[args.format], tables))
@@ -75,6 +86,8 @@ def main(argv=None) -> None:
         print(f"Wrote {args.out}.")
     else:
         print(text, end="")
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

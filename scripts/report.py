@@ -42,7 +42,7 @@ def main(argv=None) -> None:
     for folder, cell in selected(args):
         try:
             content = CellContent(folder, cell)
-            content.evaluations, content.findings  # noqa: B018 - what is broken in it shows here
+            content.case.run.samples, content.case.run.rule  # noqa: B018 - without these nothing can be shown
             contents.append(content)
         except InputError as error:  # the others may be whole
             broken.append(str(error))
@@ -60,7 +60,12 @@ def main(argv=None) -> None:
     if hidden := sum(not shown for shown in images.values()):
         told += f", {hidden:,} of them not shown; the page says why"
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {told}. Open it in a browser.")
-    if broken:
+    for content in contents:
+        for why in content.differing:
+            print(printable(f"warning: {content.title}: not compared: {why}"), file=sys.stderr)
+        for why in content.broken:
+            print(printable(f"error: {why}"), file=sys.stderr)
+    if broken or any(content.broken for content in contents):
         sys.exit(1)
 
 

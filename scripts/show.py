@@ -89,8 +89,14 @@ def main(argv=None) -> None:
 
     console, what = Console(highlight=False), args.what or "kept"
     images = not args.no_images and console.is_terminal and os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    broken = 0
     for folder, cell in selected(args):
-        found = chosen(Case(folder, cell), what)
+        try:
+            found = chosen(Case(folder, cell), what)
+        except InputError as error:  # the others may be whole
+            print(printable(f"error: {error}"), file=sys.stderr)
+            broken += 1
+            continue
         picked = random.Random(args.seed).sample(found, min(args.n, len(found)))
         title = (
             f"{run_name(folder)}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: {len(picked)} of {len(found)} {what}"
@@ -108,6 +114,8 @@ def main(argv=None) -> None:
                 except ImageError as error:
                     console.print(f"(no image: {error})", markup=False)
             console.print(table)
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

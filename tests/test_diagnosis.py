@@ -121,6 +121,26 @@ def test_evaluations_of_different_questions_are_found(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"PA": {"temperature": 0.7}}, "--temperature"),
+        ({"PI": {"anchors": "1 by answer"}}, "--anchors"),
+        ({"PI": {"match": "anls"}}, "--match"),
+    ],
+)
+def test_no_advice_is_what_the_run_has_done(tmp_path, settings, advice):
+    samples = [sample(i, annotation="yes", svlm="no") | {"question": "is it?"} for i in range(30)]
+    samples += [sample(i, lvlm="else", svlm=None) for i in range(30, 80)]
+    train = answered_runs.write(tmp_path, samples)
+    trained(tmp_path, after=(0.2, 0.2))
+    assert advice in " ".join(f.remedy for f in found(tmp_path).values())
+    meta = json.loads(train.with_suffix(".meta.json").read_text())
+    fake.write(train.with_suffix(".meta.json"), meta | {"settings": meta["settings"] | settings.get("PI", {})})
+    fake.write(tmp_path / "PA_big_textVQA.meta.json", {"settings": settings.get("PA", {})})
+    assert advice not in " ".join(f.remedy for f in found(tmp_path).values())
+
+
+@pytest.mark.parametrize(
     ("annotation", "answer", "kind"),
     [
         ("yes", "No.", "yes and no"),

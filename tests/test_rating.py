@@ -167,6 +167,51 @@ def test_other_sites_and_wrong_clicks_are_refused_and_write_nothing(run):
         assert len(saved(run)) == 1
 
 
+def test_long_and_broken_requests_are_refused_with_a_short_reply(run):
+    with serving(run, "--samples", "4") as server:
+        click = {"rater": "Ada", "position": 0, "aspect": "human", "value": True}
+        for body in (
+            *(click | {name: "x" * 3000} for name in click),
+            *(click | {name: "\ud800"} for name in click),  # half of a surrogate pair
+            *(click | {"rater": name} for name in ("\ud800Ada", "a\0b", "\u202eAda", {"a": ["b"] * 500})),
+            click | {"\ud800": 1, "value": "\udfff"},
+            *([["\ud800"]], "\ud800", None, 1e400, {"position": 10**999} | click | {"position": 10**300}),
+        ):
+            status, _, said = server.ask("POST", "/ratings", body)
+            assert status in (400, 404, 422) and len(said) < 600, said
+        for text in (b"[" * 4000, b"\xff\xfe", b"1" * 4000, b"{", b"\xed\xa0\x80"):
+            connection = http.client.HTTPConnection(server.host, timeout=30)
+            connection.request("POST", "/ratings", text, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            assert reply.status in (400, 422) and len(reply.read()) < 600
+        for path in (
+            f"/items?rater={'x' * 5000}",
+            "/items",
+            "/items/x?rater=Ada",
+            f"/items/{9**999}",
+        ):
+            status, _, said = server.ask("GET", path)
+            assert status in (404, 422) and len(said) < 600, said
+        assert saved(run) == [] and server.click("Ada", 0, "human", True) == 200
+        server.process.send_signal(signal.SIGINT)
+        assert "Traceback" not in server.process.stderr.read()
+
+
+@pytest.mark.parametrize("how", ["length", "padded length", "chunked"])
+def test_a_long_body_is_refused_before_it_is_read(run, how):
+    with serving(run, "--samples", "4") as server:
+        connection = http.client.HTTPConnection(server.host, timeout=30)
+        connection.putrequest("POST", "/ratings")
+        connection.putheader("Content-Type", "application/json")
+        if how == "chunked":
+            connection.putheader("Transfer-Encoding", "chunked")
+        else:
+            connection.putheader("Content-Length", "60000000".zfill(20 if how == "padded length" else 8))
+        connection.endheaders()
+        reply = connection.getresponse()  # nothing of the body has been sent
+        assert reply.status in (400, 411, 413) and len(reply.read()) < 100
+
+
 def test_the_selection_is_seeded_balanced_and_without_what_pa_left_out(run):
     files = run / "PA_L_chartVQA.json", run / "PI_L_train_L_S_1_chartVQA.json"
     by_set = ratings.pools(*files, set(), {}, None)

@@ -260,6 +260,114 @@ def test_a_broken_cell_costs_only_itself_and_the_page_of_a_removed_run_goes(tmp_
     assert {path.name for path in (tmp_path / "report").glob("*.html")} == {"index.html", "notes.html"}
 
 
+@pytest.mark.parametrize("kind", ["another question", "null"])
+def test_evaluations_that_differ_in_one_question_cost_only_their_comparison(tmp_path, kind):
+    make_run(tmp_path / "run", tmp_path / "images", n=30)
+    file = tmp_path / "run/Eval_small_textVQA.json"
+    evaluated = json.loads(file.read_text())
+    evaluated[7]["GT_question"] = None if kind == "null" else "what is something else?"
+    fake.write(file, evaluated)
+    meta = json.loads(file.with_suffix(".meta.json").read_text())
+    meta["settings"]["content"] = "of other requests"
+    fake.write(file.with_suffix(".meta.json"), meta)
+    done = python("report.py", tmp_path / "run", "--image-root", tmp_path / "images")
+    assert done.returncode == 0 and "not compared: question 7 is" in done.stderr, done.stderr
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert "Not compared: <bdi>question 7 is" in page and "before PL only" in page and "Gain of MPA" not in page
+    done = python("diagnose.py", tmp_path / "run")
+    assert done.returncode == 0 and "problem: different questions: textVQA: question 7 is" in done.stdout
+    assert python("diagnose.py", tmp_path / "run", "--short").returncode == 0
+    done = python("tables.py", "--dataset", "textVQA", "--lvlm", "big", "--svlm", "small", tmp_path / "run")
+    assert done.returncode == 0 and "No gain: before and after cannot be compared: question 7" in done.stdout
+    done = python("show.py", tmp_path / "run", "--broken", "--no-images")
+    assert done.returncode == 1 and done.stderr.startswith("error: question 7") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["predicted_question", "predicted_answer"])
+def test_an_annotation_that_became_null_costs_nothing(tmp_path, name):
+    make_run(tmp_path / "run", tmp_path / "images", n=130)
+    file = tmp_path / "run/PA_big_textVQA.json"
+    annotations = json.loads(file.read_text())
+    for place in (0, 1, 2):  # kept, answered right by the S-VLM, and inconsistent
+        annotations[place][name] = None
+    fake.write(file, annotations)
+    for command in (["report.py"], ["diagnose.py"], ["show.py", "--no-images"], ["checks.py", "inspect"]):
+        done = python(command[0], *command[1:], tmp_path / "run")
+        assert done.returncode == 0, done.stderr
+    cell = CellContent(tmp_path / "run", answered_runs.CELL)
+    assert cell.funnel()[-1] == ("parity set", 44) and cell.case.kept[0].question == "what is thing 0?"
+
+
+def test_broken_parts_of_a_cell_are_named_and_the_rest_is_shown(tmp_path):
+    make_run(tmp_path / "run", tmp_path / "images", n=30)
+    for name, content in (("Eval_small_textVQA.meta.json", "["), ("PL_big_small_textVQA/trainer_state.json", "{")):
+        (tmp_path / "run" / name).write_text(content)
+    meta = tmp_path / "run/PL_big_small_textVQA/train_meta.json"
+    fake.write(meta, {"settings": {}, "samples": "many"})
+    done = python("report.py", tmp_path / "run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    page = (tmp_path / "run/report/index.html").read_text()
+    for name in ("Eval_small_textVQA.meta.json", "trainer_state.json", "train_meta.json"):
+        assert name in page and name in done.stderr
+    assert "problem: not diagnosed" in page and "Nothing unusual" not in page and "Results: accuracy" in page
+
+
+def test_what_is_no_run_is_skipped_by_its_content_and_a_run_may_have_any_name(tmp_path):
+    for name in ("PL_trial", "failed", "report", "logs/pace"):
+        make_run(tmp_path / name, tmp_path / "images", n=12)
+    command = "env DATASET=textVQA bash scripts/PA.sh\n"
+    for name in (
+        "other/PA_big_textVQA.json",
+        "other/paper-0/PI_big_train_big_small_textVQA.json",
+        "failed/PA_x_okVQA.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(command)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/PA_big_textVQA.json").write_text("My notes on PA.")
+    for script in ("report.py", "diagnose.py", "show.py"):
+        done = python(script, tmp_path, *(["--no-images"] if script == "show.py" else []))
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "report").glob("*.html"))) == 5
+    done = python("tables.py", tmp_path, "--table", "main", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "failed/PA_big_textVQA.json").write_text("")  # damaged, not something else
+    assert python("diagnose.py", tmp_path).returncode == 1
+
+
+@in_browser
+def test_the_search_finds_no_folders_and_a_file_by_its_name(browser, tmp_path):
+    images = tmp_path / "train/images"
+    make_run(tmp_path / "run", images, n=30)
+    for file in (tmp_path / "run").glob("P*_*.json"):
+        if not file.name.endswith(".meta.json"):
+            text = file.read_text()
+            for i in range(30):
+                text = text.replace(f"{images}/{i}.png", f"{images}/COCO_train_{i}.png")
+            file.write_text(text)
+    for i in range(30):
+        if (images / f"{i}.png").exists():
+            (images / f"{i}.png").rename(images / f"COCO_train_{i}.png")
+    assert python("report.py", tmp_path / "run", "--image-root", images).returncode == 0
+    with page_of(browser, tmp_path / "run/report/index.html") as page:
+        found = {}
+        for word in ("train", "images", "png", "COCO_train_7.png", "coco_train_7", "thing 7", "7"):
+            page.fill("#search", word)
+            found[word] = page.locator("#cards li").count()
+        assert found == {
+            "train": 0,
+            "images": 0,
+            "png": 0,
+            "COCO_train_7.png": 1,
+            "coco_train_7": 1,
+            "thing 7": 1,
+            "7": 3,
+        }
+        page.fill("#search", "")
+        alts = page.evaluate("[...document.querySelectorAll('#cards img')].map(image => image.alt)")
+        assert alts and not [alt for alt in alts if "/" in alt]
+
+
 def test_train_sets_of_one_cell_are_compared_with_mpa(tmp_path):
     make_run(tmp_path, tmp_path / "images", n=12)
     fake.evaluation(tmp_path, "PL_big_small_textVQA_human", "textVQA", [1] * 60)

@@ -191,6 +191,21 @@ def test_the_s_vlms_probabilities_are_made_once_for_all_variants_that_need_them(
     assert trained == "exact 1 anchors weights 0 1 1e-5\n"
 
 
+def test_a_variant_with_another_matcher_is_added_to_a_finished_experiment(repository):
+    """The S-VLM's stage is called again, with --answer-all; tests/test_answer_all.py shows that it asks only the rest."""
+    few = EXPERIMENT.replace("[0, 1]", "[0]").replace("  loose:", "#")
+    (repository / "experiments/fake.yaml").write_text(few)
+    assert reproduce(repository)[0] == 0
+    made = calls(repository)
+    for text in (few.replace("#", "  loose:"), few):  # added, and taken away again
+        (repository / "experiments/fake.yaml").write_text(text)
+        code, said = reproduce(repository)
+        assert code == 0, said
+        assert set(calls(repository).values()) == {1} and calls(repository) >= made
+    added = {name.split()[0] for name in calls(repository) - made}
+    assert added == {"PI", "PL", "evaluate"} and all("loose" in n or "anls" in n for n in calls(repository) - made)
+
+
 def test_a_broken_model_costs_only_what_depends_on_it_and_is_listed(repository):
     code, said = reproduce(repository, BROKEN="bigger")
     assert code == 1

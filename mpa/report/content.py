@@ -1,6 +1,7 @@
 """What a report shows of one cell of a run, as plain data; what is not there yet is named."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from mpa.calibration import Reliability
 from mpa.check_tables import coverage_table, reasons_table
 from mpa.comparable import NotComparable
 from mpa.datasets import DATASETS
-from mpa.diagnosis import diagnose
-from mpa.evaluations import Evaluation
+from mpa.diagnosis import Finding, diagnose
+from mpa.evaluations import Evaluation, read_meta
 from mpa.kinds import answer_type, question_type
 from mpa.normalise import normalise
 from mpa.presets import method_name
+from mpa.records import InputError
 from mpa.report.texts import shortened
 from mpa.run_case import Case
 from mpa.run_folders import run_name
@@ -29,7 +31,24 @@ class CellContent:
         self.folder, self.cell, self.case = folder, cell, Case(folder, cell)
         self.title = f"{run_name(folder)}: {cell.dataset}, {cell.svlm or 'no S-VLM yet'} from {cell.lvlm}"
         self.what = "accuracy" if DATASETS[cell.dataset].labelled else "agreement with the L-VLM"
-        self.before, self.after = (self.case.evaluation(model) for model in (cell.svlm, model_name(cell)))
+        self.broken: list[str] = []  # why files are not in the report
+        self.differing: list[str] = []  # why evaluations are not compared
+        self.before, self.after = (self._evaluation(model) for model in (cell.svlm, model_name(cell)))
+
+    def _read(self, make: Callable, without=None):
+        """`make()`; `without`, and a line in `broken`, where a file does not allow that."""
+        return _attempt(make, self.broken, without)
+
+    def compare(self, make: Callable, without=None):
+        """`make()`; `without`, and a line in `differing`, where two evaluations cannot be compared."""
+        return _attempt(make, self.differing, without)
+
+    def _evaluation(self, model: str) -> Evaluation | None:
+        return self._read(lambda: self.case.evaluation(model))
+
+    def _meta(self, file: Path) -> dict:
+        """A meta file; {} if it is not there."""
+        return self._read(lambda: read_meta(file), {}) if file.exists() else {}
 
     @property
     def method(self) -> str:
@@ -79,7 +98,7 @@ class CellContent:
         for key, name in shown.items():
             own = trained + ("" if key == "mpa" else f"_{key}")
             model = {"base": self.cell.svlm, "lvlm": self.cell.lvlm}.get(key, own)
-            found = self.case.evaluation(model)
+            found = self._evaluation(model)
             if found and not (key == "lvlm" and not DATASETS[self.cell.dataset].labelled):
                 found_of[key] = (name, model, found)
         return found_of
@@ -87,7 +106,11 @@ class CellContent:
     def results(self) -> list[dict]:
         rows = []
         for key, (name, model, found) in self.evaluations.items():
-            row = {"key": key, "name": name, "samples": _meta(self.folder / model / "train_meta.json").get("samples")}
+            row = {
+                "key": key,
+                "name": name,
+                "samples": self._meta(self.folder / model / "train_meta.json").get("samples"),
+            }
             row["accuracy"] = found.summary["score"]
             rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"], "lost": found.lost})
         return rows
@@ -107,6 +130,11 @@ class CellContent:
         except NotComparable as error:
             return {"notes": [f"No gain: {error}"]}
         return pairs.summary() | {"notes": pairs.notes}
+
+    @cached_property
+    def _changes(self) -> list | None:
+        """Each test question before and after PL; None if the evaluations cannot be compared."""
+        return self.compare(lambda: changes(self.before, self.after))
 
     def facts(self) -> list[tuple[str, str]]:
         """Models, settings, versions and commands."""
@@ -130,14 +158,14 @@ class CellContent:
     @cached_property
     def _metas(self) -> dict[str, dict]:
         files = {"PA": self.case.run.pa_json, "PI": self.case.run.train_json}
-        metas = {stage: _meta(records.meta_path(path)) for stage, path in files.items()}
-        metas["PL"] = _meta(self.folder / model_name(self.cell) / "train_meta.json")
+        metas = {stage: self._meta(records.meta_path(path)) for stage, path in files.items()}
+        metas["PL"] = self._meta(self.folder / model_name(self.cell) / "train_meta.json")
         metas["evaluate"] = self.after.meta if self.after else {}
         return metas
 
     def seconds(self) -> dict[str, float]:
         """Of each stage; PI's are those of both models' answers, evaluate's those of before and after."""
-        answers = [_meta(records.meta_path(path)) for path in self.case.run.answers_json.values()]
+        answers = [self._meta(records.meta_path(path)) for path in self.case.run.answers_json.values()]
         parts = {"PA": [self._metas["PA"]], "PI": answers, "PL": [self._metas["PL"]]}
         parts["evaluate"] = [e.meta for e in (self.before, self.after) if e]
         found = {stage: sum(m.get("seconds") or 0 for m in of) for stage, of in parts.items()}
@@ -145,7 +173,9 @@ class CellContent:
 
     def costs(self) -> dict[str, float]:
         """What the run has paid for each stage and model, of all its cells, in the currency of --price-in."""
-        spent = _meta(self.folder / "spending.json").get("spent")
+        file = self.folder / "spending.json"
+        book = self._read(lambda: records.read_json(file)) if file.exists() else {}
+        spent = book.get("spent") if isinstance(book, dict) else None
         accounts = spent.items() if isinstance(spent, dict) else ()
         costs = {stage: account.get("cost") for stage, account in accounts if isinstance(account, dict)}
         return {stage: float(cost) for stage, cost in costs.items() if isinstance(cost, int | float)}
@@ -203,13 +233,13 @@ class CellContent:
 
     @cached_property
     def calibration(self) -> list[Reliability]:
-        return calibration.of_case(self.case)
+        return self._read(lambda: calibration.of_case(self.case), [])
 
     def history(self) -> list[dict]:
-        return self.case.history
+        return self._read(lambda: self.case.history, [])
 
     def training_facts(self) -> list[tuple[str, str]]:
-        meta = _meta(self.folder / model_name(self.cell) / "train_meta.json")
+        meta = self._meta(self.folder / model_name(self.cell) / "train_meta.json")
         names = ("samples", "tokens", "steps", "loss", "seconds")
         facts = [(name, meta[name]) for name in names if meta.get(name) is not None]
         last = next((e for e in reversed(self.history()) if "loss" in e), {})
@@ -221,14 +251,18 @@ class CellContent:
         return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
 
     def coverage(self):
-        return [coverage_table(self.case, of) for of in ("answer", "question")]
+        return self._read(lambda: [coverage_table(self.case, of) for of in ("answer", "question")], [])
 
     def reasons(self):
-        return reasons_table(self.case)
+        return self._read(lambda: reasons_table(self.case))
 
     @cached_property
     def findings(self) -> list:
-        return diagnose(self.case)
+        found = self._read(lambda: diagnose(self.case))
+        if found is None:  # never "nothing unusual"
+            why, remedy = "A file that it reads is broken.", "Make it again, or move it away."
+            return [Finding("not diagnosed", "problem", "; ".join(self.broken).rstrip("."), why, remedy)]
+        return found
 
     # --- gallery ---
 
@@ -252,14 +286,16 @@ class CellContent:
             }
             for s in self.case.run.samples
         ]
-        return found + self._tested(task)
+        return found + self._read(lambda: self._tested(task), [])
 
     def _tested(self, task: str) -> list[dict]:
         if not self.before:
             return []
-        lvlm = self.case.evaluation(self.cell.lvlm)
+        lvlm = self._evaluation(self.cell.lvlm)
+        after = self.after if self.after and self._changes is not None else None
+        tested = self._changes if after else changes(self.before, self.before)
         of_lvlm = {str(r["question_id"]): r["predictions"] for r in lvlm.records} if lvlm else {}
-        logprobs = {str(r["question_id"]): r.get("logprob") for r in (self.after or self.before).records}
+        logprobs = {str(r["question_id"]): r.get("logprob") for r in (after or self.before).records}
         return [
             {
                 "source": "test",
@@ -269,23 +305,29 @@ class CellContent:
                 "answer": shortened(", ".join(dict.fromkeys(c.answers))),
                 "lvlm": shortened(of_lvlm.get(c.question_id)),
                 "svlm": shortened(c.before),
-                "after": shortened(c.after) if self.after else None,
-                "verdict": c.kind if self.after else "before PL only",
+                "after": shortened(c.after) if after else None,
+                "verdict": c.kind if after else "before PL only",
                 "logprob": finite(logprobs.get(c.question_id)),
                 "answerType": answer_type(c.answers[0] if c.answers else "", task),
                 "questionType": question_type(c.question),
             }
-            for c in changes(self.before, self.after or self.before)
+            for c in tested
         ]
 
 
-def _meta(file: Path) -> dict:
-    content = records.read_json(file) if file.exists() else {}
-    return content if isinstance(content, dict) else {}
+def _attempt(make: Callable, failures: list[str], without):
+    try:
+        return make()
+    except InputError as error:
+        if str(error) not in failures:
+            failures.append(str(error))
+        return without
 
 
 def compared(cells: list[CellContent]) -> list[dict]:
     """Paired differences of trained S-VLMs that were asked the same questions, and the questions that flipped.
+
+    A pair that cannot be compared is left out, with a line in the first cell's `differing`.
 
     Within a cell each other train set is compared with MPA, which is second; of different cells MPA with MPA.
     """
@@ -296,15 +338,12 @@ def compared(cells: list[CellContent]) -> list[dict]:
             same = (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
             if same and one.after and other.after:
                 pairs.append((one.trained()[0], other.trained()[0]))
-        found += filter(None, (_pair(*pair) for pair in pairs))
+        found += filter(None, (one.compare(lambda pair=pair: _pair(*pair)) for pair in pairs))
     return found
 
 
-def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict | None:
-    """None if they cannot be compared."""
-    try:
-        pairs = comparable.compare(first[1], second[1])
-    except NotComparable:
-        return None
+def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict:
+    """Raises NotComparable."""
+    pairs = comparable.compare(first[1], second[1])
     flips = [c for c in changes(first[1], second[1]) if c.kind in ("fixed", "broken")]
     return {"first": first[0], "second": second[0], "change": pairs.summary(), "flips": flips}

@@ -35,15 +35,18 @@
     at("inspect").disabled = source() !== "annotated";
   }
 
-  const haystack = (sample) => (sample.text ??= [sample.id, sample.question, sample.answer, sample.lvlm, sample.svlm, sample.after, sample.name]
+  const haystack = (sample) => (sample.text ??= [sample.question, sample.answer, sample.lvlm, sample.svlm, sample.after]
     .filter((part) => part != null).join("\n").toLowerCase());
+  // An id and a file's name are found whole: parts of them, such as train in COCO_train2014_000000000009.jpg, are in all.
+  const isNamed = (sample, word) => [String(sample.id), data.images[sample.image].name]
+    .some((name) => [name, name.split("/").pop(), name.split("/").pop().replace(/\.[^.]*$/, "")].some((part) => part.toLowerCase() === word));
 
   function filter() {
     const word = at("search").value.trim().toLowerCase();
     const chosen = inspecting ? new Set(data.cells[cell].inspected) : null;
     found = samples().filter((sample, i) => sample.source === source()
       && FILTERS.every((name) => !at(name).value || sample[name] === at(name).value)
-      && (!word || haystack(sample).includes(word)) && (!chosen || chosen.has(i)));
+      && (!word || haystack(sample).includes(word) || isNamed(sample, word)) && (!chosen || chosen.has(i)));
     const order = at("order").value;
     if (order) {
       const sign = order === "low" ? 1 : -1;
@@ -64,7 +67,7 @@
       picture.alt = `Image ${image.name}`;
       picture.src = image.src;
     } else {
-      const place = make("div", `No image: ${image.why} (${image.name})`, item);
+      const place = make("div", `No image: ${image.why} (${image.path})`, item);
       place.className = "none";
     }
     const question = make("p", sample.question ?? "(no question)", item);

@@ -113,7 +113,7 @@ def shown_cell(content: CellContent) -> dict:
     losses = content.losses()
     told = ", ".join(f"{name} {n:,}" for name, n in steps + [(f"not kept, {cause}", n) for cause, n in losses])
     plot = figures.results(rows, content.what) if rows else None
-    return {
+    shown = {
         "title": plain(content.title),
         "missing": list(map(plain, content.missing)),
         "funnel": shown_figure(
@@ -121,7 +121,7 @@ def shown_cell(content: CellContent) -> dict:
             "From images to the parity set (blue), and what is not in it.",
             f"Funnel: {told}",
         ),
-        "reasons": shown_table(content.reasons()),
+        "reasons": (reasons := content.reasons()) and shown_table(reasons),
         "plot": shown_figure(
             plot, f"{content.what.capitalize()} with 95 % intervals.", "The numbers of the next table."
         ),
@@ -151,6 +151,8 @@ def shown_cell(content: CellContent) -> dict:
         "training_facts": content.training_facts(),
         "findings": content.findings,
     }
+    # What the parts above could not read or compare.
+    return shown | {"broken": list(map(plain, content.broken)), "differing": list(map(plain, content.differing))}
 
 
 def compare_section(contents: list[CellContent]) -> dict | None:
@@ -194,8 +196,9 @@ def inspection(content: CellContent) -> list[int]:
 def gallery(
     contents: list[CellContent], thumbs: Path, single_file: bool, image_root: str | None = None, redact: bool = False
 ) -> tuple[dict, dict[str, bool]]:
-    """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src" or "why", "name"}]}.
+    """The page's data: {"cells": [{"samples", "inspected"}], "images": [{"src", or "why" and "path", "name"}]}.
 
+    `name` is a file's name, which the gallery's search finds; of the folders only the note on a missing image tells.
     Also {image: whether it is shown}.
     """
     of_cells = [content.records() for content in contents]
@@ -208,15 +211,19 @@ def gallery(
     images, places = [], {}
     for path, (name, why) in made.items():
         places[path] = len(images)
-        shown = Path(path).name if redact else path
-        entry = {"name": shown[-300:], **({"why": without_folders(why) if redact else why} if name is None else {})}
-        if name is not None:
+        entry = {"name": Path(path or "").name[-300:]}
+        if name is None:
+            entry |= (
+                {"why": without_folders(why), "path": entry["name"]}
+                if redact
+                else {"why": why, "path": str(path)[-300:]}
+            )
+        else:
             entry["src"] = thumbnails.data_uri(thumbs / name) if single_file else f"{thumbs.name}/{name}"
         images.append(entry)
     cells = []
     for content, found in zip(contents, of_cells, strict=True):
         for sample in found:
-            sample["name"] = images[places[sample["image"]]]["name"]
             sample["image"] = places[sample["image"]]
         cells.append({"samples": found, "inspected": inspection(content)})
     return {"cells": cells, "images": images}, {path: name is not None for path, (name, _) in made.items()}
