@@ -103,6 +103,11 @@ def in_reasoning(text: str) -> bool:
     return _visible(text)[2]
 
 
+def has_reasoning(text: str) -> bool:
+    """Does `text` hold reasoning, complete or not?"""
+    return _visible(text)[1]
+
+
 def opened_reasoning(prompt: str) -> str:
     """The tag that opens a reasoning block at the end of a formatted prompt, or "".
 

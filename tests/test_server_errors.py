@@ -47,6 +47,8 @@ def test_no_request_is_lost_to_a_rate_limit(images, serve):
 )
 def test_a_retry_after_never_switches_the_pause_off(value, seconds):
     assert retry_after({"retry-after": value}) == seconds
+    assert retry_after({"retry-after": value, "retry-after-ms": "soon"}) == seconds
+    assert retry_after({"retry-after": value, "retry-after-ms": "250"}) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -195,17 +197,18 @@ def test_one_doubtful_refusal_costs_itself_and_several_in_a_row_end_the_run(imag
     assert sum("text" in reply for reply in found.values()) == server.billed == 3
 
 
-@pytest.mark.parametrize("wait", ["0.1", "0.5"])
+@pytest.mark.parametrize("wait", ["0.1", "0.5", None, "0"])
 def test_half_of_the_requests_refused_for_a_moment_are_not_slowed_down_for_seconds(images, serve, wait):
     def rule(body, number):
         if number % 2:
-            return 429, {"error": {"message": "slow down"}}, {"Retry-After": wait}
+            return 429, {"error": {"message": "slow down"}}, {"Retry-After": wait} if wait else {}
         return annotate_or_answer(body)
 
+    collect(serve(annotate_or_answer), asked(images, 1))  # imports the client
     started = time.monotonic()
     found, failure, _ = collect(serve(rule, pause=0.02), asked(images, 24))
     assert failure is None and len(found) == 24 and all("text" in reply for reply in found.values())
-    assert time.monotonic() - started < (4 if wait == "0.1" else 12)
+    assert time.monotonic() - started < (8 if wait == "0.1" else 20)  # 1 and 4 on a machine that does nothing else
 
 
 def test_a_retry_after_that_does_not_help_is_waited_for_longer_and_longer():

@@ -56,6 +56,14 @@ def test_pa_of_a_thinking_model_says_what_to_do(images, serve, tmp_path):
     assert "6 cut off at the token limit before it answered" in done.stdout and "raise --max-new-tokens" in done.stdout
 
 
+@pytest.mark.parametrize("text", ["red", "red<|im_end|>", " red\n", "Question: a?\nAnswer: b", "<answer>red</answer>"])
+def test_a_reply_without_thoughts_is_not_taken_for_one(images, serve, capsys, text):
+    found, _, facts = collect(
+        serve(lambda *_: reply(text, reasoning_content="\n", reasoning=None, thinking=[])), asked(images, 1)
+    )
+    assert "text" in found["q0"] and "thinking_replies" not in facts and "thinks" not in capsys.readouterr().err
+
+
 def test_a_thought_without_an_answer_is_a_reply(images, serve):
     server = serve(lambda *_: reply(None, "stop", reasoning_content="It is red"))
     found, failure, _ = collect(server, asked(images, 3))

@@ -263,6 +263,8 @@ class OpenAIEngine:
             failure = classify_error(error.status_code, response.headers, response.text, sent, redact)
             if isinstance(failure, Unsupported):
                 self.parameters.drop(failure, sent, left_out)
+            if isinstance(failure, Refused) and failure.billed:  # the limit was used up
+                self._note(THINKS.format(self.model))
             if isinstance(failure, InputError):
                 failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
             raise failure from None

@@ -1,8 +1,8 @@
-"""When the `openai` engine may send its next request: concurrency that adapts, and one pause for all requests.
+"""When the `openai` engine may send its next request: concurrency that adapts, and pauses.
 
 Concurrency grows by one per round of replies, and is halved when the server says that there are too many requests
-(additive increase, multiplicative decrease, as TCP does). Where the server says how long to wait, it paces the requests itself:
-then that time is waited, and some concurrency is kept as long as replies come.
+(additive increase, multiplicative decrease, as TCP does). As long as replies come in between, some concurrency is kept, and a short
+pause is made by the refused request alone.
 """
 
 import asyncio
@@ -16,9 +16,11 @@ from mpa.records import InputError
 
 MAX_RETRIES = 8  # of a request, before it is given up; a rate limit is not a failed attempt
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more
-LEAST_CONCURRENCY = 4  # where a server says how long to wait, and replies come in between
-TRUSTED_PAUSES = 10  # in a row without a reply, as short as the server asks for
-SHORT_PAUSE = 1.0  # seconds: asked for of one request; a longer one is made by all
+LEAST_CONCURRENCY = 4  # as long as replies come in between
+PAUSES_ALONE = (
+    10  # in a row, without a reply in between, that the refused request makes alone; then all do, longer and longer
+)
+SHORT_PAUSE = 1.0  # seconds; a longer one is made by all requests
 RATE_LIMIT_PATIENCE = 1800.0  # seconds without any reply, while the server says that there are too many requests
 
 
@@ -82,13 +84,12 @@ class Pacer:
             raise InputError(f"{self.server}: too many requests for {minutes:.0f} minutes: {failure}. Run again later.")
         first = sent_at > self.slowed_at  # of requests sent together, only the first rate limit counts
         self.rate_limits += first
-        trusted = asked_for and self.rate_limits <= TRUSTED_PAUSES
+        more = self.rate_limits - PAUSES_ALONE
         if first:
-            least = LEAST_CONCURRENCY if trusted else 1
+            least = LEAST_CONCURRENCY if more <= 0 else 1
             self.slowed_at, self.limit = now, min(self.limit, max(least, self.limit / 2))
-        if trusted and asked_for <= SHORT_PAUSE:
-            return asked_for * random.uniform(1.0, 1.25)
-        more = self.rate_limits - (TRUSTED_PAUSES if asked_for else 0)
-        pause = asked_for if trusted else backoff(min(more, 10), asked_for)
+        if more <= 0 and (asked_for or 0.0) <= SHORT_PAUSE:
+            return asked_for * random.uniform(1.0, 1.25) if asked_for else backoff(0, None)
+        pause = asked_for if more <= 0 else backoff(min(more, 10), asked_for)
         self.resume_at = max(self.resume_at, now + pause)
         return 0.0

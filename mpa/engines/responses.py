@@ -11,7 +11,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
 from mpa.finish_reasons import canonical
-from mpa.replies import strip_reasoning
+from mpa.replies import has_reasoning
 
 MAX_RETRY_AFTER = 3600.0  # seconds
 # Where servers put what a model has thought.
@@ -49,15 +49,22 @@ class Unsupported(Exception):
 
 def retry_after(headers) -> float | None:
     """Seconds that the server asks to wait, above 0 and at most an hour; None where it names no such time."""
-    value = headers.get("retry-after")
     try:
-        seconds = float(value)
+        seconds = float(headers["retry-after-ms"]) / 1000
+    except (KeyError, ValueError):
+        seconds = _seconds(headers.get("retry-after"))
+    return min(seconds, MAX_RETRY_AFTER) if math.isfinite(seconds) and seconds > 0 else None
+
+
+def _seconds(value: str | None) -> float:
+    """A number of seconds, or those until a date; 0 for neither."""
+    try:
+        return float(value)
     except (TypeError, ValueError):
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            return parsedate_to_datetime(value).timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
-            return None
-    return min(seconds, MAX_RETRY_AFTER) if math.isfinite(seconds) and seconds > 0 else None
+            return 0.0
 
 
 def decoded(body: str, redact: Callable):
@@ -132,7 +139,7 @@ def _thinks(message: dict, usage, text: str) -> bool:
         )
         or any(p.get("type") in THOUGHTS for p in parts)
         or any(_is_number(n) and n > 0 for n in counts)
-        or strip_reasoning(text) != text
+        or has_reasoning(text)
     )
 
 
