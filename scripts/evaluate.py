@@ -25,6 +25,7 @@ from mpa.datasets.loading import labelled, load_samples
 from mpa.datasets.protocol import Sample
 from mpa.engines import ENGINES
 from mpa.evaluations import Evaluation as Evaluated
+from mpa.evaluations import read_meta
 from mpa.guard import SCORED_AS, answers_file
 from mpa.metrics import most_common
 from mpa.stage import Model, short_replies
@@ -168,7 +169,7 @@ def compare(args) -> dict:
     """Print the gain of the second file over the first, on the questions in both."""
     sides = []
     for path in args.compare:
-        meta = records.read_json(records.meta_path(path)) if records.meta_path(path).exists() else None
+        meta = read_meta(records.meta_path(path)) if records.meta_path(path).exists() else None
         sides.append(Evaluated.of(path, read_predictions(args, path), args.dataset, args.preset, meta))
     found = comparable.compare(*sides, one_model=False)
     rows = found.by_metric(scoring.metric_names(args.dataset, args.preset))

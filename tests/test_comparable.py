@@ -21,7 +21,8 @@ from mpa.diagnosis import diagnose
 from mpa.evaluations import Evaluation
 from mpa.models import identity
 from mpa.records import InputError
-from mpa.report.content import CellContent
+from mpa.report.content import CellContent, compared
+from mpa.report.page import compare_section
 from mpa.run_case import Case
 from mpa.runs import Cell
 
@@ -262,3 +263,18 @@ def test_copies_of_an_image_count_once(tmp_path):
 def test_a_missing_result_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         evaluate.main(["--compare", *map(str, (tmp_path / "Eval_a_textVQA.json", tmp_path / "Eval_b_textVQA.json"))])
+
+
+def test_the_report_names_what_it_does_not_compare(tmp_path):
+    cells = []
+    for name, ids in (("a", range(40)), ("b", range(20, 60))):
+        fake.run(tmp_path / name, "textVQA", "hub/big", "hub/small", HALF[:40], [1] * 40)
+        fake.trained(tmp_path / name, "textVQA", "hub/big", "hub/small", [1] * 40, 10, ids=list(ids))
+        answered_runs.write(tmp_path / name, [answered_runs.sample(0)])
+        cells.append(CellContent(tmp_path / name, Cell("textVQA", "big", "small")))
+    (pair,) = compared(cells)
+    assert pair["change"]["n"] == 20 and "of 20 questions that both evaluations asked" in pair["notes"][0]
+    assert "of 20 questions that both" in compare_section(cells)["table"]["notes"][0]
+    set_meta(tmp_path / "b/Eval_PL_big_small_textVQA_textVQA.json", max_pixels=1)
+    assert compared([cells[0], CellContent(tmp_path / "b", Cell("textVQA", "big", "small"))]) == []
+    assert any("max_pixels was None, is now 1" in line for line in cells[0].differing)

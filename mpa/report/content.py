@@ -346,4 +346,5 @@ def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict
     """Raises NotComparable."""
     pairs = comparable.compare(first[1], second[1])
     flips = [c for c in changes(first[1], second[1]) if c.kind in ("fixed", "broken")]
-    return {"first": first[0], "second": second[0], "change": pairs.summary(), "flips": flips}
+    notes = [f"{first[0]} and {second[0]}: {note}" for note in pairs.notes]
+    return {"first": first[0], "second": second[0], "change": pairs.summary(), "flips": flips, "notes": notes}

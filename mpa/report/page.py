@@ -183,7 +183,8 @@ def compare_section(contents: list[CellContent]) -> dict | None:
         "only second right",
         "only first right",
     ]
-    return {"table": {"title": "Paired differences", "names": names, "lines": lines, "notes": []}, "flips": flips}
+    notes = [plain(note) for pair in pairs for note in pair["notes"]]
+    return {"table": {"title": "Paired differences", "names": names, "lines": lines, "notes": notes}, "flips": flips}
 
 
 def inspection(content: CellContent) -> list[int]:
