@@ -92,7 +92,7 @@ def read_json(path: str | Path, finite: bool = True):
     """The JSON document in `path`, or a list of the records if the file is JSON Lines. A byte order mark is skipped.
 
     A truncated last line of JSON Lines is dropped with a warning. Raises InputError if the file cannot be read, and for
-    NaN and infinity unless `finite` is False (transformers writes them to configurations and to its trainer's state).
+        NaN and infinity unless `finite` is False (for files that transformers writes).
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

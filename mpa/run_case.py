@@ -62,7 +62,7 @@ class Case:
     def history(self) -> list[dict]:
         """What the trainer logged, by step; [] if it has not trained or the file is of another kind."""
         path = self.folder / self.model / "trainer_state.json"
-        content = records.read_json(path, finite=False) if path.exists() else {}
+        content = records.read_json(path, finite=False) if path.exists() else {}  # transformers writes it
         history = content.get("log_history") if isinstance(content, dict) else None
         history = history if isinstance(history, list) else []
         return [e for e in history if isinstance(e, dict) and isinstance(e.get("step"), int | float)]

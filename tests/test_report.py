@@ -278,7 +278,7 @@ def test_evaluations_that_differ_in_one_question_cost_only_their_comparison(tmp_
     assert done.returncode == 0 and "problem: not compared: textVQA: " in done.stdout and "question 7 is" in done.stdout
     assert python("diagnose.py", tmp_path / "run", "--short").returncode == 0
     done = python("tables.py", "--dataset", "textVQA", "--lvlm", "big", "--svlm", "small", tmp_path / "run")
-    assert done.returncode == 0 and "No gain: before and after cannot be compared: question 7" in done.stdout
+    assert done.returncode == 0 and "No gain: " in done.stdout and "question 7 is" in done.stdout
     done = python("show.py", tmp_path / "run", "--broken", "--no-images")
     assert done.returncode == 1 and done.stderr.startswith("error: question 7") and done.stderr.count("\n") == 1
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,16 +152,22 @@ def encode(sample: dict, processor) -> dict:
         rendered += prompt + answer
     if len(processed) > 1:  # images in several turns: the model expects them processed together
         processed = [processor(text=[rendered], images=[images], return_tensors="pt")]
-        token, together = image_token_id(processor), processed[0]["input_ids"][0].tolist()
-        if ids.count(token) != together.count(token):
+        token = image_token_id(processor)
+        together, apart = (_runs(tokens, token) for tokens in (processed[0]["input_ids"][0].tolist(), ids))
+        if together != apart:
             raise DataError(
-                f"id {sample['id']}: its images, in several turns, have {together.count(token)} tokens together and "
-                f"{ids.count(token)} one by one. Put all images into the first question, or make a record of each turn."
+                f"id {sample['id']}: its images, in several turns, have {sum(together)} tokens together and {sum(apart)} one by "
+                "one. Put all images into the first question, or make a record of each turn."
             )
     encoded = {
         name: value for inputs in processed for name, value in inputs.items() if name not in PROCESSOR_TEXT_FIELDS
     }
     return encoded | {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def _runs(ids: list[int], token: int) -> list[int]:
+    """The lengths of the unbroken runs of a token."""
+    return [len(list(run)) for is_token, run in groupby(ids, token.__eq__) if is_token]
 
 
 def whole(sample: dict, processor) -> dict:

@@ -227,7 +227,7 @@ def chat_text(processor, messages: list[dict], add_generation_prompt: bool = Tru
 
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # one that takes text alone
         raise ValueError(f"the model's chat template refuses the conversation ({error}); change its turns") from None
     written = "".join(text.split())
     for number, message in enumerate(messages, 1):
