@@ -73,12 +73,13 @@ class AllAnswers(Answers):
     def _there(self) -> bool:
         return not self.model.args.restart and self.out.exists() and records.meta_path(self.out).exists()
 
-    def check(self, content: bool = True) -> bool:
-        return not self.earlier and super().check(content)
+    def check(self, content: bool = True, ready=None) -> bool:
+        return not self.earlier and super().check(content, ready)
 
     @contextlib.contextmanager
     def running(self) -> Iterator:
         with super().running() as engine:
+            self.journal.take_over([q.request for q in self.questions])
             self.journal.append(self.earlier)  # so that they outlive the result that this one replaces
             if self.earlier:
                 n = len(self.questions)

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mpa import records
+from mpa.earlier_replies import Asked
 from mpa.engines import Request, ask
 from mpa.finish_reasons import canonical
 from mpa.image_files import fingerprints
@@ -50,7 +51,8 @@ class Answers(Stage):
     def __init__(self, model: Model, out, label: str, kind: str, questions: list[Question], **choices):
         self.kind, self.questions, self.preset = kind, questions, model.args.preset
         self.prints = fingerprints(q.request.image_path for q in questions)
-        super().__init__(model, out, label, self.content(questions), **choices)
+        asked = Asked(self.prints, [q.request for q in questions])
+        super().__init__(model, out, label, self.content(questions), asked, **choices)
 
     def content(self, questions: list[Question]) -> list[tuple]:
         """What decides the records of these questions, besides the settings."""
@@ -80,7 +82,7 @@ class Answers(Stage):
         """The records: read from a finished result, else produced. `ready`: replies by key that need no request."""
         ready = ready or {}
         # Where nothing is asked, the result takes a moment: another process that makes it is waited for.
-        with self.to_do(wait=all(q.request.key in ready for q in self.questions)) as to_do:
+        with self.to_do(all(q.request.key in ready for q in self.questions), ready) as to_do:
             return self.made(ready) if to_do else records.read_records(self.out, self.kind)
 
     def made(self, ready: dict[str, dict]) -> list[dict]:

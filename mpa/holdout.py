@@ -55,7 +55,7 @@ def is_held_out(hash_of_image: str, threshold: str) -> bool:
 
 
 def write(file: Path, test: list[dict], share: float, threshold: str) -> None:
-    """Write the held-out set. Existing records stay unchanged; questions about new images are appended.
+    """Write the held-out set. Existing records stay, with the paths of images that have moved; new images' are appended.
 
     Raises InputError if another process has meanwhile decided otherwise what is held out.
     """
@@ -63,15 +63,20 @@ def write(file: Path, test: list[dict], share: float, threshold: str) -> None:
         existing = records.read_json(file) if file.exists() else []
         known = {str(r["question_id"]) for r in existing}
         added = [r for r in test if str(r["question_id"]) not in known]
-        if existing and not added:
+        paths = {(str(r["question_id"]), r["image_hash"]): r["image_path"] for r in test}
+        kept = [
+            r | {"image_path": paths.get((str(r["question_id"]), r.get("image_hash")), r["image_path"])}
+            for r in existing
+        ]
+        if existing and kept == existing and not added:
             return
         if decide(file, {}, share) not in ("", threshold):
             raise InputError(f"{file}: another process has just made it of other images. Run the same command again.")
-        if existing:
+        if existing and added:
             total = len(existing) + len(added)
             print(f"PI: {len(added)} questions about new images were added to the held-out set; it now has {total}.")
         records.write_json(records.meta_path(file), {"settings": {"share": share, "threshold": threshold}})
-        records.write_json(file, existing + added)
+        records.write_json(file, kept + added)
 
 
 def threshold_of(train_json: Path) -> str:

@@ -10,11 +10,13 @@ import glob
 import json
 import os
 import sys
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 from mpa import distributed
+from mpa.earlier_replies import Asked, EarlierReplies, journal_header, same_but_content
 from mpa.records import InputError, dumps, loads, meta_path, read_json
 
 
@@ -23,14 +25,17 @@ def differences(old: dict, new: dict) -> str:
     if not isinstance(old, dict):
         return "they cannot be read"
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if keys == ["content"]:
+        return f"content was {old.get('content')!r}, is now {new.get('content')!r}: the images or their paths, the questions or the prompt"
     return "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in keys)
 
 
-def finished(result: Path, settings: dict, restart: bool) -> bool:
+def finished(result: Path, settings: dict, restart: bool, taken_over=lambda: False) -> bool:
     """Does a complete `result` with these settings exist? Raises InputError if it has other settings.
 
     Of `settings` without the "content", which may not be known yet, only the others are compared.
     A result is incomplete if it is empty or some of its replies failed with a temporary error. Its journal is kept.
+    One about other images or questions is made anew where `taken_over()`: where replies of it can be.
     """
     if restart or not result.exists():
         return False
@@ -38,6 +43,8 @@ def finished(result: Path, settings: dict, restart: bool) -> bool:
     if not isinstance(meta, dict):
         raise InputError(f"{meta_path(result)}: not the meta file of a result. Start again with --restart.")
     old = _comparable(meta.get("settings", {}), settings)
+    if same_but_content(old, settings) and old != settings and taken_over():
+        return False
     if old != settings:
         raise InputError(
             f"{result}: was made with other settings: {differences(old, settings)}. "
@@ -50,7 +57,7 @@ def _comparable(old, new: dict):
     return old if "content" in new or not isinstance(old, dict) else {k: v for k, v in old.items() if k != "content"}
 
 
-def refuse_other_settings(result: Path, settings: dict, restart: bool) -> None:
+def refuse_other_settings(result: Path, settings: dict, restart: bool, asked: Asked | None = None) -> None:
     """Raise InputError if an unfinished run of `result` has other settings, as `Journal` does; nothing is opened for writing."""
     for path in () if restart else sorted(result.parent.glob(f"{glob.escape(result.stem)}.journal*.jsonl")):
         with open(path, "rb") as file:
@@ -59,7 +66,9 @@ def refuse_other_settings(result: Path, settings: dict, restart: bool) -> None:
             old = json.loads(line)["settings"] if line.endswith(b"\n") else settings
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: `Journal` names the line
-        _refuse_other(path, _comparable(old, settings), settings)
+        old = _comparable(old, settings)
+        if old == settings or not (asked and EarlierReplies(result, settings).replace(asked, [path])):
+            _refuse_other(path, old, settings)
 
 
 def _refuse_other(path: Path, old, settings: dict) -> None:
@@ -85,19 +94,24 @@ class Journal:
 
     Replies stay on disk; memory holds their positions, some 140 bytes a reply. In a distributed run (`mpa.distributed`) each process
     writes its own file and reads all files. Temporary errors are kept during this call only: the next call asks again.
-    `late`: nothing is written, and with `restart` nothing removed, before the first reply; the model may not load.
-    Raises InputError if a journal has other settings, is damaged, or is being written by another process.
+    `asked`: replies of earlier calls are taken over (`mpa.earlier_replies`). `late`: nothing is written, and with `restart`
+    nothing removed, before the first reply; the model may not load. Raises InputError if a journal has other settings, is
+    damaged, or is being written by another process.
     """
 
-    def __init__(self, result: Path, settings: dict, restart: bool = False, late: bool = False):
-        self.result, self.settings = Path(result), settings
+    def __init__(
+        self, result: Path, settings: dict, restart: bool = False, asked: Asked | None = None, late: bool = False
+    ):
+        self.result, self.settings, self.asked = Path(result), settings, asked
         self.path = self.result.with_suffix(
             f".journal-{distributed.RANK}.jsonl" if distributed.RANK else ".journal.jsonl"
         )
         self._positions: dict[str, tuple[int, int]] = {}  # of each reply: number of its file, first byte
         self._files: list[BinaryIO] = []  # open for reading
-        if restart and not distributed.FIRST:
-            distributed.wait()  # until rank 0 has removed the old files
+        self._identities: dict[str, str | None] = {}  # of the requests, by key
+        self.taken_over = 0
+        if (restart or asked) and not distributed.FIRST:
+            distributed.wait()  # until rank 0 has removed the old files, or kept their replies
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
@@ -111,12 +125,17 @@ class Journal:
                 "process writes to this run.",
                 file=sys.stderr,
             )
+        self.earlier = EarlierReplies(self.result, settings, restart) if asked else None
         self._waits = "restart" if restart and late and distributed.WORLD == 1 else ""  # for the first reply
         if self._waits:
             self._files.append(open(self.path, "rb"))  # noqa: SIM115
             return
         if restart:
             self._restart()
+        elif asked and distributed.FIRST:
+            self._keep_earlier()
+        if (restart or asked) and distributed.FIRST:
+            distributed.wait()
         complete = self._read(self.path, earlier=True)
         if complete < os.fstat(self._file.fileno()).st_size:
             self._file.truncate(complete)  # remove a partial last line; its reply will be generated again
@@ -127,19 +146,32 @@ class Journal:
 
     def _restart(self) -> None:
         """Remove the old result now, so that it cannot reappear after a kill."""
-        for old in (self.result, meta_path(self.result), *self._others()) if distributed.FIRST else ():
+        kept = self.result.with_suffix(".replies.jsonl")
+        for old in (self.result, meta_path(self.result), kept, *self._others()) if distributed.FIRST else ():
             old.unlink(missing_ok=True)
         self._file.truncate(0)
-        if distributed.FIRST:
-            distributed.wait()
 
     def _begin(self) -> None:
         """Do what waited for the first reply."""
         if self._waits == "restart":
             self._restart()
         if self._waits:
-            self._write([{"settings": self.settings}])
+            self._write([{"settings": self.settings} | ({"images": self.asked.hashes} if self.asked else {})])
         self._waits = ""
+
+    def _keep_earlier(self) -> None:
+        """Keep the replies of an unfinished run about other images or questions, if one of them can be taken over."""
+        files = [self.path, *self._others()]
+        old = [file for file in files if journal_header(file).get("settings") not in (None, self.settings)]
+        if old and self.earlier.replace(self.asked, old):
+            self.earlier.keep(old)
+            for file in old:
+                self._file.truncate(0) if file == self.path else file.unlink()
+
+    def keep(self) -> None:
+        """Keep the replies for later calls about other images, before the result is written and the journal removed."""
+        if self.asked:
+            self.earlier.keep([self.path, *self._others()])
 
     def _others(self) -> list[Path]:
         """The files of the other processes, including those of an earlier call with more processes."""
@@ -202,8 +234,23 @@ class Journal:
         new = {}
         for reply in replies:
             if reply["key"] not in self:
-                new.setdefault(reply["key"], reply)
+                asked = self._identities.get(reply["key"])
+                new.setdefault(reply["key"], reply | ({"asked": asked} if asked else {}))
         self._positions |= {key: (0, start) for key, start in zip(new, self._write(list(new.values())), strict=True)}
+
+    def take_over(self, requests: Sequence) -> None:
+        """Take the replies to these requests from earlier calls, where they are there. To be called before they are asked."""
+        if not self.asked:
+            return
+        self._identities |= {request.key: self.asked.identity(request) for request in requests}
+        for request in requests:
+            known = request.key in self
+            reply = None if known else self.earlier.get(self._identities[request.key], request.key)
+            if reply:
+                follow_up = reply.get("follow_up")
+                about = {"key": request.key} | ({"follow_up": follow_up | {"key": request.key}} if follow_up else {})
+                self.append([reply | about])
+                self.taken_over += 1
 
     def __contains__(self, key: str) -> bool:
         return key in self._positions
@@ -217,7 +264,9 @@ class Journal:
     def _entry(self, key: str) -> dict:
         file, start = self._positions[key]
         self._files[file].seek(start)
-        return json.loads(self._files[file].readline())
+        entry = json.loads(self._files[file].readline())
+        entry.pop("asked", None)
+        return entry
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -5,12 +5,13 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from mpa import cli, distributed, families, records
 from mpa.conversion import native
+from mpa.earlier_replies import Asked, EarlierReplies
 from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.engines.endpoint import Endpoint
 from mpa.finish_reasons import why_cut
@@ -147,58 +148,67 @@ class Stage:
         stage.write(result, passing=…, usable=…)
 
     `content` is what the records hold besides the replies, as JSON; `choices` are further settings that decide the
-    outcome. Raises InputError if `out` or its journal was made with other settings.
+    outcome; `asked` lets replies of earlier calls be taken over. Raises InputError if `out` or its journal was made with other settings.
     """
 
     kind = "PA"  # a key of records.FIELDS
 
-    def __init__(self, model: Model, out: Path, label: str, content: list, **choices):
+    def __init__(self, model: Model, out: Path, label: str, content: list, asked: Asked | None = None, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
         self.settings = {name: getattr(model.args, name) for name in DECIDING} | model.deciding()
         self.settings |= {**choices, "content": records.digest(json.dumps(content))}
-        self.journal: Journal | None = None
+        self.asked, self.journal = asked, None
         self.facts = {}
 
-    def check(self, content: bool = True) -> bool:
+    def check(self, content: bool = True, ready: Mapping[str, dict] | None = None) -> bool:
         """Whether the result exists, made with these settings. Raises InputError if it, or its journal, has others, and if
         another command made it.
 
-        Without `content`, what the records hold besides the replies is not compared.
+        One about other images or questions is made anew where replies of it can be taken over, or some are `ready`. Without
+        `content`, what the records hold besides the replies is not compared.
         """
         refuse_others(self.out, self.kind, inputs_of(self.model.args))
         settings = {name: value for name, value in self.settings.items() if content or name != "content"}
-        there = finished(self.out, settings, self.model.args.restart)
+        restart, answered = self.model.args.restart, any("error" not in reply for reply in (ready or {}).values())
+
+        def taken_over() -> bool:
+            return answered or (self.asked is not None and EarlierReplies(self.out, self.settings).takes(self.asked))
+
+        there = finished(self.out, settings, restart, taken_over)
         if not there:
-            refuse_other_settings(self.out, settings, self.model.args.restart)
+            refuse_other_settings(self.out, settings, restart, self.asked)
         return there
 
-    def finished(self) -> bool:
+    def finished(self, ready: Mapping[str, dict] | None = None) -> bool:
         """As `check`; prints a line if the result exists."""
-        there = self.check()
+        there = self.check(ready=ready)
         if there:
             print(f"{self.label}: {self.out} already exists, made with these settings (--restart makes it anew).")
         return there
 
     @contextlib.contextmanager
-    def to_do(self, wait: bool = False) -> Iterator[bool]:
+    def to_do(self, wait: bool = False, ready: Mapping[str, dict] | None = None) -> Iterator[bool]:
         """Whether the result is still to be made; while this is open, no other process makes it.
 
-        Raises InputError where another does now; `wait`: waits for it instead.
+        Raises InputError where another does now; `wait`: waits for it instead. `ready`: see `check`.
         """
         distributed.stop_if_asked()
-        if self.finished():
+        if self.finished(ready):
             yield False
             return
         with records.locked(self.out, wait) if distributed.FIRST else contextlib.nullcontext():
             cli.open_log(self.model.args, writes=True)
             distributed.wait()  # where the first process is refused, the others are ended
-            yield not self.finished()  # another process may have made it meanwhile
+            yield not self.finished(ready)  # another process may have made it meanwhile
 
     @contextlib.contextmanager
     def running(self) -> Iterator:
         """The engine, with an open `journal`, which stores each reply as it arrives."""
         with self.model.engine() as engine:
-            self.journal = Journal(self.out, self.settings, self.model.args.restart, late=True)
+            self.journal = Journal(self.out, self.settings, self.model.args.restart, self.asked, late=True)
+            if self.asked and len(self.journal.earlier) and distributed.FIRST:
+                told = self.journal.earlier.told(self.asked.hashes)
+                print(f"{self.label}: {told}; replies to the same requests are taken over.")
             try:
                 yield engine
             except BaseException:
@@ -214,11 +224,15 @@ class Stage:
         unfinished = passing or (0 if usable else len(result))
         facts = {"model_path": self.model.path, **self.facts, **facts, "unfinished": unfinished}
         seconds = round(time.time() - self.started, 1)
+        if self.journal and distributed.FIRST and not unfinished:
+            self.journal.keep()
         records.write_result(self.out, result, self.settings, **facts, seconds=seconds)
         if account := account_line(self.facts):
             print(f"{self.label}: {account}")
         if cut := short_replies(result):
             print(f"{self.label}: {cut}.")
+        if self.journal and self.journal.taken_over:
+            print(f"{self.label}: {self.journal.taken_over} replies were taken over from earlier calls.")
         if passing:
             print(f"{self.label}: {passing} replies failed with a temporary error. The same command asks again.")
         if self.journal:

@@ -25,6 +25,7 @@ from mpa.argument_types import number
 from mpa.datasets import DATASETS
 from mpa.datasets.loading import load_samples
 from mpa.datasets.protocol import Sample
+from mpa.earlier_replies import Asked
 from mpa.engines import Request, ask, cut_off
 from mpa.finish_reasons import canonical
 from mpa.image_files import fingerprints
@@ -220,6 +221,7 @@ def main(argv=None) -> Path:
         out,
         "PA",
         [args.prompt, *((s.key, s.image_path, images[s.image_path], s.question, s.answers) for s in samples)],
+        Asked(images, [request(s, 0, args, []) for s in samples]),
         temperature=args.temperature,
         top_p=args.top_p,
         tries=tries,

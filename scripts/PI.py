@@ -229,9 +229,9 @@ def dry_run(args, questions: list[Question], ready: dict) -> None:
         Model(args, args.model_path_svlm).dry_run(scored, "PI S-VLM, annotated answers, at most")
 
 
-def check_settings(args, rule: ParityRule, lvlm: Answers) -> None:
+def check_settings(args, rule: ParityRule, lvlm: Answers, ready: dict[str, dict]) -> None:
     """Raise InputError for what is there with other settings, as far as they are known before the L-VLM has answered."""
-    lvlm.check()
+    lvlm.check(ready=ready)
     holdout.decide(held_out_file(args), {}, args.hold_out)
     for stage in asked_again.stages(args, lvlm.questions):
         stage.check()
@@ -245,7 +245,7 @@ def ask_lvlm(args, rule: ParityRule, pa_json: Path, annotations: list[dict]) -> 
     ready, why = answers_of_pa(args, pa_json, annotations)
     questions = questions_of(annotations, args)
     lvlm = of_lvlm(args, questions)
-    check_settings(args, rule, lvlm)
+    check_settings(args, rule, lvlm, ready)
     if args.dry_run:
         dry_run(args, questions, ready)
         raise SystemExit
@@ -408,7 +408,9 @@ def check_train_set(
     outputs.refuse_others(
         train_file(args), "train", [*outputs.inputs_of(args), answers_file(args, args.model_path_lvlm)]
     )
-    return finished(train_file(args), train_settings(args, rule, lvlm_answers, svlm_answers), args.restart)
+    settings = train_settings(args, rule, lvlm_answers, svlm_answers)
+    # It is derived from the answers: from others it is made anew.
+    return finished(train_file(args), settings, args.restart, lambda: not args.lvlm_json)
 
 
 def limits_of(args) -> dict:
@@ -428,6 +430,8 @@ def write_train_set(args, rule: ParityRule, train: list[dict], lvlm_answers: lis
         facts["held_out"] = os.path.relpath(held_out_file(args), out.parent)
     if not check_train_set(args, rule, lvlm_answers, svlm_answers):
         cli.open_log(args, writes=True)
+        if out.exists() and not args.restart:
+            print(f"PI: {out} was made from other answers; it is made anew.")
         records.write_result(out, train, settings, **facts)
     return out
 

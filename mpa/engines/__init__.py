@@ -169,7 +169,8 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
             follow_up = follow_up_request(request, reply, getattr(engine, "marks", frozenset()))
             if follow_up:
                 follow_ups.append(replace(follow_up, key=follow_up_key(request.key)))
-    if follow_ups:
+    journal.take_over(follow_ups)
+    if any(follow_up.key not in journal for follow_up in follow_ups):
         for replies in engine.generate(follow_ups, journal):
             journal.append(replies)
             distributed.stop_if_asked()
@@ -179,6 +180,7 @@ def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> No
     """Put the reply to every request into the journal. Of several processes, each asks for its part."""
     distributed.stop_if_asked()
     ours = requests[distributed.RANK :: distributed.WORLD]
+    journal.take_over(ours)
     _ask_follow_ups(engine, ours, journal)
     missing = sum(request.key not in journal for request in ours)
     if missing:
