@@ -232,7 +232,8 @@ class Stage:
         if cut := short_replies(result):
             print(f"{self.label}: {cut}.")
         if self.journal and self.journal.taken_over:
-            print(f"{self.label}: {self.journal.taken_over} replies were taken over from earlier calls.")
+            n = self.journal.taken_over
+            print(f"{self.label}: {n} {'reply was' if n == 1 else 'replies were'} taken over from earlier calls.")
         if passing:
             print(f"{self.label}: {passing} replies failed with a temporary error. The same command asks again.")
         if self.journal:
