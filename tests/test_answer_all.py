@@ -87,6 +87,7 @@ def test_what_was_begun_without_it_is_finished_first(run, written):
     out, first = run()
     answers = out.with_name(f"{SVLM}.json")
     whole, meta = read_json(answers), read_json(meta_path(answers))
+    answers.with_suffix(".replies.jsonl").unlink()  # written at the end of a stage
     lines = [{"settings": meta["settings"]}]
     lines += [{"key": r["question_id"], "text": r["predictions"], "logprob": r["logprob"]} for r in whole[1:]]
     answers.with_suffix(".journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -124,17 +124,18 @@ def test_pi_that_asks_nobody_takes_a_lock_too(serve, copied_images, tmp_path, ho
 
 def test_two_calls_that_hold_out_at_once_add_to_one_set(tmp_path):
     file = tmp_path / "PI_a_heldout_images.json"
-    calls = [
-        threading.Thread(target=write, args=(file, [{"question_id": f"{call}-{i}"} for i in range(40)], 0.2, "aa"))
-        for call in range(8)
-    ]
+
+    def questions(call, n=40):
+        return [{"question_id": f"{call}-{i}", "image_path": f"{i}.png", "image_hash": f"{i}"} for i in range(n)]
+
+    calls = [threading.Thread(target=write, args=(file, questions(call), 0.2, "aa")) for call in range(8)]
     for call in calls:
         call.start()
     for call in calls:
         call.join()
     assert len(read_json(file)) == 320
     with pytest.raises(InputError, match="another process has just made it of other images"):
-        write(file, [{"question_id": "new"}], 0.2, "bb")
+        write(file, questions("new", 1), 0.2, "bb")
 
 
 def test_two_exports_and_two_reports_into_one_folder_are_whole(tmp_path):
