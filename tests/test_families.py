@@ -6,6 +6,7 @@ import miniatures
 import pytest
 import torch
 from collator import Collator
+from conftest import close
 
 import data
 from mpa import families, models
@@ -104,7 +105,7 @@ def test_the_probability_of_a_given_answer_is_that_of_the_tokens_that_the_traine
         ]
     for request in asked[::3]:
         assert got[request.key]["text"] == request.answer
-        assert got[request.key]["logprob"] == pytest.approx(by_the_trainer(checkpoint, request, ends), abs=2e-3)
+        assert close(got[request.key]["logprob"], by_the_trainer(checkpoint, request, ends), 1e-3, least=1)  # nat
     expected = plain(checkpoint, [(r.image_path, r.prompt) for r in asked], 4)
     assert [
         reply["text"] for reply in sorted(after, key=lambda reply: int(reply["key"]))

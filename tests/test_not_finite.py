@@ -18,6 +18,8 @@ from training import arguments, build, write
 import data
 from mpa.engines import Request, finite, memory, not_finite
 from mpa.engines.hf import HFEngine
+from mpa.engines.prefetch import PendingRequest
+from mpa.engines.vllm import VLLMEngine
 from mpa.journal import Journal
 from mpa.records import InputError, read_json, train_record, write_json
 
@@ -65,6 +67,18 @@ def test_one_bad_logit_costs_only_its_own_row(images, value, temperature):
         hook.remove()
     assert ["error" in reply for reply in got] == [False, True, False, False]
     assert all(reply == good[reply["key"]] for reply in got if "error" not in reply)
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf"), None])
+def test_vllms_log_probability_that_is_no_number_is_an_error(logprob):
+    """With what vLLM gives, which these tests do not need installed."""
+    parts = {"preprocessor": SimpleNamespace(reasoning_tag=""), "decoder": lambda _: "!!!!", "tokens": 0}
+    model = SimpleNamespace(dtype="bfloat16", length=99)
+    engine = SimpleNamespace(**parts, model=model, prompt_tokens=0, cached_tokens=0)
+    generated = SimpleNamespace(text="!!!!", token_ids=[0] * 4, finish_reason="stop", cumulative_logprob=logprob)
+    output = SimpleNamespace(outputs=[generated], finished=True, prompt_token_ids=[1], num_cached_tokens=0)
+    reply = VLLMEngine._reply(engine, PendingRequest(Request("a", "a.png", "what?")), output)
+    assert reply["key"] == "a" and "in bfloat16: use --dtype float32" in reply["error"]
 
 
 def test_a_stage_whose_first_replies_are_all_not_finite_ends_at_once(images, overflowing, tmp_path):
