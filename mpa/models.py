@@ -7,20 +7,16 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from mpa import conversion, distributed, families
-from mpa.loading_errors import explain, incomplete
+from mpa import conversion, distributed, families, model_files
+from mpa.loading_errors import explain
 from mpa.memory_estimate import meta_model, stored_bits, unquantised
+from mpa.model_files import ADAPTER, ADAPTER_WEIGHTS, INDEX, WEIGHTS, BrokenModel
 from mpa.quantization import forbid_packing
 from mpa.quantization import options as quantization_options
 from mpa.records import InputError, read_json
 
 BITS = {"8bit": 8, "4bit": 4}  # values of --quantization
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
-# The files that determine a model's replies: weights, configuration, tokenizer, processor, chat template.
-MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".jinja", ".model", ".py"}
-NOT_THE_MODEL = {"train_meta.json", "train_log.json", "trainer_state.json"}
 
 
 def check_model_path(path: str) -> None:
@@ -44,13 +40,23 @@ def check_model_path(path: str) -> None:
             raise InputError(f"{path}: holds adapters for another model. {error}") from None
     elif not (folder / "config.json").exists():
         raise InputError(f"{path}: no config.json in it; is it a model's folder?")
-    if not any((folder / name).exists() for name in WEIGHTS):
-        raise InputError(f"{path}: no safetensors weights in it ({' or '.join(WEIGHTS)}).")
+    weights = (WEIGHTS, INDEX, ADAPTER_WEIGHTS)
+    if not any((folder / name).exists() for name in weights):
+        raise InputError(f"{path}: no safetensors weights in it ({' or '.join(weights)}).")
     if not any((folder / name).exists() for name in PROCESSOR_FILES):
         raise InputError(
             f"{path}: no processor in it ({' or '.join(PROCESSOR_FILES)}). "
             "Copy the base model's processor and tokenizer files into it."
         )
+    check_files(path, content=False)
+
+
+def check_files(path: str, content: bool = True) -> None:
+    """`model_files.check` of a model's folder. Raises InputError."""
+    try:
+        model_files.check(Path(path), content)
+    except BrokenModel as error:
+        raise InputError(str(error)) from None
 
 
 def adapted(path: str) -> str | None:
@@ -96,7 +102,7 @@ def identity(path: str) -> str:
         return path
     base = adapted(path)
     content = hashlib.sha256(identity(base).encode() if base else b"")
-    for file in sorted(f for f in folder.iterdir() if f.suffix in MODEL_SUFFIXES and f.name not in NOT_THE_MODEL):
+    for file in model_files.files_of(folder):
         size = file.stat().st_size
         content.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as data:
@@ -230,7 +236,6 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     spreads the model over all GPUs; its inputs then go to `model.device`.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -240,22 +245,13 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     if quantization:
         options = _quantised(base or path, quantization, dtype, device_map or {"": device}, trust_remote_code)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            base or path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `incomplete` reports them
-            **options,
+        model = model_files.load(
+            base or path, path if base else None, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
-        if wrong := incomplete(base or path, info):
-            raise InputError(wrong)
         if base:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path)
             model = model.get_base_model() if quantization else model.merge_and_unload()
+    except BrokenModel as error:
+        raise InputError(str(error)) from None
     except ImportError as error:  # a checkpoint that is quantised in another way
         raise InputError(
             f"{path}: --engine hf lacks a package that it needs: {_first_line(error)} --engine vllm reads AWQ, GPTQ and FP8."

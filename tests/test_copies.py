@@ -12,7 +12,7 @@ SHARED = [
     "light_imports.py",
     "loading_errors.py",
 ]
-SHARED += ["log_file.py", "memory_estimate.py", "quantization.py"]
+SHARED += ["log_file.py", "memory_estimate.py", "model_files.py", "quantization.py"]
 
 
 def test_a_name_in_both_folders_is_a_shared_file():

@@ -1,5 +1,6 @@
 """A model that cannot be loaded is one sentence that says what to do; most of them before torch is imported."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ import model_card
 import originals
 import pytest
 import torch
+import training
 from conftest import ROOT, STUDENT
 from safetensors.torch import load_file, save_file
 
-from mpa import conversion, models
+import data
+from mpa import conversion, model_files, models
 from mpa.records import InputError
 
 
@@ -135,6 +138,89 @@ def test_damaged_weights_are_named(student, kept):
     (student / "model.safetensors").write_bytes(content[:kept])
     with pytest.raises(InputError, match=r"its weights cannot be read.*download it again"):
         models.load_model(str(student), "cpu", torch.float32)
+    assert "model.safetensors: its weights cannot be read" in checked(str(student), student)
+
+
+def in_shards(folder, where=lambda name: len(name) % 2, listed=None) -> dict[str, str]:
+    """Split the weights of a folder into two files and an index, by `where`; the index says `listed`, if given."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    table = {name: names[where(name)] for name in tensors}
+    for part in names:
+        save_file({name: tensors[name] for name in tensors if table[name] == part}, folder / part, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed or table}))
+    return table
+
+
+def test_an_index_that_contradicts_the_files_is_named_before_torch_is_imported(student, tmp_path):
+    whole = shutil.copy(student / "model.safetensors", tmp_path / "whole")
+    table = in_shards(student)
+    models.check_model_path(str(student))
+    models.load_model(str(student), "cpu", torch.float32)
+    one, two = sorted(set(table.values()))
+    moved = next(name for name in table if table[name] == one)
+    in_both = load_file(student / two) | {moved: load_file(student / one)[moved] + 1}
+    save_file(in_both, student / two, {"format": "pt"})
+    said = checked(str(student), tmp_path)
+    assert f"1 tensors are in two files ({moved})" in said
+    with pytest.raises(InputError, match="1 tensors are in two files"):
+        models.load_model(str(student), "cpu", torch.float32)
+    left = load_file(student / one)
+    del left[moved]
+    save_file(left, student / one, {"format": "pt"})
+    assert f"1 tensors are not in the files that model.safetensors.index.json names ({moved})" in checked(
+        str(student), tmp_path
+    )
+    (student / two).unlink()
+    assert f"{two} is missing. Download it again" in checked(str(student), tmp_path)
+    shutil.copy(whole, student / "model.safetensors")
+    assert "has both model.safetensors and model.safetensors.index.json" in checked(str(student), tmp_path)
+    for content in ("{}", "[]", "{", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 3}}', '{"weight_map": []}'):
+        (student / "model.safetensors").unlink(missing_ok=True)
+        (student / "model.safetensors.index.json").write_text(content)
+        assert "index.json: expected a weight_map" in checked(str(student), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+def test_a_value_that_is_not_finite_is_found_in_every_dtype_and_the_largest_is_none(tmp_path, dtype, value):
+    dtype = getattr(torch, dtype)
+    most = torch.finfo(dtype).max
+    good = {"a": torch.tensor([most, -most, 0.0, -0.0, torch.finfo(dtype).tiny], dtype=dtype)}
+    good |= {"empty": torch.zeros(0, dtype=dtype), "long": torch.randn(600_001).to(dtype), "ids": torch.tensor([2**62])}
+    bad = good["long"].clone()
+    bad[600_000 - 1] = float(value.removeprefix("-"))
+    bad = -bad if value.startswith("-") else bad
+    save_file(
+        good | {"bad": bad, "scalar": torch.tensor(float(value.removeprefix("-")), dtype=dtype)},
+        tmp_path / "model.safetensors",
+    )
+    assert sorted(model_files.not_finite(model_files.tensors(tmp_path))) == ["bad", "scalar"]
+    save_file(good, tmp_path / "model.safetensors")
+    assert model_files.not_finite(model_files.tensors(tmp_path)) == []
+
+
+def test_a_configuration_with_fewer_layers_than_are_stored_is_named(student):
+    originals.changed(student, text_config__num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"\d+ of its tensors have no place in the model .*layers\.1\."):
+        models.load_model(str(student), "cpu", torch.float32)
+
+
+def test_every_way_to_load_refuses_weights_that_are_not_finite(student, tmp_path):
+    tensors = load_file(student / "model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp" in name)
+    tensors[name].view(-1)[77] = torch.nan
+    save_file(tensors, student / "model.safetensors", {"format": "pt"})
+    said = rf"{student}: 1 of \d+ tensors hold values that are not finite \({name}\)"
+    for quantization in (None, "4bit"):
+        with pytest.raises(InputError, match=said):
+            models.load_model(str(student), "cpu", torch.float32, quantization=quantization)
+    with pytest.raises(InputError, match=said):
+        models.check_files(str(student))  # of the engine vllm
+    training.write(tmp_path, 4)
+    with pytest.raises(data.DataError, match=said):
+        training.build(tmp_path, model=student)
 
 
 def test_pickles_and_unknown_architectures(student):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import checkpoints
 import param_groups
@@ -19,6 +20,8 @@ from training import ONE, TWO, arguments, build, launch, losses, weights, write,
 from transformers import AutoProcessor
 
 import data
+from mpa import models
+from mpa.records import InputError
 
 QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
 KEPT = [*ONE, "--save_total_limit", "3"]
@@ -90,6 +93,14 @@ def stopped(ten_steps):
 def damage(folder, how: str) -> None:
     if how == "truncated weights":
         os.truncate(folder / "model.safetensors", 1000)
+    elif how.startswith("zeros in "):
+        file = folder / how.removeprefix("zeros in ")
+        size = file.stat().st_size
+        with file.open("r+b") as content:
+            content.seek(size // 3)
+            content.write(bytes(min(40_000, size // 2)))
+    elif how == "other weights":
+        shutil.copy(STUDENT / "model.safetensors", folder / "model.safetensors.index.json")
     elif how == "a changed pickle":
         content = bytearray((folder / "optimizer.pt").read_bytes())
         content[len(content) // 2] ^= 1
@@ -106,7 +117,9 @@ def damage(folder, how: str) -> None:
     "how",
     [
         *("no optimizer.pt", "no scheduler.pt", "no trainer_state.json", "no manifest.json", "no train_settings.json"),
-        *("truncated weights", "a changed pickle", "a new pickle", "a cut manifest"),
+        *("truncated weights", "a changed pickle", "a new pickle", "a cut manifest", "other weights"),
+        *(f"zeros in {name}" for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "config.json")),
+        *("zeros in manifest.json", "zeros in rng_state.pth"),
     ],
 )
 def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys):
@@ -119,6 +132,103 @@ def test_an_incomplete_checkpoint_is_passed_over_and_named(stopped, how, capsys)
     assert f"skipped {folder}/out/checkpoint-{steps[-1]}: " in said
     assert f"resumes from {folder}/out/checkpoint-{steps[-2]}" in said
     assert len(losses(folder / "out")) == 10
+
+
+def test_one_damaged_checkpoint_alone_is_refused_by_name(tmp_path):
+    write(tmp_path, 8)
+    flags = [*ONE[:2], "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "1", "--learning_rate", "1e-3"]
+    train.main(arguments(tmp_path, *flags))
+    (tmp_path / "out/train_meta.json").unlink()
+    (checkpoint,) = tmp_path.glob("out/checkpoint-*")
+    damage(checkpoint, "zeros in model.safetensors")
+    with pytest.raises(
+        data.DataError, match=rf"{checkpoint}: model.safetensors was changed since it was written.*start"
+    ):
+        train.main(arguments(tmp_path, *flags, "--resume_from_checkpoint", str(checkpoint)))
+    with pytest.raises(data.DataError, match=r"model.safetensors was changed.*No checkpoint is left to resume from"):
+        train.main(arguments(tmp_path, *flags))
+    trainer = build(tmp_path)
+    trainer.state.best_model_checkpoint = str(checkpoint)
+    with pytest.raises(data.DataError, match=rf"{checkpoint}: model.safetensors was changed.*had the best accuracy"):
+        trainer._load_best_model()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed_if_its_weights_are_whole(stopped, capsys):
+    """Its manifest holds no digests of the weights."""
+    last = max(stopped.glob("out/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    manifest = json.loads((last / "manifest.json").read_text())
+    for name, entry in manifest.items():
+        if not name.endswith((".pt", ".pth")):
+            del entry["sha256"]
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(last, last.with_name("kept"))
+    train.main(arguments(stopped, *KEPT))
+    assert f"resumes from {last}" in capsys.readouterr().out
+    for change, said in (("pop", "1 tensors of the model are missing"), ("nan", "not finite")):
+        shutil.rmtree(stopped / "out")
+        shutil.copytree(stopped / "kept", stopped / "out")
+        state = load_file(last / "model.safetensors")
+        name = next(name for name in state if "layers.1.mlp" in name)
+        state = {n: v for n, v in state.items() if n != name} | (
+            {name: state[name] * torch.nan} if change == "nan" else {}
+        )
+        save_file(state, last / "model.safetensors", {"format": "pt"})
+        manifest["model.safetensors"]["bytes"] = (last / "model.safetensors").stat().st_size
+        (last / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(data.DataError, match=f"{last}.*{said}"):
+            train.main(arguments(stopped, *KEPT))
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    write(tmp_path, 4)
+    synced, renamed, whole = set(), {}, os.rename
+
+    def fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.add(
+            str(path.with_name(path.name.removeprefix(".").removesuffix(".part")))
+            if ".part" in path.name
+            else str(path)
+        )
+
+    def rename(source, target):
+        renamed[Path(target).name] = {str(path) for path in [source, *Path(source).rglob("*")]} - synced
+        whole(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    train.main(arguments(tmp_path, *QUICK))
+    out = tmp_path / "out"
+    assert {name: missing for name, missing in renamed.items() if name.startswith("checkpoint-")} == {
+        "checkpoint-1": set()
+    }
+    assert {str(out), str(out / "model.safetensors"), str(out / "train_meta.json")} <= synced
+
+
+def test_a_damaged_final_model_is_refused_by_name_in_a_stage(tmp_path):
+    write(tmp_path, 4)
+    train.main(arguments(tmp_path, *QUICK))
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= set(manifest)
+    assert not {"train_meta.json", "README.md", "trainer_state.json"} & set(manifest)
+    models.load_model(str(out), "cpu", torch.float32)
+    identity = models.identity(str(out))
+    (out / "README.md").write_text("my own card")
+    assert models.identity(str(out)) == identity and models.load_model(str(out), "cpu", torch.float32)
+    out.rename(kept)
+    for how in ("zeros in model.safetensors", "zeros in config.json", "zeros in tokenizer.json", "no tokenizer.json"):
+        shutil.copytree(kept, out, dirs_exist_ok=True)
+        damage(out, how)
+        name = how.split()[-1]
+        with pytest.raises(InputError, match=rf"{out}: {name} (was changed since it was written|is missing)|cannot be"):
+            models.load_model(str(out), "cpu", torch.float32)
+    shutil.copytree(kept, out, dirs_exist_ok=True)
+    os.truncate(out / "tokenizer.json", 1000)
+    with pytest.raises(InputError, match=r"tokenizer\.json was truncated or changed: 1000 bytes"):
+        models.check_model_path(str(out))
+    kept = json.loads((kept / "manifest.json").read_text())
+    assert kept == manifest
 
 
 def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
@@ -249,10 +359,13 @@ def test_one_rank_of_two_that_fails_does_not_leave_the_other_waiting(tmp_path):
     write(tmp_path, 8)
     shutil.copytree(STUDENT, tmp_path / "bad")
     state = load_file(tmp_path / "bad/model.safetensors")
-    state = {name: value * float("nan") if "norm" in name else value for name, value in state.items()}
-    save_file(state, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    huge = {name: value.float() * (1e18 if "norm" in name else 1) for name, value in state.items()}
+    save_file(huge, tmp_path / "bad/model.safetensors", {"format": "pt"})
     done = launch(tmp_path, *TWO, *zero("zero2"), "--model_id", tmp_path / "bad", ranks=2)
-    assert done.returncode != 0 and "error: step 1" in done.stdout
+    assert done.returncode != 0 and "error: step 1" in done.stdout, done.stdout
+    save_file(state | {n: v * torch.nan for n, v in state.items() if "norm" in n}, tmp_path / "bad/model.safetensors")
+    done = launch(tmp_path, *TWO, *zero("zero2"), "--model_id", tmp_path / "bad", ranks=2)
+    assert done.returncode != 0 and "tensors hold values that are not finite" in done.stdout, done.stdout
 
 
 def test_a_manifest_names_every_file(tmp_path):

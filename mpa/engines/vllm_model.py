@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 from mpa import models
 from mpa.records import InputError
@@ -47,6 +48,8 @@ class VLLMModel:
             from vllm.platforms import current_platform
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported: {error}. {INSTALL}") from None
+        if Path(self.model_path).is_dir():  # vLLM itself refuses missing tensors only
+            models.check_files(self.model_path)
         on_cpu = current_platform.is_cpu()
         gpus = self.parallel[0] * self.parallel[1]
         self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")

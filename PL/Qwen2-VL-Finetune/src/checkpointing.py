@@ -8,9 +8,11 @@ import signal
 from pathlib import Path
 
 import checkpoints
+import model_files
 import process_group
 import torch
 import torch.distributed as dist
+from model_loading import explained
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -35,11 +37,19 @@ class CheckpointingTrainer(Trainer):
         self.step_ids, self.last_step_ids = [], []
         self.stop = StopOnSignal()
         super().__init__(callbacks=[self.stop], **kwargs)
+        self.base_digests = getattr(self.model, "base_digests", None)  # of adapters
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the training before its last step."""
         return self.stop.requested and self.state.global_step < self.state.max_steps
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Raises DataError if the checkpoint's adapters were trained on another base model."""
+        if resume_from_checkpoint and self.base_digests:
+            with explained(resume_from_checkpoint):
+                model_files.check_base(Path(resume_from_checkpoint), self.settings["model_id"], self.base_digests)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return str(self.staging or super()._get_output_dir(trial))
@@ -63,6 +73,7 @@ class CheckpointingTrainer(Trainer):
             checkpoints.write_manifest(staged)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(staged, out / name)
+            model_files.sync(out)
             shutil.rmtree(out / STAGING)
             rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         process_group.barrier()
@@ -91,18 +102,25 @@ class CheckpointingTrainer(Trainer):
         Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
         if self.args.should_save:
             clean_configs(Path(output_dir), self.save_dtype if final else None)
+            if self.base_digests:
+                model_files.write_json(Path(output_dir, model_files.BASE), self.base_digests)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Load through `from_pretrained`: transformers 5.23 compares the file's names with the model's and loads none."""
-        if hasattr(self.model, "peft_config"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True)
+        """Load the weights, all of them: transformers 5.23 compares the file's names with the model's and may load none."""
+        with explained(resume_from_checkpoint):
+            if hasattr(self.model, "peft_config"):
+                return model_files.load_adapters(self.model, resume_from_checkpoint, is_trainable=True)
+            kind, dtype = type(self.model), self.model.dtype
+            saved = model_files.load(resume_from_checkpoint, model_class=kind, dtype=dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if why := checkpoints.fault(Path(best)):
+            raise DataError(f"{best}: {why}. It had the best accuracy; --resume_from_checkpoint no starts again.")
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(best)
 
     def _base_model(self) -> torch.nn.Module:
         """The model without PEFT's wrapper."""

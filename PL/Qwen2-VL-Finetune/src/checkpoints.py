@@ -1,60 +1,37 @@
 """A training's files on disk: checkpoints with manifests, JSON files, and the lock on the output folder.
 
-A checkpoint's manifest is written last. It lists each file's size, and each pickle's sha256: loading a pickle can run
-code, so only pickles that this trainer wrote are loaded.
+A checkpoint's manifest (`model_files`) is written last. It lists each file's size and sha256: what was damaged since is not
+loaded, nor a pickle that this trainer did not write, which could run code.
 """
 
 import contextlib
 import fcntl
-import hashlib
-import json
-import os
 import re
 import sys
 from pathlib import Path
 
+import model_files
+from model_files import MANIFEST, PICKLES
 from record_formats import loads
 
 from data import DataError
 
-MANIFEST = "manifest.json"
-PICKLES = {".pt", ".pth", ".bin", ".pkl"}
 OPTIMIZER_FILES = ("optimizer.pt", "latest")  # torch's, DeepSpeed's
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint whose other files are complete."""
+    """Write the manifest of a checkpoint whose other files are complete; all of it is then on the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest = {}
-    for path in files:
-        manifest[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, **_hash(path)}
-    write_json(folder / MANIFEST, manifest)
-
-
-def _hash(path: Path) -> dict:
-    if path.suffix not in PICKLES:
-        return {}
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    model_files.write_manifest(folder, files)
 
 
 def fault(folder: Path) -> str:
     """Why training cannot resume from a checkpoint; "" if it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        listed = {name: dict(entry) for name, entry in manifest.items()}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}: it is incomplete, or another program wrote it"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return f"its {MANIFEST} cannot be read"
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} was truncated or changed: {path.stat().st_size} bytes, not {entry.get('bytes')}"
-        if _hash(path) != {key: value for key, value in entry.items() if key == "sha256"}:
-            return f"{name} was changed since it was written; it is a pickle, which could run code"
+    if why := model_files.changed(folder):
+        return why
+    listed = read_json(folder / MANIFEST)
     for path in (path for path in folder.rglob("*") if path.is_file() and path.suffix in PICKLES):
         if str(path.relative_to(folder)) not in listed:
             return f"{path.relative_to(folder)} was not written by this trainer; it is a pickle, which could run code"
@@ -76,17 +53,11 @@ def last_complete(out: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_json(path: Path, content) -> None:
-    """Write a JSON file atomically: to a temporary file in the same folder, which is then renamed.
-
-    Raises DataError, and writes nothing, for NaN and infinity.
-    """
+    """`model_files.write_json`. Raises DataError, and writes nothing, for NaN and infinity."""
     try:
-        text = json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
+        model_files.write_json(path, content)
     except ValueError:
         raise DataError(f"{path}: a figure is NaN or infinite, which is no JSON; it was not written.") from None
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict:

@@ -56,15 +56,3 @@ PICKLES = (
     "Weights as pickles (.bin, .pt) can run code and are not read: load them with torch.load(…, weights_only=True), on a "
     "machine that you can lose, and write them with safetensors.torch.save_file as model.safetensors."
 )
-
-
-def incomplete(path: str, info: dict) -> str | None:
-    """The sentence for a checkpoint that lacks tensors or has some of another shape, which transformers fills at random.
-
-    `info` is from_pretrained's loading info. None if every tensor was found.
-    """
-    wrong = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if not wrong:
-        return None
-    names = ", ".join(wrong[:3]) + (" …" if len(wrong) > 3 else "")
-    return f"{path}: {len(wrong)} tensors of the model are missing or have another shape ({names}). {AGAIN}"

@@ -10,24 +10,30 @@ import sys
 from pathlib import Path
 
 import disk_errors
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import model_files
+from model_files import ADAPTER
+from model_loading import explained
+from transformers import AutoProcessor
 
-ADAPTER = "adapter_config.json"
+from data import DataError
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> None:
     """Write the merged model in float32, and the processor, to `out`. Adapter and base model are not changed.
 
-    `base` replaces the base model that the adapter names.
+    `base` replaces the base model that the adapter names. Raises DataError, and writes nothing, if one of the two is damaged,
+    incomplete, or not what it was in the training.
     """
-    base = base or json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
-    model = AutoModelForImageTextToText.from_pretrained(
-        base, dtype="float32", use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(out)
-    AutoProcessor.from_pretrained(adapter, trust_remote_code=trust_remote_code).save_pretrained(out)
+    with explained(str(adapter)):
+        base = base or json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise DataError(f"{adapter / ADAPTER}: does not name its base model. Give it with --model-base.")
+        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+    with explained(base):
+        model = model_files.load(base, str(adapter), dtype="float32", trust_remote_code=trust_remote_code)
+    model.merge_and_unload().save_pretrained(out)
+    processor.save_pretrained(out)
+    model_files.write_manifest(out, model_files.files_of(out))
 
 
 def main() -> None:
@@ -45,6 +51,8 @@ def main() -> None:
     try:
         with disk_errors.named(args.save_model_path):
             merge(args.model_path, args.save_model_path, args.model_base, args.trust_remote_code)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         if not (what := disk_errors.cause(error)):
             raise

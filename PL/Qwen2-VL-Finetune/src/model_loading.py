@@ -1,5 +1,6 @@
 """Loading of the model and its processor."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,14 +8,15 @@ from pathlib import Path
 
 import families
 import memory_estimate
+import model_files
 import param_groups
 import quantization
 import torch
-from loading_errors import explain, incomplete
+from loading_errors import explain
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -87,24 +89,24 @@ def load_model(model_args: ModelArguments, args: TrainingArguments):
     flash = flash and kind in families.FAMILIES and not families.FAMILIES[kind].both_ways
     attention = {"attn_implementation": "flash_attention_2"} if flash else {}  # else PyTorch's, or Gemma 2's own
     quantised = _quantised(model_args, args) if model_args.bits != 16 else {}
-    model, info = _from_pretrained(
-        AutoModelForImageTextToText,
-        model_args,
-        dtype="float32",
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # `incomplete` reports them
-        **attention,
-        **quantised,
-    )
-    if wrong := incomplete(model_args.model_id, info):
-        raise DataError(wrong)
+    base = {} if model_args.lora_enable else None
+    with explained(model_args.model_id):
+        model = model_files.load(
+            model_args.model_id,
+            record=base,
+            dtype="float32",
+            trust_remote_code=model_args.trust_remote_code,
+            **attention,
+            **quantised,
+        )
     quantization.forbid_packing(model)
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 keeps every renaming that its loader knows, used or not, and would save wrong names.
         model._weight_conversions = []
     if model_args.lora_enable:
-        return param_groups.add_lora(model, model_args)
+        model = param_groups.add_lora(model, model_args)
+        model.base_digests = base  # saved with the adapters
+        return model
     param_groups.freeze(model, model_args)
     return model
 
@@ -136,7 +138,16 @@ def save_dtype(model_args: ModelArguments) -> torch.dtype:
 
 def _from_pretrained(auto_class, model_args: ModelArguments, **options):
     source, options["trust_remote_code"] = model_args.model_id, model_args.trust_remote_code
-    try:
+    with explained(source):
         return auto_class.from_pretrained(source, **options)
+
+
+@contextlib.contextmanager
+def explained(source: str):
+    """Raises DataError, in one sentence, for what loading the folder or hub id `source` raises."""
+    try:
+        yield
+    except model_files.BrokenModel as error:
+        raise DataError(str(error)) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(explain(source, error)) from None

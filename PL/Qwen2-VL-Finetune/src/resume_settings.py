@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoints
 import families
+import model_files
 from checkpointing import SETTINGS
 from model_loading import model_type
 from params import DataArguments, ModelArguments, TrainingArguments
@@ -81,12 +82,12 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over name, size and content of each file directly in a model's folder.
+    """sha256 over name, size and content of each file directly in a model's folder, without its manifest.
 
     Of a file above 1 MiB it reads the first and the last MiB, and 64 evenly spaced blocks of 4 KiB.
     """
     digest, mib = hashlib.sha256(), 2**20
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != model_files.MANIFEST):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         blocks = [(0, mib)]

@@ -37,6 +37,7 @@ import checkpoints
 import disk_errors
 import first_sample
 import memory_check
+import model_files
 import objective
 import param_groups
 import process_group
@@ -191,6 +192,7 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
         scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
         meta["accuracy"] = max(scores) if args.load_best else scores[-1]
     write_card(out, meta, model_args.model_id, model_args.lora_enable)
+    model_files.write_manifest(out, model_files.files_of(out))
     checkpoints.write_json(out / META, meta)
     size, dtype = report.weight_bytes(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
     print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
