@@ -19,14 +19,17 @@ def image_token_id(name: str) -> int:
 
 
 def changed(folder: Path, **fields) -> Path:
-    """`folder`, whose config.json has these fields; "llm_config.x" is a field within."""
+    """`folder`, whose config.json has these fields; "llm_config__x" is a field within, ... removes it."""
     config = json.loads((folder / "config.json").read_text())
     for name, value in fields.items():
         *path, last = name.split("__")
         place = config
         for step in path:
             place = place[step]
-        place[last] = value
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import close
 from originals import ORIGINALS
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mpa import conversion
-from mpa.conversion import writing
+from mpa.conversion import tinyllava, writing
 from mpa.records import InputError
 
 # Of the largest value, some 8: two orders of evaluation differ by up to 4e-5, a mistake by 1e-3 (tests/data/originals/README.md).
@@ -129,11 +130,129 @@ def refused(source, tmp_path, match, **options):
         ({"llm_config": None}, "config.json: a field has no usable value"),
         ({"downsample_ratio": {}}, "config.json: a field has no usable value"),
         ({"model_type": "llama"}, "model_type 'llama' is not one that is converted"),
+        ({"max_dynamic_patch": 0}, r"max_dynamic_patch is \[1, 0\]; expected numbers"),
+        ({"max_dynamic_patch": "12"}, "max_dynamic_patch is .*expected numbers"),
+        ({"min_dynamic_patch": 13}, r"is \[13, 12\]; expected numbers"),
+        (
+            {"llm_config__use_sliding_window": True},
+            "llm_config.use_sliding_window is True; sliding windows are not known",
+        ),
+        ({"llm_config__architectures": ["LlamaForCausalLM"]}, "architectures is .*model_type internlm2 is InternLM2"),
+        ({"llm_config__rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*known are linear, dynamic"),
+        ({"llm_config__rope_pos_id_version": "v2pe_fix"}, "rope_pos_id_version is 'v2pe_fix'"),
+        ({"vision_config__norm_type": "rms_norm"}, "norm_type is 'rms_norm'"),
+        # left out: the original class's defaults
+        ({"ps_version": ...}, "ps_version is 'v1'"),
+        ({"use_thumbnail": ...}, "use_thumbnail is False"),
+        ({"template": ...}, "template is None"),
+        ({"vision_config__qk_normalization": ...}, "qk_normalization is True"),
+        ({"vision_config__norm_type": ...}, "norm_type is 'rms_norm'"),
+        (
+            {"vision_config__qkv_bias": ...},
+            r"9 not in the model: vision_model.*qkv\.bias|not in the model: vision_model",
+        ),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(change, match, tmp_path):
     source = shutil.copytree(ORIGINALS / "internvl2_2b_like", tmp_path / "source")
     refused(originals.changed(source, **change), tmp_path, match)
+
+
+def test_a_field_that_is_left_out_has_the_original_classs_default(tmp_path):
+    """Image processors of the original configuration class: no tiles, no thumbnail, and six tiles where they are cut."""
+    source = originals.internvl(tmp_path / "source")
+    originals.changed(source, max_dynamic_patch=...)
+    images = AutoProcessor.from_pretrained(conversion.convert(source, tmp_path / "six")).image_processor
+    assert (images.crop_to_patches, images.min_patches, images.max_patches) == (True, 1, 6)
+    originals.changed(source, dynamic_image_size=..., use_thumbnail=..., min_dynamic_patch=...)
+    images = AutoProcessor.from_pretrained(conversion.convert(source, tmp_path / "one")).image_processor
+    assert not images.crop_to_patches
+    assert images(Image.new("RGB", (300, 100)), return_tensors="pt")["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("text", ["stablelm", "phi", "qwen2", "llama"])
+def test_a_text_models_fields_are_those_of_the_original_class(text):
+    """Of TinyLLaVA_Factory, whose configuration leaves out what is the class's default."""
+    config = json.loads((ORIGINALS / "tinyllava_factory_phi2_like/config.json").read_text())
+    config["text_config"] = {"model_type": text, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config["text_config"]["use_parallel_residual"] = True
+
+    class Stored:
+        folder, config = ORIGINALS, None
+
+        def count(self, pattern):
+            return 3 if "vision" in pattern else 2
+
+    Stored.config = config
+    native = tinyllava.factory_layout(Stored(), 310, None).config["text_config"]
+    assert native["rope_parameters"].get("partial_rotary_factor") == {"phi": 0.5, "stablelm": 0.25}.get(text)
+    assert native["use_parallel_residual"]
+    for field, value, said in (
+        ("use_sliding_window", True, "text_config.use_sliding_window is True"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "text_config.rope_scaling is"),
+    ):
+        config["text_config"] |= {field: value}
+        with pytest.raises(InputError, match=said):
+            tinyllava.factory_layout(Stored(), 310, None)
+        del config["text_config"][field]
+
+
+@pytest.mark.parametrize("name", ["internvl2_2b_like", "tinyllava_2_0b_like"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([3]), torch.nan), "1 of its tensors hold values that are not finite"),
+        (lambda t: t.index_fill(0, torch.tensor([3]), -torch.inf), "1 of its tensors hold values that are not finite"),
+        (lambda t: (t * 100).to(torch.int8), "no floating-point numbers of F64, F32, F16, BF16 .*I8"),
+        (lambda t: (t * 100).to(torch.int32), "no floating-point numbers of .*I32"),
+        (lambda t: t.to(torch.float8_e4m3fn), "no floating-point numbers of .*F8_E4M3"),
+        (lambda t: t > 0, "no floating-point numbers of .*BOOL"),
+    ],
+    ids=["NaN", "infinite", "int8", "int32", "float8", "bool"],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path, name, change, said):
+    source = shutil.copytree(ORIGINALS / name, tmp_path / "source")
+    for folder in (source, source / "TinyLLaVA-2.0B-SigLIP"):
+        if not folder.is_dir():
+            continue
+        kept = (folder / "model.safetensors").read_bytes()
+        weights = load_file(folder / "model.safetensors")
+        one = next(
+            n for n in weights if n in ("mlp1.1.weight", "model.mm_projector.0.weight") or "patch_embedding.weight" in n
+        )
+        weights[one] = change(weights[one])
+        save_file(weights, folder / "model.safetensors")
+        refused(source, tmp_path, f"{folder}: .*{said}" if "finite" not in said else f"{said} \\({one}\\)")
+        (folder / "model.safetensors").write_bytes(kept)
+
+
+def test_shards_that_contradict_the_index_are_refused(tmp_path):
+    source = originals.random_internvl(tmp_path / "source", 64, 16, 2, 600, shards=3)
+    conversion.convert(source, tmp_path / "good", 592)
+    one, two, three = sorted(source.glob("*.safetensors"))
+    name = sorted(load_file(one))[0]
+    kept = load_file(two)
+    save_file(kept | {name: load_file(one)[name] + 1}, two)
+    refused(source, tmp_path, f"1 tensors are in two files \\({name}\\)")
+    save_file({n: value for n, value in kept.items() if n != sorted(kept)[1]}, two)
+    refused(source, tmp_path, "1 tensors are not in the files that model.safetensors.index.json names")
+    save_file(kept, two)
+    shutil.copy(three, source / "model.safetensors")
+    refused(source, tmp_path, "has both model.safetensors and model.safetensors.index.json")
+
+
+def test_the_vision_towers_last_layer_is_dropped_though_it_is_stored(tmp_path):
+    """As the original class does; the tower of the release comes without it."""
+    name = "tinyllava_2_0b_like"
+    source = shutil.copytree(ORIGINALS / name, tmp_path / "source")
+    tower = source / "TinyLLaVA-2.0B-SigLIP"
+    weights, last = load_file(tower / "model.safetensors"), "vision_model.encoder.layers.{}."
+    said = json.loads((tower / "config.json").read_text())["num_hidden_layers"] - 1
+    copied = {n.replace(last.format(0), last.format(said)): v + 1 for n, v in weights.items() if last.format(0) in n}
+    save_file(weights | copied, tower / "model.safetensors")
+    check(
+        load(conversion.convert(source, tmp_path / "out", 310)), load_file(ORIGINALS / name / "reference.safetensors")
+    )
 
 
 def test_a_vision_tower_is_refused_where_the_checkpoint_holds_its_own(tmp_path):

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import model_card
 import model_loading
 import originals
 import pytest
+import resume_settings
+import torch
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import read
 
@@ -60,6 +63,52 @@ def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache
     assert [".partial-" in name for name in folders(cache)] == [True]
     conversion.native(str(source))
     assert [".partial-" in name for name in folders(cache)] == [False]
+
+
+def test_two_processes_with_one_out_make_one_whole_folder(tmp_path):
+    source, out = originals.internvl(tmp_path / "InternVL2-2B"), tmp_path / "made"
+    other = originals.internvl(tmp_path / "other")
+    originals.changed(other, max_dynamic_patch=3)
+    commands = [
+        [sys.executable, ROOT / "scripts/convert.py", folder, "--out", out] for folder in (source, other, source)
+    ]
+    every = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [process.communicate(timeout=120)[1] for process in every]
+    codes = [process.returncode for process in every]
+    assert sorted(codes) == [0, 1, 1], said
+    for code, text in zip(codes, said, strict=True):
+        assert code == 0 or "another process converts into it" in text or "already exists" in text
+    models.check_files(str(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".made.lock", "InternVL2-2B", "made", "other"]
+
+
+def test_what_a_killed_conversion_left_is_not_mixed_with_the_next(tmp_path):
+    source, out = originals.internvl(tmp_path / "source"), tmp_path / "[made]"
+    code = "import os, sys; from mpa.conversion import convert, writing\n"
+    code += "writing._names_on_disk = lambda _: os.kill(os.getpid(), 9)\n"
+    done = subprocess.run([sys.executable, "-c", f"{code}convert({str(source)!r}, {str(out)!r})"], cwd=ROOT)
+    assert done.returncode == -9
+    (left,) = tmp_path.glob("*.partial-*")
+    (left / "model-00007-of-00007.safetensors").write_text("old")
+    conversion.convert(source, out)
+    assert not [*tmp_path.glob("*.partial-*")] and not (out / "model-00007-of-00007.safetensors").exists()
+    models.check_files(str(out))
+    (out / "config.json").write_text((out / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"\[made\]: config\.json was truncated or changed"):
+        models.load_model(str(out), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("lost", [["conversion.json", "config.json"], ["manifest.json"]], ids=["torn", "earlier"])
+def test_a_conversion_in_the_cache_that_is_torn_or_of_an_earlier_version_is_made_anew(tmp_path, cache, lost):
+    source = originals.internvl(tmp_path / "InternVL2-2B")
+    out = Path(conversion.native(str(source)))
+    before = resume_settings.fingerprint(out)
+    for name in lost:
+        (out / name).unlink()
+    conversion.native.cache_clear()
+    assert conversion.native(str(source)) == str(out) and (out / "config.json").is_file()
+    models.check_files(str(out))
+    assert resume_settings.fingerprint(out) == before  # so that a training on it goes on
 
 
 def test_a_stage_names_the_original_in_what_it_writes(tmp_path, cache):

@@ -7,13 +7,17 @@ safetensors and tokenizer files alone; no code of a checkpoint runs. The result 
     native(path)           the folder to load for any model: an original's conversion, made once and kept, or `path` itself
 """
 
+import contextlib
 import fcntl
 import functools
+import glob
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
+from mpa import model_files
 from mpa.conversion import hub, internvl, tinyllava, tokenizer, writing
 from mpa.conversion.checkpoint import Checkpoint, read_config, weight_files
 from mpa.conversion.layout import Layout
@@ -25,7 +29,7 @@ LAYOUTS = {
     "tiny_llava_stablelm": ("llava", tinyllava.bench_layout),
     "tinyllava": ("llava", tinyllava.factory_layout),
 }
-# Written last: a folder with it is whole. A conversion of another version of this package is made anew.
+# Of a conversion: its source. A conversion of another version of this package is made anew.
 RECORD = "conversion.json"
 VERSION = 1
 
@@ -48,10 +52,34 @@ def convert(
     """Write the native checkpoint of an original, a folder or a hub id, to the new folder `out`.
 
     A checkpoint without tokenizer files gives weights and configuration only, and needs `image_token_id`. `out`
-    appears only when it is whole. Raises InputError for what cannot be converted; nothing is then written.
+    appears only when it is whole. Raises InputError for what cannot be converted, and if another process converts into
+    `out`; nothing is then written.
     """
-    out = Path(out)
-    if out.exists():
+    with _alone(Path(out), wait=False):
+        return _convert(source, Path(out), image_token_id, vision_tower)
+
+
+@contextlib.contextmanager
+def _alone(out: Path, wait: bool):
+    """Let one process at a time convert into `out`, and remove what a killed one has left.
+
+    The lock's file stays: if it were removed, one process could hold the old file and another a new one.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # freed when this process ends
+        except BlockingIOError:
+            raise InputError(f"{out}: another process converts into it. Wait for it, or name another --out.") from None
+        except OSError as error:
+            print(f"warning: {out.parent}: cannot be locked on this file system ({error.strerror}).", file=sys.stderr)
+        for remains in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+            shutil.rmtree(remains, ignore_errors=True)
+        yield
+
+
+def _convert(source, out: Path, image_token_id=None, vision_tower=None, replace: bool = False) -> Path:
+    if out.exists() and not replace:
         raise InputError(f"{out}: already exists. Name a new folder with --out, or remove it.")
     folder = Path(source) if Path(source).is_dir() else hub.download(str(source))
     kind = original_type(folder)
@@ -66,7 +94,11 @@ def convert(
     try:
         _write(layout, folder, partial)
         (partial / RECORD).write_text(json.dumps({"source": str(source), "version": VERSION}, indent=2) + "\n")
+        model_files.write_manifest(partial, model_files.files_of(partial))
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
+        model_files.sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -185,13 +217,11 @@ def native(path: str) -> str:
     name = Path(path).name if Path(path).is_dir() else path.replace("/", "--")
     digest = identity(str(folder)).rpartition("@")[2]
     out = cache_folder() / f"{name}-{digest}-v{VERSION}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed when this process ends, whatever ends it
-        for remains in out.parent.glob(f"{out.name}.partial-*"):  # of a conversion that was killed
-            shutil.rmtree(remains, ignore_errors=True)
-        if not out.is_dir():
-            convert(path, out)
+    with _alone(out, wait=True):
+        if not all(
+            (out / name).is_file() for name in (RECORD, model_files.MANIFEST)
+        ):  # new, of an earlier version, or torn
+            _convert(path, out, replace=True)
             size = sum(file.stat().st_size for file in out.iterdir())
             print(f"Converted {path} into {out} ({size / 1e9:.3g} GB), once; $MPA_CACHE is where conversions are kept.")
     return str(out)

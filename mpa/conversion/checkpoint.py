@@ -4,9 +4,11 @@ import re
 from itertools import groupby
 from pathlib import Path
 
+from mpa import model_files
+from mpa.model_files import BrokenModel
 from mpa.records import InputError, read_json
 
-INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
 # Buffers that older versions stored and that today's classes compute.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 
@@ -19,28 +21,35 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path):
-        from safetensors import SafetensorError, safe_open
-
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        self._files, self.shapes = {}, {}
-        for path in weight_files(self.folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 -- the file is no dict
-                        if not BUFFERS.search(name):
-                            self._files[name] = path
-                            self.shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path}: damaged, or not yet downloaded whole ({error}). Download the checkpoint again."
-                ) from None
+        weight_files(self.folder)
+        try:
+            stored = model_files.tensors(self.folder)
+        except BrokenModel as error:
+            raise InputError(str(error)) from None
+        self._stored = {name: entry for name, entry in stored.items() if not BUFFERS.search(name)}
+        self.shapes = {name: entry["shape"] for name, entry in self._stored.items()}
+        if other := {name: entry["dtype"] for name, entry in self._stored.items() if entry["dtype"] not in DTYPES}:
+            name = min(other)
+            raise InputError(
+                f"{self.folder}: {len(other)} of its tensors are no floating-point numbers of {', '.join(DTYPES)} ({name}: "
+                f"{other[name]}). A quantised checkpoint cannot be converted: name the original one."
+            )
+
+    def refuse_not_finite(self, names: list[str]) -> None:
+        """Raise InputError if one of these tensors has a NaN or an infinite value."""
+        if wrong := model_files.not_finite({name: self._stored[name] for name in names}):
+            raise InputError(
+                f"{self.folder}: {len(wrong)} of its tensors hold values that are not finite ({model_files.some(wrong)}). Download the "
+                "checkpoint again."
+            )
 
     def read(self, names: list[str]):
         """Yield (name, tensor) for these names. Only the tensor at hand is in memory."""
         from safetensors import safe_open
 
-        for path, group in groupby(names, self._files.get):
+        for path, group in groupby(names, lambda name: self._stored[name]["file"]):
             with safe_open(path, framework="pt") as file:
                 for name in group:
                     yield name, file.get_tensor(name)
@@ -61,14 +70,10 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Raises InputError if one is missing."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        table = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-            raise InputError(f"{folder / INDEX}: expected a weight_map. Download the file again.")
-        files = [folder / Path(name).name for name in dict.fromkeys(table.values())]
-    else:
-        files = [folder / "model.safetensors"]
+    try:
+        files = model_files.weight_files(folder)
+    except BrokenModel as error:
+        raise InputError(str(error)) from None
     missing = [path.name for path in files if not path.is_file()]
     if not missing:
         return files

@@ -1,13 +1,13 @@
 """InternVL2 and 2.5 as released (InternVLChatModel) → transformers' InternVLForConditionalGeneration.
 
 The layout is that of OpenGVLab/InternVL, `internvl_chat`, at commit 2410d1d: InternViT-300M, a pixel shuffle, an MLP, and
-InternLM2, Phi-3, Qwen2 or Llama.
+InternLM2, Phi-3, Qwen2 or Llama. A field that config.json leaves out has the default of that commit's configuration classes.
 """
 
 import re
 
 from mpa.conversion.checkpoint import Checkpoint
-from mpa.conversion.layout import Layout, layers_as_stored, refuse, rope, text_config
+from mpa.conversion.layout import Layout, layers_as_stored, refuse, refuse_other_attention, rope, text_config
 from mpa.conversion.prompts import chat_template
 from mpa.records import InputError
 
@@ -27,6 +27,14 @@ TEMPLATES = {
 }
 # Native text model by the original's. InternLM2 is Llama under other names, with queries, keys and values in one tensor.
 TEXT_MODELS = {"internlm2": "llama", "phi3": "phi3", "qwen2": "qwen2", "llama": "llama"}
+# The class that the original takes by the name in `architectures`, and the kinds of `rope_scaling` that this class knows.
+CLASSES = {
+    "internlm2": ("InternLM2ForCausalLM", ("linear", "dynamic")),
+    "phi3": ("Phi3ForCausalLM", ("su", "longrope")),
+    "qwen2": ("Qwen2ForCausalLM", ()),
+    "llama": ("LlamaForCausalLM", ("linear", "dynamic")),
+}
+PATCHES = {"min": 1, "max": 6}  # tiles of an image, where config.json does not say
 IMAGE_TOKEN, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 
 PROJECTOR = {"mlp1.0.": "layer_norm.", "mlp1.1.": "linear_1.", "mlp1.3.": "linear_2."}
@@ -109,20 +117,29 @@ def _refuse_what_has_no_place(checkpoint: Checkpoint) -> None:
         "use_backbone_lora": (0, 0, "merge the adapter into the vision tower first"),
         "use_llm_lora": (0, 0, "merge the adapter into the language model first"),
         "pad2square": (False, False, "the native image processor does not pad"),
-        "use_thumbnail": (True, True, "the native image processor always adds a thumbnail"),
     }
+    if config.get("dynamic_image_size", False):
+        native["use_thumbnail"] = (True, False, "the native image processor always adds a thumbnail")
     for name, (expected, default, why) in native.items():
-        value = config.get(name, default)
-        if value != expected and not (name == "use_thumbnail" and not config.get("dynamic_image_size", True)):
+        if (value := config.get(name, default)) != expected:
             refuse(checkpoint, name, value, why)
+    least, most = (config.get(f"{name}_dynamic_patch", default) for name, default in PATCHES.items())
+    if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most):
+        refuse(checkpoint, "min_dynamic_patch, max_dynamic_patch", [least, most], "expected numbers of tiles")
     if text not in TEXT_MODELS:
         refuse(checkpoint, "llm_config.model_type", text, f"known are {', '.join(TEXT_MODELS)}")
     if config.get("template") not in TEMPLATES:
         refuse(checkpoint, "template", config.get("template"), f"known are {', '.join(TEMPLATES)}")
+    named, scalings = CLASSES[text]
+    if (given := llm.get("architectures", [None])) and given[0] != named:
+        refuse(checkpoint, "llm_config.architectures", given, f"model_type {text} is {named}")
+    if llm.get("rope_pos_id_version", "default") != "default":
+        refuse(checkpoint, "llm_config.rope_pos_id_version", llm["rope_pos_id_version"], "only default is known")
+    refuse_other_attention(checkpoint, "llm_config.", llm, scalings)
     vision = config["vision_config"]
-    for name, expected in (("qk_normalization", False), ("norm_type", "layer_norm")):
-        if vision.get(name, expected) != expected:
-            refuse(checkpoint, f"vision_config.{name}", vision[name], "only InternViT-300M's form is known")
+    for name, expected, default in (("qk_normalization", False, True), ("norm_type", "layer_norm", "rms_norm")):
+        if (value := vision.get(name, default)) != expected:
+            refuse(checkpoint, f"vision_config.{name}", value, "only InternViT-300M's form is known")
 
 
 def _vision_config(checkpoint: Checkpoint) -> dict:
@@ -136,7 +153,7 @@ def _vision_config(checkpoint: Checkpoint) -> dict:
         "patch_size": vision["patch_size"],
         "hidden_act": vision.get("hidden_act", "gelu"),
         "layer_norm_eps": vision.get("layer_norm_eps", 1e-6),
-        "attention_bias": vision.get("qkv_bias", True),
+        "attention_bias": vision.get("qkv_bias", False),
         "use_qk_norm": False,
         "use_mean_pooling": True,  # otherwise a final LayerNorm that the original does not have
     }
@@ -202,9 +219,9 @@ def _processor(config: dict, size: int, tokens: int, tokenizer, template: str):
     }
     images = GotOcr2ImageProcessorPil(  # whose pixels are the original's; the one on tensors differs by 1 to 2 of 255
         **shared,
-        crop_to_patches=bool(config.get("dynamic_image_size", True)),
-        min_patches=config.get("min_dynamic_patch", 1),
-        max_patches=config.get("max_dynamic_patch", 12),
+        crop_to_patches=bool(config.get("dynamic_image_size", False)),
+        min_patches=config.get("min_dynamic_patch", PATCHES["min"]),
+        max_patches=config.get("max_dynamic_patch", PATCHES["max"]),
     )
     images.original_backend = "pil"
     video = InternVLVideoProcessor(**shared)

@@ -51,16 +51,35 @@ def text_config(original: dict, model_type: str, layers: int) -> dict:
         *("hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "attention_dropout"),
         *("resid_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings", "head_dim", "mlp_bias"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "qk_layernorm", "layer_norm_eps"),
+        *("use_qkv_bias", "use_parallel_residual"),
     )
     kept = {name: original[name] for name in fields if original.get(name) is not None}
     return {"tie_word_embeddings": False, **kept, "model_type": model_type, "num_hidden_layers": layers}
 
 
+def refuse_other_attention(checkpoint: Checkpoint, part: str, text: dict, scalings: tuple[str, ...]) -> None:
+    """Raise InputError for an attention that the native text model would not compute as the original does.
+
+    `scalings` are the kinds of `rope_scaling` that the original class knows.
+    """
+    if text.get("use_sliding_window"):
+        refuse(checkpoint, f"{part}use_sliding_window", text["use_sliding_window"], "sliding windows are not known")
+    if text.get("rope_scaling") and _scaling(text) not in scalings:
+        known = f"known are {', '.join(scalings)}" if scalings else "the original class does not use it"
+        refuse(checkpoint, f"{part}rope_scaling", text["rope_scaling"], known)
+
+
+def _scaling(text: dict) -> str:
+    scaling = text.get("rope_scaling") or {}
+    return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
 def rope(text: dict) -> dict:
     """The native `rope_parameters` of a text model's configuration."""
-    scaling = dict(text.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
+    scaling = {
+        name: value for name, value in (text.get("rope_scaling") or {}).items() if name not in ("type", "rope_type")
+    }
+    kind = _scaling(text)
     parameters = {"rope_type": "longrope" if kind == "su" else kind, "rope_theta": text.get("rope_theta", 10000.0)}
     if parameters["rope_type"] == "longrope":
         parameters["original_max_position_embeddings"] = text.get("original_max_position_embeddings", 4096)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mpa.conversion.checkpoint import Checkpoint, read_config
-from mpa.conversion.layout import Layout, layers_as_stored, refuse, rope, text_config
+from mpa.conversion.layout import Layout, layers_as_stored, refuse, refuse_other_attention, rope, text_config
 from mpa.conversion.prompts import dialogue_template
 from mpa.records import InputError
 
@@ -20,6 +20,7 @@ IMAGE_TOKEN = "<image>"
 PROJECTOR = {"0.": "linear_1.", "2.": "linear_2."}
 TOWER = "model.vision_tower.vision_tower.vision_model."  # within TinyLLaVABench's main checkpoint
 FACTORY_TOWER = "vision_tower._vision_tower.vision_model."
+LAYER = r"vision_model\.encoder\.layers\.(\d+)\."  # of SigLIP
 FACTORY_TEXT_MODELS = ("phi", "stablelm", "llama", "qwen2")
 
 
@@ -28,7 +29,9 @@ def bench_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_towe
     config = checkpoint.config
     _refuse_what_has_no_place(checkpoint)
     tower = Checkpoint(find_tower(checkpoint.folder, config, vision_tower))
-    vision = _vision_config(tower.config, tower.count(r"vision_model\.encoder\.layers\.(\d+)\."))
+    refuse_other_attention(checkpoint, "", config, ())
+    layers = _layers_but_the_last(tower)
+    vision = _vision_config(tower.config, layers)
     text = text_config(config, "stablelm", layers_as_stored(checkpoint, config, r"model\.layers\.(\d+)\."))
     text |= {
         "layer_norm_eps": config.get("norm_eps", 1e-5),
@@ -37,12 +40,12 @@ def bench_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_towe
         "rope_parameters": rope(config) | {"partial_rotary_factor": config.get("rope_pct", 0.25)},
     }
     return _llava(
-        [(checkpoint, _bench_name), (tower, _tower_name)],
+        [(checkpoint, _bench_name), (tower, lambda name, tensor: _tower_name(name, tensor, layers))],
         text,
         vision,
         strategy="full",
         layer=-1,
-        means=_means(tower.folder, tower.config),
+        means=([0.5] * 3, [0.5] * 3),  # the original class reads none from files
         image_token_id=image_token_id,
         notes=_differing_copy(checkpoint, tower),
     )
@@ -61,18 +64,20 @@ def factory_layout(checkpoint: Checkpoint, image_token_id: int | None, vision_to
         refuse(checkpoint, "connector_type", config.get("connector_type"), "only mlp2x_gelu is known")
     if config.get("vision_feature_select_strategy", "patch") not in ("patch", "cls_patch"):
         refuse(checkpoint, "vision_feature_select_strategy", config["vision_feature_select_strategy"], "not known")
-    stored = checkpoint.count(re.escape(FACTORY_TOWER) + r"encoder\.layers\.(\d+)\.")
-    vision = _vision_config(config["vision_config"], stored)
+    scalings = () if text["model_type"] == "qwen2" else ("linear", "dynamic")
+    refuse_other_attention(checkpoint, "text_config.", text, scalings)
+    tower = re.escape(FACTORY_TOWER) + r"encoder\.layers\.(\d+)\."
+    vision = _vision_config(config["vision_config"], layers_as_stored(checkpoint, config["vision_config"], tower))
     native = text_config(
         text, text["model_type"], layers_as_stored(checkpoint, text, r"language_model\.model\.layers\.(\d+)\.")
     )
     native["rope_parameters"] = rope(text)
-    if text["model_type"] in ("phi", "stablelm"):
-        native["rope_parameters"]["partial_rotary_factor"] = text.get("partial_rotary_factor", 0.5)
+    if part := {"phi": 0.5, "stablelm": 0.25}.get(text["model_type"]):
+        native["rope_parameters"]["partial_rotary_factor"] = text.get("partial_rotary_factor", part)
     # "patch" drops the first patch, as if it were a class token: transformers' "default".
     strategy = "default" if config.get("vision_feature_select_strategy", "patch") == "patch" else "full"
     return _llava(
-        [(checkpoint, _factory_name)],
+        [(checkpoint, lambda name, tensor: _factory_name(name, tensor, vision["num_hidden_layers"]))],
         native,
         vision,
         strategy=strategy,
@@ -145,13 +150,23 @@ def find_tower(folder: Path, config: dict, given: str | None) -> Path:
         ) from None
 
 
-def _vision_config(tower: dict, layers: int) -> dict:
-    """SigLIP's. Layers are counted as they are stored: the original class drops the last that the configuration counts."""
-    tower = tower.get("vision_config", tower)
-    if layers not in (tower["num_hidden_layers"], tower["num_hidden_layers"] - 1):
+def _layers_but_the_last(tower: Checkpoint) -> int:
+    """Layers of TinyLLaVABench's vision tower: its class drops the last that the configuration counts, stored or not."""
+    said, stored = _vision(tower.config)["num_hidden_layers"], tower.count(LAYER)
+    if stored not in (said, said - 1):
         raise InputError(
-            f"The vision tower's config.json says {tower['num_hidden_layers']} layers, {layers} are stored."
+            f"{tower.folder}: config.json says {said} layers, the weights hold {stored}. Download it again."
         )
+    return said - 1
+
+
+def _vision(config: dict) -> dict:
+    """SigLIP's configuration of its vision tower; the whole one has it inside."""
+    return config.get("vision_config", config)
+
+
+def _vision_config(tower: dict, layers: int) -> dict:
+    tower = _vision(tower)
     fields = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
     return {name: tower[name] for name in fields} | {
         "model_type": "siglip_vision_model",
@@ -189,15 +204,16 @@ def _differing_copy(checkpoint: Checkpoint, tower: Checkpoint) -> tuple[str, ...
     )
 
 
-def _tower_name(name: str, tensor) -> dict | None:
-    if name.startswith("vision_model.head."):  # SigLIP's pooling, which no image feature passes
+def _tower_name(name: str, tensor, layers: int) -> dict | None:
+    """Without SigLIP's pooling, which no image feature passes, and layers from number `layers` on."""
+    if name.startswith("vision_model.head.") or ((layer := re.match(LAYER, name)) and int(layer[1]) >= layers):
         return None
     return {f"model.vision_tower.{name.removeprefix('vision_model.')}": tensor}
 
 
-def _factory_name(name: str, tensor) -> dict | None:
+def _factory_name(name: str, tensor, layers: int) -> dict | None:
     if name.startswith(FACTORY_TOWER):
-        return _tower_name("vision_model." + name.removeprefix(FACTORY_TOWER), tensor)
+        return _tower_name("vision_model." + name.removeprefix(FACTORY_TOWER), tensor, layers)
     if name.startswith("connector._connector."):
         return _projector(name.removeprefix("connector._connector."), tensor)
     if name.startswith("language_model.model."):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpa import disk_errors
-from mpa.conversion.checkpoint import INDEX, Checkpoint
+from mpa.conversion.checkpoint import Checkpoint
+from mpa.model_files import INDEX
 from mpa.records import InputError
 
 SHARD_BYTES = 500_000_000  # the most of an output shard; a single tensor may be larger
@@ -19,13 +20,15 @@ def write_weights(sources: list[tuple[Checkpoint, Renaming]], model, out: Path) 
     """Write the weights of `model`, which is on the meta device, from the tensors of `sources`. Returns their dtype.
 
     File names and names within the files are those of `save_pretrained`. Raises InputError, before anything is
-    written, if a tensor of the model is missing, comes twice or has another shape, or if one is stored that the model
-    does not have.
+    written, if a tensor of the model is missing, comes twice, has another shape or is not finite, or if one is stored that
+    the model does not have.
     """
     from safetensors.torch import save_file
 
     plan = [(checkpoint, renaming, _accounted(checkpoint, renaming)) for checkpoint, renaming in sources]
     _refuse_differences(plan, _expected(model), model)
+    for checkpoint, _, targets in plan:
+        checkpoint.refuse_not_finite([name for name, made in targets.items() if made])
     names = _names_on_disk(model)
     shards, table, total = [], {}, 0
     shard, size, dtypes = {}, 0, Counter()
