@@ -61,6 +61,25 @@ def test_each_sample_counts_by_its_weight_scaled_to_a_mean_of_one(packing, tmp_p
     assert loss_of(trainer, samples[:1]) == 0
 
 
+@pytest.mark.parametrize(
+    "flags", [["--sample_weights", "True"], ["--sample_weights", "True", "--anchor_kl", "1000"]], ids=str
+)
+def test_a_rare_heavy_sample_is_no_divergence_and_a_divergence_of_any_weight_is_one(flags, tmp_path):
+    """Judged by the loss of a token, whatever the sample weighs; the loss itself is the weighted one."""
+    given = [1000.0, *[1.0] * 118, 1e-3]
+    marked(tmp_path, 120, weight=given.__getitem__, kind=lambda i: "anchor" if i == 1 else "parity")
+    trainer = build(tmp_path, *flags)
+    samples = [trainer.train_dataset[i] for i in range(120)]
+    heavy = loss_of(trainer, samples[:1])
+    assert heavy.item() > 2 * trainer.max_loss  # as a sum: the answer has few tokens
+    assert loss_of(trainer, samples[:4]) > heavy
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight *= 300
+    for some in (samples[:1], samples[2:4], samples[-1:]):
+        with pytest.raises(DataError, match=r"the loss is [\d.]+ for the samples with id s"):
+            loss_of(trainer, some)
+
+
 @pytest.mark.parametrize("flags", [[], LORA])
 def test_before_the_first_step_an_anchor_costs_nothing_and_a_parity_sample_what_it_always_did(flags, tmp_path):
     marked(tmp_path, kind=every_second)

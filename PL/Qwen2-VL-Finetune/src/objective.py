@@ -83,3 +83,12 @@ def answer_loss(logits, targets, args, weight=None, anchor=None, before=None) ->
         divergence = F.kl_div(now, before, reduction="none", log_target=True).sum(-1)
         losses = torch.where(anchor, args.anchor_kl * divergence, losses)
     return (losses * weight).sum()
+
+
+def total_weight(targets, args, weight=None, anchor=None, before=None) -> float:
+    """The sum of the factors in `answer_loss`, by which its result is a mean of nats per token; 1 if all are 0."""
+    if weight is None:
+        return max(1, len(targets))
+    if before is not None:
+        weight = torch.where(anchor, args.anchor_kl * weight, weight)
+    return weight.sum().item() or 1.0

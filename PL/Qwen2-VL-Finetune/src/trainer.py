@@ -137,7 +137,7 @@ class Leveler(CheckpointingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks (`objective.answer_loss`).
 
-        Raises DataError, with the samples' ids, if the micro-batch's own mean is not finite or above `max_loss`.
+        Raises DataError, with the samples' ids, if the micro-batch's own weighted mean is not finite or above `max_loss`.
         """
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
         by_token = {name: inputs.pop(name) for name in ("weight", "anchor") if name in inputs}
@@ -154,7 +154,7 @@ class Leveler(CheckpointingTrainer):
         logits = self.answer_logits.of(model(**inputs, use_cache=False).logits)  # [N, V]
         targets = next_labels[mask]
         loss = objective.answer_loss(logits, targets, self.args, **by_token)
-        mean = loss.item() / max(1, len(targets))
+        mean = loss.item() / objective.total_weight(targets, self.args, **by_token)
         if not mean < self.max_loss:  # NaN fails this comparison too
             raise self._divergence(f"the loss is {mean:.1f}", ids)
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
