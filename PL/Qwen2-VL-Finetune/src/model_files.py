@@ -31,7 +31,6 @@ NOT_FINITE = {
     "F8_E5M2": ("u1", 127, 0x7C),
     "F8_E4M3": ("u1", 127, 0x7F),
 }
-_NUMBER = re.compile(r"\d+")
 BLOCK = 2**20  # numbers that are read at a time
 
 
@@ -99,12 +98,18 @@ def _refuse_incomplete(path: str, model, info: dict) -> None:
         )
     if info["error_msgs"]:
         raise BrokenModel(f"{path}: its weights do not fit the model: {' '.join(info['error_msgs'][0].split())[:200]}")
-    known = {_NUMBER.sub("0", name) for name in model.state_dict()}
-    if more := [name for name in info["unexpected_keys"] if _NUMBER.sub("0", name) in known or "lora_" in name]:
+    known = set(map(_in_layer, model.state_dict())) - {""}
+    if more := [name for name in info["unexpected_keys"] if _in_layer(name) in known or "lora_" in name]:
         raise BrokenModel(
             f"{path}: {len(more)} of its tensors have no place in the model that its config.json describes ({some(more)}). Download it "
             "again."
         )
+
+
+def _in_layer(name: str) -> str:
+    """A tensor's name from its layer's list on, without numbers; what stands before differs between a file and a model."""
+    found = re.search(r"[a-z_]+\.\d+\..*", name)
+    return re.sub(r"\d+", "0", found[0]) if found else ""
 
 
 def _with_adapters(model, folder: str):
