@@ -68,14 +68,15 @@ def test_evaluate_scores_compares_and_writes_all_these_files(tmp_path):
         assert list(scores)[:3] == ["relaxed", "relaxed, augmented", "relaxed, human"]
         assert (scores["relaxed, human"]["score"], scores["relaxed, human"]["n"]) == (1.0, 2)
         assert {"relaxed", "tolerant", "exact", "contains", "anls", "accuracy"} <= set(scores)
+    ours.write_text(json.dumps([{**r, "predictions": r["predictions"] or "no"} for r in RESULT]))
     better = tmp_path / "Eval_b_chartVQA.json"
     better.write_text(json.dumps([{**r, "predictions": "12"} for r in RESULT[1:]]))
     done = python("evaluate.py", "--compare", ours, better)
     assert done.returncode == 0, done.stderr
-    assert "relaxed +66.7 points 95 % interval +0.0 to +100.0 better on 2, worse on 0 of 3" in " ".join(
+    assert "relaxed +66.7 points 95 % interval -26.9 to +93.9 better on 2, worse on 0 of 3" in " ".join(
         done.stdout.split()
     )
-    assert "1 questions only in the first file and 0 only in the second" in done.stdout
+    assert "1 are only in Eval_a_chartVQA.json and 0 only in Eval_b_chartVQA.json" in done.stdout
     for bad, says in (
         ([{**RESULT[0], "predictions": 3}], "'predictions' should be text or null"),
         ([{**RESULT[0], "answers": None, "GT_answer": None}], "no answer to score against"),

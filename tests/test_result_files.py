@@ -56,7 +56,7 @@ def test_files_of_other_questions_with_the_same_ids_are_not_compared():
         ({"left_out": {"why": 1}}, "'left_out' should be str or null"),
         ({"question_id": None}, "'question_id' should be text or a whole number"),
         ({"question_id": [1]}, "'question_id' should be text or a whole number"),
-        ({"question_id": float("inf")}, "'question_id' should be text or a whole number"),
+        ({"question_id": float("inf")}, "'question_id' is inf"),
         ({"question_id": True}, "'question_id' should be text or a whole number"),
     ],
 )

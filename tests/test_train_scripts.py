@@ -105,8 +105,8 @@ def test_one_process_on_a_cpu_trains_without_deepspeed_and_several_with_it(launc
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
-        ({"CPU_PROCESSES": "two"}, "CPU_PROCESSES=two: give a number"),
-        ({"CPU_PROCESSES": 0}, "CPU_PROCESSES=0: give a number"),
+        ({"CPU_PROCESSES": "two"}, "CPU_PROCESSES is two: give a whole number above 0"),
+        ({"CPU_PROCESSES": 0}, "CPU_PROCESSES is 0: give a whole number above 0"),
         ({"ZERO": "zero9"}, "zero9.json: no such configuration of DeepSpeed"),
     ],
 )

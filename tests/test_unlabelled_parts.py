@@ -124,9 +124,9 @@ def test_a_test_file_with_blank_answers_is_refused_with_their_count(tmp_path):
     write(tmp_path / "a.json", {"data": data})
     with pytest.raises(InputError, match="record 0: no answers to score against; 2 more of 6"):
         load_samples("textVQA", "test", tmp_path / "a.json", tmp_path, images=False)
-    for odd in ([True], [float("nan")], [None]):
-        write(tmp_path / "a.json", {"data": [{**data[0], "answers": odd}]})
-        with pytest.raises(InputError, match="should be a list of text"):
+    for odd, why in ((True, "should be a list of text"), (float("nan"), "is nan"), (None, "should be a list of text")):
+        write(tmp_path / "a.json", {"data": [{**data[0], "answers": [odd]}]})
+        with pytest.raises(InputError, match=why):
             load_samples("textVQA", "train", tmp_path / "a.json", tmp_path, images=False)
 
 

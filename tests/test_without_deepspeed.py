@@ -64,7 +64,7 @@ def test_no_compiler_is_needed_and_one_process_does_not_import_deepspeed(tmp_pat
     write(tmp_path, 8)
     tools, extensions = tmp_path / "tools", tmp_path / "extensions"
     tools.mkdir()
-    for name in ("bash", "basename", "date", "dirname", "nproc"):
+    for name in ("bash", "basename", "date", "dirname", "nproc", "realpath"):
         os.symlink(
             next(Path(folder, name) for folder in os.get_exec_path() if Path(folder, name).exists()), tools / name
         )

@@ -37,8 +37,6 @@ def train(machines: list[str], flags: list[str]) -> int:
     configuration, processes = environment["ZERO"], environment.get("CPU_PROCESSES") or "1"
     if not Path(configuration).is_file():
         return _refuse(f"{configuration}: no such configuration of DeepSpeed; ZERO names one of those in scripts/.")
-    if not (processes.isdecimal() and int(processes)):
-        return _refuse(f"CPU_PROCESSES={processes}: give a number of processes.")
     if gpus:  # float16 on GPUs that only emulate bfloat16
         precision = "--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16"
         processes = "gpu"
