@@ -14,7 +14,8 @@ import numpy as np
 
 from mpa import records, scoring
 from mpa.datasets import DATASETS
-from mpa.models import WEIGHTS, adapted, identity
+from mpa.model_files import files_of
+from mpa.models import adapted, identity
 from mpa.presets import PRESETS
 from mpa.records import InputError
 
@@ -161,7 +162,7 @@ class Evaluation:
         """
         digest = re.search(r"@(\w+)$", str(self.meta["settings"].get("model")))
         folder = next((f for f in (self.path.parent / self.model, Path(self.meta["model_path"])) if f.is_dir()), None)
-        if not digest or not folder or not self.model or not any((folder / name).exists() for name in WEIGHTS):
+        if not digest or not folder or not self.model or not any(f.suffix == ".safetensors" for f in files_of(folder)):
             return False
         with contextlib.suppress(InputError, OSError):  # it cannot be loaded either
             base = adapted(str(folder))
