@@ -71,6 +71,11 @@ class Pairs:
         """The image of each question [n]."""
         return images_of([self])[0]
 
+    @property
+    def records(self) -> list[tuple[dict, dict]]:
+        """(before, after) of each question [n]."""
+        return [(self.before.records[i], self.after.records[j]) for i, j in zip(*self.places, strict=True)]
+
     def of(self, chosen: np.ndarray) -> "Pairs":
         """Those of the questions [n] that are chosen."""
         return Pairs(self.before, self.after, tuple(places[chosen] for places in self.places), 0, [])
@@ -81,8 +86,7 @@ class Pairs:
 
     def by_metric(self, names: Iterable[str]) -> dict:
         """{metric: `paired.summary` of after - before}, from the records."""
-        sides = [[one.records[i] for i in at] for one, at in zip((self.before, self.after), self.places, strict=True)]
-        images, found = self.images, {}
+        sides, images, found = list(zip(*self.records, strict=True)), self.images, {}
         for name in names:
             was, now = (np.array(scoring.values(side, name)) for side in sides)
             found[name] = paired.summary(now - was, images)
@@ -124,12 +128,7 @@ def pairs(before: Evaluation, after: Evaluation, one_model: bool = True) -> Pair
             if one_model:
                 raise NotComparable(f"{changed} Evaluate it again, with --restart.")
             notes.append(changed)
-    content = [one.meta["settings"].get("content") for one in (before, after)]
-    if content[0] and content[0] == content[1] and len(before.scores) == len(after.scores):
-        places = np.arange(len(after.scores))  # the same questions in the same order
-        places, other_images = (places, places), 0
-    else:
-        places, other_images = _same_questions(before, after)
+    places, other_images = same_questions(before, after)
     usable = before.usable[places[0]] & after.usable[places[1]]
     if other_images:
         notes.append(f"{other_images} questions are about images that have changed in between: not compared.")
@@ -166,11 +165,15 @@ def _differing(old: dict, new: dict, names: Iterable[str]) -> str:
     return differences(*({name: settings.get(name) for name in names} for settings in (old, new)))
 
 
-def _same_questions(before: Evaluation, after: Evaluation) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+def same_questions(before: Evaluation, after: Evaluation) -> tuple[tuple[np.ndarray, np.ndarray], int]:
     """The places in both of the questions that both asked about the same image; and how many are about a changed image.
 
     Raises NotComparable if there is none, and where one id means two questions or has other right answers.
     """
+    content = [one.meta["settings"].get("content") for one in (before, after)]
+    if content[0] and content[0] == content[1] and len(before.scores) == len(after.scores):
+        places = np.arange(len(after.scores))  # the same questions in the same order
+        return (places, places), 0
     at = [{str(r["question_id"]): i for i, r in enumerate(one.records)} for one in (before, after)]
     both, changed = [key for key in at[1] if key in at[0]], 0
     if not both:

@@ -265,8 +265,7 @@ def no_gain(case: Case):
             pairs = comparable.compare(before, after)
         except NotComparable as error:
             yield Finding(
-                "not compared", "problem", f"{dataset}: {error}",
-                "Nothing can be said about the gain.", "Evaluate both models again with the same flags.",
+                "not compared", "problem", dataset, str(error), "Until then nothing can be said about the gain.",
             )  # fmt: skip
             continue
         found = pairs.summary()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mpa import records
+from mpa import comparable, records
 from mpa.datasets import DATASETS
 from mpa.evaluations import Evaluation, read_meta
 from mpa.finish_reasons import canonical
@@ -15,7 +15,6 @@ from mpa.parity import ParityRule
 from mpa.presets import PRESETS
 from mpa.records import RELEASED_ALIAS, InputError
 from mpa.runs import Cell
-from mpa.scoring import same_questions, unusable
 
 KEPT = "kept"
 REASONS = (
@@ -261,17 +260,14 @@ class Change:
 
 
 def changes(before: Evaluation, after: Evaluation) -> list[Change]:
-    """Each question that both were asked, with its scores by the headline metric. Raises InputError as `scoring.same_questions`."""
-    by_id = [
-        dict(zip((str(r["question_id"]) for r in e.records), map(float, e.scores), strict=True))
-        for e in (before, after)
-    ]
+    """Each question that both were asked, with its scores by the headline metric. Raises as `comparable.same_questions`."""
+    places, _ = comparable.same_questions(before, after)
     found = []
-    for was, now in same_questions(before.records, after.records):
-        key = str(was["question_id"])
+    for i, j in zip(*places, strict=True):
+        was, now = before.records[i], after.records[j]
         answers = was.get("answers") or [was["GT_answer"]]
-        said = (was["predictions"], now["predictions"])
-        usable = not (unusable(was) or unusable(now))
-        image, question, scores = was["image_path"] or "", was["GT_question"] or "", (of[key] for of in by_id)
-        found.append(Change(key, image, question, answers, *said, *scores, usable))
+        said, scores = (was["predictions"], now["predictions"]), (float(before.scores[i]), float(after.scores[j]))
+        usable = bool(before.usable[i] and after.usable[j])
+        image, question = was["image_path"] or "", was["GT_question"] or ""
+        found.append(Change(str(was["question_id"]), image, question, answers, *said, *scores, usable))
     return found

@@ -5,9 +5,7 @@ from collections import Counter, defaultdict
 from mpa.datasets import DATASETS
 from mpa.finish_reasons import why_cut
 from mpa.metrics import METRICS, bootstrap_interval, few_answers
-from mpa.normalise import normalise
 from mpa.presets import PRESETS
-from mpa.records import InputError
 
 
 def metric_names(dataset: str, preset: str = "paper") -> list[str]:
@@ -82,29 +80,11 @@ def score(records: list[dict], dataset: str, preset: str = "paper") -> dict:
     return rows | {name: summary(values(records, name)) for name in names[1:]}
 
 
-def same_questions(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
-    """The records of two result files, paired by question id.
-
-    Raises InputError where a pair asks two different things: ids are numbers from 0 in many files.
-    """
-    old = {str(r["question_id"]): r for r in before}
-    pairs = [(old[str(r["question_id"])], r) for r in after if str(r["question_id"]) in old]
-    for a, b in pairs:
-        if normalise(a["GT_question"]) != normalise(b["GT_question"]):
-            raise InputError(
-                f"question {a['question_id']!r} is {a['GT_question']!r} in the one file and {b['GT_question']!r} in the "
-                "other: these are not the same questions."
-            )
-    return pairs
-
-
-def changed(before: list[dict], after: list[dict], args, n: int = 5) -> list[str]:
-    """The first n questions that `after` answers better, and worse, by the headline, as text; with --verbose all.
-
-    Only of those with a usable reply from both.
+def changed(pairs: list[tuple[dict, dict]], args, n: int = 5) -> list[str]:
+    """Of the records (before, after) of each question: the first n that are answered better, and worse, by the headline, as text;
+    with --verbose all.
     """
     metric, lines = metric_names(args.dataset, args.preset)[0], []
-    pairs = [pair for pair in same_questions(before, after) if not any(map(unusable, pair))]
     scored = [(pair, *(values([r], metric)[0] for r in pair)) for pair in pairs]
     for word, found in (
         ("better", [pair for pair, was, now in scored if now > was]),

@@ -37,7 +37,9 @@ def report(folder: Path, cell, short: bool) -> None:
         print("  Nothing unusual.")
     for finding in findings:
         print(
-            f"  {finding.level}: {finding.name}: {printable(finding.figure)}.\n    {finding.meaning} {finding.remedy}"
+            printable(f"  {finding.level}: {finding.name}: {finding.figure}."),
+            printable(f"    {finding.meaning} {finding.remedy}"),
+            sep="\n",
         )
 
 

@@ -28,6 +28,7 @@ from mpa.evaluations import Evaluation as Evaluated
 from mpa.evaluations import read_meta
 from mpa.guard import SCORED_AS, answers_file
 from mpa.metrics import most_common
+from mpa.normalise import normalise
 from mpa.stage import Model, short_replies
 
 
@@ -136,17 +137,20 @@ def read_predictions(args, path: Path) -> list[dict]:
 
 def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
     """The records, with the answers from the annotation file."""
-    reference = [{"question_id": s.key, "GT_question": s.question, "answers": s.answers, **s.more} for s in samples]
-    pairs = scoring.same_questions(reference, result)
+    known = {s.key: s for s in samples}
+    pairs = [(r, known[str(r["question_id"])]) for r in result if str(r["question_id"]) in known]
+    for r, s in pairs:  # ids are numbers from 0 in many files
+        if normalise(r["GT_question"]) != normalise(s.question):
+            raise records.InputError(
+                f"{path}: question {r['question_id']!r} is {r['GT_question']!r} in it and {s.question!r} in the annotation file: "
+                "these are not the same questions."
+            )
     if len(pairs) < len(result):
         raise records.InputError(
             f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file. "
             "Is it of another dataset or split?"
         )
-    return [
-        found | {k: v for k, v in of_file.items() if k not in ("question_id", "GT_question", "image_hash")}
-        for of_file, found in pairs
-    ]
+    return [r | {k: v for k, v in s.more.items() if k != "image_hash"} | {"answers": s.answers} for r, s in pairs]
 
 
 def report(args, what: str, result: list[dict]) -> dict:
@@ -174,7 +178,7 @@ def compare(args) -> dict:
     found = comparable.compare(*sides, one_model=False)
     rows = found.by_metric(scoring.metric_names(args.dataset, args.preset))
     print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
-    changed = scoring.changed(*(side.records for side in sides), args)
+    changed = scoring.changed(found.records, args)
     print("\n".join([*scoring.comparison(rows, args.dataset), *changed, *(f"  {note}" for note in found.notes)]))
     return rows
 

@@ -111,11 +111,12 @@ def test_a_comparison_lists_the_questions_that_changed():
     before = [record(i, "red" if i == 7 else "blue") for i in range(8)]
     after = [record(i, "blue" if i == 7 else "red") for i in range(8)]
     args = SimpleNamespace(dataset="easyVQA", preset="paper", verbose=False)
-    few = scoring.changed(before, after, args)
+    pairs = list(zip(before, after, strict=True))
+    few = scoring.changed(pairs, args)
     assert few[0] == "    better: 0: q0? (red) blue → red" and few[5] == "    2 more are better; -v lists all."
     assert few[6:] == ["    worse: 7: q7? (red) red → blue"]
     args.verbose = True
-    assert len(scoring.changed(before, after, args)) == 8
+    assert len(scoring.changed(pairs, args)) == 8
 
 
 @pytest.mark.parametrize("name", ["vqa", "textvqa"])

@@ -271,16 +271,31 @@ def test_evaluations_that_differ_in_one_question_cost_only_their_comparison(tmp_
     meta["settings"]["content"] = "of other requests"
     fake.write(file.with_suffix(".meta.json"), meta)
     done = python("report.py", tmp_path / "run", "--image-root", tmp_path / "images")
-    assert done.returncode == 0 and "not compared: question 7 is" in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == done.stderr.count("question 7 is") == 1, done.stderr
+    assert "not compared: " in done.stderr
     page = (tmp_path / "run/report/index.html").read_text()
-    assert "Not compared: <bdi>question 7 is" in page and "before PL only" in page and "Gain of MPA" not in page
+    assert page.count("Not compared: <bdi>") == 1 and "before PL only" in page and "Gain of MPA" not in page
     done = python("diagnose.py", tmp_path / "run")
-    assert done.returncode == 0 and "problem: not compared: textVQA: " in done.stdout and "question 7 is" in done.stdout
+    assert (
+        done.returncode == 0 and "problem: not compared: textVQA.\n" in done.stdout and "question 7 is" in done.stdout
+    )
+    assert ".." not in done.stdout
     assert python("diagnose.py", tmp_path / "run", "--short").returncode == 0
     done = python("tables.py", "--dataset", "textVQA", "--lvlm", "big", "--svlm", "small", tmp_path / "run")
     assert done.returncode == 0 and "No gain: " in done.stdout and "question 7 is" in done.stdout
     done = python("show.py", tmp_path / "run", "--broken", "--no-images")
-    assert done.returncode == 1 and done.stderr.startswith("error: question 7") and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.count("question 7 is") == done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["small", "PL_big_small_textVQA"])
+def test_a_broken_evaluation_costs_only_itself(tmp_path, model):
+    make_run(tmp_path / "run", tmp_path / "images", n=30)
+    file = tmp_path / f"run/Eval_{model}_textVQA.json"
+    fake.write(file, {"not": "a list"})
+    done = python("report.py", tmp_path / "run", "--image-root", tmp_path / "images")
+    assert done.returncode == 1 and done.stderr.count("\n") == done.stderr.count(str(file)) == 1, done.stderr
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert page.count("Not in this report: <bdi>") == 1 and "not compared" not in page and "what is thing 0?" in page
 
 
 @pytest.mark.parametrize("name", ["predicted_question", "predicted_answer"])

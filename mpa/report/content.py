@@ -35,20 +35,23 @@ class CellContent:
         self.differing: list[str] = []  # why evaluations are not compared
         self.before, self.after = (self._evaluation(model) for model in (cell.svlm, model_name(cell)))
 
-    def _read(self, make: Callable, without=None):
-        """`make()`; `without`, and a line in `broken`, where a file does not allow that."""
-        return _attempt(make, self.broken, without)
-
-    def compare(self, make: Callable, without=None):
-        """`make()`; `without`, and a line in `differing`, where two evaluations cannot be compared."""
-        return _attempt(make, self.differing, without)
+    def attempt(self, make: Callable, without=None):
+        """`make()`; `without`, and a line in `broken` or `differing`, where files do not allow that."""
+        try:
+            return make()
+        except InputError as error:
+            told = self.differing if isinstance(error, NotComparable) else self.broken
+            told += [] if str(error) in told else [str(error)]
+            return without
 
     def _evaluation(self, model: str) -> Evaluation | None:
-        return self._read(lambda: self.case.evaluation(model))
+        """None also for one whose records are broken."""
+        found = self.attempt(lambda: self.case.evaluation(model))
+        return found if found and self.attempt(lambda: found.usable) is not None else None
 
     def _meta(self, file: Path) -> dict:
         """A meta file; {} if it is not there."""
-        return self._read(lambda: read_meta(file), {}) if file.exists() else {}
+        return self.attempt(lambda: read_meta(file), {}) if file.exists() else {}
 
     @property
     def method(self) -> str:
@@ -64,8 +67,8 @@ class CellContent:
         if self.cell.svlm:
             folder = model_name(self.cell)
             names += [] if (self.folder / folder / "train_meta.json").exists() else [f"{folder}/"]
-            for model, found in ((self.cell.svlm, self.before), (folder, self.after)):
-                names += [] if found else [f"Eval_{model}_{self.cell.dataset}.json"]
+            evaluated = [f"Eval_{model}_{self.cell.dataset}.json" for model in (self.cell.svlm, folder)]
+            names += [name for name in evaluated if not (self.folder / name).exists()]
         return names
 
     def funnel(self) -> list[tuple[str, int]]:
@@ -122,19 +125,15 @@ class CellContent:
         return [(self.title + ("" if key == "mpa" else f", {key}"), found) for key, found in of]
 
     def gain(self) -> dict | None:
-        """`paired.summary` with "notes"; only these where nothing can be said. None without both evaluations."""
-        if not (self.before and self.after):
-            return None
-        try:
-            pairs = comparable.compare(self.before, self.after)
-        except NotComparable as error:
-            return {"notes": [f"No gain: {error}"]}
-        return pairs.summary() | {"notes": pairs.notes}
+        """`paired.summary` with "notes". None without two evaluations that can be compared."""
+        both = self.before and self.after
+        pairs = self.attempt(lambda: comparable.compare(self.before, self.after)) if both else None
+        return pairs and pairs.summary() | {"notes": pairs.notes}
 
     @cached_property
     def _changes(self) -> list | None:
         """Each test question before and after PL; None if the evaluations cannot be compared."""
-        return self.compare(lambda: changes(self.before, self.after))
+        return self.attempt(lambda: changes(self.before, self.after))
 
     def facts(self) -> list[tuple[str, str]]:
         """Models, settings, versions and commands."""
@@ -174,7 +173,7 @@ class CellContent:
     def costs(self) -> dict[str, float]:
         """What the run has paid for each stage and model, of all its cells, in the currency of --price-in."""
         file = self.folder / "spending.json"
-        book = self._read(lambda: records.read_json(file)) if file.exists() else {}
+        book = self.attempt(lambda: records.read_json(file)) if file.exists() else {}
         spent = book.get("spent") if isinstance(book, dict) else None
         accounts = spent.items() if isinstance(spent, dict) else ()
         costs = {stage: account.get("cost") for stage, account in accounts if isinstance(account, dict)}
@@ -233,10 +232,10 @@ class CellContent:
 
     @cached_property
     def calibration(self) -> list[Reliability]:
-        return self._read(lambda: calibration.of_case(self.case), [])
+        return self.attempt(lambda: calibration.of_case(self.case), [])
 
     def history(self) -> list[dict]:
-        return self._read(lambda: self.case.history, [])
+        return self.attempt(lambda: self.case.history, [])
 
     def training_facts(self) -> list[tuple[str, str]]:
         meta = self._meta(self.folder / model_name(self.cell) / "train_meta.json")
@@ -251,14 +250,14 @@ class CellContent:
         return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
 
     def coverage(self):
-        return self._read(lambda: [coverage_table(self.case, of) for of in ("answer", "question")], [])
+        return self.attempt(lambda: [coverage_table(self.case, of) for of in ("answer", "question")], [])
 
     def reasons(self):
-        return self._read(lambda: reasons_table(self.case))
+        return self.attempt(lambda: reasons_table(self.case))
 
     @cached_property
     def findings(self) -> list:
-        found = self._read(lambda: diagnose(self.case))
+        found = self.attempt(lambda: diagnose(self.case))
         if found is None:  # never "nothing unusual"
             why, remedy = "A file that it reads is broken.", "Make it again, or move it away."
             return [Finding("not diagnosed", "problem", "; ".join(self.broken).rstrip("."), why, remedy)]
@@ -286,7 +285,7 @@ class CellContent:
             }
             for s in self.case.run.samples
         ]
-        return found + self._read(lambda: self._tested(task), [])
+        return found + self.attempt(lambda: self._tested(task), [])
 
     def _tested(self, task: str) -> list[dict]:
         if not self.before:
@@ -315,15 +314,6 @@ class CellContent:
         ]
 
 
-def _attempt(make: Callable, failures: list[str], without):
-    try:
-        return make()
-    except InputError as error:
-        if str(error) not in failures:
-            failures.append(str(error))
-        return without
-
-
 def compared(cells: list[CellContent]) -> list[dict]:
     """Paired differences of trained S-VLMs that were asked the same questions, and the questions that flipped.
 
@@ -338,7 +328,7 @@ def compared(cells: list[CellContent]) -> list[dict]:
             same = (one.cell.dataset, one.cell.svlm) == (other.cell.dataset, other.cell.svlm)
             if same and one.after and other.after:
                 pairs.append((one.trained()[0], other.trained()[0]))
-        found += filter(None, (one.compare(lambda pair=pair: _pair(*pair)) for pair in pairs))
+        found += filter(None, (one.attempt(lambda pair=pair: _pair(*pair)) for pair in pairs))
     return found
 
 

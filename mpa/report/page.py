@@ -56,13 +56,13 @@ def results_table(content: CellContent) -> dict:
         lines.append(
             [row["name"], samples, f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}", f"{row['n']:,}"]
         )
-    notes, gain = [f"{row['name']}: {row['lost']}." for row in content.results() if row["lost"]], content.gain() or {}
-    if "score" in gain:
+    notes, gain = [f"{row['name']}: {row['lost']}." for row in content.results() if row["lost"]], content.gain()
+    if gain:
         low, high = (100 * bound for bound in gain["ci95"])
         notes.append(
             f"Gain of {content.method}: {100 * gain['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {gain['n']:,}."
         )
-    notes += gain.get("notes", [])
+        notes += gain["notes"]
     names = ["model", "train samples", content.what, "95 % interval", "n"]
     return {"title": f"Results: {content.what}", "names": names, "lines": lines, "notes": notes}
 
@@ -261,8 +261,8 @@ def write(
     `index` links to the page of all runs. `how`: image_root, and redact. Returns {image: whether it is shown}.
     """
     data, shown = gallery(contents, thumbs, single_file=single_file, **how)
+    compare = compare_section(contents)  # first, as a cell tells what could not be compared
     cells = [shown_cell(content) for content in contents]
-    compare = compare_section(contents)
     if how.get("redact"):
         images, cells, compare = data["images"], redacted(cells), redacted(compare)
         data, broken = {"cells": redacted(data["cells"]), "images": images}, redacted(list(broken))
@@ -288,9 +288,10 @@ def write_folder(contents: list[CellContent], folder: Path, broken: list[str], *
     names = ["run", "images", "parity set", "before", "after", "gain, points", "95 % interval", "n", "findings"]
     note = "Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."
     compare = compare_section(contents)
+    differing = list(dict.fromkeys(plain(why) for content in contents for why in content.differing))
     if how.get("redact"):
-        compare, broken = redacted(compare), redacted(broken)
-    values = {"rows": rows, "names": names, "note": note, "compare": compare}
+        compare, broken, differing = redacted(compare), redacted(broken), redacted(differing)
+    values = {"rows": rows, "names": names, "note": note, "compare": compare, "differing": differing}
     records.write_text(folder / "index.html", render("index.html.j2", False, contents, broken, **values))
     _remove_others(folder, rows)
     return shown
@@ -306,7 +307,7 @@ def _summary(content: CellContent) -> list[str]:
     """A row of the index."""
     by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f}\u00a0%" for row in content.results()}, content.gain()
     paired = ["–", "–", "–"]
-    if gain and "score" in gain:
+    if gain:
         low, high = (100 * bound for bound in gain["ci95"])
         paired = [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"]
     counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
