@@ -19,11 +19,6 @@ from mpa.models import adapted, identity
 from mpa.presets import PRESETS
 from mpa.records import InputError
 
-# Without these in its text, all replies of an Eval file are usable.
-MARKS = tuple(
-    b'\n        "%b": %b' % mark for mark in ((b"predictions", b"null"), (b"left_out", b'"'), (b"finish_reason", b'"'))
-)
-
 
 @dataclass
 class Evaluation:
@@ -93,10 +88,13 @@ class Evaluation:
     def scores(self) -> np.ndarray:
         """Each question's score by the headline metric [n], from 0 to 1, as the records hold it.
 
-        Raises InputError if the scores do not add up to the meta file's.
+        The file's text is searched: parsing its JSON takes several times as long. JSON escapes the quotes and line ends in a
+        text, so no answer can look like the start of a field. A file with another layout is parsed. Raises InputError if the
+        scores do not add up to the meta file's.
         """
-        found, _ = self._searched
-        found = found or [(r.get("scores") or {}).get(self.metric, float("nan")) for r in self.records]
+        found = re.findall(rb'"scores": \{\n {12}"%b": ([\d.e-]+)' % self.metric.encode(), self._text())
+        if len(found) != self.summary["n"]:
+            found = [(r.get("scores") or {}).get(self.metric, float("nan")) for r in self.records]
         scores = np.array(found, dtype=float)
         if len(scores) != self.summary["n"] or not abs(scores.sum() / len(scores) - self.summary["score"]) < 1e-6:
             raise InputError(
@@ -106,8 +104,10 @@ class Evaluation:
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """Whether each question has a usable reply [n]; see `scoring.unusable`."""
-        if "records" not in self.__dict__ and self._searched[1]:
+        """Whether each question has a usable reply [n]; see `scoring.unusable`. Of all, if the meta file counts no other."""
+        counts = self.meta.get("counts")
+        counted = isinstance(counts, dict) and counts.keys() >= {"left_out", "finish_reason"}
+        if "records" not in self.__dict__ and counted and not (counts["left_out"] or counts["finish_reason"]):
             return np.ones(len(self.scores), dtype=bool)
         return np.array([not scoring.unusable(r) for r in self.records], dtype=bool)
 
@@ -126,22 +126,6 @@ class Evaluation:
         hashes = [r.get("image_hash") for r in self.records]
         paths = [r["image_path"] or f"question {r['question_id']}" for r in self.records]
         return _in_json(hashes) if all(hashes) else None, _in_json(paths)
-
-    @cached_property
-    def _searched(self) -> tuple[list[bytes], bool]:
-        """(the scores in the file's text, whether all replies in it are usable: by the meta file's counts, if it has them).
-
-        Parsing its JSON takes ten times as long. JSON escapes the quotes and line ends in a text, so no answer can look like
-        the start of a field. In a file with another layout nothing is found: ([], False).
-        """
-        text = self._text()
-        found = re.findall(rb'"scores": \{\n {12}"%b": ([\d.e-]+)' % self.metric.encode(), text)
-        if len(found) != self.summary["n"]:
-            return [], False
-        counts = self.meta.get("counts")
-        if isinstance(counts, dict) and counts.keys() >= {"left_out", "finish_reason"}:
-            return found, not (counts["left_out"] or counts["finish_reason"])
-        return found, not any(mark in text for mark in MARKS)
 
     def _text(self) -> bytes:
         try:

@@ -11,10 +11,11 @@ import numpy as np
 from mpa import comparable, given_questions
 from mpa.agreement import Z, wilson
 from mpa.check_tables import NAMES, names, points
-from mpa.comparable import NotComparable, Pairs
+from mpa.comparable import Pairs
 from mpa.datasets.loading import train_labels
 from mpa.evaluations import Evaluation
 from mpa.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, answers_file, compare
+from mpa.records import InputError
 from mpa.runs import Experiment, Runs, Training
 from mpa.table_formats import Estimate, Figure, Table
 
@@ -88,7 +89,7 @@ def _checked(t: Training, notes: list[str]) -> Checked | None:
         found = Checked(
             compare(*answers), comparable.compare(t.before, t.after), told_by_train_labels(*answers, t.cell.dataset)
         )
-    except NotComparable as error:
+    except InputError as error:
         notes.append(f"Left out: {error}")
         return None
     if found.guard.no_verdict:

@@ -175,7 +175,7 @@ _ENCLOSED = [
     re.compile(r"\|([^\W\d_]{2}[^|]*)\|"),  # |x| is a value
 ]
 # Half of a pair: of a table's cell, of emphasis; and line breaks.
-_HALF = re.compile(r"(?:\s*<br ?/?>)+\Z|(?:(?<=\s)\*+|\*{2,})\Z|\A\*+(?=[^*]+\Z)|\A\|\s|\s\|\Z")
+_HALF = re.compile(r"(?:\s*<br ?/?>)+\Z|\A(?:<br ?/?>\s*)+|(?:(?<=\s)\*+|\*{2,})\Z|\A\*+(?=[^*]+\Z)|\A\|\s|\s\|\Z")
 
 
 def undecorated(text: str, own_line: bool = False) -> str:

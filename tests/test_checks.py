@@ -165,6 +165,12 @@ def test_the_guards_verdicts_stand_beside_those_of_the_labels(tmp_path):
     assert "train split" not in said  # the questions are not its
     assert "Worse by the test: 2; the guard called 1 of them worse, 1 not told apart, 0 better." in said
     assert "Called worse by the guard: 1; better by the test: 0." in said and "Correlation of both changes: 0.8" in said
+    meta = json.loads(records.meta_path(out).read_text())
+    fake.write(
+        records.meta_path(out), meta | {"unfinished": 3}
+    )  # answers that nothing can be told of cost only themselves
+    (row,) = table("guard", tmp_path)
+    assert row["seeds"] == "3" and "3 replies failed with a temporary error" in row["notes"]
 
 
 def test_the_guards_questions_can_be_judged_by_the_train_splits_answers():

@@ -162,7 +162,7 @@ def test_the_summary_of_unlabelled_images_says_when_nothing_can_be_concluded(tmp
     same = [1] * 9 + [0] * 3
     fake.run(tmp_path, "images", "big", "small", same, same)
     fake.evaluation(tmp_path, "big", "images", [1] * 12)
-    fake.write(tmp_path / "PL_big_small_images/train_meta.json", {"samples": 80, "seconds": 1.0})
+    fake.write(tmp_path / "PL_big_small_images/train_meta.json", {"settings": {}, "samples": 80, "seconds": 1.0})
     fake.write(tmp_path / "PI_big_heldout_images.meta.json", {"settings": {"share": 0.15, "threshold": "1"}})
     result = run_summary.summary(run_summary.Run(tmp_path, *cell))
     assert list(result["rows"]) == ["base", "mpa"]

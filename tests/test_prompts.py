@@ -290,6 +290,7 @@ Q = "Question: What is it?\n"
         ("Question:\n- What is it?\nAnswer:\n- red", "red"),
         ("Question: [What is it?]\nAnswer: [there]", "there"),
         ("Question: | What is it? |\nAnswer: red<br>", "red"),
+        ("Question: <br>What is it?\nAnswer: <br/> red<br>", "red"),
     ],
 )
 def test_an_annotation_keeps_no_decoration_and_each_sign(reply, answer):
