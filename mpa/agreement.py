@@ -56,11 +56,6 @@ def alpha(counts: np.ndarray) -> float:
     return float(of(value_counts=pairs, level_of_measurement="nominal"))
 
 
-def kappa_interval(ratings: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """That of `interval` for kappa."""
-    return interval(kappa, ratings, resamples, seed)
-
-
 def interval(statistic: Callable, ratings: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval over the items. Resamples in which `statistic` is undefined are left out."""
     rng = np.random.default_rng(seed)

@@ -71,17 +71,8 @@ def application(ratings: Ratings) -> FastAPI:
 
     @app.middleware("http")
     async def only_this_page(request: Request, call_next) -> Response:
-        """Refuse requests that another site's page makes, and long ones unread; forbid the page whatever it does not need."""
-        host = request.headers.get("host", "")
-        origin, length = request.headers.get("origin"), request.headers.get("content-length", "0")
-        if not LOCAL.fullmatch(host) or origin not in (None, f"http://{host}"):
-            response = Response("This page is only for this machine.", 403)
-        elif "transfer-encoding" in request.headers or not length.isdecimal():
-            response = Response("A request says its length.", 411)
-        elif len(length) > 9 or int(length) > MAX_BODY:
-            response = Response("This request is too long.", 413)
-        else:
-            response = await call_next(request)
+        """Forbid the page whatever it does not need."""
+        response = _refusal(request) or await call_next(request)
         response.headers.update(HEADERS)
         return response
 
@@ -126,6 +117,19 @@ def application(ratings: Ratings) -> FastAPI:
             raise HTTPException(404, f"This image {error}.") from None
 
     return app
+
+
+def _refusal(request: Request) -> Response | None:
+    """Of a request that another site's page makes, and of a long one, unread."""
+    host = request.headers.get("host", "")
+    origin, length = request.headers.get("origin"), request.headers.get("content-length", "0")
+    if not LOCAL.fullmatch(host) or origin not in (None, f"http://{host}"):
+        return Response("This page is only for this machine.", 403)
+    if "transfer-encoding" in request.headers or not length.isdecimal():
+        return Response("A request says its length.", 411)
+    if len(length) > 9 or int(length) > MAX_BODY:
+        return Response("This request is too long.", 413)
+    return None
 
 
 def _file(path: Path, kind: str):

@@ -70,7 +70,9 @@ def report(guard: Guard, variants: list[str]) -> None:
         named = f"{guard.model(name).name}: " if len(found) > 1 else ""
         print("\n".join(f"  {named}{said}" for said in conclusion(found[name], guard.share)))
     best = recommended(found)
-    print(f"  Use {guard.model(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one is better'}.")
+    print(
+        f"  Use {guard.model(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one was found better'}."
+    )
     if [one.verdict for one in found.values()] == [WORSE]:
         print("  To try remedies: REMEDY=1 bash scripts/guard.sh, with the variables of the run.")
     out = guard.folder / f"guard_{cell.lvlm}_{cell.svlm}_{cell.dataset}.json"

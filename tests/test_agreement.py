@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mpa.agreement import alpha, cohen_kappa, combined, fleiss_kappa, kappa, kappa_interval, wilson
+from mpa.agreement import alpha, cohen_kappa, combined, fleiss_kappa, interval, kappa, wilson
 
 
 def test_cohens_kappa_of_a_table_computed_by_hand():
@@ -24,7 +24,7 @@ def test_fleiss_kappa_of_a_table_computed_by_hand():
 def test_kappa_of_unanimous_raters_of_one_rater_or_of_no_item_is_undefined():
     for ratings in (np.ones((5, 2), int), np.zeros((5, 3), int), np.ones((5, 1), int), np.ones((0, 2), int)):
         assert math.isnan(kappa(ratings))
-    assert all(map(math.isnan, kappa_interval(np.ones((5, 2), int))))
+    assert all(map(math.isnan, interval(kappa, np.ones((5, 2), int))))
 
 
 def counts(*raters: list[int | None]) -> np.ndarray:
@@ -60,9 +60,9 @@ def test_a_rater_with_two_clicks_hardly_changes_alpha():
 
 def test_the_interval_of_kappa_holds_it_and_shrinks_with_the_items():
     few = np.array([[1, 1], [1, 1], [0, 0], [0, 1], [1, 0], [0, 0], [0, 0], [1, 1]])
-    low, high = kappa_interval(few)
+    low, high = interval(kappa, few)
     assert low < kappa(few) < high
-    assert np.ptp(kappa_interval(np.tile(few, (16, 1)))) < (high - low) / 3
+    assert np.ptp(interval(kappa, np.tile(few, (16, 1)))) < (high - low) / 3
 
 
 def test_intervals_of_shares_and_differences_are_those_of_newcombes_papers():

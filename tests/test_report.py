@@ -296,6 +296,10 @@ def test_a_broken_evaluation_costs_only_itself(tmp_path, model):
     assert done.returncode == 1 and done.stderr.count("\n") == done.stderr.count(str(file)) == 1, done.stderr
     page = (tmp_path / "run/report/index.html").read_text()
     assert page.count("Not in this report: <bdi>") == 1 and "not compared" not in page and "what is thing 0?" in page
+    cell = CellContent(tmp_path / "run", answered_runs.CELL)
+    assert cell.missing == []  # it is there
+    file.with_suffix(".meta.json").unlink()
+    assert cell.missing == [f"Eval_{model}_textVQA.meta.json"]
 
 
 @pytest.mark.parametrize("name", ["predicted_question", "predicted_answer"])

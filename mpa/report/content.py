@@ -67,8 +67,9 @@ class CellContent:
         if self.cell.svlm:
             folder = model_name(self.cell)
             names += [] if (self.folder / folder / "train_meta.json").exists() else [f"{folder}/"]
-            evaluated = [f"Eval_{model}_{self.cell.dataset}.json" for model in (self.cell.svlm, folder)]
-            names += [name for name in evaluated if not (self.folder / name).exists()]
+            for model in (self.cell.svlm, folder):
+                file = self.folder / f"Eval_{model}_{self.cell.dataset}.json"
+                names += [path.name for path in (file, records.meta_path(file)) if not path.exists()][:1]
         return names
 
     def funnel(self) -> list[tuple[str, int]]:
