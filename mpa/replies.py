@@ -174,6 +174,7 @@ _ENCLOSED = [
     re.compile(r"<([^<>]+[?？])>"),
     re.compile(r"\|([^\W\d_]{2}[^|]*)\|"),  # |x| is a value
 ]
+_EMPHASIS_AND_STOP = re.compile(r"(\*{1,3}|_{1,3}|`)([^*_`]+)\1([.!。])")  # the mark of a sentence stands outside
 # Half of a pair: of a table's cell, of emphasis; and line breaks.
 _HALF = re.compile(r"(?:\s*<br ?/?>)+\Z|\A(?:<br ?/?>\s*)+|(?:(?<=\s)\*+|\*{2,})\Z|\A\*+(?=[^*]+\Z)|\A\|\s|\s\|\Z")
 
@@ -186,6 +187,8 @@ def undecorated(text: str, own_line: bool = False) -> str:
     """
     for _ in range(6):
         inner = _HALF.sub("", bare(text)).strip()
+        if sentence := _EMPHASIS_AND_STOP.fullmatch(inner):
+            inner = sentence[2] + sentence[3]
         if item := _ITEMS[own_line].match(inner):
             inner = inner[item.end() :]
         else:

@@ -252,6 +252,7 @@ Q = "Question: What is it?\n"
         (f"{Q}Answer: | red |", "red"),
         (f"{Q}Answer: |x|", "|x|"),
         *((f"{Q}Answer: {text}", "red") for text in ("[red]", "**[red]**", '["red"]', "(red)", "{red}", "【red】")),
+        *((f"{Q}Answer: {text}", "red.") for text in ("**red**.", "*red*.", "`red`.", "- __red__.")),
         *((f"{Q}Answer: {text}", text) for text in ("f(x)", "(a) or (b)", "red (dark)", "(5)", "[a] or [b]")),
         *((f"{Q}Answer:\n{item} red", "red") for item in ("-", "*", "•", ">", "###", "1.", "2)", "- [x]", "→", "- -")),
         (f"{Q}Answer:\n- **red**", "red"),
