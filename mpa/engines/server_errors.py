@@ -40,7 +40,7 @@ LIMITS = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_t
 _VALUE = re.compile(
     r"too (?:large|long|big|high|small|low|many)|context[_ ](?:length|window|size)|out of range|exceed|invalid|not (?:a )?valid|"
     r"(?:must|should|has to|have to|needs? to|cannot|can ?not|can't|may|can) (?:only )?be|between|above|below|minimum|maximum|"
-    r"(?:less|greater|more|larger|smaller|bigger|higher|lower|longer) than|at (?:least|most)|strictly|range|\bgot\b|"
+    r"(?:less|greater|more|larger|smaller|bigger|higher|lower|longer) than|at (?:least|most)|strictly|range|\bgot\b(?! an unexpected)|"
     r"unsupported_value|number_|_type\b|less_than|greater_than|cannot both",
     re.IGNORECASE,
 )
@@ -132,10 +132,8 @@ def _refused_parameter(message: str, code: str, param: str, sent: dict) -> tuple
 
 def _names(name: str, message: str, param: str) -> bool:
     """Does the error name the parameter? "detail" is also a word."""
-    if re.search(rf"(?<![\w-]){name}(?![\w-])", param):
-        return True
-    quoted = r"""['"`.]""" if name == "detail" else ""
-    return bool(re.search(rf"{quoted}(?<![\w-]){name}(?![\w-])", message))
+    word, quoted = rf"(?<![\w-]){name}(?![\w-])", r"""['"`.]""" if name == "detail" else ""
+    return bool(re.search(word, param) or re.search(quoted + word, message, re.IGNORECASE))
 
 
 def causes(error: BaseException) -> list[BaseException]:
