@@ -8,46 +8,31 @@ from pathlib import Path
 
 from mpa import records
 from mpa.answering import Answers, Question
+from mpa.earlier_replies import journal_header, same_but_content
 from mpa.stage import Model
 
 
-def of_svlm(args, out: Path, label: str, questions: list[Question], needed: set[str], **choices) -> list[Answers]:
-    """The S-VLM's answers to the questions whose ids are `needed`; to all, with --answer-all or where that is begun.
-
-    What was begun without --answer-all is finished so; then the rest is asked: these are two stages, for `made`.
-    """
-    model, begun = Model(args, args.model_path_svlm), None if args.restart else _begun_with(out)
-    stages = []
-    if begun is False or not (args.answer_all or begun):
-        fewer = [q for q in questions if q.request.key in needed]
-        stages.append(Answers(model, out, label, "PI", fewer, answer_all=False, **choices))
-    if args.answer_all or begun:
-        stages.append(AllAnswers(model, out, label, "PI", questions, answer_all=True, **choices))
-    return stages
+def of_svlm(args, out: Path, label: str, questions: list[Question], needed: set[str], **choices) -> Answers:
+    """The S-VLM's answers to the questions whose ids are `needed`; to all, with --answer-all or where that is begun."""
+    model = Model(args, args.model_path_svlm)
+    if args.answer_all or (not args.restart and _begun_with_all(out)):
+        return AllAnswers(model, out, label, "PI", questions, answer_all=True, **choices)
+    fewer = [q for q in questions if q.request.key in needed]
+    return Answers(model, out, label, "PI", fewer, answer_all=False, **choices)
 
 
-def made(stages: list[Answers]) -> list[dict]:
-    """The answers of the last stage; of an earlier one while its replies are to be asked again."""
-    for stage in stages:
-        answers = stage.records()
-        if records.read_json(records.meta_path(stage.out)).get("unfinished"):
-            break
-    return answers
-
-
-def _begun_with(out: Path) -> bool | None:
-    """Whether these answers were begun with --answer-all, by their result or its journal. None: they were not begun."""
+def _begun_with_all(out: Path) -> bool:
+    """Whether these answers were begun with --answer-all, by their result, else its journal."""
     meta, journal = records.meta_path(out), out.with_suffix(".journal.jsonl")
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError, IndexError
-    ):  # what is broken is said where it is used
-        text = meta.read_text() if out.exists() else journal.read_text().splitlines()[0]
-        return bool(json.loads(text)["settings"]["answer_all"])
-    return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is broken is said where it is used
+        settings = (records.read_json(meta) if out.exists() else journal_header(journal))["settings"]
+        return bool(settings["answer_all"])
+    return False
 
 
 class AllAnswers(Answers):
-    """The answers to all questions. Those of a finished result to some of them, asked with the same settings, are taken over.
+    """The answers to all questions. Those of a finished result to some of them, asked with the same settings, are taken over,
+    also where no reply was kept.
 
     The digest of its requests, which covers questions, prompts and images, shows that they are the same.
     """
@@ -56,15 +41,12 @@ class AllAnswers(Answers):
     def earlier(self) -> list[dict]:
         """The replies of such a result; [] if there is none."""
         meta = records.read_json(records.meta_path(self.out)) if self._there() else {}
-        old = meta.get("settings") if isinstance(meta, dict) else None
-        if not isinstance(old, dict) or meta.get("unfinished"):
-            return []
-        differing = {name for name in old | self.settings if old.get(name) != self.settings.get(name)}
-        if "content" not in differing or differing - {"content", "answer_all"}:
+        old = {} if not isinstance(meta, dict) or meta.get("unfinished") else meta.get("settings")
+        if not same_but_content(old, self.settings) or old.get("content") == self.settings["content"]:
             return []
         found = {str(r["question_id"]): r for r in records.read_records(self.out, self.kind)}
         asked = [q for q in self.questions if q.request.key in found]
-        if records.digest(json.dumps(self.content(asked))) != old["content"]:
+        if records.digest(json.dumps(self.content(asked))) != old.get("content"):
             return []
         replies = {q.request.key: _reply(found[q.request.key]) for q in asked}
         same = [q for q in asked if self.record(q, replies[q.request.key]) == found[q.request.key]]

@@ -6,6 +6,7 @@ makes several requests of it, such as PA's try; so a renamed file's sampled repl
 ones are taken over. When a stage ends, its journal is kept as <result>.replies.jsonl; --restart deletes it.
 """
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from mpa.records import digest
 
+# Settings that say which requests are made, and nothing of their replies.
+WHICH_ARE_ASKED = ("content", "answer_all")
 _SENT = ("prompt", "max_new_tokens", "temperature", "top_p", "stop", "follow_up", "answer")  # of a Request
 
 
@@ -40,8 +43,17 @@ class Asked:
 
 
 def same_but_content(old, new: dict) -> bool:
-    """Do these settings differ only in the images or questions?"""
-    return isinstance(old, dict) and old | {"content": ""} == new | {"content": ""} and "content" in new
+    """Do these settings differ only in what is asked: images, questions, --answer-all?"""
+    return isinstance(old, dict) and "content" in new and beside_content(old) == beside_content(new)
+
+
+def beside_content(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in WHICH_ARE_ASKED}
+
+
+def journals_of(result: Path) -> list[Path]:
+    """The journals of a result: of each process that wrote one."""
+    return sorted(result.parent.glob(f"{glob.escape(result.stem)}.journal*.jsonl"))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, bytes, dict]]:
@@ -63,13 +75,13 @@ def journal_header(path: Path) -> dict:
     return next((entry for _, _, entry in _entries(path)), {}) if path.exists() else {}
 
 
-def has_replies(path: Path) -> bool:
-    return any("key" in entry for _, _, entry in _entries(path))
+def _is_reply(entry: dict) -> bool:
+    """Not the settings, and no temporary error."""
+    return isinstance(entry.get("key"), str) and ("error" not in entry or bool(entry.get("permanent")))
 
 
 def _can_be_taken(entry: dict) -> bool:
-    known = isinstance(entry.get("asked"), str) and isinstance(entry.get("key"), str)
-    return known and ("error" not in entry or bool(entry.get("permanent")))
+    return isinstance(entry.get("asked"), str) and _is_reply(entry)
 
 
 class EarlierReplies:
@@ -103,16 +115,19 @@ class EarlierReplies:
             file.seek(at)
             return json.loads(file.readline())
 
-    def takes(self, asked: Asked, journals: Sequence[Path] = ()) -> bool:
-        """Is a reply to one of these requests here, or in these journals?"""
-        found = (entry for journal in journals for _, _, entry in _entries(journal) if _can_be_taken(entry))
-        replies = {*self._at, *(entry["asked"] for entry in found)}
-        return any(asked.identity(request) in replies for request in asked.requests)
-
     def replace(self, asked: Asked, journals: Sequence[Path]) -> bool:
-        """May these journals, about other images or questions, end here? If a reply of theirs can be taken over, or they have none."""
-        same = all(same_but_content(journal_header(journal).get("settings"), self.settings) for journal in journals)
-        return same and (self.takes(asked, journals) or not any(map(has_replies, journals)))
+        """May what these journals and the kept replies are about, other images or questions, be asked no more?
+
+        If one of the replies can be taken over, or the journals have none.
+        """
+        if not all(
+            same_but_content(journal_header(journal).get("settings", self.settings), self.settings)
+            for journal in journals
+        ):
+            return False
+        found = [entry for journal in journals for _, _, entry in _entries(journal) if _is_reply(entry)]
+        replies = {*self._at, *(entry["asked"] for entry in found if _can_be_taken(entry))}
+        return bool(journals and not found) or any(asked.identity(request) in replies for request in asked.requests)
 
     def keep(self, journals: Sequence[Path]) -> None:
         """Add the replies of these journals, which stay. Nothing is added twice, so a call after a kill does the rest."""

@@ -6,7 +6,6 @@ determine the result; a journal with other settings is refused.
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mpa import distributed
-from mpa.earlier_replies import Asked, EarlierReplies, journal_header, same_but_content
+from mpa.earlier_replies import Asked, EarlierReplies, beside_content, journal_header, journals_of, same_but_content
 from mpa.records import InputError, dumps, loads, meta_path, read_json
 
 
@@ -33,7 +32,7 @@ def differences(old: dict, new: dict) -> str:
 def finished(result: Path, settings: dict, restart: bool, taken_over=lambda: False) -> bool:
     """Does a complete `result` with these settings exist? Raises InputError if it has other settings.
 
-    Of `settings` without the "content", which may not be known yet, only the others are compared.
+    Of `settings` without the "content", which may not be known yet, only those beside it are compared.
     A result is incomplete if it is empty or some of its replies failed with a temporary error. Its journal is kept.
     One about other images or questions is made anew where `taken_over()`: where replies of it can be.
     """
@@ -54,21 +53,23 @@ def finished(result: Path, settings: dict, restart: bool, taken_over=lambda: Fal
 
 
 def _comparable(old, new: dict):
-    return old if "content" in new or not isinstance(old, dict) else {k: v for k, v in old.items() if k != "content"}
+    return old if "content" in new or not isinstance(old, dict) else beside_content(old)
 
 
 def refuse_other_settings(result: Path, settings: dict, restart: bool, asked: Asked | None = None) -> None:
     """Raise InputError if an unfinished run of `result` has other settings, as `Journal` does; nothing is opened for writing."""
-    for path in () if restart else sorted(result.parent.glob(f"{glob.escape(result.stem)}.journal*.jsonl")):
+    others = {}
+    for path in () if restart else journals_of(result):
         with open(path, "rb") as file:
             line = file.readline()
         try:
             old = json.loads(line)["settings"] if line.endswith(b"\n") else settings
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: `Journal` names the line
-        old = _comparable(old, settings)
-        if old == settings or not (asked and EarlierReplies(result, settings).replace(asked, [path])):
-            _refuse_other(path, old, settings)
+        if (old := _comparable(old, settings)) != settings:
+            others[path] = old
+    if others and not (asked and EarlierReplies(result, settings).replace(asked, list(others))):
+        _refuse_other(*next(iter(others.items())), settings)
 
 
 def _refuse_other(path: Path, old, settings: dict) -> None:
@@ -175,7 +176,7 @@ class Journal:
 
     def _others(self) -> list[Path]:
         """The files of the other processes, including those of an earlier call with more processes."""
-        return sorted(set(self.path.parent.glob(f"{glob.escape(self.result.stem)}.journal*.jsonl")) - {self.path})
+        return [path for path in journals_of(self.result) if path != self.path]
 
     def read_others(self, earlier: bool = False) -> None:
         """Read the other processes' files again. `earlier`: ignore temporary errors, which an earlier call wrote."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpa import cli, distributed, families, records
 from mpa.conversion import native
-from mpa.earlier_replies import Asked, EarlierReplies
+from mpa.earlier_replies import Asked, EarlierReplies, beside_content, journals_of
 from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.engines.endpoint import Endpoint
 from mpa.finish_reasons import why_cut
@@ -168,11 +168,12 @@ class Stage:
         `content`, what the records hold besides the replies is not compared.
         """
         refuse_others(self.out, self.kind, inputs_of(self.model.args))
-        settings = {name: value for name, value in self.settings.items() if content or name != "content"}
+        settings = self.settings if content else beside_content(self.settings)
         restart, answered = self.model.args.restart, any("error" not in reply for reply in (ready or {}).values())
 
         def taken_over() -> bool:
-            return answered or (self.asked is not None and EarlierReplies(self.out, self.settings).takes(self.asked))
+            earlier = EarlierReplies(self.out, self.settings)
+            return answered or (self.asked is not None and earlier.replace(self.asked, journals_of(self.out)))
 
         there = finished(self.out, settings, restart, taken_over)
         if not there:

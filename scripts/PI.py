@@ -151,7 +151,7 @@ def of_lvlm(args, questions: list[Question]) -> Answers:
     return Answers(Model(args, path), answers_file(args, path), label, "PI", questions)
 
 
-def of_svlm(args, questions: list[Question], needed: set[str]) -> list[Answers]:
+def of_svlm(args, questions: list[Question], needed: set[str]) -> Answers:
     """The S-VLM's answers, see `answer_all.of_svlm`."""
     choices = {"match": args.match, "hold_out": args.hold_out} | beyond_paper(args, CONSISTENCY)
     path = args.model_path_svlm
@@ -236,7 +236,7 @@ def check_settings(args, rule: ParityRule, lvlm: Answers, ready: dict[str, dict]
     for stage in asked_again.stages(args, lvlm.questions):
         stage.check()
     if not args.only_lvlm:
-        of_svlm(args, [], set())[0].check(content=False)
+        of_svlm(args, [], set()).check(content=False)
         check_train_set(args, rule)
 
 
@@ -314,20 +314,19 @@ def ask_both(args, rule: ParityRule) -> tuple[list[dict], list[dict], dict, str]
             f"(--match {args.match}){kept}. {lost_answers(args, lvlm_answers) or remedy}"
         )
     svlm = of_svlm(args, for_svlm, ids)
-    further = [asked_again.scored(args, svlm[-1].questions)] if args.score else []
+    further = [asked_again.scored(args, svlm.questions)] if args.score else []
     if given:
         chosen, of_given = given_questions.about(args, given, threshold)
         further.append(of_given)
     for stage in further:
         stage.check()
-    there = svlm[0].check() and len(svlm) == 1
-    svlm_answers = svlm[0].records() if there else None  # nothing is asked, nothing is written
+    svlm_answers = svlm.records() if svlm.check() else None  # nothing is asked, nothing is written
     check_train_set(args, rule, lvlm_answers, svlm_answers)
     write_held_out(args, test, threshold)
     if given:
         given_questions.write(args, given, chosen, of_given)
     if svlm_answers is None:
-        svlm_answers = answer_all.made(svlm)
+        svlm_answers = svlm.records()
     if args.score:
         answered = {str(r["question_id"]) for r in svlm_answers}
         rule.see_probabilities(asked_again.scores(args, [q for q in for_svlm if q.request.key in answered]))

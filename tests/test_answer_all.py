@@ -82,15 +82,14 @@ def test_a_selection_made_before_stays_as_it_is(run):
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["killed", "temporary errors"])
-def test_what_was_begun_without_it_is_finished_first(run, written):
+def test_what_was_begun_without_it_is_taken_over(run, written):
     """All replies but one are in the journal; a result that was written is to be completed."""
     out, first = run()
     answers = out.with_name(f"{SVLM}.json")
-    whole, meta = read_json(answers), read_json(meta_path(answers))
-    answers.with_suffix(".replies.jsonl").unlink()  # written at the end of a stage
-    lines = [{"settings": meta["settings"]}]
-    lines += [{"key": r["question_id"], "text": r["predictions"], "logprob": r["logprob"]} for r in whole[1:]]
-    answers.with_suffix(".journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta, kept = read_json(meta_path(answers)), answers.with_suffix(".replies.jsonl")
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.unlink()  # written at the end of a stage
+    answers.with_suffix(".journal.jsonl").write_text("".join(lines[:-1]))
     if written:
         meta_path(answers).write_text(json.dumps(meta | {"unfinished": 1}))
     else:
@@ -114,5 +113,6 @@ def test_a_result_of_an_edited_question_is_not_taken_over(run):
     records = read_json(answers)
     records[0]["question_id"] = "another"
     answers.write_text(json.dumps(records))
+    answers.with_suffix(".replies.jsonl").unlink()
     with pytest.raises(InputError, match="was made with other settings: answer_all was False, is now True; content"):
         run("--answer-all")

@@ -11,7 +11,7 @@ from fake_server import completion, text_of
 from PIL import Image
 
 from mpa.earlier_replies import Asked
-from mpa.engines import Request
+from mpa.engines import Request, pacing
 from mpa.journal import Journal
 from mpa.records import InputError, read_json
 
@@ -105,6 +105,84 @@ def test_an_unfinished_run_goes_on_with_other_images(serve, root, tmp_path):
     before = server.billed
     assert f"PA: {kept} replies were taken over" in stage("PA", server, run, root)
     assert server.billed - before == 2 * (13 - kept)
+    assert not list(run.glob("*.journal*"))
+
+
+def out_of_order_for(*which: str):
+    """`rule`, with temporary errors for some images: which of them, by the model that is asked and the image's place."""
+    known = {}
+
+    def broken(body, number):
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        place = known.setdefault(url, len(known))
+        wrong = "Question:" not in text_of(body) and f"{body['model']}{place}" in which
+        return (500, {"error": {"message": "out of order"}}) if wrong else rule(body, number)
+
+    return broken
+
+
+def test_after_temporary_errors_a_call_with_other_images_or_questions_goes_on(serve, root, tmp_path, monkeypatch):
+    """The L-VLM fails on one image, so the S-VLM is asked fewer questions; it fails on another."""
+    monkeypatch.setattr(pacing, "MAX_BACKOFF", 0.01)
+    server, run, flags = serve(rule), tmp_path / "run", ("--hold-out", "0")
+    stage("PA", server, run, root, "--no-fused")
+    server.rule = out_of_order_for("l3", "s5")
+    assert stage("PI", server, run, root, *flags).count("1 replies failed with a temporary error") == 2
+    server.rule, before = rule, server.billed
+    stage("PI", server, run, root, *flags)
+    assert server.billed - before == 3  # the L-VLM's, and the S-VLM's to this question and to the one that failed
+    server.rule = out_of_order_for("l12")
+    Image.new("RGB", (70, 70), "green").save(root / "new.png")
+    stage("PA", server, run, root, "--no-fused")
+    stage("PI", server, run, root, *flags)
+    server.rule = rule
+    (root / "03.png").rename(root / "z.png")
+    stage("PA", server, run, root, "--no-fused")
+    stage("PI", server, run, root, *flags)
+    stage("PA", server, tmp_path / "fresh", root, "--no-fused")
+    stage("PI", server, tmp_path / "fresh", root, *flags)
+    assert results(run) == results(tmp_path / "fresh") and not list(run.glob("*.journal*"))
+
+
+def test_a_result_and_journal_of_temporary_errors_alone_are_in_nobodys_way(serve, root, tmp_path):
+    server, run = serve(rule), tmp_path / "run"
+    stage("PA", server, run, root)
+    result, meta = run / "PA_l_images.json", read_json(run / "PA_l_images.meta.json")
+    failed = {"key": "01.png#0", "asked": "1", "error": "server: out of order", "permanent": False}
+    lines = [{"settings": meta["settings"]}, failed]
+    result.with_suffix(".journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result.with_suffix(".meta.json").write_text(json.dumps(meta | {"unfinished": 12}))
+    result.with_suffix(".replies.jsonl").unlink()
+    for path in root.glob("*.png"):
+        path.unlink()
+    before = server.billed
+    stage("PA", server, run, root)
+    assert server.billed - before == 2 * len(read_json(result)) == 6
+
+
+@pytest.mark.parametrize("more", [(), ("--answer-all",)])
+def test_images_are_added_after_a_call_with_answer_all_was_killed(serve, root, tmp_path, more):
+    disagreeing = {}
+
+    def half(body, number):
+        """The L-VLM agrees with itself on every other image."""
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        agrees = (
+            "Question:" in text_of(body) or body["model"] == "s" or disagreeing.setdefault(url, len(disagreeing) % 2)
+        )
+        return rule(body, number) if agrees else (200, completion("green"))
+
+    server, run, flags = serve(half), tmp_path / "run", ("--hold-out", "0")
+    stage("PA", server, run, root)
+    stage("PI", server, run, root, *flags)
+    asked = ["--dataset", "images", "--engine", "openai", "--base-url", server.url, "--model-path-lvlm", "l"]
+    killed("PI.py", *asked, "--model-path-svlm", "s", "--run", f"{run}/", *flags, "--answer-all", replies=9)
+    server.rule = rule
+    Image.new("RGB", (70, 70), "green").save(root / "new.png")
+    stage("PA", server, run, root)
+    before = server.billed
+    stage("PI", server, run, root, *flags, *more)
+    assert 1 <= server.billed - before <= (1 + 12 - 9 if more else 1)
     assert not list(run.glob("*.journal*"))
 
 
