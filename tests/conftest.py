@@ -174,6 +174,7 @@ def serve(monkeypatch):
 
     def start(rule, pause=0.0):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *_: None  # a client that was killed
         server.rule, server.pause, server.lock = rule, pause, threading.Lock()
         server.number, server.billed, server.bodies = 0, 0, []
         server.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -21,7 +21,7 @@ from mpa import model_files
 from mpa.conversion import hub, internvl, tinyllava, tokenizer, writing
 from mpa.conversion.checkpoint import Checkpoint, read_config, weight_files
 from mpa.conversion.layout import Layout
-from mpa.records import InputError
+from mpa.records import InputError, locked
 
 # By the `model_type` in config.json: that of the conversion, and what reads the layout.
 LAYOUTS = {
@@ -61,18 +61,8 @@ def convert(
 
 @contextlib.contextmanager
 def _alone(out: Path, wait: bool):
-    """Let one process at a time convert into `out`, and remove what a killed one has left.
-
-    The lock's file stays: if it were removed, one process could hold the old file and another a new one.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # freed when this process ends
-        except BlockingIOError:
-            raise InputError(f"{out}: another process converts into it. Wait for it, or name another --out.") from None
-        except OSError as error:
-            print(f"warning: {out.parent}: cannot be locked on this file system ({error.strerror}).", file=sys.stderr)
+    """Let one process at a time convert into `out`, and remove what a killed one has left."""
+    with locked(out, wait):
         for remains in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
             shutil.rmtree(remains, ignore_errors=True)
         yield
