@@ -251,3 +251,27 @@ def test_bits_need_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(flags.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(data.DataError, match="--bits 4: needs bitsandbytes"):
         params.parse(arguments(tmp_path, *QLORA, "--bits", "4"))
+
+
+def test_the_trainer_says_of_a_stored_quantised_base_what_it_needs(tmp_path):
+    path = stored_as(tmp_path, quant_method="gptq", bits=4)
+    write(tmp_path, 2)
+    for flags, what in (
+        ((), "is stored quantised. Name the original model"),
+        (("--lora_enable", "True"), "cannot be loaded"),
+    ):
+        with pytest.raises(data.DataError, match=what):
+            train.main(arguments(tmp_path, *flags, model=path))
+
+
+@pytest.mark.parametrize("flag", ["--bits=4", "--optim=paged_adamw_32bit", "--optim=lion_32bit", "--optim=ademamix"])
+def test_bitsandbytes_is_there_for_the_flags_that_use_it(flag):
+    model = ["--model_id", str(STUDENT)]
+    assert "bitsandbytes" in train.unused(model) and "bitsandbytes" not in train.unused([*model, flag])
+
+
+def test_bitsandbytes_is_there_for_a_base_that_may_be_stored_quantised(tmp_path):
+    path = stored_as(tmp_path, quant_method="bitsandbytes", load_in_4bit=True)
+    for flags in ["--model_id", path], [f"--model-id={path}"], ["--model_id", "Qwen/Qwen2-VL-2B-Instruct-bnb"]:
+        assert "bitsandbytes" not in train.unused(flags)
+    assert "deepspeed" in train.unused([]) and "deepspeed" not in train.unused(["--deepspeed=a.json"])

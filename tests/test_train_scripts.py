@@ -107,6 +107,8 @@ def test_one_process_on_a_cpu_trains_without_deepspeed_and_several_with_it(launc
     [
         ({"CPU_PROCESSES": "two"}, "CPU_PROCESSES is two: give a whole number above 0"),
         ({"CPU_PROCESSES": 0}, "CPU_PROCESSES is 0: give a whole number above 0"),
+        ({"NPROC_PER_NODE": 0}, "NPROC_PER_NODE is 0: give a whole number above 0"),
+        ({"SHUTDOWN_TIMEOUT": "1h"}, "SHUTDOWN_TIMEOUT is 1h: give a whole number"),
         ({"ZERO": "zero9"}, "zero9.json: no such configuration of DeepSpeed"),
     ],
 )

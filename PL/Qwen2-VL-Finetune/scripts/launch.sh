@@ -11,7 +11,9 @@ source "$HERE/../../../scripts/environment.sh"
 
 launch() {
     expect 0/1 VERBOSE MEMORY_CHECK
+    expect 0+ SHUTDOWN_TIMEOUT
     expect 1+ CPU_PROCESSES
+    [[ ${NPROC_PER_NODE:-} == @(gpu|cpu|xpu|auto) ]] || expect 1+ NPROC_PER_NODE
     local hosts=${HOSTFILE:-} flags=() machines=(--standalone --local-addr 127.0.0.1)
     while (($#)); do
         case $1 in

@@ -28,11 +28,16 @@ SMALLER = (
 def planned_model(model_args: ModelArguments, args: TrainingArguments):
     """The model to train, without weights, with frozen parts and LoRA; None if its configuration cannot be read.
 
-    Raises DataError if its weights, gradients and optimizer state clearly do not fit into the free memory.
+    Raises DataError if its weights, gradients and optimizer state clearly do not fit into the free memory, and if its
+    weights are stored quantised and would be trained themselves.
     """
     model = memory_estimate.meta_model(model_args.model_id, model_args.trust_remote_code)
     if model is None:
         return None
+    if memory_estimate.stored_bits(model) and not model_args.lora_enable:
+        raise DataError(
+            f"{model_args.model_id}: is stored quantised. Name the original model, or add --lora_enable True."
+        )
     if model_args.lora_enable:
         model = param_groups.add_lora(model, model_args)
     else:

@@ -149,5 +149,5 @@ def explained(source: str):
         yield
     except model_files.BrokenModel as error:
         raise DataError(str(error)) from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a package for quantised weights may lack
         raise DataError(explain(source, error)) from None

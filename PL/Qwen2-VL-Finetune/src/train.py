@@ -12,18 +12,12 @@ import signal
 import sys
 
 import log_file
+from unused_packages import unused
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log_file.install()  # before the libraries print
-    # transformers, accelerate and PEFT import these wherever they are installed. None: they count as missing.
-    for package, words in {
-        "deepspeed": ("deepspeed",),
-        "bitsandbytes": ("bits", "bnb", "8bit"),
-        "datasets": (),
-    }.items():
-        if not any(word in argument for argument in sys.argv for word in words):
-            sys.modules.setdefault(package, None)
+    sys.modules |= dict.fromkeys(unused(sys.argv[1:]))  # None: they count as missing
 
 import light_imports  # noqa: F401  isort: skip
 
