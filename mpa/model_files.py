@@ -7,6 +7,8 @@ A training writes a manifest of its checkpoints and of its final model, and besi
 import errno
 import hashlib
 import json
+import math
+import operator
 import os
 import re
 from collections.abc import Callable
@@ -15,12 +17,18 @@ from pathlib import Path
 
 ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-MANIFEST = "manifest.json"  # of a folder: bytes and sha256 of each file, by its name
+MANIFEST = (
+    "manifest.json"  # of a folder: bytes and sha256 of each file, by its name, and of a configuration its `content`
+)
 BASE = "base_model.json"  # of adapters: the sha256 of the files of their base model, by name
 # The files that determine a model's replies: weights, configuration, tokenizer, processor, chat template.
 MODEL_SUFFIXES = {".safetensors", ".json", ".txt", ".jinja", ".model", ".py"}
 NOT_THE_MODEL = {"train_meta.json", "train_log.json", "trainer_state.json", MANIFEST}
 PICKLES = {".pt", ".pth", ".bin", ".pkl"}
+LOCAL_KEYS = {"_name_or_path", "local_files_only"}  # of configuration files: where the model was loaded from
+# What else saving a model again, with another version or in another place, changes in them. Weights have their own dtype.
+SAVED_AGAIN = {*LOCAL_KEYS, "base_model_name_or_path", "inference_mode", "use_cache", "dtype", "torch_dtype"}
+SAVED_AGAIN |= {"transformers_version", "peft_version"}
 
 # By safetensors' name of a dtype: an unsigned integer of its size, all bits but the sign, and the least that is not finite.
 NOT_FINITE = {
@@ -68,6 +76,8 @@ def load(path: str, adapters: str | None = None, model_class=None, record: dict 
         if record is not None:
             record.update(base_digests(folder))
 
+    if Path(path).is_dir():
+        _check_index(Path(path))
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_files, Path(path)) if Path(path).is_dir() else None
         model, info = (model_class or AutoModelForImageTextToText).from_pretrained(
@@ -165,6 +175,16 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise BrokenModel(f"{folder / INDEX}: expected a weight_map with the names of files. Download the file again.")
 
 
+def _check_index(folder: Path) -> None:
+    """Raise BrokenModel for an index without the metadata that transformers asks for; a conversion needs none."""
+    if weight_files(folder)[0].name in (WEIGHTS, ADAPTER_WEIGHTS):
+        return
+    if not isinstance(json.loads((folder / INDEX).read_text()).get("metadata"), dict):
+        raise BrokenModel(
+            f"{folder / INDEX}: lacks its metadata. Download the file again, or add an empty object of this name."
+        )
+
+
 def tensors(folder: Path) -> dict[str, dict]:
     """Of each stored tensor its `dtype`, `shape`, `file` and the `bytes` [start, end) within it, from the files' headers.
 
@@ -198,11 +218,14 @@ def _header(file: Path) -> dict[str, dict]:
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
+            begin, end = map(operator.index, entry["data_offsets"])
             found[name] = {"dtype": entry["dtype"], "shape": tuple(entry["shape"]), "file": file}
             found[name]["bytes"] = (start + begin, start + end)
-        if max((entry["bytes"][1] for entry in found.values()), default=start) != size:
-            raise ValueError("it is cut off, or something follows its tensors")
+            if (kind := NOT_FINITE.get(entry["dtype"])) and math.prod(entry["shape"]) * int(kind[0][1]) != end - begin:
+                raise ValueError(f"{name} has other bytes than its shape says")
+        ranges = sorted(entry["bytes"] for entry in found.values())
+        if [begin for begin, _ in ranges] + [size] != [start] + [end for _, end in ranges]:
+            raise ValueError("it is cut off, or its tensors do not follow each other")
         return found
     except FileNotFoundError:
         raise BrokenModel(f"{file.parent}: {file.name} is missing. Download it again.") from None
@@ -248,13 +271,36 @@ def check(folder: Path, content: bool = True) -> None:
 
     Without `content` only headers and sizes are read.
     """
+    _check_index(folder)
     found = tensors(folder)
-    if (folder / MANIFEST).is_file() and (why := changed(folder, content, _is_model)):
+    integers = [n for n, t in found.items() if n.endswith((".weight", ".bias")) and t["dtype"] not in NOT_FINITE]
+    if integers and not _is_quantised(folder):
+        raise BrokenModel(
+            f"{folder}: {len(integers)} of its weights are no floating-point numbers ({some(integers)}), and its config.json names no "
+            "quantization. Download it again."
+        )
+    if _has_manifest(folder) and (why := changed(folder, content, _is_model)):
         raise BrokenModel(f"{folder}: {why}. Copy or train it again; if the change is meant, remove its {MANIFEST}.")
     if content and (wrong := not_finite(found)):
         raise BrokenModel(
             f"{folder}: {len(wrong)} of {len(found)} tensors hold values that are not finite ({some(wrong)}). Download or train it again."
         )
+
+
+def _is_quantised(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and bool(re.search(r'"(quantization|compression)_config"', config.read_text()))
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether the folder has a manifest, be it damaged; other programs' files of this name list no bytes."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(listed, dict) and any(isinstance(entry, dict) and "bytes" in entry for entry in listed.values())
 
 
 def check_base(adapters: Path, base: str, now: dict[str, str]) -> None:
@@ -273,19 +319,31 @@ def check_base(adapters: Path, base: str, now: dict[str, str]) -> None:
 
 
 def base_digests(folder: Path) -> dict[str, str]:
-    """The sha256 of a base model's configuration and weights, by the files' names."""
-    return digests([folder / "config.json", *weight_files(folder)])
-
-
-def digests(files: list[Path]) -> dict[str, str]:
-    """The sha256 of each file by its name; several files are read at a time."""
+    """The sha256 of a base model's configuration (`_content`) and weights, by the files' names."""
+    files = weight_files(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip((file.name for file in files), pool.map(_sha256, files), strict=True))
+        hashes = dict(zip((file.name for file in files), pool.map(_sha256, files), strict=True))
+    return {"config.json": _content(folder / "config.json"), **hashes}
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _content(file: Path) -> str:
+    """The sha256 of what a configuration file says, without `SAVED_AGAIN`; "" if it cannot be read."""
+    try:
+        said = json.loads(
+            file.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k not in SAVED_AGAIN}
+        )
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _says_the_same(file: Path, entry: dict) -> bool:
+    return bool(entry.get("content")) and _content(file) == entry["content"]
 
 
 def changed(folder: Path, content: bool = True, chosen: Callable[[Path], bool] = lambda _: True) -> str:
@@ -301,25 +359,31 @@ def changed(folder: Path, content: bool = True, chosen: Callable[[Path], bool] =
     for file, entry in listed.items():
         if not file.is_file():
             return f"{file.relative_to(folder)} is missing"
-        if (size := file.stat().st_size) != entry.get("bytes"):
+        if (size := file.stat().st_size) != entry.get("bytes") and not _says_the_same(file, entry):
             return f"{file.relative_to(folder)} was truncated or changed: {size} bytes, not {entry.get('bytes')}"
     # Manifests of earlier versions have digests of pickles only.
     hashed = [file for file, entry in listed.items() if content and ("sha256" in entry or file.suffix in PICKLES)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for file, digest in zip(hashed, pool.map(_sha256, hashed), strict=True):
-            if digest != listed[file].get("sha256"):
+            if digest != listed[file].get("sha256") and not _says_the_same(file, listed[file]):
                 return f"{file.relative_to(folder)} was changed since it was written"
     return ""
 
 
 def write_manifest(folder: Path, files: list[Path]) -> None:
-    """Write the manifest of these files, which are complete, once they are on the disk."""
+    """Write the manifest of these files, which are complete, once they are on the disk.
+
+    Of a configuration it also has the digest of its `_content`, with which it may be saved again.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hashes = list(pool.map(lambda file: sync(file) or _sha256(file), files))
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, hashes, strict=True)
     }
+    for file in files:
+        if file.name.endswith("config.json"):
+            entries[str(file.relative_to(folder))]["content"] = _content(file)
     write_json(folder / MANIFEST, entries)
     for place in {folder, *(file.parent for file in files)}:
         sync(place)

@@ -93,8 +93,8 @@ def test_what_a_killed_conversion_left_is_not_mixed_with_the_next(tmp_path):
     conversion.convert(source, out)
     assert not [*tmp_path.glob("*.partial-*")] and not (out / "model-00007-of-00007.safetensors").exists()
     models.check_files(str(out))
-    (out / "config.json").write_text((out / "config.json").read_text() + " ")
-    with pytest.raises(InputError, match=r"\[made\]: config\.json was truncated or changed"):
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"\[made\]: tokenizer\.json was truncated or changed"):
         models.load_model(str(out), "cpu", torch.float32)
 
 

@@ -1,6 +1,7 @@
 """A model that cannot be loaded is one sentence that says what to do; most of them before torch is imported."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -176,10 +177,69 @@ def test_an_index_that_contradicts_the_files_is_named_before_torch_is_imported(s
     assert f"{two} is missing. Download it again" in checked(str(student), tmp_path)
     shutil.copy(whole, student / "model.safetensors")
     assert "has both model.safetensors and model.safetensors.index.json" in checked(str(student), tmp_path)
-    for content in ("{}", "[]", "{", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 3}}', '{"weight_map": []}'):
-        (student / "model.safetensors").unlink(missing_ok=True)
+    (student / "model.safetensors").unlink()
+    named = json.dumps(table)
+    for content in (
+        "{}",
+        "[]",
+        "{",
+        *(f'{{"metadata": {{}}, "weight_map": {what}}}' for what in ('{"a": "../x"}', '{"a": 3}', "[]")),
+    ):
         (student / "model.safetensors.index.json").write_text(content)
         assert "index.json: expected a weight_map" in checked(str(student), tmp_path)
+    for content in (f'{{"weight_map": {named}}}', f'{{"metadata": null, "weight_map": {named}}}'):
+        (student / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InputError, match=r"index\.json: lacks its metadata"):
+            models.load_model(str(student), "cpu", torch.float32)
+
+
+def overlapping(header: dict) -> None:
+    one, other = sorted(header.keys() - {"__metadata__"})[:2]
+    header[one] = header[other]
+
+
+HEADERS = {
+    "overlapping": (overlapping, "do not follow each other|other bytes|invalid"),
+    "negative": (lambda h: h[min(h)]["data_offsets"].reverse(), "other bytes than its shape says|invalid"),
+    "fraction": (lambda h: h[max(h)]["data_offsets"].insert(0, 0.5), "cannot be read"),
+    "shape": (lambda h: h[max(h)]["shape"].append(2), "other bytes than its shape says|invalid"),
+    "dtype": (lambda h: h[max(h)].update(dtype="F64"), "other bytes than its shape says|invalid"),
+    "integers": (lambda h: h[max(h)].update(dtype={2: "I16", 4: "I32"}[width(h[max(h)])]), "no floating-point numbers"),
+}
+
+
+def width(entry: dict) -> int:
+    begin, end = entry["data_offsets"]
+    return (end - begin) // math.prod(entry["shape"])
+
+
+@pytest.mark.parametrize("how", HEADERS)
+def test_a_damaged_header_is_named_in_a_load_and_in_a_conversion(student, tmp_path, how):
+    damage, said = HEADERS[how]
+    original = originals.internvl(tmp_path / "original")
+    for folder in (student, original):
+        content = (folder / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header.pop("__metadata__")
+        damage(header)
+        new = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+    with pytest.raises(InputError, match=said):
+        models.check_model_path(str(student))
+        models.load_model(str(student), "cpu", torch.float32)
+    with pytest.raises(InputError, match=said):
+        conversion.convert(original, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"name": "x", "files": ["a"]}', '{"icons": {"a": {"src": "b"}}}'])
+def test_another_programs_manifest_is_none(student, content):
+    (student / "manifest.json").write_text(content)
+    models.load_model(str(student), "cpu", torch.float32)
+    (student / "manifest.json").write_text('{"model.safetensors": {"bytes": 3}}')
+    with pytest.raises(InputError, match=r"model\.safetensors was truncated or changed"):
+        models.check_model_path(str(student))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

@@ -15,8 +15,10 @@ import resume_settings
 import torch
 import train
 from conftest import ROOT, STUDENT, close
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training import arguments, weights, write
+from transformers import AutoModelForImageTextToText
 
 import data
 from mpa import models
@@ -140,7 +142,6 @@ def test_a_base_that_changed_under_its_adapters_is_named(adapted, tmp_path, how,
     if not moved:
         config["base_model_name_or_path"] = str(base)
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        (folder / "manifest.json").unlink()
     damage, said = BASES[how]
     if damage:
         changed(base / "model.safetensors", damage)
@@ -166,6 +167,31 @@ def test_adapters_whose_base_moved_or_of_an_earlier_version_are_merged(adapted, 
     (tmp_path / "merged/model.safetensors").write_bytes(bytes(9))
     with pytest.raises(InputError, match=r"merged/model\.safetensors: its weights cannot be read"):
         models.check_model_path(str(tmp_path / "merged"))
+
+
+def test_adapters_and_a_base_that_were_saved_again_or_moved_are_used(adapted, tmp_path):
+    base = AutoModelForImageTextToText.from_pretrained(adapted / "base")
+    base.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"transformers_version": "6.0"}))
+    folder = shutil.copytree(adapted / "adapters", tmp_path / "adapters")
+    PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    models.load_model(str(folder), "cpu", torch.float32)
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    with pytest.raises(InputError, match=r"adapter_config\.json was truncated or changed"):
+        models.load_model(str(folder), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "{}", '{"base_model_name_or_path": 3}'])
+def test_adapters_that_name_no_base_are_not_merged(adapted, tmp_path, content):
+    folder = shutil.copytree(adapted / "adapters", tmp_path / "adapters")
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(data.DataError, match="does not name its base model"):
+        merge_lora.merge(folder, tmp_path / "merged")
 
 
 def test_a_resumed_training_of_adapters_needs_their_base(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from cache import SampleCache
 from conftest import STUDENT
 from safetensors.torch import load_file, save_file
 from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 from mpa import models
@@ -216,6 +216,9 @@ def test_a_damaged_final_model_is_refused_by_name_in_a_stage(tmp_path):
     identity = models.identity(str(out))
     (out / "README.md").write_text("my own card")
     assert models.identity(str(out)) == identity and models.load_model(str(out), "cpu", torch.float32)
+    AutoModelForImageTextToText.from_pretrained(out).save_pretrained(out)
+    AutoProcessor.from_pretrained(out).save_pretrained(out)
+    assert models.load_model(str(out), "cpu", torch.float32)
     out.rename(kept)
     for how in ("zeros in model.safetensors", "zeros in config.json", "zeros in tokenizer.json", "no tokenizer.json"):
         shutil.copytree(kept, out, dirs_exist_ok=True)

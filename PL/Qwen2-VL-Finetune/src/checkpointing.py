@@ -20,7 +20,6 @@ from data import DataError
 
 SETTINGS = "train_settings.json"  # in each checkpoint: the settings of `resume_settings`
 STAGING = ".saving"  # folder in the output folder that a checkpoint is written to before it is renamed
-LOCAL_KEYS = ("local_files_only", "_name_or_path")  # keys of configuration files with the base model's local path
 
 
 class CheckpointingTrainer(Trainer):
@@ -157,7 +156,8 @@ def clean_configs(folder: Path, dtype: torch.dtype | None) -> None:
     for path in folder.glob("*config.json"):
         content = json.loads(path.read_text())
         kept = json.loads(
-            path.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k not in LOCAL_KEYS}
+            path.read_text(),
+            object_hook=lambda part: {k: v for k, v in part.items() if k not in model_files.LOCAL_KEYS},
         )
         for part in (kept, *(value for value in kept.values() if isinstance(value, dict))):
             if dtype is not None and "dtype" in part and path.name == "config.json":

@@ -25,8 +25,9 @@ def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: 
     incomplete, or not what it was in the training.
     """
     with explained(str(adapter)):
-        base = base or json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
-        if not base:
+        config = json.loads((adapter / ADAPTER).read_text())
+        base = base or (isinstance(config, dict) and config.get("base_model_name_or_path"))
+        if not base or not isinstance(base, str):
             raise DataError(f"{adapter / ADAPTER}: does not name its base model. Give it with --model-base.")
         processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     with explained(base):
