@@ -8,13 +8,11 @@ safetensors and tokenizer files alone; no code of a checkpoint runs. The result 
 """
 
 import contextlib
-import fcntl
 import functools
 import glob
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from mpa import model_files
