@@ -29,7 +29,8 @@ def interval(*seeds: Part, level: float = 0.95) -> tuple[float, float]:
     (`agreement.paired_difference`), which has a width there and is near its level from a dozen questions on. It is computed
     from the sums of the positive and of the negative differences per image, as for answers that are right or wrong: differences
     between -1 and 1 vary less, so it is at least as wide as needed. Images with unequal numbers of questions count as
-    (sum of weights)² / sum of weights² equal ones (Kish 1965). Of no questions: NaN.
+    (sum of weights)² / sum of weights² equal ones (Kish 1965), and as so few that the images with a difference are not more than
+    they are by the same formula: one image with many questions is one. Of no questions: NaN.
     """
     if not all(len(values) for values, _ in seeds):
         return float("nan"), float("nan")
@@ -38,7 +39,10 @@ def interval(*seeds: Part, level: float = 0.95) -> tuple[float, float]:
     shares = (sums / sizes.sum(axis=0)).mean(axis=1)  # of each image in the mean difference
     _, same = np.unique((shares / weights).round(9), return_counts=True)
     if len(weights) - same.max() < ENOUGH:
-        equal = round(float(1 / (weights**2).sum()), 9)
+        equal, changed = float(1 / (weights**2).sum()), np.abs(shares)
+        if changed.any():
+            equal = min(equal, float(changed.sum() / (changed**2).sum()))
+        equal = round(equal, 9)
         better, worse = (round(equal * float(np.clip(side * shares, 0, None).sum()), 9) for side in (1, -1))
         return paired_difference(better, worse, equal, NormalDist().inv_cdf((1 + level) / 2))
     if (sizes == sizes[:, :1]).all():  # all seeds were asked the same

@@ -143,3 +143,11 @@ def test_a_run_of_the_preset_anchored_is_not_called_mpa(tmp_path):
     result = {"rows": {}, "method": run.method} | run_summary._gain(run, run.evaluation("base"), run.evaluation("mpa"))
     assert "anchored gains +50.0 points" in run_summary.table(result, "accuracy")[-1]
     assert "anchored" in python("checks.py", "sweep", tmp_path).stdout
+
+
+@pytest.mark.parametrize("others", [100, 200, 1000])
+def test_one_image_with_many_questions_is_no_proof(others):
+    """All its questions are answered better; no other image changed."""
+    many = 10
+    low, high = paired.interval(([1.0] * many + [0.0] * others, [0] * many + list(range(1, others + 1))))
+    assert low < 0 < many / (many + others) < high
