@@ -46,7 +46,8 @@ def test_counts_of_tokens_that_cannot_be_cost_as_much_as_was_reserved(images, se
     _, failure, facts = collect(server, asked(images), price_in=1.0, price_out=10.0, max_cost=0.05)
     assert "is nearly spent" in str(failure) and 0 < facts["cost"] <= 0.05 and facts["tokens_in"] == 0
     assert server.billed * (1000 * 1 + 128 * 10) / 1e6 <= 0.05
-    assert capsys.readouterr().err.count("counts at its upper estimate") == 1
+    said = capsys.readouterr().err.splitlines()  # a connection that broke may be told beside it
+    assert any("counts at its upper estimate" in line for line in said) and len(said) == len(set(said))
 
 
 def test_what_a_killed_process_had_reserved_counts_as_spent(tmp_path):
