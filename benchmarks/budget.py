@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 from mpa.engines import Request, open_engine, pacing
-from mpa.prompts import TASK_PROMPTS
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS
 
 PRICES = {"price_in": 1.0, "price_out": 10.0}  # of a million tokens
 CONCURRENCY, IMAGES, LIMIT, WITHOUT_LIMIT = 16, 60, 128, 4000

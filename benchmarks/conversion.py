@@ -26,7 +26,7 @@ def child(source: str, out: str) -> None:
     import transformers  # noqa: F401
     from transformers.models.internvl import modeling_internvl  # noqa: F401
 
-    from mpa import conversion
+    from mpa.models import conversion
 
     def anonymous() -> int:
         status = Path("/proc/self/status").read_text()

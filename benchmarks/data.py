@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from mpa import checking, scoring
-from mpa.datasets.protocol import Sample
-from mpa.families import MAX_PIXELS, MIN_PIXELS
-from mpa.metrics import anls
+from mpa.answers.metrics import anls
+from mpa.data import image_check
+from mpa.data.protocol import Sample
+from mpa.models.families import MAX_PIXELS, MIN_PIXELS
+from mpa.runs import scoring
 
 IMAGES, PREDICTIONS, PLAIN = 2000, 100_000, 10_000
 
@@ -87,8 +88,8 @@ def main() -> None:
         pillow_loop(samples[:100])  # warm
         figures["images_per_second_pillow"] = IMAGES / seconds(lambda: pillow_loop(samples))
         for workers in (1, 2):
-            checking.check(samples[:10], workers, MIN_PIXELS, MAX_PIXELS)  # imports
-            took = seconds(lambda n=workers: checking.check(samples, n, MIN_PIXELS, MAX_PIXELS))
+            image_check.check(samples[:10], workers, MIN_PIXELS, MAX_PIXELS)  # imports
+            took = seconds(lambda n=workers: image_check.check(samples, n, MIN_PIXELS, MAX_PIXELS))
             figures[f"images_per_second_{workers}"] = IMAGES / took
             figures[f"ratio_{workers}"] = figures[f"images_per_second_{workers}"] / figures["images_per_second_pillow"]
             print(

@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import load_samples
+from mpa.data import DATASETS
+from mpa.data.loading import load_samples
 from mpa.engines import Request, open_engine
-from mpa.prompts import TASK_PROMPTS
-from mpa.records import REPOSITORY
+from mpa.files.records import REPOSITORY
+from mpa.method.prompts import TASK_PROMPTS
 
 WARM_UP = 16
 

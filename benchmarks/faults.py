@@ -31,7 +31,7 @@ def child(stage: str, folder: str, pause: float) -> None:
     import PA
     import PI
 
-    from mpa import cli
+    from mpa.stages import cli
 
     arguments = [*COMMON, "--run", folder]
     if stage == "PA":

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa.guard import WORSE, Comparison, recommended
+from mpa.analysis.guard import WORSE, Comparison, recommended
 
 SETTINGS = [
     (100, 0.1, 1),

@@ -19,7 +19,7 @@ import instant  # noqa: F401 -- first: it finds mpa
 from instant import InstantEngine, Requests
 
 from mpa.engines import ask
-from mpa.journal import Journal
+from mpa.files.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 MANY, FEW, REAL = 100_000, 1_000, 400

@@ -35,11 +35,12 @@ import shapes
 import torch
 from qwen_vl_utils import process_vision_info
 
-from mpa import models, records
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import load_samples
-from mpa.matching import Match
-from mpa.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
+from mpa.answers.matching import Match
+from mpa.data import DATASETS
+from mpa.data.loading import load_samples
+from mpa.files import records
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
+from mpa.models import loading
 
 ROOT = records.REPOSITORY
 
@@ -48,9 +49,9 @@ class PlainModel:
     """A model, its processor, and `replies`: one generate call per batch, in the given order."""
 
     def __init__(self, path: str, args):
-        device = models.pick_device(args.device)
-        self.processor = models.load_processor(path, args.min_pixels, args.max_pixels)
-        self.model = models.load_model(path, device, getattr(torch, models.resolved_dtype(args.dtype, device)))
+        device = loading.pick_device(args.device)
+        self.processor = loading.load_processor(path, args.min_pixels, args.max_pixels)
+        self.model = loading.load_model(path, device, getattr(torch, loading.resolved_dtype(args.dtype, device)))
 
     @torch.inference_mode()
     def replies(self, asked: list[tuple[str, str]], batch_size: int) -> list[str]:
@@ -197,7 +198,7 @@ def main(argv=None) -> None:
         return
     if args.compute_bound:
         with tempfile.TemporaryDirectory() as work:
-            device = models.pick_device(args.device)
+            device = loading.pick_device(args.device)
             shape = (shapes.COMPUTE_BOUND, Path(work), device, args.dtype, 12, 448, 0.68)  # 256 visual tokens
             print(json.dumps(shapes.compare(*shape, batch_size=6, workers=None)))
         return

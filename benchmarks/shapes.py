@@ -18,9 +18,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mpa import engines, models
+from mpa import engines
 from mpa.engines import Request, hf
-from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt
+from mpa.models import loading
 
 TEACHER = Path(__file__).resolve().parents[1] / "data/mini/teacher"
 ANNOTATION, ANSWER = 25, 4  # tokens
@@ -91,8 +92,8 @@ class PlainLoop:
 
     def __init__(self, folders: dict[str, Path], device: str, dtype, pixels: int):
         self.device, self.dtype = device, dtype
-        self.models = {who: models.load_model(str(folder), device, dtype) for who, folder in folders.items()}
-        self.processor = models.load_processor(str(folders["lvlm"]), pixels, pixels)
+        self.models = {who: loading.load_model(str(folder), device, dtype) for who, folder in folders.items()}
+        self.processor = loading.load_processor(str(folders["lvlm"]), pixels, pixels)
 
     @torch.inference_mode()
     def replies(self, who: str, paths: list[str], prompt: str, tokens: int, batch_size: int) -> list[list[int]]:

@@ -55,8 +55,8 @@ from throughput import peak_matmul_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mpa.datasets.loading import load_samples
-from mpa.prompts import answer_prompt
+from mpa.data.loading import load_samples
+from mpa.method.prompts import answer_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "PL/Qwen2-VL-Finetune/src/train.py"

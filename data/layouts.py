@@ -4,12 +4,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mpa import records
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import samples_from
-from mpa.datasets.protocol import Sample
-from mpa.metrics import most_common
-from mpa.prompts import train_prompt
+from mpa.answers.metrics import most_common
+from mpa.data import DATASETS
+from mpa.data.loading import samples_from
+from mpa.data.protocol import Sample
+from mpa.files import records
+from mpa.method.prompts import train_prompt
 
 
 def split_of(dataset: str, part: str):

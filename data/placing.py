@@ -19,11 +19,11 @@ from layouts import root_of
 from sources import UNREADABLE, Member, Source, check_ratio
 from tqdm import tqdm
 
-from mpa import disk_errors
-from mpa.datasets import DATASETS
-from mpa.datasets.protocol import Sample
-from mpa.image_files import ImageError, open_file, open_image
-from mpa.records import InputError
+from mpa.data import DATASETS
+from mpa.data.protocol import Sample
+from mpa.files import disk_errors
+from mpa.files.image_files import ImageError, open_file, open_image
+from mpa.files.records import InputError
 
 PART = ".prepare.part"  # a fixed name: the next write replaces one left by a kill; prepare.py holds a lock
 

@@ -26,15 +26,16 @@ import sources
 from layouts import as_train_json, is_train_json, part_of, samples_of, split_of
 from sources import Source
 
-from mpa import checking, cli, records
-from mpa.argument_types import number, path_map
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import check_unique_ids, data_folder, labelled, load_samples
-from mpa.datasets.paths import locate
-from mpa.datasets.protocol import Sample
-from mpa.families import MAX_PIXELS, MIN_PIXELS
-from mpa.presets import PRESETS
-from mpa.records import InputError
+from mpa.data import DATASETS, image_check
+from mpa.data.loading import check_unique_ids, data_folder, labelled, load_samples
+from mpa.data.paths import locate
+from mpa.data.protocol import Sample
+from mpa.files import records
+from mpa.files.argument_types import number, path_map
+from mpa.files.records import InputError
+from mpa.method.presets import PRESETS
+from mpa.models.families import MAX_PIXELS, MIN_PIXELS
+from mpa.stages import cli
 
 PREPARATIONS = {name: dataset.preparation for name, dataset in DATASETS.items() if dataset.preparation}
 
@@ -186,7 +187,7 @@ def check(args) -> None:
                 paths = locate([r["image"] for r in found], args.path_map, args.image_root)
                 groups[file] = [Sample(r["id"], path) for r, path in zip(found, paths, strict=True)]
     for file, samples in groups.items():
-        found = checking.check(
+        found = image_check.check(
             samples[: args.limit], args.workers, args.min_pixels, args.max_pixels, args.max_tiles, args.model_path
         )
         print("\n".join([f"{file}:", *found.lines()]))

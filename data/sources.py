@@ -1,6 +1,6 @@
 """Read a dataset's download, official or a Hugging Face copy, as records in the released format.
 
-Both return the parts that `mpa.datasets.protocol.Preparation` defines, without those that the download lacks.
+Both return the parts that `mpa.data.protocol.Preparation` defines, without those that the download lacks.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from mpa.datasets import DATASETS
-from mpa.datasets.protocol import CopiedRow
-from mpa.packages import require
-from mpa.records import InputError
+from mpa.data import DATASETS
+from mpa.data.protocol import CopiedRow
+from mpa.files.packages import require
+from mpa.files.records import InputError
 
 # What zipfile raises for a member that is corrupt, encrypted, or in an unsupported compression (Deflate64).
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)

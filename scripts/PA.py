@@ -20,21 +20,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
-from mpa.argument_types import number
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import load_samples
-from mpa.datasets.protocol import Sample
-from mpa.earlier_replies import Asked
+from mpa.answers.finish_reasons import canonical
+from mpa.answers.metrics import most_common
+from mpa.answers.normalise import normalise
+from mpa.data import DATASETS
+from mpa.data.loading import load_samples
+from mpa.data.protocol import Sample
 from mpa.engines import Request, ask, cut_off
-from mpa.finish_reasons import canonical
-from mpa.image_files import fingerprints
-from mpa.journal import Journal, passing
-from mpa.metrics import most_common
-from mpa.normalise import normalise
-from mpa.presets import PRESETS
-from mpa.prompts import A_MARK, TASK_PROMPTS, Annotation, holds_mark, parse_annotation
-from mpa.stage import Model, Stage, counted
+from mpa.files import records
+from mpa.files.argument_types import number
+from mpa.files.earlier_replies import Asked
+from mpa.files.image_files import fingerprints
+from mpa.files.journal import Journal, passing
+from mpa.method.presets import PRESETS
+from mpa.method.prompts import A_MARK, TASK_PROMPTS, Annotation, holds_mark, parse_annotation
+from mpa.stages import cli
+from mpa.stages.stage import Model, Stage, counted
 
 
 def arguments(argv=None):

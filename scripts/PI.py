@@ -22,21 +22,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import anchors, answer_all, asked_again, cli, distributed, given_questions, holdout, outputs, records
-from mpa.annotations import answers_of_pa, usable_annotations
-from mpa.answering import Answers, Question, question_request
-from mpa.argument_types import number
-from mpa.datasets import DATASETS
-from mpa.datasets.paths import locate, missing_images
+from mpa.answers.finish_reasons import why_cut
+from mpa.answers.matching import MATCHERS
+from mpa.data import DATASETS
+from mpa.data.paths import locate, missing_images
 from mpa.engines import ENGINES
-from mpa.finish_reasons import why_cut
-from mpa.journal import finished
-from mpa.matching import MATCHERS
-from mpa.parity import ParityRule, capped, funnel_line
-from mpa.presets import ANCHORED_DEFAULTS, PRESETS
-from mpa.prompts import holds_mark
-from mpa.records import InputError
-from mpa.stage import Model, counted, short_replies
+from mpa.files import distributed, outputs, records
+from mpa.files.argument_types import number
+from mpa.files.journal import finished
+from mpa.files.records import InputError
+from mpa.method import anchors, holdout
+from mpa.method.parity import ParityRule, capped, funnel_line
+from mpa.method.presets import ANCHORED_DEFAULTS, PRESETS
+from mpa.method.prompts import holds_mark
+from mpa.stages import answer_all, asked_again, cli, given_questions
+from mpa.stages.annotations import answers_of_pa, usable_annotations
+from mpa.stages.answering import Answers, Question, question_request
+from mpa.stages.stage import Model, counted, short_replies
 
 # Beyond the paper, in meta files where they are set: what counts as consistent, and what of it is taken for the train file.
 CONSISTENCY = ("min_probability", "blind", "votes")
@@ -165,7 +167,7 @@ def answers_file(args, path: str) -> Path:
 
 
 def held_out_of(args, consistent: list[dict]) -> tuple[set[str], str, list[dict]]:
-    """(paths of the held-out images, threshold, test set). The first call of a run decides them, see `mpa.holdout`.
+    """(paths of the held-out images, threshold, test set). The first call of a run decides them, see `mpa.method.holdout`.
 
     `consistent` are the answers on which the L-VLM agrees with itself. Those about held-out images form the test set.
     """

@@ -18,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, holdout, log_file, outputs, records
-from mpa.argument_types import path_map
-from mpa.datasets.paths import locate
-from mpa.prompts import train_prompt
+from mpa.data.paths import locate
+from mpa.files import log_file, outputs, records
+from mpa.files.argument_types import path_map
+from mpa.method import holdout
+from mpa.method.prompts import train_prompt
+from mpa.stages import cli
 
 BASELINES = ("all_pseudo", "random_pseudo", "human_n", "human", "rejected")
 

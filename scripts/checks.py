@@ -19,14 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import calibration, check_tables, cli, outputs, runs
-from mpa.argument_types import number
-from mpa.guard_check import guard_table
-from mpa.printable import printable
-from mpa.records import InputError
-from mpa.run_case import Case
-from mpa.run_folders import add_selection, selected
-from mpa.table_formats import FORMATS, Table
+from mpa.analysis import calibration, check_tables
+from mpa.analysis.guard_accuracy import guard_table
+from mpa.analysis.table_formats import FORMATS, Table
+from mpa.files import outputs
+from mpa.files.argument_types import number
+from mpa.files.printable import printable
+from mpa.files.records import InputError
+from mpa.runs import runs
+from mpa.runs.run_case import Case
+from mpa.runs.run_folders import add_selection, selected
+from mpa.stages import cli
 
 OF_ALL = {
     "overlap": check_tables.overlap_table,

@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, conversion
-from mpa.argument_types import number
+from mpa.files.argument_types import number
+from mpa.models import conversion
+from mpa.stages import cli
 
 
 def main(argv=None) -> None:

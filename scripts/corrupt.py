@@ -19,13 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, log_file, outputs, records
-from mpa.argument_types import number
-from mpa.datasets import DATASETS
-from mpa.kinds import ANSWER_TYPES, answer_type
-from mpa.normalise import normalise
-from mpa.parity import ParityRule
-from mpa.records import InputError
+from mpa.answers.kinds import ANSWER_TYPES, answer_type
+from mpa.answers.normalise import normalise
+from mpa.data import DATASETS
+from mpa.files import log_file, outputs, records
+from mpa.files.argument_types import number
+from mpa.files.records import InputError
+from mpa.method.parity import ParityRule
+from mpa.stages import cli
 
 
 def wrong_answers(answers: list[str], rng: random.Random) -> dict[str, str]:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli
-from mpa.diagnosis import diagnose, looked_at
-from mpa.printable import printable
-from mpa.records import InputError
-from mpa.run_case import Case
-from mpa.run_folders import add_selection, run_name, selected
+from mpa.analysis.diagnosis import diagnose, looked_at
+from mpa.files.printable import printable
+from mpa.files.records import InputError
+from mpa.runs.run_case import Case
+from mpa.runs.run_folders import add_selection, run_name, selected
+from mpa.stages import cli
 
 
 def report(folder: Path, cell, short: bool) -> None:

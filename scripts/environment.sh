@@ -56,7 +56,7 @@ expect_settings() {
     fi
 }
 
-# run_folder RUN: the folder of a run, by the rule of mpa.records.run_folder: results/RUN, or RUN itself if it has a slash.
+# run_folder RUN: the folder of a run, by the rule of mpa.files.records.run_folder: results/RUN, or RUN itself if it has a slash.
 run_folder() {
     if [[ $1 == *[[:cntrl:]]* || ($1 != */* && ($1 == -* || $1 =~ ^[[:space:]]*\.{0,2}[[:space:]]*$)) ]]; then
         printf 'error: RUN is %q: give a short name, or the path of a folder, with a slash.\n' "$1" >&2

@@ -18,18 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, comparable, distributed, holdout, interchange, outputs, records, scoring
-from mpa.answering import Answers, Question, question_request
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import labelled, load_samples
-from mpa.datasets.protocol import Sample
+from mpa.analysis.guard import SCORED_AS, answers_file
+from mpa.answers.metrics import most_common
+from mpa.answers.normalise import normalise
+from mpa.data import DATASETS
+from mpa.data.loading import labelled, load_samples
+from mpa.data.protocol import Sample
 from mpa.engines import ENGINES
-from mpa.evaluations import Evaluation as Evaluated
-from mpa.evaluations import read_meta
-from mpa.guard import SCORED_AS, answers_file
-from mpa.metrics import most_common
-from mpa.normalise import normalise
-from mpa.stage import Model, short_replies
+from mpa.files import distributed, outputs, records
+from mpa.method import holdout
+from mpa.runs import comparable, interchange, scoring
+from mpa.runs.evaluations import Evaluation as Evaluated
+from mpa.runs.evaluations import read_meta
+from mpa.stages import cli
+from mpa.stages.answering import Answers, Question, question_request
+from mpa.stages.stage import Model, short_replies
 
 
 def arguments(argv=None):

@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from mpa import cli, outputs, records
-from mpa.argument_types import path_map
-from mpa.datasets.paths import locate, missing_images
-from mpa.exports import (
+from mpa.data.paths import locate, missing_images
+from mpa.files import outputs, records
+from mpa.files.argument_types import path_map
+from mpa.files.image_files import ImageError, open_image
+from mpa.files.records import InputError
+from mpa.runs.exports import (
     FORMS,
     data_card,
     free_for_folder,
@@ -36,8 +38,7 @@ from mpa.exports import (
     registry_with,
     write_folder,
 )
-from mpa.image_files import ImageError, open_image
-from mpa.records import InputError
+from mpa.stages import cli
 
 FOLDERS = ("trl", "hf")
 

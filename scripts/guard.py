@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, records
-from mpa.datasets import DATASETS
-from mpa.guard import NONE, WORSE, Comparison, Guard, conclusion, recommended
-from mpa.records import InputError
-from mpa.run_folders import add_selection, selected
+from mpa.analysis.guard import NONE, WORSE, Comparison, Guard, conclusion, recommended
+from mpa.data import DATASETS
+from mpa.files import records
+from mpa.files.records import InputError
+from mpa.runs.run_folders import add_selection, selected
+from mpa.stages import cli
 
 
 def compared(guard: Guard, variants: list[str]) -> dict[str, Comparison]:

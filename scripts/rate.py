@@ -17,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, log_file, packages, records, runs
-from mpa.datasets import DATASETS
-from mpa.image_files import ImageError, open_image
-from mpa.ratings import Item, Ratings, pools, ratings_file, select
-from mpa.records import InputError
-from mpa.runs import Cell, ParitySet
+from mpa.analysis.ratings import Item, Ratings, pools, ratings_file, select
+from mpa.data import DATASETS
+from mpa.files import log_file, packages, records
+from mpa.files.image_files import ImageError, open_image
+from mpa.files.records import InputError
+from mpa.runs import runs
+from mpa.runs.runs import Cell, ParitySet
+from mpa.stages import cli
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -113,7 +115,7 @@ def main(argv=None) -> None:
 
     import uvicorn
 
-    from mpa.rating_app import application
+    from mpa.analysis.rating_app import application
 
     counts = [sum(item.set == name for item in items) for name in ("before", "after")]
     print(

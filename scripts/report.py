@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, outputs
-from mpa.printable import printable
-from mpa.records import InputError
-from mpa.run_folders import add_selection, selected
+from mpa.files import outputs
+from mpa.files.printable import printable
+from mpa.files.records import InputError
+from mpa.runs.run_folders import add_selection, selected
+from mpa.stages import cli
 
 
 def main(argv=None) -> None:
@@ -30,8 +31,8 @@ def main(argv=None) -> None:
     p.add_argument("--redact-paths", action="store_true", help="show no absolute paths")
     p.add_argument("--out", type=Path, metavar="PATH", help="the folder, or the single file (default: see above)")
     args = p.parse_args(argv)
-    from mpa.report import page
-    from mpa.report.content import CellContent
+    from mpa.analysis.report import page
+    from mpa.analysis.report.content import CellContent
 
     if args.image_root and not Path(args.image_root).is_dir():
         raise InputError(f"{args.image_root}: no such folder; --image-root is a folder of images.")

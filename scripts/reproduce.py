@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, experiments
-from mpa.records import REPOSITORY as ROOT
+from experiments import definition
+from mpa.files.records import REPOSITORY as ROOT
+from mpa.stages import cli
 
 ALWAYS = [
     *("--snakefile", str(ROOT / "experiments/Snakefile")),
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     if taken := list(filter(OWN.fullmatch, given)):
         sys.exit(f"error: {taken[0]}: reproduce.sh sets this flag itself. Leave it out.")
     shown = any(map(SHOWN.fullmatch, given))
-    if data := experiments.read(file).data:
+    if data := definition.read(file).data:
         os.environ["MPA_DATA"] = str(data)
     code = snakemake(results, [*own, *given], shown)
     failed = report_failures(results)

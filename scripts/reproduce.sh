@@ -31,8 +31,8 @@ while [[ ! -e $PARENT ]]; do PARENT=$(dirname "$PARENT"); done
 
 run bash "$ROOT/scripts/setup.sh" reproduce
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
-if [[ ${1:-} == --plan ]]; then exec python -P -m mpa.experiment_plan "$FILE" "$RESULTS"; fi
-python -P -m mpa.experiments "$FILE"
+if [[ ${1:-} == --plan ]]; then exec python -P -m experiments.plan "$FILE" "$RESULTS"; fi
+python -P -m experiments.definition "$FILE"
 
 { mkdir -p "$RESULTS" && cd "$RESULTS"; } 2>/dev/null || fail "$CANNOT"
 # The kernel releases the lock, however this ends.

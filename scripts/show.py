@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli
-from mpa.argument_types import number
-from mpa.image_files import ImageError, open_image
-from mpa.printable import printable
-from mpa.records import InputError
-from mpa.run_case import Case
-from mpa.run_folders import add_selection, run_name, selected
-from mpa.run_samples import changes
-from mpa.runs import model_name
+from mpa.files.argument_types import number
+from mpa.files.image_files import ImageError, open_image
+from mpa.files.printable import printable
+from mpa.files.records import InputError
+from mpa.runs.run_case import Case
+from mpa.runs.run_folders import add_selection, run_name, selected
+from mpa.runs.run_samples import changes
+from mpa.runs.runs import model_name
+from mpa.stages import cli
 
 COLUMNS = 40  # width of an image in the terminal, in characters
 

@@ -21,12 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa import cli, outputs, records, runs
-from mpa.datasets import DATASETS
-from mpa.paper_tables import ablation_table, claims_table, main_table
-from mpa.rating_table import ratings_table
-from mpa.run_summary import summarise
-from mpa.table_formats import FORMATS, Table
+from mpa.analysis.paper_tables import ablation_table, claims_table, main_table
+from mpa.analysis.rating_table import ratings_table
+from mpa.analysis.run_summary import summarise
+from mpa.analysis.table_formats import FORMATS, Table
+from mpa.data import DATASETS
+from mpa.files import outputs, records
+from mpa.runs import runs
+from mpa.stages import cli
 
 TABLES = ("main", "ablation", "ratings", "claims")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import synthetic_runs as fake
 
-from mpa.parity import ParityRule
-from mpa.runs import Cell
+from mpa.method.parity import ParityRule
+from mpa.runs.runs import Cell
 
 CELL = Cell("textVQA", "big", "small")
 

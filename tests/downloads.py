@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from mpa.datasets import DATASETS
-from mpa.datasets.easyvqa import EASY
-from mpa.datasets.loading import load_samples
-from mpa.records import read_json
+from mpa.data import DATASETS
+from mpa.data.easyvqa import EASY
+from mpa.data.loading import load_samples
+from mpa.files.records import read_json
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mpa.journal import Journal  # noqa: E402 -- from ROOT
+from mpa.files.journal import Journal  # noqa: E402 -- from ROOT
 
 
 def die_at(replies: int) -> None:

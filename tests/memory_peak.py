@@ -60,7 +60,7 @@ def reply(folder: Path, model: str, rows: str) -> tuple[int, dict]:
     from mpa.engines import Request
     from mpa.engines.hf import HFEngine
     from mpa.engines.memory import estimate
-    from mpa.memory_estimate import meta_model
+    from mpa.models.memory_estimate import meta_model
 
     paths = sorted(map(str, folder.glob("*.png")))
     asked = [Request(str(i), paths[i % len(paths)], "What is it?", 16) for i in range(int(rows))]

@@ -1,8 +1,8 @@
 """Requests to a fake server through the openai engine."""
 
 from mpa.engines import Request, open_engine
-from mpa.prompts import TASK_PROMPTS
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS
 
 
 def asked(images, n=40, prompt=TASK_PROMPTS["general"], **more) -> list[Request]:

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from mpa import records, scoring
+from mpa.files import records
+from mpa.runs import scoring
 
 EVALUATE = {"limit": None, "sample": None, "preset": "paper", "dtype": "float32", "max_new_tokens": 128}
 PL = {"num_train_epochs": 1.0, "learning_rate": 1e-5, "per_device_train_batch_size": 2, "world_size": 1}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mpa.agreement import alpha, cohen_kappa, combined, fleiss_kappa, interval, kappa, wilson
+from mpa.answers.agreement import alpha, cohen_kappa, combined, fleiss_kappa, interval, kappa, wilson
 
 
 def test_cohens_kappa_of_a_table_computed_by_hand():

@@ -17,8 +17,11 @@ from fake_server import completion, text_of
 from PIL import Image
 from record_formats import read_record
 
-from mpa import anchors, holdout, image_files, parity, run_folders, run_samples, run_summary, runs
-from mpa.records import InputError, read_json, read_parity
+from mpa.analysis import run_summary
+from mpa.files import image_files
+from mpa.files.records import InputError, read_json, read_parity
+from mpa.method import anchors, holdout, parity
+from mpa.runs import run_folders, run_samples, runs
 
 CELL = runs.Cell("easyVQA", "teacher", "student")
 

@@ -8,7 +8,7 @@ import pytest
 from answered_by_rule import annotate, flags
 from fake_server import completion, text_of
 
-from mpa.records import InputError, meta_path, read_json
+from mpa.files.records import InputError, meta_path, read_json
 
 LVLM, SVLM, TRAIN = "PI_big_big_images", "PI_big_small_images", "PI_big_train_big_small_images"
 

@@ -17,7 +17,7 @@ from downloads import (
     zipped_one,
 )
 
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 
 def patched(archive: Path, flag: int = 0, method: int | None = None) -> None:

@@ -8,8 +8,8 @@ from answered_by_rule import annotate, answers_by, flags
 from conftest import TEACHER, python
 from PIL import Image
 
-from mpa import image_files
-from mpa.records import read_json
+from mpa.files import image_files
+from mpa.files.records import read_json
 
 
 def test_what_may_pass_is_asked_again_and_what_cannot_is_kept(serve, copied_images, tmp_path, monkeypatch, capsys):

@@ -9,10 +9,11 @@ import PI
 import pytest
 from conftest import MINI, STUDENT, TEACHER
 
-from mpa import calibration, runs
-from mpa.records import InputError
-from mpa.report import figures
-from mpa.run_case import Case
+from mpa.analysis import calibration
+from mpa.analysis.report import figures
+from mpa.files.records import InputError
+from mpa.runs import runs
+from mpa.runs.run_case import Case
 
 CELL = runs.Cell("easyVQA", "teacher", "student")
 

@@ -11,9 +11,9 @@ from downloads import NAMES, prepare, samples_of
 from easy_run import STAGES, read
 from training import MINI as TRAINER_FLAGS
 
-from mpa.datasets.loading import load_samples
-from mpa.metrics import bootstrap_interval
-from mpa.records import read_json, read_records
+from mpa.answers.metrics import bootstrap_interval
+from mpa.data.loading import load_samples
+from mpa.files.records import read_json, read_records
 
 MINI = {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "DTYPE": "float32", "BATCH_SIZE": 16}
 LEVELLED = "PL_teacher_student"

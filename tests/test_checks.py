@@ -11,14 +11,15 @@ from answered_runs import sample, word
 from conftest import python
 from corrupt import corrupted
 
-from mpa import guard, records
-from mpa.datasets.loading import train_labels
-from mpa.evaluations import Evaluation
-from mpa.guard import answers_file
-from mpa.guard_check import told_by_train_labels
-from mpa.parity import ParityRule
-from mpa.records import InputError
-from mpa.runs import Cell
+from mpa.analysis import guard
+from mpa.analysis.guard import answers_file
+from mpa.analysis.guard_accuracy import told_by_train_labels
+from mpa.data.loading import train_labels
+from mpa.files import records
+from mpa.files.records import InputError
+from mpa.method.parity import ParityRule
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.runs import Cell
 
 SAMPLES = [*(sample(i) for i in range(20)), *(sample(i, svlm=word(i)) for i in range(20, 30))]
 SAMPLES += [sample(i, lvlm="else", svlm="x") for i in range(30, 40)]

@@ -15,16 +15,18 @@ from conftest import STUDENT, python
 from PIL import Image
 from test_guard import CELL, HALF, MODEL, held_out
 
-from mpa import comparable, guard, records, runs
-from mpa.comparable import NotComparable
-from mpa.diagnosis import diagnose
-from mpa.evaluations import Evaluation
-from mpa.models import identity
-from mpa.records import InputError
-from mpa.report.content import CellContent, compared
-from mpa.report.page import compare_section
-from mpa.run_case import Case
-from mpa.runs import Cell
+from mpa.analysis import guard
+from mpa.analysis.diagnosis import diagnose
+from mpa.analysis.report.content import CellContent, compared
+from mpa.analysis.report.page import compare_section
+from mpa.files import records
+from mpa.files.records import InputError
+from mpa.models.identity import identity
+from mpa.runs import comparable, runs
+from mpa.runs.comparable import NotComparable
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.run_case import Case
+from mpa.runs.runs import Cell
 
 ERROR = {"predictions": None, "left_out": "timed out"}
 CUT = {"finish_reason": "length"}

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mpa import conversion
-from mpa.conversion import tinyllava, writing
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import conversion
+from mpa.models.conversion import tinyllava, writing
 
 # Of the largest value, some 8: two orders of evaluation differ by up to 4e-5, a mistake by 1e-3 (tests/data/originals/README.md).
 SAME = 2e-5

@@ -15,8 +15,8 @@ from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import read
 
 import data
-from mpa import conversion, models
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import conversion, loading
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_two_processes_convert_once(tmp_path, cache):
 
 def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    code = "import os; from mpa.conversion import native, writing\n"
+    code = "import os; from mpa.models.conversion import native, writing\n"
     code += "writing._names_on_disk = lambda _: os.kill(os.getpid(), 9)\n"
     done = subprocess.run([sys.executable, "-c", f"{code}native({str(source)!r})"], cwd=ROOT)
     assert done.returncode == -9
@@ -78,13 +78,13 @@ def test_two_processes_with_one_out_make_one_whole_folder(tmp_path):
     assert sorted(codes) == [0, 1, 1], said
     for code, text in zip(codes, said, strict=True):
         assert code == 0 or "another process is writing it" in text or "already exists" in text
-    models.check_files(str(out))
+    loading.check_files(str(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["InternVL2-2B", "made", "other"]
 
 
 def test_what_a_killed_conversion_left_is_not_mixed_with_the_next(tmp_path):
     source, out = originals.internvl(tmp_path / "source"), tmp_path / "[made]"
-    code = "import os, sys; from mpa.conversion import convert, writing\n"
+    code = "import os, sys; from mpa.models.conversion import convert, writing\n"
     code += "writing._names_on_disk = lambda _: os.kill(os.getpid(), 9)\n"
     done = subprocess.run([sys.executable, "-c", f"{code}convert({str(source)!r}, {str(out)!r})"], cwd=ROOT)
     assert done.returncode == -9
@@ -92,10 +92,10 @@ def test_what_a_killed_conversion_left_is_not_mixed_with_the_next(tmp_path):
     (left / "model-00007-of-00007.safetensors").write_text("old")
     conversion.convert(source, out)
     assert not [*tmp_path.glob("*.partial-*")] and not (out / "model-00007-of-00007.safetensors").exists()
-    models.check_files(str(out))
+    loading.check_files(str(out))
     (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + " ")
     with pytest.raises(InputError, match=r"\[made\]: tokenizer\.json was truncated or changed"):
-        models.load_model(str(out), "cpu", torch.float32)
+        loading.load_model(str(out), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("lost", [["conversion.json", "config.json"], ["manifest.json"]], ids=["torn", "earlier"])
@@ -107,7 +107,7 @@ def test_a_conversion_in_the_cache_that_is_torn_or_of_an_earlier_version_is_made
         (out / name).unlink()
     conversion.native.cache_clear()
     assert conversion.native(str(source)) == str(out) and (out / "config.json").is_file()
-    models.check_files(str(out))
+    loading.check_files(str(out))
     assert resume_settings.fingerprint(out) == before  # so that a training on it goes on
 
 
@@ -128,13 +128,13 @@ def test_a_stage_names_the_original_in_what_it_writes(tmp_path, cache):
 
 def test_an_originals_folder_is_checked_before_anything_is_loaded(tmp_path):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    models.check_model_path(str(source))
+    loading.check_model_path(str(source))
     (source / "tokenizer.model").unlink()
     with pytest.raises(InputError, match="no tokenizer in it"):
-        models.check_model_path(str(source))
+        loading.check_model_path(str(source))
     (source / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
-        models.check_model_path(str(source))
+        loading.check_model_path(str(source))
 
 
 def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
@@ -155,10 +155,10 @@ def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
 def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):
     """The image processor on PIL, which transformers selects only when asked to."""
     folder = conversion.native(str(originals.internvl(tmp_path / "InternVL2-2B")))
-    processor = models.load_processor(folder, 1, 10**9)
+    processor = loading.load_processor(folder, 1, 10**9)
     assert type(processor.image_processor).__name__ == "GotOcr2ImageProcessorPil"
     processor.save_pretrained(tmp_path / "saved")  # as a training does
-    assert type(models.load_processor(str(tmp_path / "saved"), 1, 10**9).image_processor).__name__.endswith("Pil")
+    assert type(loading.load_processor(str(tmp_path / "saved"), 1, 10**9).image_processor).__name__.endswith("Pil")
 
 
 def test_the_trainer_converts_by_the_script(tmp_path, cache, monkeypatch, capsys):

@@ -4,8 +4,8 @@ import originals
 import pytest
 from test_families import PIXELS, PROMPTS, plain
 
-from mpa import conversion
 from mpa.engines import Request, open_engine
+from mpa.models import conversion
 
 
 @pytest.mark.parametrize("name", ["internvl2_2b_like", "internvl2_4b_like", "internvl2_8b_like", "tinyllava_2_0b_like"])

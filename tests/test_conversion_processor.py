@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer
 
-from mpa import conversion, models
-from mpa.conversion import tokenizer as tokenizers
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import conversion, loading
+from mpa.models.conversion import tokenizer as tokenizers
 
 PROMPTS = json.loads((ORIGINALS / "prompts.json").read_text())
 
@@ -183,12 +183,12 @@ def test_tilings_are_the_originals(internvl, most):
 def test_pixels_are_the_originals_to_the_bit(internvl, tinyllava):
     example = load_file(ORIGINALS / "preprocess_example.safetensors")
     image = Image.fromarray(example["picture_uint8_hwc"].numpy())
-    images = models.load_processor(str(internvl), 1, 10**9).image_processor
+    images = loading.load_processor(str(internvl), 1, 10**9).image_processor
     got = images(image, max_patches=6, return_tensors="pt")["pixel_values"]
     mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
     tiles = ((got * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert torch.equal(tiles, example["tiles_uint8_max6"])
-    images = models.load_processor(str(tinyllava), 1, 10**9).image_processor
+    images = loading.load_processor(str(tinyllava), 1, 10**9).image_processor
     for pad in (True, False):
         got = images(image, do_pad=pad, return_tensors="pt")["pixel_values"]
         bytes_ = ((got * 0.5 + 0.5) * 255).round().to(torch.uint8)

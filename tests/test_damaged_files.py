@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import STUDENT
 
-from mpa import models
-from mpa.journal import Journal
-from mpa.records import InputError, read_json, read_records, run_folder
+from mpa.files.journal import Journal
+from mpa.files.records import InputError, read_json, read_records, run_folder
+from mpa.models import loading
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_adapters_that_name_no_model_are_named(tmp_path, content):
     (tmp_path / "adapter_config.json").write_text(content.replace("SELF", str(tmp_path)))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"adapter_config\.json"):
-        models.check_model_path(str(tmp_path))
+        loading.check_model_path(str(tmp_path))
 
 
 def test_a_models_own_marks_are_read_from_its_files():
-    marks = models.format_marks(str(STUDENT))
+    marks = loading.format_marks(str(STUDENT))
     assert {"<|im_end|>", "<|image_pad|>", "<|vision_start|>"} <= marks
-    assert marks <= models.processor_marks(models.load_processor(str(STUDENT), 3136, 3136)) | marks
+    assert marks <= loading.processor_marks(loading.load_processor(str(STUDENT), 3136, 3136)) | marks

@@ -6,14 +6,14 @@ import pytest
 from conftest import DATA
 from PIL import Image
 
-from mpa.cli import selected
-from mpa.datasets import DATASETS
-from mpa.datasets.loading import load_samples
-from mpa.datasets.paths import moved
-from mpa.matching import MATCHERS
-from mpa.metrics import METRICS
-from mpa.prompts import TASK_PROMPTS
-from mpa.records import InputError
+from mpa.answers.matching import MATCHERS
+from mpa.answers.metrics import METRICS
+from mpa.data import DATASETS
+from mpa.data.loading import load_samples
+from mpa.data.paths import moved
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS
+from mpa.stages.cli import selected
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from conftest import killed, python
 from fake_server import completion, text_of
 from PIL import Image
 
-from mpa.earlier_replies import Asked
 from mpa.engines import Request, pacing
-from mpa.journal import Journal
-from mpa.records import InputError, read_json
+from mpa.files.earlier_replies import Asked
+from mpa.files.journal import Journal
+from mpa.files.records import InputError, read_json
 
 
 def rule(body, _):

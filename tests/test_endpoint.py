@@ -10,7 +10,7 @@ from fake_server import annotate_or_answer, completion
 from server_requests import asked, collect
 
 from mpa.engines.endpoint import Endpoint
-from mpa.records import InputError, without_secrets
+from mpa.files.records import InputError, without_secrets
 
 
 @pytest.fixture(autouse=True)

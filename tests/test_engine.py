@@ -5,13 +5,13 @@ import torch
 from conftest import STUDENT, TEACHER, close
 from PIL import Image
 
-from mpa import families, models
 from mpa.engines import Request, open_engine
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.hf import HFEngine
-from mpa.image_files import open_image
-from mpa.prompts import TASK_PROMPTS, answer_prompt, follow_up_prompt
-from mpa.records import InputError
+from mpa.files.image_files import open_image
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt, follow_up_prompt
+from mpa.models import families, loading
 
 MINI = {"min_pixels": 3136, "max_pixels": 3136, "dtype": "float32"}
 QUESTIONS = ["what color is the shape?", "is there not a teal shape in the image?", "is no circle present?"]
@@ -48,8 +48,8 @@ def test_greedy_replies_do_not_depend_on_batch_and_order(images, one_by_one, bat
 
 
 def test_replies_are_those_of_a_plain_generate_call_and_so_are_their_log_probabilities(images, one_by_one):
-    processor = models.load_processor(str(TEACHER), 3136, 3136)
-    model = models.load_model(str(TEACHER), "cpu", torch.float32)
+    processor = loading.load_processor(str(TEACHER), 3136, 3136)
+    model = loading.load_model(str(TEACHER), "cpu", torch.float32)
     for request in requests(images)[::5]:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
@@ -139,7 +139,7 @@ def test_a_model_folder_is_checked_before_anything_is_loaded(tmp_path, missing, 
             if file.name != missing:
                 (folder / file.name).symlink_to(file)
     with pytest.raises(InputError, match=says):
-        models.check_model_path(str(folder))
+        loading.check_model_path(str(folder))
 
 
 def test_a_tokenizer_alone_is_no_processor(tmp_path):
@@ -149,13 +149,13 @@ def test_a_tokenizer_alone_is_no_processor(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match="processor"):
-        models.load_processor(str(tmp_path), 3136, 3136)
+        loading.load_processor(str(tmp_path), 3136, 3136)
 
 
 def test_the_dtype_is_measured_and_the_processors_limits_are_set():
-    assert models.resolved_dtype("float16", "cpu") == "float16"
-    assert models.resolved_dtype("auto", "cpu") == "float32"
-    processor = models.load_processor(str(STUDENT), families.MIN_PIXELS, families.MAX_PIXELS)
+    assert loading.resolved_dtype("float16", "cpu") == "float16"
+    assert loading.resolved_dtype("auto", "cpu") == "float32"
+    processor = loading.load_processor(str(STUDENT), families.MIN_PIXELS, families.MAX_PIXELS)
     image = Image.new("RGB", (64, 64))
     thw = processor.image_processor([image], return_tensors="pt")["image_grid_thw"][0]
     assert families.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= families.MAX_PIXELS

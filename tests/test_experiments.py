@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import ROOT, STUDENT, TEACHER
 
-from mpa import experiment_plan, experiments
-from mpa.records import InputError
+from experiments import definition, plan
+from mpa.files.records import InputError
 
 GOOD = f"""datasets: [easyVQA]
 lvlms: [{TEACHER}]
@@ -32,10 +32,10 @@ def file(tmp_path):
 
 
 def test_a_file_is_read(file):
-    e = experiments.read(file)
+    e = definition.read(file)
     assert (e.name, e.presets, e.seeds, e.pairs) == ("trial", ["paper"], [0, 1], [("teacher", "student")])
-    assert e.variants["slow"] == experiments.Variant("all_pseudo", None, {"EPOCHS": "3"})
-    assert e.variants["mpa"] == experiments.Variant() and e.matchers == ["anls"]
+    assert e.variants["slow"] == definition.Variant("all_pseudo", None, {"EPOCHS": "3"})
+    assert e.variants["mpa"] == definition.Variant() and e.matchers == ["anls"]
     assert e.flags["PA"] == ("--limit", "30") and e.flags["PL"] == ()
     assert e.gpus_of("PL", e.svlms["student"]) == 2 and e.gpus_of("PA", e.lvlms["teacher"]) == 1
 
@@ -45,7 +45,7 @@ def test_variants_with_anchors_select_from_the_same_answers(file):
     file.write_text(
         GOOD.replace("  loose: {train: mpa, match: anls}\n", f"{more}  anchored: {{train: mpa, anchors: 2}}\n")
     )
-    e = experiments.read(file)
+    e = definition.read(file)
     assert e.selections == {
         "anls": ("--match", "anls"),
         "anls_anchors-0.5-kind": ("--match", "anls", "--anchors", "0.5", "--anchor-by", "kind"),
@@ -57,7 +57,7 @@ def test_variants_with_anchors_select_from_the_same_answers(file):
 def test_variants_with_the_s_vlms_probabilities_name_what_they_select(file):
     soft = "  soft: {train: mpa, anchors: 100, weights: true}\n  sure: {train: mpa, max_svlm_probability: 0.2}\n"
     file.write_text(GOOD.replace("  loose: {train: mpa, match: anls}\n", soft))
-    e = experiments.read(file)
+    e = definition.read(file)
     assert e.selections == {
         "anchors-100_weights": ("--anchors", "100", "--anchor-by", "answer", "--weights"),
         "p-0.2": ("--max-svlm-probability", "0.2"),
@@ -67,15 +67,15 @@ def test_variants_with_the_s_vlms_probabilities_name_what_they_select(file):
 
 @pytest.mark.parametrize("name", [path.name for path in (ROOT / "experiments").glob("*.yaml")])
 def test_the_repositorys_files_are_valid(name):
-    e = experiments.read(ROOT / "experiments" / name)
+    e = definition.read(ROOT / "experiments" / name)
     assert e.pairs and e.variants
 
 
 def test_the_papers_matrix_is_whole():
-    e = experiments.read(ROOT / "experiments/paper.yaml")
+    e = definition.read(ROOT / "experiments/paper.yaml")
     assert (len(e.datasets), len(e.lvlms), len(e.svlms), len(e.pairs)) == (4, 3, 5, 15)
     assert e.gpus_of("PA", e.lvlms["gpt-4o"]) == 0 and e.lvlms["gpt-4o"].path == "gpt-4o"
-    assert list(experiments.read(ROOT / "experiments/ablation-pi.yaml").variants) == ["mpa", "all_pseudo", "human"]
+    assert list(definition.read(ROOT / "experiments/ablation-pi.yaml").variants) == ["mpa", "all_pseudo", "human"]
 
 
 @pytest.mark.parametrize(
@@ -135,28 +135,28 @@ def test_the_papers_matrix_is_whole():
 def test_what_is_unknown_is_named_with_file_and_line(file, old, new, line, message):
     file.write_text(GOOD.replace(old, new, 1))
     with pytest.raises(InputError) as error:
-        experiments.read(file)
+        definition.read(file)
     assert str(error.value).startswith(f"{file}, line {line}: ") and message in str(error.value)
 
 
 def test_an_unknown_flag_of_the_trainer_is_named_with_file_and_line(file):
     file.write_text(GOOD.replace("EPOCHS: 3", "flags: --packin True"))
     with pytest.raises(InputError, match=r"line 8: flags of PL: .*--packin"):
-        experiments.read(file)
+        definition.read(file)
 
 
 def test_a_missing_file_or_key_is_named(file):
     with pytest.raises(InputError, match=r"none.yaml: no such file. Give an experiment file.*mini.yaml"):
-        experiments.read(file.with_name("none.yaml"))
+        definition.read(file.with_name("none.yaml"))
     file.write_text(GOOD.replace("datasets: [easyVQA]\n", ""))
     with pytest.raises(InputError, match="line 1: the key 'datasets' is missing"):
-        experiments.read(file)
+        definition.read(file)
 
 
 def test_the_plan_counts_what_is_shared_once(file, tmp_path):
-    e = experiments.read(file)
+    e = definition.read(file)
     work = {}
-    for w in experiment_plan.works(e):
+    for w in plan.works(e):
         work[w.stage, w.model] = work.get((w.stage, w.model), 0) + w.requests * w.times
     assert work == {
         ("PA", "teacher"): 2 * 30,
@@ -165,8 +165,8 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
         ("evaluate", "teacher"): 50,
         ("evaluate", "student"): 50 + 6 * 50,
     }
-    assert experiment_plan.requests(experiment_plan.alone(e)) == 6 * (2 * 30 + 3 * 50)
-    text = "\n".join(experiment_plan.plan(e, tmp_path))
+    assert plan.requests(plan.alone(e)) == 6 * (2 * 30 + 3 * 50)
+    text = "\n".join(plan.plan(e, tmp_path))
     assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
 
 
@@ -184,14 +184,14 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
 def test_the_plan_counts_what_is_asked_beyond_the_paper(file, flags, of_lvlm, held_out, scored):
     soft = "  soft: {train: mpa, anchors: 100, weights: true, seeds: [0]}\n"
     file.write_text(GOOD.replace("seeds: [0, 1]", f"{soft}seeds: [0, 1]") + f"  PI: {flags}\n")
-    e, asked = experiments.read(file), lambda works: [w.requests * w.times for w in works]
-    shared = experiment_plan.works_beyond_paper(e, "easyVQA", 30, shared=True)
-    cells = experiment_plan.works_beyond_paper(e, "easyVQA", 30, shared=False)
+    e, asked = definition.read(file), lambda works: [w.requests * w.times for w in works]
+    shared = plan.works_beyond_paper(e, "easyVQA", 30, shared=True)
+    cells = plan.works_beyond_paper(e, "easyVQA", 30, shared=False)
     assert [w.model for w in shared] == ["teacher"] * bool(of_lvlm) + ["student"] * (1 + bool(held_out))
     # Two runs, seven trainings; without PI's --score one of each needs probabilities. The guard asks once before and after PL.
     assert sum(asked(shared)) == 2 * of_lvlm + scored[0] * 30 + (2 + 7) * held_out
     assert sum(asked(cells)) == 7 * of_lvlm + scored[1] * 30 + (7 + 7) * held_out
-    assert experiment_plan.requests(experiment_plan.works(e)) == 2 * 30 + 2 * 30 + 2 * 50 + 7 * 50 + sum(asked(shared))
+    assert plan.requests(plan.works(e)) == 2 * 30 + 2 * 30 + 2 * 50 + 7 * 50 + sum(asked(shared))
 
 
 def test_the_plan_does_not_take_official_numbers_for_an_experiments_own_data(file, tmp_path, monkeypatch):
@@ -205,29 +205,29 @@ def test_the_plan_does_not_take_official_numbers_for_an_experiments_own_data(fil
         ),
     ):
         file.write_text(text)
-        assert said in "\n".join(experiment_plan.plan(experiments.read(file), tmp_path))
+        assert said in "\n".join(plan.plan(definition.read(file), tmp_path))
 
 
 def test_the_plan_counts_transfer_and_variants_of_some_seeds(file):
     more = GOOD.replace("slow: {train: all_pseudo", "slow: {seeds: [0], train: all_pseudo") + "transfer: true\n"
     file.write_text(more.replace("[easyVQA]", "[easyVQA, okVQA]"))
-    e = experiments.read(file)
+    e = definition.read(file)
     jobs = {}
-    for w in experiment_plan.works(e):
+    for w in plan.works(e):
         jobs[w.stage, w.model] = jobs.get((w.stage, w.model), 0) + w.times
     assert jobs["PL", "student"] == 2 * 5 and jobs["evaluate", "student"] == 2 * (1 + 2 * 5)
 
 
 def test_the_plans_hours_come_from_results_or_dry_runs_and_are_open_without(file, tmp_path):
-    e = experiments.read(file)
-    evaluate, pa = (next(w for w in experiment_plan.works(e) if w.stage == stage) for stage in ("evaluate", "PA"))
-    assert experiment_plan.seconds_each(tmp_path, pa) is None
+    e = definition.read(file)
+    evaluate, pa = (next(w for w in plan.works(e) if w.stage == stage) for stage in ("evaluate", "PA"))
+    assert plan.seconds_each(tmp_path, pa) is None
     (tmp_path / "pace").mkdir()
     said = "PA: 1,000 requests about 30 images.\n  time, by the pace of 16: 1 day, 0:00:10\n"
     (tmp_path / "pace/PA_teacher_easyVQA.txt").write_text(said)
-    assert experiment_plan.seconds_each(tmp_path, pa) == 86.41
+    assert plan.seconds_each(tmp_path, pa) == 86.41
     (tmp_path / "paper-0").mkdir()
     (tmp_path / "paper-0/Eval_teacher_easyVQA.meta.json").write_text(json.dumps({"seconds": 25.0, "n": 50}))
-    assert experiment_plan.seconds_each(tmp_path, evaluate) == 0.5
-    line = next(line for line in experiment_plan.plan(e, tmp_path) if "  PA " in line)
+    assert plan.seconds_each(tmp_path, evaluate) == 0.5
+    line = next(line for line in plan.plan(e, tmp_path) if "  PA " in line)
     assert line.split()[:5] == ["PA", "teacher", "2", "60", "1.44"]

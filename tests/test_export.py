@@ -13,9 +13,9 @@ from conftest import STUDENT
 from PIL import Image
 from transformers import AutoProcessor
 
-from mpa import exports
-from mpa.prompts import train_prompt
-from mpa.records import InputError, read_json, train_record
+from mpa.files.records import InputError, read_json, train_record
+from mpa.method.prompts import train_prompt
+from mpa.runs import exports
 
 
 @pytest.fixture

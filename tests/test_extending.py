@@ -13,10 +13,10 @@ from conftest import ROOT
 USES = """
 import json, sys
 sys.path[:0] = [".", "PL/Qwen2-VL-Finetune/src"]
-from mpa import scoring
-from mpa.datasets.loading import load_samples
-from mpa.matching import Match
-from mpa.prompts import TASK_PROMPTS
+from mpa.runs import scoring
+from mpa.data.loading import load_samples
+from mpa.answers.matching import Match
+from mpa.method.prompts import TASK_PROMPTS
 import param_groups
 samples = load_samples("docVQA", "test", "val.json", "data", images=False)
 records = [{"question_id": 337, "predictions": "Red ink", "answers": ["red pen"]}]

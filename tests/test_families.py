@@ -9,9 +9,9 @@ from collator import Collator
 from conftest import close
 
 import data
-from mpa import families, models
 from mpa.engines import Request, hf, open_engine
-from mpa.image_files import open_image
+from mpa.files.image_files import open_image
+from mpa.models import families, loading
 
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
 PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]
@@ -34,8 +34,8 @@ def asked_by_transformers(processor, image, prompt: str) -> dict:
 
 def plain(checkpoint, asked: list[tuple[str, str]], new_tokens: int) -> list[str]:
     """One generate call per request, with the model's own processor."""
-    processor = models.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
-    model = models.load_model(checkpoint, "cpu", torch.float32)
+    processor = loading.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
+    model = loading.load_model(checkpoint, "cpu", torch.float32)
     replies = []
     for path, prompt in asked:
         inputs = asked_by_transformers(processor, open_image(path), prompt)
@@ -54,7 +54,7 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, i
         return follow(request, reply["text"]) if request.follow_up else None
 
     monkeypatch.setattr(hf, "follow_up_request", follow_up_request)
-    if families.FAMILIES[models.model_type(checkpoint)].shortcuts:
+    if families.FAMILIES[loading.model_type(checkpoint)].shortcuts:
         monkeypatch.setattr(hf.HFEngine, "answer", None)  # which asks anew: the image's key-values are to serve both
     paths = sorted(map(str, images.rglob("*.png")))
     asked = [
@@ -76,8 +76,8 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, i
 
 def by_the_trainer(checkpoint, request: Request, ends: list[int]) -> float:
     """The log-probability of a request's answer and then any end token, from the tokens that the trainer makes of both."""
-    processor = models.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
-    model = models.load_model(checkpoint, "cpu", torch.float32)
+    processor = loading.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
+    model = loading.load_model(checkpoint, "cpu", torch.float32)
     said = {"user": [{"type": "image"}, {"type": "text", "text": request.prompt}]}
     said["assistant"] = [{"type": "text", "text": request.answer}]
     messages = [{"role": role, "content": content} for role, content in said.items()]

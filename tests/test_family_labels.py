@@ -5,17 +5,17 @@ import pytest
 import torch
 import train
 from collator import Collator
-from families import image_token_id
 from PIL import Image
 from training import arguments, conversation, write_records
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from turns import refuse_dropped_turns
 
 import data
+from mpa.answers.replies import END_TOKENS
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.records import InputError, train_record
-from mpa.replies import END_TOKENS
+from mpa.files.records import InputError, train_record
+from mpa.models.families import image_token_id
 
 ENDS = dict.fromkeys(miniatures.FAMILIES, "<|im_end|>")
 ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>") | dict.fromkeys(("llava", "llava_next"), "</s>")

@@ -7,7 +7,7 @@ import miniatures
 import pytest
 from conftest import ROOT
 
-from mpa import families
+from mpa.models import families
 
 
 def test_every_family_of_the_table_has_a_miniature_and_so_its_tests():

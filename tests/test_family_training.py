@@ -14,9 +14,9 @@ from training import arguments, conversation, losses, write
 from transformers import AutoModelForImageTextToText
 
 import data
-from mpa import models
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
+from mpa.models import loading
 
 STEPS = "--per_device_train_batch_size 4 --num_train_epochs 4 --save_strategy no --lr_scheduler_type constant".split()
 
@@ -44,9 +44,9 @@ def test_training_lowers_the_loss_and_what_is_saved_loads_again(checkpoint, tmp_
     out = tmp_path / "out"
     seen = losses(out)
     assert seen[-1] < 0.8 * seen[0]
-    models.check_model_path(str(out))
-    model, loading = AutoModelForImageTextToText.from_pretrained(out, dtype="float32", output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    loading.check_model_path(str(out))
+    model, loaded = AutoModelForImageTextToText.from_pretrained(out, dtype="float32", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
     base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32").state_dict()
     kind = model.config.model_type
     moved = {
@@ -65,7 +65,7 @@ def test_merged_adapters_answer_as_the_adapters_do(checkpoint, tmp_path):
     merge_lora.merge(out, merged)
     adapted = answers(out, tmp_path)
     assert same(adapted, answers(merged, tmp_path)) and not same(adapted, answers(checkpoint, tmp_path))
-    kind, base = models.model_type(checkpoint), AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+    kind, base = loading.model_type(checkpoint), AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(merged).state_dict()
     moved = {param_groups.part_of(name, kind) for name in base if not torch.equal(after[name], base[name])}
     assert moved == {"vision", "language"}

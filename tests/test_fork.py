@@ -8,8 +8,8 @@ import pytest
 from conftest import STUDENT
 from training import build, write
 
-from mpa import checking
-from mpa.datasets.protocol import Sample
+from mpa.data import image_check
+from mpa.data.protocol import Sample
 from mpa.engines.hf import HFEngine
 
 armed = False
@@ -45,7 +45,7 @@ def test_the_hf_engine_starts_its_workers(ctrl_c):
 def test_the_check_of_a_dataset_starts_its_workers(ctrl_c, images):
     samples = [Sample("0", str(images / "01.png"), "?", ["red"])]
     with pytest.raises(KeyboardInterrupt):
-        checking.check(samples, 1, 3136, 3136)
+        image_check.check(samples, 1, 3136, 3136)
 
 
 def test_the_check_of_the_train_samples_starts_its_workers(ctrl_c, tmp_path):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import disk_errors
 import merge_lora
 import originals
 import pytest
@@ -17,8 +16,8 @@ from conftest import ROOT, STUDENT, TEACHER, at_most, python, snapshot
 from easy_run import EASY
 from safetensors.torch import save_file
 
-from mpa import atomic, records
-from mpa.records import read_json
+from mpa.files import atomic, disk_errors, records
+from mpa.files.records import read_json
 
 
 @pytest.fixture
@@ -177,9 +176,9 @@ def test_a_write_within_the_limit_is_not_touched(tmp_path):
 
 def test_a_click_that_does_not_fit_is_refused_whole_and_the_next_one_is_kept(tmp_path):
     fastapi = pytest.importorskip("fastapi.testclient")
-    from mpa.rating_app import application
-    from mpa.ratings import Item, Ratings, latest
-    from mpa.runs import Cell
+    from mpa.analysis.rating_app import application
+    from mpa.analysis.ratings import Item, Ratings, latest
+    from mpa.runs.runs import Cell
 
     file = tmp_path / "ratings_L_S_images.jsonl"
     items = [Item("1", "x.png", "q?", "a", "before"), Item("2", "y.png", "q?", "a", "after")]

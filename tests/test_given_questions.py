@@ -10,10 +10,13 @@ import pytest
 from answered_by_rule import annotate, answers_by, flags
 from PIL import Image
 
-from mpa import given_questions, holdout, image_files, run_folders
-from mpa.guard import Guard
-from mpa.records import InputError, read_json
-from mpa.runs import Cell
+from mpa.analysis.guard import Guard
+from mpa.files import image_files
+from mpa.files.records import InputError, read_json
+from mpa.method import holdout
+from mpa.runs import run_folders
+from mpa.runs.runs import Cell
+from mpa.stages import given_questions
 
 CELL = Cell("images", "big", "small")
 GIVEN = "PI_big_heldout-given_images.json"

@@ -15,12 +15,13 @@ import synthetic_runs as fake
 from answered_by_rule import annotate, answers_by, flags
 from conftest import ROOT, bash
 
-from mpa import guard, records, run_summary
-from mpa.agreement import Z, paired_difference
-from mpa.evaluations import Evaluation
-from mpa.guard import Comparison, Guard
-from mpa.records import InputError
-from mpa.runs import Cell
+from mpa.analysis import guard, run_summary
+from mpa.analysis.guard import Comparison, Guard
+from mpa.answers.agreement import Z, paired_difference
+from mpa.files import records
+from mpa.files.records import InputError
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.runs import Cell
 
 CELL = Cell("okVQA", "big", "small")
 

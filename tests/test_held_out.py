@@ -9,8 +9,9 @@ import PI
 import pytest
 from answered_by_rule import annotate, answers_by, flags
 
-from mpa import holdout, image_files
-from mpa.records import InputError, read_json
+from mpa.files import image_files
+from mpa.files.records import InputError, read_json
+from mpa.method import holdout
 
 
 def test_what_is_held_out_is_decided_once_by_content_for_every_s_vlm(serve, copied_images, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageOps
 
-from mpa.datasets.loading import load_samples
-from mpa.image_files import ImageError, content_hash, fingerprints, image_size, open_image
+from mpa.data.loading import load_samples
+from mpa.files.image_files import ImageError, content_hash, fingerprints, image_size, open_image
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import data

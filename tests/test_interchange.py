@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from conftest import DATA, python
 
-from mpa import interchange, scoring
-from mpa.datasets.protocol import Sample
-from mpa.records import InputError, read_json
+from mpa.data.protocol import Sample
+from mpa.files.records import InputError, read_json
+from mpa.runs import interchange, scoring
 
 OFFICIAL = DATA / "official"
 

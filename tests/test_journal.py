@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from mpa.journal import Journal, finished
-from mpa.records import InputError, write_result
+from mpa.files.journal import Journal, finished
+from mpa.files.records import InputError, write_result
 
 SETTINGS = {"limit": 10, "model": "a"}
 

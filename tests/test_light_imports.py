@@ -7,7 +7,7 @@ from conftest import ROOT
 
 CODE = """
 import sys
-import mpa.light_imports, torch, transformers, torchvision
+import mpa.files.light_imports, torch, transformers, torchvision
 from torchvision.transforms.v2 import functional
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 assert "torch._dynamo.eval_frame" not in sys.modules

@@ -19,8 +19,8 @@ from conftest import ROOT, STUDENT
 from safetensors.torch import load_file, save_file
 
 import data
-from mpa import conversion, model_files, models
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import conversion, loading, model_files
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -108,10 +108,10 @@ def test_offline_with_the_model_in_the_cache_an_original_is_converted_by_its_id(
     folder = conversion.native("bczhou/TinyLLaVA-2.0B")
     assert "bczhou--TinyLLaVA-2.0B-" in folder and model_card.converted_from(folder) == "bczhou/TinyLLaVA-2.0B"
     assert conversion.original_type("bczhou/TinyLLaVA-2.0B") == "tiny_llava_stablelm"
-    assert models.load_model(folder, "cpu", torch.float32).config.model_type == "llava"
+    assert loading.load_model(folder, "cpu", torch.float32).config.model_type == "llava"
     cached(tmp_path, "org/student", STUDENT)
     assert conversion.native("org/student") == "org/student"
-    models.check_model_path("org/student")
+    loading.check_model_path("org/student")
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ def test_a_checkpoint_that_lacks_tensors_is_not_filled_at_random(student):
     with pytest.raises(
         InputError, match=r"1 tensors of the model are missing or have another shape \(.*mlp.*download it again"
     ):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
     save_file(weights | {name: lost[:3].clone()}, student / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"1 tensors of the model are missing or have another shape"):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 3000, -10])
@@ -138,7 +138,7 @@ def test_damaged_weights_are_named(student, kept):
     content = (student / "model.safetensors").read_bytes()
     (student / "model.safetensors").write_bytes(content[:kept])
     with pytest.raises(InputError, match=r"its weights cannot be read.*download it again"):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
     assert "model.safetensors: its weights cannot be read" in checked(str(student), student)
 
 
@@ -157,8 +157,8 @@ def in_shards(folder, where=lambda name: len(name) % 2, listed=None) -> dict[str
 def test_an_index_that_contradicts_the_files_is_named_before_torch_is_imported(student, tmp_path):
     whole = shutil.copy(student / "model.safetensors", tmp_path / "whole")
     table = in_shards(student)
-    models.check_model_path(str(student))
-    models.load_model(str(student), "cpu", torch.float32)
+    loading.check_model_path(str(student))
+    loading.load_model(str(student), "cpu", torch.float32)
     one, two = sorted(set(table.values()))
     moved = next(name for name in table if table[name] == one)
     in_both = load_file(student / two) | {moved: load_file(student / one)[moved] + 1}
@@ -166,7 +166,7 @@ def test_an_index_that_contradicts_the_files_is_named_before_torch_is_imported(s
     said = checked(str(student), tmp_path)
     assert f"1 tensors are in two files ({moved})" in said
     with pytest.raises(InputError, match="1 tensors are in two files"):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
     left = load_file(student / one)
     del left[moved]
     save_file(left, student / one, {"format": "pt"})
@@ -190,7 +190,7 @@ def test_an_index_that_contradicts_the_files_is_named_before_torch_is_imported(s
     for content in (f'{{"weight_map": {named}}}', f'{{"metadata": null, "weight_map": {named}}}'):
         (student / "model.safetensors.index.json").write_text(content)
         with pytest.raises(InputError, match=r"index\.json: lacks its metadata"):
-            models.load_model(str(student), "cpu", torch.float32)
+            loading.load_model(str(student), "cpu", torch.float32)
 
 
 def overlapping(header: dict) -> None:
@@ -226,8 +226,8 @@ def test_a_damaged_header_is_named_in_a_load_and_in_a_conversion(student, tmp_pa
         new = json.dumps(header).encode()
         (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
     with pytest.raises(InputError, match=said):
-        models.check_model_path(str(student))
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.check_model_path(str(student))
+        loading.load_model(str(student), "cpu", torch.float32)
     with pytest.raises(InputError, match=said):
         conversion.convert(original, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -236,10 +236,10 @@ def test_a_damaged_header_is_named_in_a_load_and_in_a_conversion(student, tmp_pa
 @pytest.mark.parametrize("content", ["[]", "{}", '{"name": "x", "files": ["a"]}', '{"icons": {"a": {"src": "b"}}}'])
 def test_another_programs_manifest_is_none(student, content):
     (student / "manifest.json").write_text(content)
-    models.load_model(str(student), "cpu", torch.float32)
+    loading.load_model(str(student), "cpu", torch.float32)
     (student / "manifest.json").write_text('{"model.safetensors": {"bytes": 3}}')
     with pytest.raises(InputError, match=r"model\.safetensors was truncated or changed"):
-        models.check_model_path(str(student))
+        loading.check_model_path(str(student))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -264,7 +264,7 @@ def test_a_value_that_is_not_finite_is_found_in_every_dtype_and_the_largest_is_n
 def test_a_configuration_with_fewer_layers_than_are_stored_is_named(student):
     originals.changed(student, text_config__num_hidden_layers=1, text_config__layer_types=["full_attention"])
     with pytest.raises(InputError, match=r"\d+ of its tensors have no place in the model .*layers\.1\."):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
 
 
 def test_every_way_to_load_refuses_weights_that_are_not_finite(student, tmp_path):
@@ -275,9 +275,9 @@ def test_every_way_to_load_refuses_weights_that_are_not_finite(student, tmp_path
     said = rf"{student}: 1 of \d+ tensors hold values that are not finite \({name}\)"
     for quantization in (None, "4bit"):
         with pytest.raises(InputError, match=said):
-            models.load_model(str(student), "cpu", torch.float32, quantization=quantization)
+            loading.load_model(str(student), "cpu", torch.float32, quantization=quantization)
     with pytest.raises(InputError, match=said):
-        models.check_files(str(student))  # of the engine vllm
+        loading.check_files(str(student))  # of the engine vllm
     training.write(tmp_path, 4)
     with pytest.raises(data.DataError, match=said):
         training.build(tmp_path, model=student)
@@ -286,12 +286,12 @@ def test_every_way_to_load_refuses_weights_that_are_not_finite(student, tmp_path
 def test_pickles_and_unknown_architectures(student):
     (student / "model.safetensors").rename(student / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no safetensors weights.*"):
-        models.check_model_path(str(student))
+        loading.check_model_path(str(student))
     with pytest.raises(InputError, match=r"Weights as pickles.*save_file as model.safetensors"):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
     originals.changed(student, model_type="brand_new_vlm")
     with pytest.raises(InputError, match=r"does not know its architecture.*--trust-remote-code"):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
 
 
 def test_a_hostile_configuration_or_template_does_no_more_than_raise_an_error(student, tmp_path):
@@ -301,7 +301,7 @@ def test_a_hostile_configuration_or_template_does_no_more_than_raise_an_error(st
         student, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForImageTextToText": "evil.M"}
     )
     with pytest.raises(InputError):
-        models.load_model(str(student), "cpu", torch.float32)
+        loading.load_model(str(student), "cpu", torch.float32)
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10) %}{{ cycler.__init__.__globals__ }}{% endfor %}"
     original = originals.internvl(tmp_path / "original")
     (original / "chat_template.jinja").write_text(template)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import MINI, ROOT, TEACHER, python
 
-from mpa import log_file
+from mpa.files import log_file
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from training import arguments, weights, write
 from transformers import AutoModelForImageTextToText
 
 import data
-from mpa import models
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import identity, loading
 
 QUICK = "--lora_enable True --per_device_train_batch_size 2 --learning_rate 1e-2 --save_steps 2".split()
 
@@ -51,10 +51,10 @@ def test_merged_adapters_answer_as_the_adapters_do_and_the_base_is_untouched(tmp
         p.name for p in out.iterdir()
     }
     merge_lora.merge(out, merged)
-    models.check_model_path(str(out))
+    loading.check_model_path(str(out))
     adapted = answers(out, tmp_path)
     assert same(adapted, answers(merged, tmp_path)) and not same(adapted, answers(STUDENT, tmp_path))
-    assert models.identity(str(out)) != models.identity(str(merged))
+    assert identity.identity(str(out)) != identity.identity(str(merged))
     assert hashlib.sha256((STUDENT / "model.safetensors").read_bytes()).hexdigest() == before
     base, after = weights(STUDENT), weights(merged)
     moved = {param_groups.part_of(name, "qwen2_vl") for name in base if not torch.equal(after[name], base[name])}
@@ -110,7 +110,7 @@ def test_adapters_that_are_not_whole_are_neither_used_nor_merged(adapted, tmp_pa
     else:
         (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=said):
-        models.load_model(str(folder), "cpu", torch.float32)
+        loading.load_model(str(folder), "cpu", torch.float32)
     with pytest.raises(data.DataError, match=said):
         merge_lora.merge(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -152,7 +152,7 @@ def test_a_base_that_changed_under_its_adapters_is_named(adapted, tmp_path, how,
         merge_lora.merge(folder, tmp_path / "merged", base=str(base) if moved else None)
     if not moved:
         with pytest.raises(InputError, match=said):
-            models.load_model(str(folder), "cpu", torch.float32)
+            loading.load_model(str(folder), "cpu", torch.float32)
     assert not (tmp_path / "merged").exists()
 
 
@@ -166,7 +166,7 @@ def test_adapters_whose_base_moved_or_of_an_earlier_version_are_merged(adapted, 
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
     (tmp_path / "merged/model.safetensors").write_bytes(bytes(9))
     with pytest.raises(InputError, match=r"merged/model\.safetensors: its weights cannot be read"):
-        models.check_model_path(str(tmp_path / "merged"))
+        loading.check_model_path(str(tmp_path / "merged"))
 
 
 def test_adapters_and_a_base_that_were_saved_again_or_moved_are_used(adapted, tmp_path):
@@ -180,10 +180,10 @@ def test_adapters_and_a_base_that_were_saved_again_or_moved_are_used(adapted, tm
     (folder / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
     )
-    models.load_model(str(folder), "cpu", torch.float32)
+    loading.load_model(str(folder), "cpu", torch.float32)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
     with pytest.raises(InputError, match=r"adapter_config\.json was truncated or changed"):
-        models.load_model(str(folder), "cpu", torch.float32)
+        loading.load_model(str(folder), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("content", ["[]", '"x"', "{}", '{"base_model_name_or_path": 3}'])

@@ -1,7 +1,7 @@
 import pytest
 from linear import LONG, in_time
 
-from mpa.matching import MATCHERS, Match, unwrap
+from mpa.answers.matching import MATCHERS, Match, unwrap
 
 
 @pytest.mark.parametrize("name", sorted(set(MATCHERS) - {"contains"}))
@@ -81,7 +81,7 @@ def test_pi_sees_through_what_is_wrapped_around_an_answer_and_counts_it(said):
     assert match("red", said)
     assert match.only_unwrapped(said, "red") is not MATCHERS["exact"](said, "red")
     assert not match.only_unwrapped("red", "Red.")
-    assert not Match("exact", "released").only_unwrapped(said, "red")
+    assert not Match("exact", literal=True).only_unwrapped(said, "red")
 
 
 @pytest.mark.parametrize("said", cells(NOT_WRAPPED))

@@ -17,9 +17,9 @@ from PIL import Image
 from training import arguments, build, conversation, write
 
 import data
-from mpa import device_memory, memory_estimate
 from mpa.engines import Request, memory
 from mpa.engines.hf import HFEngine
+from mpa.models import device_memory, memory_estimate
 
 # A Qwen2-VL of 95 M parameters.
 TEXT = {"hidden_size": 768, "intermediate_size": 2688, "num_hidden_layers": 10, "num_attention_heads": 12}

@@ -6,9 +6,9 @@ import pytest
 from conftest import DATA, python
 from PIL import Image
 
-from mpa import scoring
-from mpa.datasets.loading import load_samples
-from mpa.metrics import METRICS, bootstrap_interval, few_answers, most_common, squeeze
+from mpa.answers.metrics import METRICS, bootstrap_interval, few_answers, most_common, squeeze
+from mpa.data.loading import load_samples
+from mpa.runs import scoring
 
 
 @pytest.mark.parametrize("name", ["vqa", "textvqa", "relaxed", "anls", "contains"])

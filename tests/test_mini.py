@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, STUDENT, TEACHER
 
-from mpa.datasets.easyvqa import EASY
-from mpa.datasets.loading import load_samples
+from mpa.answers.metrics import exact
+from mpa.data.easyvqa import EASY
+from mpa.data.loading import load_samples
 from mpa.engines import Request, open_engine
-from mpa.metrics import exact
-from mpa.prompts import TASK_PROMPTS, answer_prompt, parse_annotation
-from mpa.records import read_json
+from mpa.files.records import read_json
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt, parse_annotation
 
 COLORS = {"black", "gray", "teal", "red", "blue", "yellow", "green", "brown"}
 SHAPES = {"circle", "rectangle", "triangle"}

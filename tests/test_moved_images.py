@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mpa.datasets.loading import load_samples
-from mpa.datasets.paths import locate
-from mpa.records import InputError
+from mpa.data.loading import load_samples
+from mpa.data.paths import locate
+from mpa.files.records import InputError
 
 
 def make(root: Path, *names: str) -> Path:

@@ -5,9 +5,9 @@ import re
 import pytest
 from linear import LONG, in_time
 
-from mpa.matching import MATCHERS, Match
-from mpa.metrics import METRICS, squeeze
-from mpa.normalise import normalise
+from mpa.answers.matching import MATCHERS, Match
+from mpa.answers.metrics import METRICS, squeeze
+from mpa.answers.normalise import normalise
 
 TABLE = """
 | what | equal | not equal |
@@ -126,12 +126,12 @@ def test_what_says_nothing_matches_nothing_not_even_itself(nothing):
 def test_released_compares_to_the_letter():
     assert squeeze("-5") == squeeze("5")
     for a, b in (("C++", "C"), ("दिन", "दान"), ("1.5", "15")):
-        assert MATCHERS["exact"](a, b, "released")
-        assert Match("exact", "released")(a, b)
-        assert Match("contains", "released")(a, b)
-    assert Match("contains", "released")("anything", "")
+        assert MATCHERS["exact"](a, b, literal=True)
+        assert Match("exact", literal=True)(a, b)
+        assert Match("contains", literal=True)(a, b)
+    assert Match("contains", literal=True)("anything", "")
     assert not Match("contains")("anything", "")
-    assert not Match("exact", "released")("The answer is red.", "red")
+    assert not Match("exact", literal=True)("The answer is red.", "red")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from mpa.engines import Request, finite, memory, not_finite
 from mpa.engines.hf import HFEngine
 from mpa.engines.prefetch import PendingRequest
 from mpa.engines.vllm import VLLMEngine
-from mpa.journal import Journal
-from mpa.records import InputError, read_json, train_record, write_json
+from mpa.files.journal import Journal
+from mpa.files.records import InputError, read_json, train_record, write_json
 
 # --- logits ------------------------------------------------------------------------------------------------
 

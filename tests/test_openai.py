@@ -21,8 +21,8 @@ from test_engine import QUESTIONS
 from test_engine import replies as hf_replies
 
 from mpa.engines import Request, open_engine
-from mpa.prompts import TASK_PROMPTS, answer_prompt
-from mpa.records import InputError, read_json
+from mpa.files.records import InputError, read_json
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt
 
 MODEL = str(TEACHER)
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import STUDENT, TEACHER, python, snapshot
 from easy_run import EASY
 
-from mpa.records import read_json
+from mpa.files.records import read_json
 
 PA, LVLM = "PA_teacher_easyVQA.json", "PI_teacher_teacher_easyVQA.json"
 SVLM, TRAIN = "PI_teacher_student_easyVQA.json", "PI_teacher_train_teacher_student_easyVQA.json"

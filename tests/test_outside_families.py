@@ -16,10 +16,10 @@ from test_families import PIXELS, PROMPTS, plain
 from training import arguments, build, conversation, losses, write
 
 import data
-from mpa import families
 from mpa.engines import Request, open_engine, teacher_forcing
 from mpa.engines.preprocessing import Preprocessor
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import families
 
 
 @pytest.fixture(scope="module", params=miniatures_outside.KINDS)

@@ -6,9 +6,10 @@ import pytest
 import rate
 from conftest import ROOT
 
-from mpa import exports, packages
 from mpa.engines import ENGINES, open_engine
-from mpa.records import InputError
+from mpa.files import packages
+from mpa.files.records import InputError
+from mpa.runs import exports
 
 
 @pytest.mark.parametrize("name", ["openai", "ray"])

@@ -14,7 +14,7 @@ from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_
 from server_requests import asked, collect
 
 from mpa.engines.budget import Budget
-from mpa.records import InputError, read_json
+from mpa.files.records import InputError, read_json
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])

@@ -10,14 +10,17 @@ import pytest
 import synthetic_runs as fake
 from conftest import ROOT, python
 
-from mpa import guard, paired, records, run_summary, runs
-from mpa.check_tables import points
-from mpa.comparable import compare
-from mpa.diagnosis import looked_at
-from mpa.metrics import bootstrap_interval
-from mpa.report.content import CellContent
-from mpa.run_case import Case
-from mpa.runs import Cell
+from mpa.analysis import guard, run_summary
+from mpa.analysis.check_tables import points
+from mpa.analysis.diagnosis import looked_at
+from mpa.analysis.report.content import CellContent
+from mpa.answers import paired
+from mpa.answers.metrics import bootstrap_interval
+from mpa.files import records
+from mpa.runs import runs
+from mpa.runs.comparable import compare
+from mpa.runs.run_case import Case
+from mpa.runs.runs import Cell
 
 CELL = Cell("textVQA", "big", "small")
 measured = runpy.run_path(str(ROOT / "benchmarks/guard.py"))["measured"]

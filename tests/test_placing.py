@@ -22,7 +22,7 @@ from downloads import (
 )
 from PIL import Image
 
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 
 @pytest.mark.parametrize("place", ["STVQA", "STVQA/train", "STVQA/train/data/vizwiz"])

@@ -16,9 +16,9 @@ from downloads import (
 )
 from PIL import Image
 
-from mpa.datasets import DATASETS, okvqa
-from mpa.datasets.loading import load_samples
-from mpa.records import InputError, read_json, read_records
+from mpa.data import DATASETS, okvqa
+from mpa.data.loading import load_samples
+from mpa.files.records import InputError, read_json, read_records
 
 FILES = {
     "textVQA": [

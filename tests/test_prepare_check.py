@@ -11,7 +11,7 @@ from downloads import (
 )
 from PIL import Image
 
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 
 def test_check_names_what_is_broken_and_fails_when_samples_would_be_lost(tmp_path, capsys):

@@ -11,7 +11,7 @@ from downloads import (
     samples_of,
 )
 
-from mpa.records import InputError, read_json
+from mpa.files.records import InputError, read_json
 
 
 def test_copies_of_hugging_face_data_sets_give_the_same_files(tmp_path, prepared):

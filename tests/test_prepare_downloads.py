@@ -16,7 +16,7 @@ from downloads import (
     zipped,
 )
 
-from mpa.records import InputError, read_json
+from mpa.files.records import InputError, read_json
 
 
 @pytest.mark.parametrize("name", NAMES)

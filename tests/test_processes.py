@@ -11,7 +11,7 @@ from conftest import ROOT, python
 from easy_run import OUTPUTS, STAGES, read
 from training import free_port
 
-from mpa import distributed
+from mpa.files import distributed
 
 
 def launch(folder, *command) -> subprocess.CompletedProcess:

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from mpa.prompts import (
+from mpa.answers.replies import END_TOKENS, without_end_tokens
+from mpa.method.prompts import (
     A_MARK,
     TASK_PROMPTS,
     Annotation,
@@ -15,7 +16,6 @@ from mpa.prompts import (
     follow_up_prompt,
     parse_annotation,
 )
-from mpa.replies import END_TOKENS, without_end_tokens
 
 
 def test_the_prompts_have_not_drifted():

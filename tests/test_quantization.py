@@ -17,10 +17,10 @@ from training import arguments, build, losses, weights, write
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import data
-from mpa import memory_estimate, models
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import loading, memory_estimate
 
 bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: bash scripts/setup.sh quantization"
@@ -42,11 +42,11 @@ def no_deepspeed_config():
 @pytest.mark.parametrize("family", miniatures.FAMILIES)
 def test_the_language_model_is_quantised_and_nothing_else(tmp_path, family, bits):
     path = miniatures.make(family, tmp_path)
-    model = models.load_model(path, "cpu", torch.float32, quantization=f"{bits}bit")
+    model = loading.load_model(path, "cpu", torch.float32, quantization=f"{bits}bit")
     planned = memory_estimate.meta_model(path)
     quantised = {name for name, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
     assert quantised == set(memory_estimate.quantisable(planned)) != set()
-    full = models.load_model(path, "cpu", torch.float32)
+    full = loading.load_model(path, "cpu", torch.float32)
     for name in quantised:
         expected, layer = full.get_submodule(name), model.get_submodule(name)
         inputs = torch.eye(expected.in_features)
@@ -58,7 +58,7 @@ def test_the_language_model_is_quantised_and_nothing_else(tmp_path, family, bits
 
 @bitsandbytes
 def test_the_estimate_counts_the_bits_of_a_model_of_ordinary_width(tmp_path):
-    model = models.load_model(str(TEACHER), "cpu", torch.float32, quantization="4bit")
+    model = loading.load_model(str(TEACHER), "cpu", torch.float32, quantization="4bit")
     estimated = memory_estimate.weight_bytes(memory_estimate.meta_model(str(TEACHER)), 4, bits=4)
     assert estimated == pytest.approx(model.get_memory_footprint(), rel=0.05)
 
@@ -94,7 +94,7 @@ def test_pi_quantises_the_l_vlm_alone_and_reuses_only_its_own_answers(images, tm
 
 
 def test_a_quantised_run_without_the_package_names_the_command(images, tmp_path, monkeypatch):
-    from mpa import packages
+    from mpa.files import packages
 
     monkeypatch.setattr(packages, "find_spec", lambda _: None)
     common = ("--dataset", "images", "--image-root", images, "--run", f"{tmp_path}/run", *MINI)
@@ -104,7 +104,7 @@ def test_a_quantised_run_without_the_package_names_the_command(images, tmp_path,
 
 @pytest.mark.parametrize("flag", [["--quantization", "4bit"], ["--device-map", "auto"]])
 def test_flags_of_hf_are_refused_with_another_engine(images, tmp_path, flag, monkeypatch):
-    from mpa import packages
+    from mpa.files import packages
 
     monkeypatch.setattr(packages, "find_spec", lambda name: name)
     common = ("--dataset", "images", "--image-root", images, "--run", f"{tmp_path}/run", *MINI)
@@ -152,9 +152,9 @@ def test_a_quantised_checkpoint_whose_package_is_missing_is_one_sentence(tmp_pat
     with pytest.raises(
         InputError, match=r"--engine hf lacks a package that it needs: .* --engine vllm reads AWQ, GPTQ and FP8"
     ):
-        models.load_model(path, "cpu", torch.float32)
+        loading.load_model(path, "cpu", torch.float32)
     with pytest.raises(InputError, match=r"is stored quantised\. Leave out --quantization"):
-        models.load_model(path, "cpu", torch.float32, quantization="4bit")
+        loading.load_model(path, "cpu", torch.float32, quantization="4bit")
 
 
 def test_a_device_map_gives_the_same_replies(images):
@@ -190,7 +190,7 @@ def test_qlora_learns_saves_an_adapter_for_every_stage_and_merges_into_the_full_
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert any(not torch.equal(after[name], base[name]) for name in base if "q_proj" in name)
     assert answers(out, tmp_path) == answers(merged, tmp_path)
-    model = models.load_model(str(out), "cpu", torch.float32, quantization=f"{bits}bit")
+    model = loading.load_model(str(out), "cpu", torch.float32, quantization=f"{bits}bit")
     assert any("lora_A" in name for name, _ in model.named_parameters())
 
 

@@ -9,8 +9,8 @@ import pytest
 from answered_by_rule import annotate, flags
 from fake_server import completion, text_of
 
-from mpa import run_samples, runs
-from mpa.records import read_json
+from mpa.files.records import read_json
+from mpa.runs import run_samples, runs
 
 QUESTIONS = ("What color is it?", "What shape is it?", "How large is it?")
 

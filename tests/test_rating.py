@@ -17,8 +17,9 @@ import rate
 from conftest import ROOT, python
 from PIL import Image
 
-from mpa import ratings, records
-from mpa.runs import Cell
+from mpa.analysis import ratings
+from mpa.files import records
+from mpa.runs.runs import Cell
 
 CELL = Cell("chartVQA", "L", "S_1")
 NAME = "L_S_1_chartVQA"

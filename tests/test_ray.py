@@ -14,8 +14,8 @@ import pytest
 from conftest import MINI, ROOT, TEACHER, python
 
 from mpa.engines import Request, open_engine
-from mpa.prompts import TASK_PROMPTS, answer_prompt
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt
 
 ray = pytest.importorskip("ray")
 

@@ -27,7 +27,7 @@ def test_every_command_names_a_file_that_exists(readme):
 
 @pytest.mark.parametrize("readme", READMES)
 def test_every_path_exists(readme):
-    """Files of the repository, such as `mpa/presets.py`; not files of a run or a download."""
+    """Files of the repository, such as `mpa/method/presets.py`; not files of a run or a download."""
     text = re.sub(r"```diff.*?```", "", (ROOT / readme).read_text(), flags=re.S)
     found = re.findall(r"`((?:mpa|scripts|data|PL|tests|benchmarks|docs)/[\w./-]+\.(?:py|sh|md|json))`", text)
     folders = (ROOT, (ROOT / readme).parent)

@@ -4,7 +4,7 @@ import os
 import pytest
 from conftest import DATA
 
-from mpa.records import InputError, find_input, read_json, read_records, run_folder, short_name, write_json
+from mpa.files.records import InputError, find_input, read_json, read_records, run_folder, short_name, write_json
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from answered_by_rule import annotate, answers_by, flags
 from conftest import MINI, STUDENT, TEACHER, python, snapshot
 from easy_run import EASY
 
-from mpa.records import read_json
+from mpa.files.records import read_json
 
 
 def sampled_by_rule():

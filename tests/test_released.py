@@ -9,7 +9,7 @@ import pytest
 from conftest import DATA, python
 from linear import in_time
 
-from mpa.records import read_records
+from mpa.files.records import read_records
 
 OFFICIAL = DATA / "official"
 LVLM, SVLM = "Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"

@@ -1,9 +1,9 @@
 import pytest
 from linear import LONG, in_time
 
-from mpa.prompts import STOPS, parse_annotation
-from mpa.refusals import is_refusal
-from mpa.replies import bare, first_line, opened_reasoning, strip_reasoning
+from mpa.answers.refusals import is_refusal
+from mpa.answers.replies import bare, first_line, opened_reasoning, strip_reasoning
+from mpa.method.prompts import STOPS, parse_annotation
 
 PAIR = "Question: What is it?\nAnswer: a cat"
 BLOCKS = [

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 from test_interchange import OFFICIAL, RESULT
 
-from mpa import comparable
-from mpa.evaluations import Evaluation
-from mpa.records import InputError, read_json, read_records
+from mpa.files.records import InputError, read_json, read_records
+from mpa.runs import comparable
+from mpa.runs.evaluations import Evaluation
 
 
 def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_path):

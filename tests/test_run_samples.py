@@ -8,11 +8,11 @@ import pytest
 import synthetic_runs as fake
 from answered_runs import CELL, sample, word
 
-from mpa.evaluations import Evaluation
-from mpa.records import InputError
-from mpa.run_folders import cells_in, run_folders
-from mpa.run_samples import RunSamples, changes
-from mpa.runs import Cell
+from mpa.files.records import InputError
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.run_folders import cells_in, run_folders
+from mpa.runs.run_samples import RunSamples, changes
+from mpa.runs.runs import Cell
 
 SAMPLES = [
     sample(0),

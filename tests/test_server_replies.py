@@ -8,8 +8,8 @@ from conftest import python
 from fake_server import USAGE, annotate_or_answer, completion
 from server_requests import asked, collect
 
-from mpa.prompts import A_MARK
-from mpa.records import read_json
+from mpa.files.records import read_json
+from mpa.method.prompts import A_MARK
 
 
 def with_message(**message) -> dict:

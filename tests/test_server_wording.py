@@ -6,7 +6,7 @@ import pytest
 
 from mpa.engines.responses import Refused, Retryable, Unsupported
 from mpa.engines.server_errors import classify_error
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 SENT = {"temperature": 1.0, "top_p": 0.95, "seed": 3, "logprobs": True, "max_completion_tokens": 128, "detail": "low"}
 OLDER = {name: value for name, value in SENT.items() if name != "max_completion_tokens"} | {"max_tokens": 128}

@@ -76,7 +76,7 @@ def test_prepare_reads_the_four_layouts_as_official_downloads(tmp_path, monkeypa
     monkeypatch.setattr(draw, "TEST", 8)
     monkeypatch.setattr(draw, "STVQA", 40)
     draw.main(["--data", str(tmp_path)])
-    from mpa.datasets.loading import load_samples
+    from mpa.data.loading import load_samples
 
     monkeypatch.setenv("MPA_DATA", str(tmp_path))
     for dataset, test in (("textVQA", 8), ("stVQA", 6), ("chartVQA", 8), ("okVQA", 8)):

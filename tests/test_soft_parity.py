@@ -10,9 +10,9 @@ import pytest
 from answered_by_rule import annotate, answers_by, flags
 from conftest import MINI, STUDENT, TEACHER, close
 
-from mpa import run_folders, run_samples, runs
-from mpa.parity import ParityRule
-from mpa.records import InputError, read_json
+from mpa.files.records import InputError, read_json
+from mpa.method.parity import ParityRule
+from mpa.runs import run_folders, run_samples, runs
 
 CELL = runs.Cell("easyVQA", "teacher", "student")
 SCORED = "PI_teacher_scored-student_easyVQA.json"

@@ -73,4 +73,4 @@ def test_help_imports_no_torch(script):
         [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, check=True
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "mpa.cli" in imported and not imported & {"torch", "transformers", "bitsandbytes"}
+    assert "mpa.stages.cli" in imported and not imported & {"torch", "transformers", "bitsandbytes"}

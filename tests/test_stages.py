@@ -10,12 +10,14 @@ import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import OUTPUTS, STAGES, read
 
-from mpa import holdout, models, stage
-from mpa.datasets.paths import locate
-from mpa.datasets.protocol import Sample
-from mpa.journal import Journal
-from mpa.prompts import TASK_PROMPTS
-from mpa.stage import Model, Stage, counted
+from mpa.data.paths import locate
+from mpa.data.protocol import Sample
+from mpa.files.journal import Journal
+from mpa.method import holdout
+from mpa.method.prompts import TASK_PROMPTS
+from mpa.models import loading
+from mpa.stages import stage
+from mpa.stages.stage import Model, Stage, counted
 
 
 def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(easy_run):
@@ -250,7 +252,7 @@ def test_a_mark_of_the_svlms_format_is_not_asked_of_it_and_leaves_the_lvlms_half
         shutil.copy(path, tmp_path)
     lvlm = json.loads((tmp_path / "PI_teacher_teacher_easyVQA.json").read_text())
     word = lvlm[0]["PA_answer"]
-    marks = models.format_marks
+    marks = loading.format_marks
     monkeypatch.setattr(
         stage, "format_marks", lambda path, trust: marks(path, trust) | ({word} if "student" in str(path) else set())
     )

@@ -15,9 +15,9 @@ import data
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
-from mpa import cli
+from mpa.stages import cli
 from mpa.engines import Request, ask
-from mpa.journal import Journal
+from mpa.files.journal import Journal
 
 class Library:
     def __del__(self):

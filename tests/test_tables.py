@@ -10,8 +10,9 @@ import pytest
 import synthetic_runs as fake
 from conftest import ROOT, python
 
-from mpa import run_summary, runs
-from mpa.paired import interval
+from mpa.analysis import run_summary
+from mpa.answers.paired import interval
+from mpa.runs import runs
 
 
 def table(name: str, *folders, flags=()) -> list[dict]:

@@ -7,11 +7,11 @@ from conftest import python
 from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_of
 from server_requests import asked, collect
 
-from mpa import finish_reasons
-from mpa.argument_types import request_json
+from mpa.answers import finish_reasons
 from mpa.engines import cut_off
-from mpa.parity import ParityRule
-from mpa.records import read_json
+from mpa.files.argument_types import request_json
+from mpa.files.records import read_json
+from mpa.method.parity import ParityRule
 
 
 def reply(content, reason="stop", usage=USAGE, **message) -> tuple[int, dict]:

@@ -20,8 +20,8 @@ from training import ONE, TWO, arguments, build, launch, losses, weights, write,
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
-from mpa import models
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import identity, loading
 
 QUICK = "--per_device_train_batch_size 4 --max_steps 2 --learning_rate 1e-4 --save_steps 1 --save_total_limit 3".split()
 KEPT = [*ONE, "--save_total_limit", "3"]
@@ -212,24 +212,24 @@ def test_a_damaged_final_model_is_refused_by_name_in_a_stage(tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= set(manifest)
     assert not {"train_meta.json", "README.md", "trainer_state.json"} & set(manifest)
-    models.load_model(str(out), "cpu", torch.float32)
-    identity = models.identity(str(out))
+    loading.load_model(str(out), "cpu", torch.float32)
+    before = identity.identity(str(out))
     (out / "README.md").write_text("my own card")
-    assert models.identity(str(out)) == identity and models.load_model(str(out), "cpu", torch.float32)
+    assert identity.identity(str(out)) == before and loading.load_model(str(out), "cpu", torch.float32)
     AutoModelForImageTextToText.from_pretrained(out).save_pretrained(out)
     AutoProcessor.from_pretrained(out).save_pretrained(out)
-    assert models.load_model(str(out), "cpu", torch.float32)
+    assert loading.load_model(str(out), "cpu", torch.float32)
     out.rename(kept)
     for how in ("zeros in model.safetensors", "zeros in config.json", "zeros in tokenizer.json", "no tokenizer.json"):
         shutil.copytree(kept, out, dirs_exist_ok=True)
         damage(out, how)
         name = how.split()[-1]
         with pytest.raises(InputError, match=rf"{out}: {name} (was changed since it was written|is missing)|cannot be"):
-            models.load_model(str(out), "cpu", torch.float32)
+            loading.load_model(str(out), "cpu", torch.float32)
     shutil.copytree(kept, out, dirs_exist_ok=True)
     os.truncate(out / "tokenizer.json", 1000)
     with pytest.raises(InputError, match=r"tokenizer\.json was truncated or changed: 1000 bytes"):
-        models.check_model_path(str(out))
+        loading.check_model_path(str(out))
     kept = json.loads((kept / "manifest.json").read_text())
     assert kept == manifest
 

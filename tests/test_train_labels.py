@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.prompts import answer_prompt
-from mpa.records import train_record
+from mpa.files.records import train_record
+from mpa.method.prompts import answer_prompt
 
 
 @pytest.fixture(scope="module")

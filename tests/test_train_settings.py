@@ -10,8 +10,8 @@ from conftest import STUDENT
 from training import write_records
 
 import data
-from mpa.prompts import answer_prompt
-from mpa.records import train_record
+from mpa.files.records import train_record
+from mpa.method.prompts import answer_prompt
 
 
 def train_in(folder, *flags) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 import train
 from conftest import close
-from families import FAMILIES
 from torch.profiler import ProfilerActivity, profile
 from trainer import Leveler
 from training import arguments, build, conversation, losses, write
 from transformers import AutoModelForImageTextToText
 
 import data
+from mpa.models.families import FAMILIES
 
 
 @pytest.fixture(scope="module", params=miniatures.FAMILIES)

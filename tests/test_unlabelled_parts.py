@@ -19,8 +19,8 @@ from downloads import (
     write,
 )
 
-from mpa.datasets.loading import load_samples
-from mpa.records import InputError, read_json
+from mpa.data.loading import load_samples
+from mpa.files.records import InputError, read_json
 
 
 def copy_of_textvqa(

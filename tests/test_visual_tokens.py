@@ -13,10 +13,12 @@ from PIL import Image
 from training import build, write
 
 import data
-from mpa import checking, families, models, stage, visual_tokens
-from mpa.datasets.protocol import Sample
+from mpa.data import image_check
+from mpa.data.protocol import Sample
 from mpa.engines import Request, open_engine
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import families, loading, visual_tokens
+from mpa.stages import stage
 
 SIZES = [(64, 64), (386, 386), (800, 600), (1000, 300), (300, 1000), (57, 113), (30, 390)]
 PIXELS = (3136, 50_000)
@@ -53,7 +55,7 @@ def made(processor, size) -> tuple[int, int]:
 
 def test_the_count_from_sizes_is_that_of_the_processors_output(checkpoint):
     for max_tiles in (None, 2, 6):
-        processor = models.load_processor(checkpoint, *PIXELS, max_tiles=max_tiles)
+        processor = loading.load_processor(checkpoint, *PIXELS, max_tiles=max_tiles)
         for size in SIZES:
             assert families.visual_tokens(processor, *size) == made(processor, size)[0], (max_tiles, size)
 
@@ -61,7 +63,7 @@ def test_the_count_from_sizes_is_that_of_the_processors_output(checkpoint):
 def test_an_image_has_at_most_so_many_tiles_besides_the_whole(tiled):
     seen = {}
     for max_tiles in (2, 4, 6, 9, 20):
-        processor = models.load_processor(tiled, *PIXELS, max_tiles=max_tiles)
+        processor = loading.load_processor(tiled, *PIXELS, max_tiles=max_tiles)
         tiles = [made(processor, size)[1] for size in SIZES]
         assert max(tiles) <= max_tiles + 1
         seen[max_tiles] = max(tiles)
@@ -70,7 +72,7 @@ def test_an_image_has_at_most_so_many_tiles_besides_the_whole(tiled):
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_sizes_of_tiles_are_counted_too(tmp_path, family):
-    processor = models.load_processor(miniatures.make(family, tmp_path), *PIXELS)
+    processor = loading.load_processor(miniatures.make(family, tmp_path), *PIXELS)
     for name, value in PUBLISHED[family].items():
         setattr(processor.image_processor, name, value)
     for max_tiles in (None, 4):
@@ -82,7 +84,7 @@ def test_published_sizes_of_tiles_are_counted_too(tmp_path, family):
 
 
 def test_smolvlm_enlarges_a_small_image_to_17_tiles_and_fewer_if_asked(tmp_path):
-    processor = models.load_processor(miniatures.make("smolvlm", tmp_path), *PIXELS)
+    processor = loading.load_processor(miniatures.make("smolvlm", tmp_path), *PIXELS)
     for name, value in PUBLISHED["smolvlm"].items():
         setattr(processor.image_processor, name, value)
     processor.image_seq_len = 64
@@ -94,7 +96,7 @@ def test_smolvlm_enlarges_a_small_image_to_17_tiles_and_fewer_if_asked(tmp_path)
 
 
 def test_internvl_has_6_tiles_by_default_and_fewer_where_the_checkpoint_says_so(tmp_path):
-    processor = models.load_processor(miniatures.make("internvl", tmp_path), *PIXELS)
+    processor = loading.load_processor(miniatures.make("internvl", tmp_path), *PIXELS)
     assert processor.image_processor.max_patches == 3
     processor.image_processor.max_patches = 12
     families.apply_limits(processor, "internvl", *PIXELS)
@@ -106,7 +108,7 @@ def test_internvl_has_6_tiles_by_default_and_fewer_where_the_checkpoint_says_so(
 def test_fewer_tiles_than_a_family_can_make_are_an_error_that_says_so(tmp_path):
     path = miniatures.make("llava_next", tmp_path)
     with pytest.raises(InputError, match="--max-tiles 1: its processor cuts every image into 2 tiles or more"):
-        models.load_processor(path, *PIXELS, max_tiles=1)
+        loading.load_processor(path, *PIXELS, max_tiles=1)
     with pytest.raises(data.DataError, match="--max-tiles 1: its processor"):
         given = params.DataArguments(data_path=[], max_tiles=1)
         model_loading.load_processor(params.ModelArguments(model_id=path), given)
@@ -183,7 +185,7 @@ def test_the_check_of_a_dataset_counts_the_tokens_of_the_model_that_is_named(tmp
     samples = [Sample(i, str(file)) for i, file in enumerate(sorted(images.rglob("*.png")))]
     count = visual_tokens.Counter(path, *PIXELS, 2)
     for model, whose in ((path, "InternVL"), (None, "Qwen2-VL")):
-        found = checking.check(samples, 1, *PIXELS, 2, model)
+        found = image_check.check(samples, 1, *PIXELS, 2, model)
         assert found.whose == whose and not found.broken
         if model:
             assert found.visual_tokens == [count(*Image.open(sample.image_path).size) for sample in samples]

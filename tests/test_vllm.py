@@ -18,8 +18,8 @@ from conftest import STUDENT, TEACHER, close
 from PIL import Image
 
 from mpa.engines import Request, open_engine
-from mpa.prompts import TASK_PROMPTS, answer_prompt
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt
 
 PIXELS = {"min_pixels": 3136, "max_pixels": 20_000, "dtype": "float32"}
 # Of these the key-values fill blocks of vLLM's cache, though the embedded teacher has not learned to see them.

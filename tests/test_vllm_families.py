@@ -12,8 +12,8 @@ import originals
 from safetensors.torch import load_file, save_file
 from test_vllm import by_key
 
-from mpa import conversion, families
 from mpa.engines import Request, open_engine
+from mpa.models import conversion, families
 
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 4 * 56 * 56, "dtype": "float32"}
 PROMPTS = ["What color is the shape?", "Is there a circle in the image? Answer in one word.", "Where?"]

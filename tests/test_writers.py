@@ -11,15 +11,16 @@ from answered_by_rule import annotate, answers_by, flags
 from conftest import ROOT, python
 from PIL import Image
 
-from mpa import atomic, exports, records
-from mpa.holdout import write
-from mpa.records import InputError, read_json, train_record
-from mpa.report import thumbnails
+from mpa.analysis.report import thumbnails
+from mpa.files import atomic, records
+from mpa.files.records import InputError, read_json, train_record
+from mpa.method.holdout import write
+from mpa.runs import exports
 
 WRITER = """
 import sys
 sys.path.insert(0, {root!r})
-from mpa import records
+from mpa.files import records
 for i in range(150):
     found = [dict(who={who!r}, i=i, text="x" * 1000)] * 20
     records.write_{what}({file!r}, *([found, dict(who={who!r}, i=i)] if {what!r} == "result" else [found]))
@@ -164,7 +165,7 @@ def test_two_exports_and_two_reports_into_one_folder_are_whole(tmp_path):
 
 
 def test_two_evaluations_add_to_one_results_json(tmp_path):
-    from mpa.interchange import write_lmms_eval
+    from mpa.runs.interchange import write_lmms_eval
 
     result = [
         {

@@ -17,7 +17,7 @@ from PIL import Image
 from trainer import Leveler
 from transformers import AutoModelForImageTextToText
 
-from mpa.records import train_record
+from mpa.files.records import train_record
 
 MINI = "--use_cpu True --image_min_pixels 3136 --image_max_pixels 3136 --report_to none --logging_steps 1".split()
 TRAINER = ROOT / "PL/Qwen2-VL-Finetune"

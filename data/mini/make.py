@@ -40,7 +40,7 @@ from transformers import (  # noqa: E402
     Qwen2VLVideoProcessor,
 )
 
-from mpa.prompts import TASK_PROMPTS, answer_prompt  # noqa: E402
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt  # noqa: E402
 
 COLORS = {
     "black": (0, 0, 0),

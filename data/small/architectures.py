@@ -11,7 +11,7 @@ import transformers as t
 from scenes import DRAW, SIZE
 from torch import nn
 
-from mpa.prompts import TASK_PROMPTS, answer_prompt
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt
 
 PATCH, PATCHES, VISUAL_TOKENS = 8, 144, 36
 # Width and layers of the vision tower; width, layers and heads of the language model; width of its MLP; training steps.

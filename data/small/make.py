@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from training_images import GRID, Images  # noqa: E402
 
-from mpa.prompts import TASK_PROMPTS, answer_prompt  # noqa: E402
+from mpa.method.prompts import TASK_PROMPTS, answer_prompt  # noqa: E402
 
 BUILD = HERE / ".build"
 # Qwen2-VL's patches come in groups of 2×2, which become one visual token: their places in reading order.

@@ -271,7 +271,12 @@ def suite_labels(rng: random.Random) -> Scene:
 DRAW = {"signs": signs, "labels": labels, "chart": chart, "picture": picture}
 # The suite leaves out what the L-VLMs cannot do: the smallest text, and to find one of two labels by what is written on it.
 SUITE = DRAW | {"signs": partial(signs, smallest=17), "labels": suite_labels}
-TASK = {"signs": "text", "labels": "text", "chart": "chart", "picture": "knowledge"}  # keys of mpa.prompts.TASK_PROMPTS
+TASK = {
+    "signs": "text",
+    "labels": "text",
+    "chart": "chart",
+    "picture": "knowledge",
+}  # keys of mpa.method.prompts.TASK_PROMPTS
 # What a vision tower can see: {fact: its values}; "none" where a scene has no such fact.
 _WORDS, _NUMBERS = [*SIGNS, *PRODUCTS], [str(n) for n in range(1, 10)]
 FACTS = {

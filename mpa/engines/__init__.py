@@ -6,7 +6,7 @@ read costs one request. Requests whose key is in `done` need no reply.
 
 - `logprob` is the sum over the generated `tokens`, including the end token.
 - `finish_reason`: "stop" (the end token, or the line that ends the answer), "length" (the token limit), "content_filter" or
-  another word of `mpa.finish_reasons`.
+  another word of `mpa.answers.finish_reasons`.
 - A reply whose log-probability is NaN or infinite is an error (`not_finite`): its tokens mean nothing.
 - An error is `permanent` where asking again cannot help; other errors are temporary.
 - `follow_up`: the reply to the request's follow-up. Where it is missing or an error, PI asks that question.
@@ -22,14 +22,14 @@ from importlib import import_module
 
 from tqdm import tqdm
 
-from mpa import distributed
-from mpa.finish_reasons import why_cut
-from mpa.journal import Journal, follow_up_key, passing
-from mpa.packages import require
-from mpa.presets import PRESETS
-from mpa.prompts import annotation_is_complete, follow_up_prompt, holds_mark
-from mpa.records import InputError
-from mpa.replies import in_reasoning
+from mpa.answers.finish_reasons import why_cut
+from mpa.answers.replies import in_reasoning
+from mpa.files import distributed
+from mpa.files.journal import Journal, follow_up_key, passing
+from mpa.files.packages import require
+from mpa.files.records import InputError
+from mpa.method.presets import PRESETS
+from mpa.method.prompts import annotation_is_complete, follow_up_prompt, holds_mark
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from mpa.engines import Request
-from mpa.image_files import image_size
-from mpa.visual_tokens import total
+from mpa.files.image_files import image_size
+from mpa.models.visual_tokens import total
 
 WINDOW = 64  # batches within which requests are sorted by length
 

@@ -12,7 +12,7 @@ import socket
 import sys
 from pathlib import Path
 
-from mpa.records import InputError, read_json, write_json
+from mpa.files.records import InputError, read_json, write_json
 
 EMPTY_ACCOUNT = {"requests": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0, "seconds": 0.0}
 LOST_REPLIES = "requests whose reply was lost"  # the account of killed processes

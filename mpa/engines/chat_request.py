@@ -14,8 +14,8 @@ from PIL import Image
 from mpa.engines import Request
 from mpa.engines.responses import Refused, Unsupported
 from mpa.engines.server_errors import LIMITS
-from mpa.image_files import open_image
-from mpa.records import InputError
+from mpa.files.image_files import open_image
+from mpa.files.records import InputError
 
 
 class EncodedImage(NamedTuple):

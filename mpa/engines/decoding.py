@@ -5,9 +5,9 @@ import random
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from mpa.answers.replies import is_reasoning_tag
 from mpa.engines import Request
-from mpa.prompts import STOPS
-from mpa.replies import is_reasoning_tag
+from mpa.method.prompts import STOPS
 
 
 class TokenSampler(LogitsProcessor):

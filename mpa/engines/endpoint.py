@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from urllib.parse import SplitResult, quote, quote_plus, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from mpa.records import InputError, without_secrets
+from mpa.files.records import InputError, without_secrets
 
 OPENAI = "https://api.openai.com/v1"
 SOCKS = ("socks5", "socks5h")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mpa.device_memory import is_out_of_memory
 from mpa.engines import Request
-from mpa.image_files import open_image
-from mpa.records import InputError
+from mpa.files.image_files import open_image
+from mpa.files.records import InputError
+from mpa.models.device_memory import is_out_of_memory
 
 LOOKED_AT = 64  # requests, for one whose image can be read
 NEW_TOKENS = 16  # at most

@@ -15,7 +15,7 @@ On a GPU, worker processes prepare batches while the model runs. On a CPU, the w
 with shared weights. Greedy replies are those of a plain loop over the requests.
 """
 
-import mpa.light_imports  # noqa: F401  isort: skip
+import mpa.files.light_imports  # noqa: F401  isort: skip
 
 import gc
 import os
@@ -28,8 +28,6 @@ from functools import partial
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from mpa import distributed, families, models
-from mpa.device_memory import is_out_of_memory
 from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, teacher_forcing
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
@@ -37,7 +35,10 @@ from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumns, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
-from mpa.records import InputError
+from mpa.files import distributed
+from mpa.files.records import InputError
+from mpa.models import families, loading
+from mpa.models.device_memory import is_out_of_memory
 
 MAX_GPU_WORKERS = 4
 
@@ -48,7 +49,7 @@ class HFEngine:
     `workers` processes share the work; 0: this process does it all, on all cores; None: one per core on a CPU, at most
     MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch, `batch_tokens` the most tokens, padding
     and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and `device_map`: see
-    `models.load_model`.
+    `loading.load_model`.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class HFEngine:
     @property
     def family(self) -> families.Family | None:
         """The model's entry in the table of families."""
-        return families.FAMILIES.get(models.model_type(self.model_path))
+        return families.FAMILIES.get(loading.model_type(self.model_path))
 
     @property
     def marks(self) -> frozenset[str]:
@@ -123,7 +124,7 @@ class HFEngine:
         """
         if self.model:
             return
-        self.device = models.pick_device(self.device)
+        self.device = loading.pick_device(self.device)
         if sys.platform != "linux":
             self.workers = 0  # workers are forked
         elif self.workers is None:
@@ -153,8 +154,8 @@ class HFEngine:
             self._load_model()
 
     def _load_model(self) -> None:
-        self.dtype = getattr(torch, models.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
-        self.model = models.load_model(
+        self.dtype = getattr(torch, loading.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
+        self.model = loading.load_model(
             self.model_path, self.device, self.dtype, self.trust_remote_code, self.quantization, self.device_map
         )
         families.match_config(self.model.config, self.preprocessor.processor)

@@ -1,6 +1,6 @@
 """What fits into the memory of the `hf` engine: the estimate before the weights are loaded, and the probe of a GPU after it."""
 
-import mpa.light_imports  # noqa: F401  isort: skip
+import mpa.files.light_imports  # noqa: F401  isort: skip
 
 import sys
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from mpa import memory_estimate, models
-from mpa.device_memory import available_bytes, is_out_of_memory
 from mpa.engines import Request
 from mpa.engines.prefix_cache import reset_rope_deltas
-from mpa.image_files import ImageError, open_image
-from mpa.memory_estimate import CANNOT_FIT, described, meta_model
-from mpa.records import InputError
+from mpa.files.image_files import ImageError, open_image
+from mpa.files.records import InputError
+from mpa.models import loading, memory_estimate
+from mpa.models.device_memory import available_bytes, is_out_of_memory
+from mpa.models.memory_estimate import CANNOT_FIT, described, meta_model
 
 OUT_OF_MEMORY = "out of memory; try a smaller --max-pixels"
 MEMORY_SHARE = 0.8  # of a GPU's free memory, for batches
@@ -29,11 +29,11 @@ def check_weights(path: str, settings, quantization: str | None):
 
     `settings` has device, dtype, device_map and trust_remote_code: an engine, or a stage's arguments.
     """
-    device = models.pick_device(settings.device)
+    device = loading.pick_device(settings.device)
     model, free = _without_weights(path, settings), free_bytes(settings)
     if model is None or free is None or not memory_estimate.CHECKED:
         return model
-    needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), models.BITS.get(quantization))
+    needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), loading.BITS.get(quantization))
     if needed > CANNOT_FIT * free:
         raise InputError(
             f"{path}: its weights need {needed / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free. Use "
@@ -44,12 +44,12 @@ def check_weights(path: str, settings, quantization: str | None):
 
 
 def _without_weights(path: str, settings):
-    return meta_model(models.adapted(path) or path, settings.trust_remote_code)
+    return meta_model(loading.adapted(path) or path, settings.trust_remote_code)
 
 
 def free_bytes(settings) -> int | None:
     """The device's free memory, with a device map that of all GPUs; None if it cannot be known."""
-    device = models.pick_device(settings.device)
+    device = loading.pick_device(settings.device)
     if not (settings.device_map and device.startswith("cuda")):
         return available_bytes(device)
     each = [available_bytes(f"cuda:{index}") for index in range(torch.cuda.device_count())]
@@ -60,7 +60,7 @@ def _itemsize(dtype: str, device: str) -> int:
     """Bytes of a weight. Does not ask a GPU, which would initialise CUDA before the workers are forked."""
     if dtype == "auto" and device.startswith("cuda"):
         return 2  # bfloat16 or float16
-    return getattr(torch, models.resolved_dtype(dtype.removeprefix("torch."), device)).itemsize
+    return getattr(torch, loading.resolved_dtype(dtype.removeprefix("torch."), device)).itemsize
 
 
 def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
@@ -90,7 +90,7 @@ def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
     )
     itemsize = _itemsize(str(engine.dtype), engine.device)
     processes = 1 if on_gpu else max(1, engine.workers or 0)
-    return memory_estimate.generation(model, batch, itemsize, models.BITS.get(engine.quantization), processes)
+    return memory_estimate.generation(model, batch, itemsize, loading.BITS.get(engine.quantization), processes)
 
 
 def line(engine, requests: Sequence[Request]) -> str:

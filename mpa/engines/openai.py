@@ -20,6 +20,7 @@ from pathlib import Path
 
 import openai
 
+from mpa.answers.finish_reasons import is_known
 from mpa.engines import Request, follow_up_request
 from mpa.engines.budget import Budget
 from mpa.engines.chat_request import EncodedImage, Parameters, encode_image
@@ -29,10 +30,9 @@ from mpa.engines.endpoint import Endpoint
 from mpa.engines.pacing import MAX_RETRIES, Pacer, backoff
 from mpa.engines.responses import Refused, Retryable, Unsupported, read_reply
 from mpa.engines.server_errors import causes, classify_error, may_have_arrived
-from mpa.finish_reasons import is_known
-from mpa.image_files import ImageError
-from mpa.models import COMMON_MARKS
-from mpa.records import InputError, without_secrets
+from mpa.files.image_files import ImageError
+from mpa.files.records import InputError, without_secrets
+from mpa.models.loading import COMMON_MARKS
 
 TIMEOUT = 300.0  # seconds for a reply
 MAX_REFUSALS = 5  # without a single reply, or doubtful and in a row: then the images are not the reason

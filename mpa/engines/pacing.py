@@ -12,7 +12,7 @@ import time
 
 from mpa.engines.end_of_run import EndOfRun, Stopped
 from mpa.engines.responses import Retryable
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 MAX_RETRIES = 8  # of a request, before it is given up; a rate limit is not a failed attempt
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more

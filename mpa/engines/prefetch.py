@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 
 from mpa.engines import Request
-from mpa.image_files import ImageError, open_image
+from mpa.files.image_files import ImageError, open_image
 
 READERS = 4  # threads that open images
 AHEAD = 8  # requests made ready beyond those in flight; as many more images are open

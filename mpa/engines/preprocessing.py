@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mpa import families, models
-from mpa.device_memory import is_out_of_memory
+from mpa.answers.replies import opened_reasoning
 from mpa.engines import MARK_IN_IT, Request
 from mpa.engines.memory import OUT_OF_MEMORY
-from mpa.image_files import ImageError, open_image
-from mpa.prompts import holds_mark
-from mpa.records import InputError
-from mpa.replies import opened_reasoning
+from mpa.files.image_files import ImageError, open_image
+from mpa.files.records import InputError
+from mpa.method.prompts import holds_mark
+from mpa.models import families, loading
+from mpa.models.device_memory import is_out_of_memory
 
 PLAIN_QUESTION = "What is it?"
 CACHED_PROMPTS = 1000
@@ -42,9 +42,9 @@ class Preprocessor:
 
     def __init__(self, model_path: str, pixels: tuple[int, int], trust_remote_code: bool, max_tiles: int | None = None):
         self.model_path, self.pixels, self.max_tiles = model_path, pixels, max_tiles
-        self.processor = models.load_processor(model_path, *pixels, trust_remote_code, max_tiles)
+        self.processor = loading.load_processor(model_path, *pixels, trust_remote_code, max_tiles)
         self.tokenizer = self.processor.tokenizer
-        self.marks = models.processor_marks(self.processor)
+        self.marks = loading.processor_marks(self.processor)
         self.chat_texts: dict[str, str] = {}  # a cache: many requests have the same prompt
         self.check()
         self.reasoning_tag = opened_reasoning(self.chat_text("?"))

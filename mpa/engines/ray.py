@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mpa.engines import ENGINES, Request, open_engine
 from mpa.engines.budget import Budget
-from mpa.records import InputError
+from mpa.files.records import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_ATTEMPTS = 4  # of a batch whose actors die, before the batch is held to be the cause

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
-from mpa.finish_reasons import canonical
-from mpa.replies import has_reasoning
+from mpa.answers.finish_reasons import canonical
+from mpa.answers.replies import has_reasoning
 
 MAX_RETRY_AFTER = 3600.0  # seconds
 # Where servers put what a model has thought.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from mpa.engines.responses import Refused, Retryable, Unsupported, decoded, retry_after
-from mpa.records import InputError, without_secrets
+from mpa.files.records import InputError, without_secrets
 
 # The whole account is refused, by the error's code or type …
 _ACCOUNT_CODE = re.compile(

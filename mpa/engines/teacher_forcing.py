@@ -2,7 +2,7 @@
 
 import torch
 
-from mpa import families
+from mpa.models import families
 
 
 def append(inputs: dict, answers: list[list[int]], processor) -> dict:

@@ -18,15 +18,16 @@ import time
 from collections.abc import Container, Iterable, Iterator
 from importlib.util import find_spec
 
-from mpa import distributed, families, models
 from mpa.engines import Request, follow_up_request, not_finite
 from mpa.engines.decoding import Decoder
 from mpa.engines.prefetch import PendingRequest, Prefetcher
 from mpa.engines.preprocessing import Preprocessor
 from mpa.engines.vllm_inputs import VLLMInputs
 from mpa.engines.vllm_model import INSTALL, VLLMModel, reason, too_long
-from mpa.prompts import STOPS
-from mpa.records import InputError
+from mpa.files import distributed
+from mpa.files.records import InputError
+from mpa.method.prompts import STOPS
+from mpa.models import families, loading
 
 
 class VLLMEngine:
@@ -97,7 +98,7 @@ class VLLMEngine:
 
     def load(self, requests: list[Request]) -> None:
         """Load processor and model; the model again where these requests are longer than what it was loaded for."""
-        if models.adapted(self.model_path):
+        if loading.adapted(self.model_path):
             raise InputError(
                 f"{self.model_path}: holds LoRA adapters. For vllm, merge them first: "
                 "PL/Qwen2-VL-Finetune/scripts/merge_lora.sh; --engine hf loads adapters directly."

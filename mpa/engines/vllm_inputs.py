@@ -6,12 +6,12 @@ from functools import cached_property
 
 from PIL import Image
 
-from mpa import families, models
 from mpa.engines import MARK_IN_IT, Request
 from mpa.engines.preprocessing import PLAIN_QUESTION, Preprocessor
 from mpa.engines.vllm_model import VLLMModel, reason, too_long
-from mpa.prompts import ANSWER_SUFFIX, holds_mark
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.method.prompts import ANSWER_SUFFIX, holds_mark
+from mpa.models import families, loading
 
 VERIFIED_IMAGES = 4  # whose visual tokens are counted
 LENGTH_STEP = 1024  # `needed_length` is rounded up to a multiple
@@ -33,7 +33,7 @@ class VLLMInputs:
     def processor_settings(self) -> dict | None:
         """The limits as vLLM passes them to the processor; None where it takes none."""
         made = self.preprocessor
-        kind = models.model_type(made.model_path)
+        kind = loading.model_type(made.model_path)
         return families.image_settings(made.processor, kind, *made.pixels, made.max_tiles) or None
 
     def needed_length(self, requests: Sequence[Request]) -> int:

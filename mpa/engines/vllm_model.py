@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from mpa import models
-from mpa.records import InputError
+from mpa.files.records import InputError
+from mpa.models import loading
 
 MAX_IN_FLIGHT = {"cpu": 64, "gpu": 256}  # requests that vLLM has at a time
 
@@ -49,12 +49,12 @@ class VLLMModel:
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported: {error}. {INSTALL}") from None
         if Path(self.model_path).is_dir():  # vLLM itself refuses missing tensors only
-            models.check_files(self.model_path)
+            loading.check_files(self.model_path)
         on_cpu = current_platform.is_cpu()
         gpus = self.parallel[0] * self.parallel[1]
         self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")
         if on_cpu:
-            self.dtype = models.resolved_dtype(str(self.dtype).removeprefix("torch."), "cpu")
+            self.dtype = loading.resolved_dtype(str(self.dtype).removeprefix("torch."), "cpu")
         elif self.dtype == "auto":
             self.dtype = "bfloat16" if current_platform.has_device_capability(80) else "float16"
         self.max_in_flight, self.length = MAX_IN_FLIGHT["cpu" if on_cpu else "gpu"], length

@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from mpa.distributed import signals_held
-from mpa.records import InputError
+from mpa.files.distributed import signals_held
+from mpa.files.records import InputError
 
 BATCHES_AHEAD = 2  # per worker
 

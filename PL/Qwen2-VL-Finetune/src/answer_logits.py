@@ -1,7 +1,8 @@
 """Restricts a model's last layer and output layer to the positions that the loss needs."""
 
 import torch
-from families import FAMILIES
+
+from mpa.models.families import FAMILIES
 
 
 class AnswerLogits:

@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from image_files import read_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from mpa.files.image_files import read_file
 
 LIBRARIES = ("transformers", "torch", "torchvision", "pillow")
 DAY = 24 * 3600  # seconds

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 import checkpoints
-import model_files
 import process_group
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from data import DataError
+from mpa.models import model_files
 
 SETTINGS = "train_settings.json"  # in each checkpoint: the settings of `resume_settings`
 STAGING = ".saving"  # folder in the output folder that a checkpoint is written to before it is renamed

@@ -10,11 +10,11 @@ import re
 import sys
 from pathlib import Path
 
-import model_files
-from model_files import MANIFEST, PICKLES
 from record_formats import loads
 
 from data import DataError
+from mpa.models import model_files
+from mpa.models.model_files import MANIFEST, PICKLES
 
 OPTIMIZER_FILES = ("optimizer.pt", "latest")  # torch's, DeepSpeed's
 

@@ -1,10 +1,10 @@
 """Collates encoded samples into batches."""
 
 import torch
-from families import attends_both_ways, image_token_id
 from torch.nn import functional as F
 
 from data import IGNORE, TEXT_FIELDS
+from mpa.models.families import attends_both_ways, image_token_id
 
 
 class Collator:

@@ -20,12 +20,13 @@ import process_group
 import torch
 import torch.distributed as dist
 from cache import SampleCache
-from families import image_token_id, tokenizer_options
-from image_files import ImageError, open_image
 from PIL import Image
 from record_formats import IMAGE, DataError, read_record, read_records
 from tqdm import tqdm
 from turns import Turn, special_tokens, turns
+
+from mpa.files.image_files import ImageError, open_image
+from mpa.models.families import image_token_id, tokenizer_options
 
 IGNORE = -100  # label of a token without loss
 TEXT_FIELDS = ("input_ids", "labels", "sample", "weight", "anchor")  # of an encoded sample; the others hold the images

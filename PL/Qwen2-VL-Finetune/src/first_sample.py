@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from device_memory import is_out_of_memory
-from families import FAMILIES
 from torch.nn import functional as F
 
 from data import IGNORE, DataError, encode, whole
+from mpa.models.device_memory import is_out_of_memory
+from mpa.models.families import FAMILIES
 
 LABELLED = 4  # last tokens, of which the loss is compared
 LOOKED_AT = 64  # samples, of which the longest pads the first one

@@ -4,19 +4,19 @@ import contextlib
 import math
 import sys
 
-import memory_estimate
 import param_groups
 import process_group
 import torch
 from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE
 from batching import StepBatchSampler, step_sampler
-from device_memory import available_bytes, is_out_of_memory
-from families import FAMILIES
-from memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 from model_loading import compute_dtype
 from params import DataArguments, ModelArguments, TrainingArguments
 
 from data import IGNORE, DataError, Samples
+from mpa.models import memory_estimate
+from mpa.models.device_memory import available_bytes, is_out_of_memory
+from mpa.models.families import FAMILIES
+from mpa.models.memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 
 ROWS_ENCODED = 16  # of the largest micro-batch, to count labels and pixels
 SMALLER = (

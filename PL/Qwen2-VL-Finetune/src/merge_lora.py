@@ -9,13 +9,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import disk_errors
-import model_files
-from model_files import ADAPTER
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, for mpa
+
 from model_loading import explained
 from transformers import AutoProcessor
 
 from data import DataError
+from mpa.files import disk_errors
+from mpa.models import model_files
+from mpa.models.model_files import ADAPTER
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> None:

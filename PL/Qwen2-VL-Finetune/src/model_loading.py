@@ -6,19 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
-import memory_estimate
-import model_files
 import param_groups
-import quantization
 import torch
-from loading_errors import explain
 from params import DataArguments, ModelArguments, TrainingArguments
 from record_formats import DataError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
+
+from mpa.models import families, memory_estimate, model_files, quantization
+from mpa.models.loading_errors import explain
 
 ORIGINALS = ("internvl_chat", "tiny_llava_stablelm", "tinyllava")  # model types that transformers does not know
 OF_RANKS = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 
 import torch
-from families import FAMILIES
 
 from data import DataError
+from mpa.models.families import FAMILIES
 
 # What PEFT inserts into the names of parameters and modules.
 PEFT = re.compile(r"^base_model\.model\.|(?<=\.)(?:modules_to_save\.[^.]+|original_module|base_layer)(?:\.|$)")

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from log_file import detail
 from transformers import ProgressCallback
 
 from data import IGNORE
+from mpa.files.log_file import detail
 
 PROMPT_TOKENS_SHOWN = 40  # of the first sample
 

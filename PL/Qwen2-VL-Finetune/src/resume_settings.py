@@ -8,13 +8,12 @@ import json
 from pathlib import Path
 
 import checkpoints
-import families
-import model_files
 from checkpointing import SETTINGS
 from model_loading import model_type
 from params import DataArguments, ModelArguments, TrainingArguments
 
 from data import DataError, split_share
+from mpa.models import families, model_files
 
 # Arguments that change the result. An argument that is not listed (logging, saving, data loading, activation
 # checkpointing, or one that a later transformers release adds) may change between a run and its resumption.

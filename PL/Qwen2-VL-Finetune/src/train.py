@@ -10,16 +10,20 @@ state, schedule and random numbers as without the stop.
 
 import signal
 import sys
+from pathlib import Path
 
-import log_file
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, for mpa
+
 from unused_packages import unused
+
+from mpa.files import log_file
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log_file.install()  # before the libraries print
     sys.modules |= dict.fromkeys(unused(sys.argv[1:]))  # None: they count as missing
 
-import light_imports  # noqa: F401  isort: skip
+from mpa.files import light_imports  # noqa: F401  isort: skip
 
 import contextlib
 import os
@@ -28,10 +32,8 @@ import time
 from pathlib import Path
 
 import checkpoints
-import disk_errors
 import first_sample
 import memory_check
-import model_files
 import objective
 import param_groups
 import process_group
@@ -39,9 +41,7 @@ import report
 import torch
 import transformers
 from collator import Collator
-from families import match_config
 from features import VisionFeatures, precompute
-from log_file import detail
 from model_card import converted_from, write_card
 from model_loading import compute_dtype, load_model, load_processor, model_type, native, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
@@ -51,6 +51,10 @@ from sample_preparation import cache_folder, open_cache, prepare, read
 from trainer import Leveler
 
 from data import DataError, Samples, encode
+from mpa.files import disk_errors
+from mpa.files.log_file import detail
+from mpa.models import model_files
+from mpa.models.families import match_config
 
 META = "train_meta.json"
 # Joins, without labels, each batch that has no image, so that every rank runs every module.

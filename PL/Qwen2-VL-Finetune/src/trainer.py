@@ -20,7 +20,6 @@ from batching import step_sampler
 from checkpointing import CheckpointingTrainer
 from collator import Collator, packed_rope_positions
 from features import VisionFeatures
-from log_file import detail
 from model_loading import compute_dtype
 from objective import Reference
 from throughput import FlopCounter, peak_matmul_flops
@@ -29,6 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data import IGNORE, DataError, Samples
+from mpa.files.log_file import detail
 
 DIVERGED = 5  # training stops at this multiple of the loss of a uniform guess over the vocabulary
 

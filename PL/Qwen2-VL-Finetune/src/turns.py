@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import families
 from record_formats import DataError
+
+from mpa.models import families
 
 
 class Turn(NamedTuple):

@@ -1,0 +1,222 @@
+"""The summary of one run, for one dataset and one pair of models: the funnel, a few example images, and the table.
+
+`scripts/tables.py --dataset …` prints it and writes summary.json; the demo and mpa.sh end with it.
+"""
+
+import statistics
+from pathlib import Path
+
+from mpa.analysis import guard
+from mpa.data import DATASETS
+from mpa.files import log_file, records
+from mpa.files.outputs import refuse_others
+from mpa.method.parity import funnel_line
+from mpa.method.presets import method_name
+from mpa.runs import comparable, scoring
+from mpa.runs.comparable import NotComparable
+from mpa.runs.evaluations import Evaluation, read_meta
+from mpa.runs.run_samples import KEPT, RunSamples
+from mpa.runs.runs import Cell
+
+ROWS = {
+    "base": "S-VLM before",
+    "all_pseudo": "all pseudo labels, without PI",
+    "random_pseudo": "random pseudo labels, as many",
+    "mpa": "MPA",
+    "human_n": "human labels, as many",
+    "human": "human labels, all",
+    "lvlm": "L-VLM",
+}
+
+# PI's verdicts (run_samples.REASONS) in the summary's words, where these differ.
+VERDICTS = {KEPT: "parity sample", "S-VLM right": "S-VLM answers correctly", "held out": "held out for evaluation"}
+VERDICTS |= {"over the limit": "not chosen"}
+
+FEW_QUESTIONS, FEW_SAMPLES = 30, 50  # below which the summary warns
+
+
+class Run:
+    """The files of one run folder, for one dataset and one pair of models."""
+
+    def __init__(self, folder: Path, dataset: str, lvlm: str, svlm: str):
+        self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
+        self.pa = folder / f"PA_{lvlm}_{dataset}.json"
+        self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
+        self.meta = read_meta(records.meta_path(self.train))
+
+    def answers(self, model: str) -> Path:
+        return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
+
+    def model(self, row: str) -> str:
+        """The short name of the model whose accuracy a row shows."""
+        if row in ("base", "lvlm"):
+            return self.svlm if row == "base" else self.lvlm
+        return f"PL_{self.lvlm}_{self.svlm}_{self.dataset}" + ("" if row == "mpa" else f"_{row}")
+
+    @property
+    def preset(self) -> str:
+        return self.meta["settings"].get("preset", "paper")
+
+    @property
+    def method(self) -> str:
+        return method_name(self.meta["settings"].get("anchors"))
+
+    def evaluation(self, row: str) -> Evaluation | None:
+        """The evaluation of a row, scored anew; None if there is none."""
+        path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
+        if not path.exists():
+            return None
+        meta = read_meta(records.meta_path(path)) if records.meta_path(path).exists() else None
+        return Evaluation.of(path, records.read_records(path, "Eval"), self.dataset, self.preset, meta)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage. Training and evaluation of the baselines are counted separately."""
+
+        def of(path: Path) -> float:
+            return (read_meta(path).get("seconds") or 0.0) if path.exists() else 0.0
+
+        training = {row: of(self.folder / self.model(row) / "train_meta.json") for row in ROWS}
+        evaluation = {row: of(self.folder / f"Eval_{self.model(row)}_{self.dataset}.meta.json") for row in ROWS}
+        main = ("base", "mpa", "lvlm")
+        return {
+            "PA": of(records.meta_path(self.pa)),
+            "PI": round(sum(of(records.meta_path(self.answers(m))) for m in (self.lvlm, self.svlm)), 1),
+            "PL": training["mpa"],
+            "evaluate": round(sum(evaluation[row] for row in main), 1),
+            "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),
+        }
+
+
+def summary(run: Run) -> dict:
+    rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
+    for row, found in evaluated.items():
+        # The L-VLM's agreement with itself is why a question is held out.
+        if not found or not found.records or (row == "lvlm" and not DATASETS[run.dataset].labelled):
+            continue
+        meta = run.folder / run.model(row) / "train_meta.json"
+        mean = scoring.summary(found.scores.tolist())
+        rows[row] = {
+            "accuracy": mean["score"],
+            "n": mean["n"],
+            "ci95": mean["ci95"],
+            "train_samples": (read_meta(meta).get("samples") or 0) if meta.exists() else 0,
+            "lost": found.lost,
+        }
+    result = {"rows": rows, "method": run.method, "funnel": run.meta.get("funnel") or {}, "seconds": run.seconds()}
+    if evaluated["base"] and evaluated["mpa"]:
+        try:
+            result |= _gain(run, evaluated["base"], evaluated["mpa"])
+        except NotComparable as error:  # the rest of the summary is as it is
+            result["no_gain"] = str(error)
+    return result
+
+
+def _gain(run: Run, before: Evaluation, after: Evaluation) -> dict:
+    """{"gain"}, and for unlabelled images also {"guard"}: its figures and conclusion. Raises NotComparable."""
+    if DATASETS[run.dataset].labelled:
+        pairs = comparable.compare(before, after)
+        found = pairs.summary()
+        return {"gain": {"accuracy": found["score"], "ci95": found["ci95"], "n": found["n"], "notes": pairs.notes}}
+    of_run = guard.Guard(run.folder, Cell(run.dataset, run.lvlm, run.svlm))
+    found = guard.compare(before, after, max(1, len(of_run.variants)))
+    told = {"guard": found.as_json() | {"conclusion": guard.conclusion(found, of_run.share)}}
+    if found.no_verdict:
+        return told
+    return told | {"gain": {"accuracy": found.gain, "ci95": found.interval, "n": found.n, "notes": list(found.notes)}}
+
+
+def examples(run: Run, n: int = 6) -> list[str]:
+    """A few annotated images and their verdicts, as text: the first of each verdict, then the first of all."""
+    lines, first = [], {}
+    for place, s in enumerate(RunSamples(run.folder, Cell(run.dataset, run.lvlm, run.svlm)).samples):
+        name = Path(s.image_path).name
+        if s.lvlm_answer is None:
+            why = "left out"
+            lines.append(f"  {name}: left out: {s.detail}")
+        else:
+            why = s.detail if s.reason == "image left out" else VERDICTS.get(s.reason, s.reason)
+            reply = "" if s.svlm_answer is None else f" · S-VLM: {s.svlm_answer}"
+            lines.append(f"  {name}: {s.question} {s.annotation}\n      L-VLM again: {s.lvlm_answer}{reply} → {why}")
+        first.setdefault(why, place)
+    chosen = [*first.values(), *(place for place in range(len(lines)) if place not in first.values())]
+    return [lines[place] for place in sorted(chosen[:n])]
+
+
+def cautions(result: dict) -> list[str]:
+    """What makes the table say little: replies lost, few test questions, few training samples. Without labels also the guard's
+    conclusion.
+    """
+    names, mpa = ROWS | {"mpa": result.get("method", ROWS["mpa"])}, result["rows"].get("mpa")
+    lines = [f"  {names[row]}: {r['lost']}." for row, r in result["rows"].items() if r.get("lost")]
+    lines += [f"  {note}" for note in result.get("gain", {}).get("notes", ())]
+    lines += [f"  No gain: {result['no_gain']}"] if "no_gain" in result else []
+    lines += [f"  {line}" for line in result.get("guard", {}).get("conclusion", ())]
+    if mpa and mpa["n"] < FEW_QUESTIONS and "guard" not in result:
+        lines.append(
+            f"  Only {mpa['n']} test questions: the intervals are wide, and those of accuracies still too narrow."
+        )
+    if mpa and mpa["train_samples"] < FEW_SAMPLES:
+        lines.append(
+            f"  Only {mpa['train_samples']} training samples: annotate more images before you judge the method."
+        )
+    return lines
+
+
+def table(result: dict, what: str) -> list[str]:
+    """The rows as text. `what` names the measure: accuracy, or agreement with the L-VLM."""
+    names = ROWS | {"mpa": result.get("method", ROWS["mpa"])}
+    lines = [f"  {'':<32}{'train samples':>14}{what:>11}   {'95 % interval':<16}{'n':>6}"]
+    for row, r in result["rows"].items():
+        low, high = (f"{100 * bound:.1f}" for bound in r["ci95"])
+        samples = r["train_samples"] or "–"
+        lines.append(
+            f"  {names[row]:<32}{samples:>14}{100 * r['accuracy']:>10.1f}%   {f'{low} to {high}':<16}{r['n']:>6}"
+        )
+    if "gain" in result:
+        low, high = (f"{100 * bound:+.1f}" for bound in result["gain"]["ci95"])
+        lines.append(
+            f"  {names['mpa']} gains {100 * result['gain']['accuracy']:+.1f} points "
+            f"(95 % interval {low} to {high}, same questions)."
+        )
+    return lines
+
+
+def over_runs(results: list[dict], what: str) -> list[str]:
+    """Mean and standard deviation of each row over runs."""
+    names = ROWS | {"mpa": results[0].get("method", ROWS["mpa"])}
+    lines = [f"  {'':<32}{'train samples':>16}{what:>16}"]
+    for row in results[0]["rows"]:
+        cells = [result["rows"][row] for result in results if row in result["rows"]]
+        accuracy = [100 * c["accuracy"] for c in cells]
+        samples = [c["train_samples"] for c in cells]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (samples, accuracy)]
+        lines.append(
+            f"  {names[row]:<32}{f'{statistics.fmean(samples):.0f} ± {spread[0]:.0f}':>16}"
+            f"{f'{statistics.fmean(accuracy):.1f} ± {spread[1]:.1f}':>16}"
+        )
+    return lines
+
+
+def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
+    """Print the summary of each run folder and write its summary.json; with several folders, also the spread.
+
+    `lvlm` and `svlm` are the models' paths. What is printed goes to the first folder's log.txt, too.
+    """
+    what = "accuracy" if DATASETS[dataset].labelled else "agreement"
+    runs = [Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm)) for folder in folders]
+    results = [summary(run) for run in runs]
+    for folder in folders:
+        refuse_others(folder / "summary.json", "summary", ours=lambda path: True)  # it has no meta file
+    log_file.open_log(folders[0] / "log.txt")
+    for folder, run, result in zip(folders, runs, results, strict=True):
+        records.write_json(folder / "summary.json", result)
+        print(f"\n{folder}: " + funnel_line(result["funnel"]))
+        print("\n".join(["Examples:", *examples(run), ""]))
+        print("\n".join([*table(result, what), *cautions(result)]))
+        if not DATASETS[dataset].labelled:
+            print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
+        print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
+        print(f"Wrote {folder / 'summary.json'}.")
+    if len(results) > 1:
+        print(f"\nOver {len(results)} runs, mean ± standard deviation:")
+        print("\n".join(over_runs(results, what)))

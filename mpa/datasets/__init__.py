@@ -1,5 +1,0 @@
-"""The datasets by name. Each is one file in this folder; `protocol.py` defines what such a file contains."""
-
-from mpa.datasets import chartqa, easyvqa, images, okvqa, stvqa, textvqa
-
-DATASETS = {module.DATASET.name: module.DATASET for module in (textvqa, stvqa, chartqa, okvqa, easyvqa, images)}
