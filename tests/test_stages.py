@@ -17,6 +17,7 @@ from mpa.method import holdout
 from mpa.method.prompts import TASK_PROMPTS
 from mpa.models import loading
 from mpa.stages import stage
+from mpa.stages.annotations import answers_of_pa
 from mpa.stages.stage import Model, Stage, counted
 
 
@@ -89,12 +90,12 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
     annotations = [r for r in read(pa_json) if r["predicted_answer"]]
     n = len(annotations)
-    assert len(PI.answers_of_pa(arguments, pa_json, annotations)[0]) == n
+    assert len(answers_of_pa(arguments, pa_json, annotations)[0]) == n
     arguments.max_new_tokens = 7
-    assert PI.answers_of_pa(arguments, pa_json, annotations) == ({}, {"PA asked with another max_new_tokens": n})
+    assert answers_of_pa(arguments, pa_json, annotations) == ({}, {"PA asked with another max_new_tokens": n})
     arguments.max_new_tokens = 128
     annotations[3]["predicted_question"] = "is it red?"
-    ready, why = PI.answers_of_pa(arguments, pa_json, annotations)
+    ready, why = answers_of_pa(arguments, pa_json, annotations)
     assert len(ready) == n - 1 and why == {"the question was edited": 1}
 
 

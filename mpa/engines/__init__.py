@@ -38,7 +38,7 @@ class Request:
 
     `stop`, "annotation" or "answer" (a key of prompts.STOPS): the reply may end where that is complete; "": at the end
     token. `follow_up`, a preset or "": the annotation in the reply is asked as a question at once, greedily, while the
-    image is still in memory. `answer`: the reply is this text, and its `logprob` what the model gives it (only `hf`).
+    image is still in memory.
     """
 
     key: str
@@ -50,7 +50,6 @@ class Request:
     seed: int = 0
     stop: str = ""
     follow_up: str = ""
-    answer: str | None = None
 
 
 def cut_off(reply: dict) -> str | None:

@@ -24,11 +24,18 @@ from mpa.models.identity import identity
 from mpa.models.loading import check_model_path, format_marks, model_type, resolved_dtype
 from mpa.models.visual_tokens import Counter as TokenCounter
 from mpa.models.visual_tokens import total
+from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
 
 # Arguments that decide a stage's outcome, with those of `Model.deciding`. Batch size, workers, and the engine of greedy
 # replies do not.
 DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+
+
+def run_files(args) -> RunFiles:
+    """The files of the run that the arguments name."""
+    models = (records.short_name(getattr(args, f"model_path_{who}", None) or "") for who in ("lvlm", "svlm"))
+    return RunFiles(records.run_folder(args.run), Cell(args.dataset, *models))
 
 
 class Model:
