@@ -18,7 +18,7 @@ from mpa.method.prompts import TASK_PROMPTS
 from mpa.models import loading
 from mpa.stages import stage
 from mpa.stages.annotations import answers_of_pa
-from mpa.stages.stage import Model, Stage, counted
+from mpa.stages.stage import AskedModel, Stage, counted
 
 
 def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(easy_run):
@@ -211,7 +211,7 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     engine = Scripted(
         {"0#0": good, "1#0": "no idea", "1#1": good, "2#0": "?", "2#1": "Answer: 3", "2#2": "Question: a? b?"}
     )
-    stage = Stage(Model(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
+    stage = Stage(AskedModel(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
     stage.journal = Journal(stage.out, {})
     result = PA.annotate_all(samples, 2, engine, stage, frozenset(), {})
     assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [

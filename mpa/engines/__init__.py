@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mpa.answers.finish_reasons import why_cut
 from mpa.answers.replies import in_reasoning
 from mpa.files import distributed
-from mpa.files.journal import Journal, follow_up_key, passing
+from mpa.files.journal import Journal, follow_up_key, is_temporary
 from mpa.files.packages import require
 from mpa.files.records import InputError
 from mpa.method.presets import PRESETS
@@ -164,7 +164,7 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
     follow_ups = []
     for request in filter(lambda request: request.key in journal, requests):
         reply = journal[request.key]
-        if passing(reply.get("follow_up") or {}):
+        if is_temporary(reply.get("follow_up") or {}):
             follow_up = follow_up_request(request, reply, getattr(engine, "marks", frozenset()))
             if follow_up:
                 follow_ups.append(replace(follow_up, key=follow_up_key(request.key)))

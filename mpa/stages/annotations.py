@@ -9,7 +9,7 @@ from mpa.files import records
 from mpa.files.image_files import fingerprints
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import A_MARK, holds_mark, parse_annotation, with_question_mark
-from mpa.stages.stage import Model
+from mpa.stages.stage import AskedModel
 
 
 def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
@@ -20,7 +20,7 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[st
     """
     meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
     pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
-    model = Model(args, args.model_path_lvlm)
+    model = AskedModel(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
     now |= {"quantization": None, "max_tiles": None, "request_json": None} | model.deciding()
     if not model.local:

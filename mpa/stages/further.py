@@ -3,13 +3,13 @@
 from mpa.files.records import InputError
 from mpa.method.rules import Rule
 from mpa.stages.answering import Answers, Question
-from mpa.stages.stage import Model, run_files
+from mpa.stages.stage import AskedModel, run_files
 
 
 def answers(args, how: str, questions: list[Question], **sampling) -> Answers:
     """The L-VLM's answers to `questions`, in the run's file for `how`."""
     file = run_files(args).further(how)
-    return Answers(Model(args, args.model_path_lvlm), file, f"PI L-VLM, {how}", "PI", questions, **sampling)
+    return Answers(AskedModel(args, args.model_path_lvlm), file, f"PI L-VLM, {how}", "PI", questions, **sampling)
 
 
 def _stage(args, rule: Rule, questions: list[Question]) -> Answers:
@@ -28,7 +28,7 @@ def check(args, chosen: tuple[Rule, ...], questions: list[Question]) -> None:
 def ask(args, chosen: tuple[Rule, ...], questions: list[Question], lvlm_answers: list[dict]) -> None:
     """Tell the rules what they need: all questions are asked, so that these answers are the same for all S-VLMs and matchers."""
     for rule in chosen:
-        answers = _stage(args, rule, questions).records() if rule.asks else lvlm_answers
+        answers = _stage(args, rule, questions).ask() if rule.asks else lvlm_answers
         try:
             rule.see(answers)
         except InputError as error:
@@ -39,4 +39,4 @@ def dry_run(args, chosen: tuple[Rule, ...], questions: list[Question]) -> None:
     for rule in chosen:
         if rule.asks:
             requests = [q.request for q in _stage(args, rule, questions).questions]
-            Model(args, args.model_path_lvlm).dry_run(requests, f"PI L-VLM, {rule.asks}")
+            AskedModel(args, args.model_path_lvlm).dry_run(requests, f"PI L-VLM, {rule.asks}")

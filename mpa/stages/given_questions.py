@@ -101,7 +101,7 @@ def about(args, given: list[dict], threshold: str) -> tuple[list[dict], Answers]
 
 def write(args, given: list[dict], chosen: list[dict], stage: Answers) -> None:
     """Ask the L-VLM the chosen ones of the given questions, and write them with its answers as a second held-out set."""
-    answers, by_key = stage.records({}), {r["question_id"]: r for r in chosen}
+    answers, by_key = stage.ask(), {r["question_id"]: r for r in chosen}
     kept = [r for r in answers if r["predictions"] and not r["left_out"] and not why_cut(r.get("finish_reason"))]
     file = run_files(args).held_out_given
     if distributed.FIRST:

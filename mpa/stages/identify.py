@@ -15,7 +15,7 @@ from mpa.runs.judging import annotation_of, judge_of
 from mpa.stages import answer_all, cli, further, given_questions, held_out
 from mpa.stages.annotations import answers_of_pa, usable_annotations
 from mpa.stages.answering import Answers, Question, question_request
-from mpa.stages.stage import Model, counted, run_files, short_replies
+from mpa.stages.stage import AskedModel, counted, run_files, short_replies
 from mpa.stages.train_set import Judged, TrainFile
 
 A_MARK = "a mark of the S-VLM’s prompt format"
@@ -48,7 +48,7 @@ def read_annotations(args) -> Annotated:
     name = f"PA_{{lvlm}}_{args.dataset}.json"
     pa_json = args.pa_json or records.find_input(files.folder, name, files.cell.lvlm, "--pa-json", "PA.sh")
     annotations = cli.selected(records.read_records(pa_json, "PA"), args)
-    usable, left_out = usable_annotations(annotations, args, Model(args, args.model_path_lvlm).marks)
+    usable, left_out = usable_annotations(annotations, args, AskedModel(args, args.model_path_lvlm).marks)
     if left_out:
         print(f"PI: {counted(left_out.values())}", file=sys.stderr)
     if not usable:
@@ -68,7 +68,7 @@ class Asking:
         self.given = given_questions.of(args)
         self.rules = rules.of(train.chosen)
         self.judge = Judge.of(vars(args), self.rules)
-        self.models = {who: Model(args, getattr(args, f"model_path_{who}")) for who in ("lvlm", "svlm")}
+        self.models = {who: AskedModel(args, getattr(args, f"model_path_{who}")) for who in ("lvlm", "svlm")}
         for who in ("lvlm",) if args.only_lvlm else self.models:
             self.models[who].check()
         self.ready, self.why_asked = answers_of_pa(args, self.annotated.path, self.annotated.usable)
@@ -115,7 +115,7 @@ class Asking:
         if self.ready and self.why_asked:
             why = ", ".join(f"{n} {w}" for w, n in self.why_asked.items())
             print(f"PI: asking the L-VLM {self.why_asked.total()} questions: {why}.")
-        answers = self.lvlm.records(self.ready)
+        answers = self.lvlm.ask(self.ready)
         further.ask(self.args, self.rules, self.questions, answers)
         return answers
 
@@ -143,10 +143,10 @@ class Asking:
         if not (questions if self.args.answer_all else any(q.request.key in needed for q in questions)):
             self._refuse(usable, consistent, held)
         svlm = self._of_svlm(questions, needed)
-        there = svlm.records() if svlm.check() else None  # nothing is asked, nothing is written
+        there = svlm.ask() if svlm.check() else None  # nothing is asked, nothing is written
         self.train.check(self._judged(lvlm_answers, there, held, marked) if there is not None else None)
         self.write_held_out(consistent, held)
-        samples = self._judged(lvlm_answers, svlm.records() if there is None else there, held, marked)
+        samples = self._judged(lvlm_answers, svlm.ask() if there is None else there, held, marked)
         funnel = {"pictures": self.annotated.images, "parsed": len(usable), "L-consistent": len(consistent)}
         return Found(samples, self.judge, funnel | ({"held out": held.images} if held.images else {}))
 
