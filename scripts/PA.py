@@ -134,11 +134,11 @@ def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> 
     if (
         parsed.question
         and parsed.answer
-        and not parsed.reason
+        and not parsed.left_out
         and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
     ):
         return Annotation(parsed.question, parsed.answer, A_MARK)  # in every preset
-    if parsed.question and not parsed.reason and repeated(parsed.question, earlier):
+    if parsed.question and not parsed.left_out and repeated(parsed.question, earlier):
         return Annotation(parsed.question, parsed.answer, "asked before about this image")
     return parsed
 
@@ -149,9 +149,9 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
         "image_path": sample.image_path,
         "ground_truth_question": sample.question,
         "ground_truth_answer": most_common(sample.answers) if sample.answers else None,
-        "predicted_question": None if parsed.reason else parsed.question,
-        "predicted_answer": None if parsed.reason else parsed.answer,
-        "left_out": parsed.reason,
+        "predicted_question": None if parsed.left_out else parsed.question,
+        "predicted_answer": None if parsed.left_out else parsed.answer,
+        "left_out": parsed.left_out,
         "tries": attempt + 1,
         "reply": reply.get("text"),
         "logprob": reply.get("logprob"),
