@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import answered_runs  # noqa: E402
 from answered_runs import sample, word  # noqa: E402
-from test_report import BROWSER, FLAGS  # noqa: E402
+from test_report_page import BROWSER, FLAGS  # noqa: E402
 
 N = 10_000
 FILTER = """([id, value]) => new Promise((done) => {
