@@ -205,8 +205,8 @@ def test_a_telephone_shows_who_is_compared_and_the_interval(browser, experiment)
         assert ["human labels, all", "MPA"] in pairs and not [pair for pair in pairs if pair[0] == pair[1]]
         assert max(len(name) for pair in pairs for name in pair) < 40  # only what differs
         for row in (*rows, *page.locator("[aria-label=Results] tbody tr").all()):
-            interval = row.locator("td", has_text=" to").bounding_box()
-            assert interval["x"] + interval["width"] <= 375 and interval["height"] < 120
+            interval = row.locator("td bdi", has_text="to").bounding_box()
+            assert interval["x"] + interval["width"] <= 375 and interval["height"] < 60  # two lines
     with page_of(browser, experiment / "report.html", width=375) as page:
         box = page.locator("#overview [data-cell='0'] [aria-label='Results: accuracy'] table").bounding_box()
         assert box["x"] + box["width"] <= 375  # the whole table
