@@ -19,6 +19,7 @@ from experiments.definition import Experiment, Model, read, stage_arguments
 from mpa.data import DATASETS
 from mpa.data.loading import load_samples
 from mpa.engines import ENGINES
+from mpa.files.printable import as_size
 from mpa.files.records import REPOSITORY, InputError
 from mpa.stages import cli
 
@@ -166,10 +167,10 @@ def memory(model: Model, stage: str, zero: str, gpus: int) -> str:
     if built is None:
         return NOT_KNOWN
     if stage != "PL":
-        return f"{weight_bytes(built, 2) / 1e9:.3g} GB"
+        return as_size(weight_bytes(built, 2))
     offload = "offload" in zero
     held = states(built, 2, Sharding(int(zero[4]), gpus, offload, offload and zero[4] == "3"))
-    return f"{sum(size for name, size in held.items() if name != 'offloaded') / 1e9:.3g} GB on each of {gpus}"
+    return f"{as_size(sum(n for name, n in held.items() if name != 'offloaded'))} on each of {gpus}"
 
 
 # --- the text --------------------------------------------------------------------------------------------
@@ -184,10 +185,10 @@ def row(e: Experiment, results: Path, stage: str, model: Model, of_model: list[W
     known = [work for work in of_model if work.requests is not None]
     n, time = sum(work.requests * work.times for work in known), hours(results, of_model)
     most = "≤ " if stage in ("PI", "PL") else ""
-    size = memory(model, stage, e.settings.get("ZERO", "zero2"), e.gpus_of(stage, model))
+    held = memory(model, stage, e.settings.get("ZERO", "zero2"), e.gpus_of(stage, model))
     count = (most + number(n)) if known else NOT_KNOWN
     jobs, told = sum(w.times for w in of_model), NOT_KNOWN if time is None else f"{time:.2f}"
-    return f"  {stage:<10}{model.name:<32}{jobs:>6}{count:>14}{told:>9}   {size}"
+    return f"  {stage:<10}{model.name:<32}{jobs:>6}{count:>14}{told:>9}   {held}"
 
 
 def plan(e: Experiment, results: Path) -> list[str]:

@@ -19,6 +19,7 @@ from training import arguments, build, conversation, write
 import data
 from mpa.engines import Request, memory
 from mpa.engines.hf import HFEngine
+from mpa.files.printable import as_size
 from mpa.models import device_memory, memory_estimate
 
 # A Qwen2-VL of 95 M parameters.
@@ -119,6 +120,13 @@ def test_weights_are_those_of_the_file(tmp_path, family):
     assert 0 < in_four == memory_estimate.weight_bytes(model, 4) - round(quantised * (4 - 0.516))
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [(982_000, "982 kB"), (999_600, "1 MB"), (15.24e9, "15.2 GB"), (1.236e12, "1.24 TB")]
+)
+def test_a_size_has_three_digits_and_its_unit(size, expected):
+    assert as_size(size) == expected
+
+
 def test_zero_divides_the_states_and_offloading_moves_them(tmp_path):
     model = memory_estimate.meta_model(str(STUDENT))
     n = sum(weight.numel() for weight in model.parameters())
@@ -132,7 +140,7 @@ def test_zero_divides_the_states_and_offloading_moves_them(tmp_path):
     assert offloaded == {"weights": 2 * n, "offloaded": round(14 * n / 4)}
     sharded = memory_estimate.states(model, 2, sharding(3, 4, True, True))
     assert sharded["offloaded"] == round(16 * n / 4) and sharded["weights"] < 2 * n
-    assert memory_estimate.described(sharded).endswith(" GB offloaded")
+    assert memory_estimate.described(sharded).endswith(" MB offloaded")
 
 
 # --- the free memory ---------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def test_a_stage_refuses_weights_that_cannot_fit_and_warns_of_the_rest(images, t
     common = ("--dataset", "images", "--image-root", images, "--run", f"{tmp_path}/run", "--limit", 4, *MINI)
     free(size // 2)
     done = python("PA.py", *common, "--model-path-lvlm", TEACHER)
-    assert done.returncode == 1 and "its weights need 0.00" in done.stderr and "MEMORY_CHECK=0" in done.stderr
+    assert done.returncode == 1 and "its weights need 8.44 MB" in done.stderr and "MEMORY_CHECK=0" in done.stderr
     asked = [Request("0", str(next(images.rglob("*.png"))), "What is it?", 8)]
     with HFEngine(str(TEACHER), device="cpu", dtype="float32", min_pixels=3136, max_pixels=3136) as engine:
         free(size + 1000)

@@ -176,7 +176,7 @@ def how_to_get(have: int, questions: int, share: float) -> str:
 def conclusion(found: Comparison, share: float) -> list[str]:
     """What the comparison says, in words. `share` is that of the held-out images."""
     if found.verdict == NONE:
-        return [f"No verdict: {found.no_verdict}. See `left_out` in the files; repeat the evaluation."]
+        return [f"No verdict: {found.no_verdict}. See left_out in the files; repeat the evaluation."]
     if found.verdict != OPEN:
         return [f"The levelled S-VLM is {found.verdict} than the one it came from."]
     needed = {size: found.needed(size) for size in dict.fromkeys((abs(found.gain) or GAIN, GAIN))}

@@ -15,6 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mpa.files.printable import as_size
 from mpa.files.records import InputError, locked
 from mpa.models import model_files
 from mpa.models.conversion import hub, internvl, tinyllava, tokenizer, writing
@@ -210,5 +211,5 @@ def native(path: str) -> str:
         ):  # new, of an earlier version, or torn
             _convert(path, out, replace=True)
             size = sum(file.stat().st_size for file in out.iterdir())
-            print(f"Converted {path} into {out} ({size / 1e9:.3g} GB), once; $MPA_CACHE is where conversions are kept.")
+            print(f"Converted {path} into {out} ({as_size(size)}), once; $MPA_CACHE is where conversions are kept.")
     return str(out)
