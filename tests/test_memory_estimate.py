@@ -10,7 +10,6 @@ import memory_check
 import miniatures
 import params
 import pytest
-import sample_preparation
 import train
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from PIL import Image
@@ -262,8 +261,8 @@ def test_auto_is_estimated_as_the_first_policy_that_fits(tmp_path, free):
         free(available)
         flags = ("--activation_checkpointing", policy, "--per_device_train_batch_size", "4", "--max_steps", "1")
         model_args, data_args, args = params.parse(arguments(tmp_path, *flags, "--gradient_accumulation_steps", "2"))
-        samples = sample_preparation.read(data_args.data_path, data_args, args)
-        encoded = sample_preparation.prepare(samples, train.load_processor(model_args, data_args), data_args, args)
+        samples = train.read(data_args.data_path, data_args, args)
+        checked = train.prepare(samples, train.load_processor(model_args, data_args), data_args)
         model = memory_estimate.meta_model(str(STUDENT))
-        sizes[policy, available] = memory_check.estimate(model, model_args, data_args, args, encoded)["activations"]
+        sizes[policy, available] = memory_check.estimate(model, model_args, data_args, args, checked)["activations"]
     assert sizes["auto", 10**12] == sizes["False", 10**12] > sizes["True", 10**12] == sizes["auto", 10**6]

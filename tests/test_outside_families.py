@@ -157,16 +157,12 @@ def test_gradients_are_the_models_own(outside, tmp_path):
         assert parameter.grad is None or close(parameter.grad, expected[name], 2e-4, least=1e-3 * largest), name
 
 
-@pytest.mark.parametrize(
-    "flags", ["--packing True", "--cache_features True --freeze_vision_tower True --freeze_merger True"]
-)
-def test_a_shortcut_that_was_not_tested_is_refused_before_anything_is_encoded(tmp_path, flags, monkeypatch):
+def test_a_shortcut_that_was_not_tested_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
     path = miniatures_outside.make("glm4v", tmp_path / "model")
     write(tmp_path, 2)
     monkeypatch.setattr(train, "prepare", None)
-    name = flags.split()[0]
-    with pytest.raises(data.DataError, match=f"{name}: not tested with model type glm4v.* Leave it out"):
-        train.main(arguments(tmp_path, *flags.split(), model=path))
+    with pytest.raises(data.DataError, match=r"--packing: not tested with model type glm4v.* Leave it out"):
+        train.main(arguments(tmp_path, "--packing", "True", model=path))
 
 
 def test_liger_is_refused_too(tmp_path):

@@ -8,7 +8,6 @@ import merge_lora
 import miniatures
 import params
 import pytest
-import sample_preparation
 import torch
 import train
 from conftest import MINI, STUDENT, TEACHER, python
@@ -235,12 +234,12 @@ def test_the_states_of_qlora_are_smaller(tmp_path, bits):
     write(tmp_path, 4)
     flags = [*QLORA, "--freeze_vision_tower", "True", "--freeze_merger", "True"]
     model_args, data_args, args = params.parse(arguments(tmp_path, *flags))
-    samples = sample_preparation.read(data_args.data_path, data_args, args)
-    encoded = sample_preparation.prepare(samples, train.load_processor(model_args, data_args), data_args, args)
+    samples = train.read(data_args.data_path, data_args, args)
+    checked = train.prepare(samples, train.load_processor(model_args, data_args), data_args)
     model = memory_check.planned_model(model_args, args)
     sizes = {}
     for model_args.bits in (16, bits):
-        sizes[model_args.bits] = memory_check.estimate(model, model_args, data_args, args, encoded)
+        sizes[model_args.bits] = memory_check.estimate(model, model_args, data_args, args, checked)
     assert sizes[bits]["weights"] < sizes[16]["weights"]
     assert sizes[bits]["optimizer state"] == sizes[16]["optimizer state"]
 

@@ -79,12 +79,12 @@ def test_the_trainer_stops_while_it_prepares_samples(monkeypatch):
                 Library()
             return "no image"
 
-    monkeypatch.setattr(data, "_Encoder", lambda samples, *_: Encoder(samples))
+    monkeypatch.setattr(data, "_Check", lambda samples, *_: Encoder(samples))
     monkeypatch.setattr(process_group.Heard, "signal", 0)
     signal.signal(signal.SIGTERM, process_group.Heard.handle)
     try:
         with pytest.raises(KeyboardInterrupt):
-            data.encode_all([{"id": i, "where": "x"} for i in range(50)], None, 10, "error")
+            data.check_all([{"id": i, "where": "x"} for i in range(50)], None, 10, "error")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [0, 1, 2, 3]

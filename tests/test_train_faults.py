@@ -10,10 +10,8 @@ from pathlib import Path
 import checkpoints
 import param_groups
 import pytest
-import sample_preparation
 import torch
 import train
-from cache import SampleCache
 from conftest import STUDENT
 from safetensors.torch import load_file, save_file
 from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
@@ -317,44 +315,6 @@ def test_the_final_weights_are_in_the_bases_dtype_and_checkpoints_in_float32(tmp
     assert f" GB, {config['dtype']})" in capsys.readouterr().out
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: student\n" in card and "license: " in card and str(STUDENT) not in card
-
-
-# --- samples ---------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_kept_on_disk_of_samples_that_are_used_once(tmp_path, monkeypatch):
-    write(tmp_path, 8)
-    kept, whole = [], SampleCache.put
-    monkeypatch.setattr(SampleCache, "put", lambda self, *a: kept.append(a) or whole(self, *a))
-    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
-    train.main(arguments(tmp_path, *QUICK))
-    assert kept == []
-    train.main(arguments(tmp_path, *QUICK[:2], "--num_train_epochs", "2", "--save_strategy", "no", out="two"))
-    assert len(kept) == 8 and not (tmp_path / "two/.samples").exists()
-
-
-def test_a_training_that_fails_leaves_no_samples_behind(tmp_path, monkeypatch):
-    write(tmp_path, 8)
-    monkeypatch.setattr(sample_preparation, "MEMORY_BYTES", 0)
-    flags = "--per_device_train_batch_size 4 --num_train_epochs 3 --learning_rate 1e3 --save_strategy no".split()
-    with pytest.raises(data.DataError, match="not finite"):
-        train.main(arguments(tmp_path, *flags))
-    assert not (tmp_path / "out").exists()
-
-
-def test_kept_pixels_are_bytes_and_come_back_to_the_bit(tmp_path):
-    write(tmp_path, 1)
-    processor = AutoProcessor.from_pretrained(STUDENT)
-    (sample,) = data.read_samples([str(tmp_path / "train.json")], str(tmp_path))
-    encoded = data.encode(sample, processor)
-    cache = SampleCache(tmp_path / "cache", 2**30, processor)
-    assert cache.put("key", encoded)
-    back = cache.get("key")
-    assert back.keys() == encoded.keys() and all(torch.equal(back[name], encoded[name]) for name in encoded)
-    (file,) = (tmp_path / "cache").iterdir()
-    assert file.stat().st_size < 0.35 * encoded["pixel_values"].nbytes + 8192
-    odd = {**encoded, "pixel_values": encoded["pixel_values"] + 0.001}  # no longer of 256 values a channel
-    assert cache.put("odd", odd) and torch.equal(cache.get("odd")["pixel_values"], odd["pixel_values"])
 
 
 @pytest.mark.slow

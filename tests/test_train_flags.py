@@ -28,10 +28,7 @@ def test_every_argument_of_transformers_is_decided_on():
         ("--dataloader_drop_last True", "Every sample is trained on"),
         ("--train_sampling_strategy group_by_length", "give random or sequential"),
         ("--remove_unused_columns True", "must be False"),
-        *(
-            (f"--{name} -1", f"--{name} -1")
-            for name in ("batch_tokens", "cache_gb", "learning_rate", "max_grad_norm", "seed")
-        ),
+        *((f"--{name} -1", f"--{name} -1") for name in ("batch_tokens", "learning_rate", "max_grad_norm", "seed")),
         *(
             (f"--{name} 0", f"--{name} 0")
             for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "save_steps")
@@ -116,7 +113,6 @@ def test_older_spellings_are_read_once(tmp_path):
         ("--freeze_llm True --freeze_merger True --freeze_vision_tower True", "nothing to train"),
         ("--load_best True", "needs --eval_data_path"),
         ("--use_liger True", "GPUs only"),
-        ("--cache_features True --freeze_vision_tower True", "only with --freeze_vision_tower, --freeze_merger"),
         ('--gradient_checkpointing_kwargs {"every_n_layers":2}', "with --activation_checkpointing alone"),
     ],
 )

@@ -25,10 +25,8 @@ def processor():
     return AutoProcessor.from_pretrained(STUDENT)
 
 
-def encode_samples(
-    samples: list[dict], processor, max_length: int = 1000, on_too_long: str = "error", **kept
-) -> data.Samples:
-    return data.encode_all(samples, processor, max_length, on_too_long, **kept)
+def checked(samples: list[dict], processor) -> data.Samples:
+    return data.check_all(samples, processor, 1000, "error")
 
 
 def labelled(encoded, processor) -> str:
@@ -116,7 +114,7 @@ def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor,
     write_records(tmp_path)
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(data.DataError, match=says) as error:
-        encode_samples(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
+        checked(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
     assert "train.json" in str(error.value)
 
 
@@ -131,10 +129,10 @@ def test_images_that_have_moved_are_found_by_the_map(tmp_path):
 def test_a_sample_with_a_bad_image_is_left_out_and_named(tmp_path, processor, capsys):
     path = write_records(tmp_path, train_record(1, "a.png", "q", "x"), train_record(2, "bad.png", "q", "x"))
     (tmp_path / "bad.png").write_bytes(b"x")
-    assert [s["id"] for s in encode_samples(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
+    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "id 2" in capsys.readouterr().out
     Image.new("RGB", (2, 900)).save(tmp_path / "bad.png")  # which Qwen's processor refuses
-    assert [s["id"] for s in encode_samples(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
+    assert [s["id"] for s in checked(data.read_samples([path], str(tmp_path)), processor).samples] == [1]
     assert "aspect ratio" in capsys.readouterr().out
 
 

@@ -1,16 +1,13 @@
-"""The samples that the trainer makes of records: images and turns, files with shares, and the cache."""
+"""The samples that the trainer makes of records: images and turns, files with shares."""
 
 import json
-import os
 
 import model_loading
 import params
 import pytest
 import torch
 import train
-from cache import SampleCache
 from conftest import STUDENT
-from PIL import Image
 from training import arguments, build, conversation, write
 
 import data
@@ -72,69 +69,10 @@ def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path,
     assert "1 of 4 samples left out" in capsys.readouterr().out
 
 
-def encode_samples(samples: list[dict], processor, **kept) -> data.Samples:
-    return data.encode_all(samples, processor, 1000, "error", **kept)
-
-
-def equal_tensors(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name] is b[name] or bool((a[name] == b[name]).all()) for name in a.keys() - {"sample"}
-    )
-
-
-def test_a_sample_is_made_once_by_all_runs_that_share_a_folder(tmp_path, processor, monkeypatch):
-    samples, folder = data.read_samples([str(write(tmp_path, 6))], str(tmp_path)), tmp_path / "cache"
-
-    def check(processor=processor) -> data.Samples:
-        return encode_samples(samples, processor, cache=SampleCache(folder, 2**20, processor))
-
-    made = [{**data.encode(sample, processor), "sample": sample["id"]} for sample in samples]
-    check()
-    assert len([*folder.iterdir()]) == 6
-    monkeypatch.setattr(data, "encode", None)
-    again = check()
-    assert all(equal_tensors(again[i], made[i]) for i in range(6))
-    monkeypatch.undo()
-
-    Image.new("RGB", (64, 64), "teal").save(samples[0]["images"][0])  # another image at the same place
-    assert not torch.equal(check()[0]["pixel_values"], made[0]["pixel_values"])
-    limits = params.DataArguments(data_path=[], image_min_pixels=3136, image_max_pixels=3136)
-    other = model_loading.load_processor(params.ModelArguments(model_id=str(STUDENT)), limits)
-    assert check(other).visual_lengths != again.visual_lengths
-    for path in folder.iterdir():
-        path.write_bytes(b"torn")
-    assert all(equal_tensors(check()[i], made[i]) for i in range(1, 6))
-
-
-def test_the_cache_stays_within_its_bound_and_what_nobody_used_for_a_day_goes_first(tmp_path, processor):
-    samples, folder = data.read_samples([str(write(tmp_path, 9))], str(tmp_path)), tmp_path / "cache"
-    earlier = SampleCache(folder, 2**30, processor)
-    encode_samples(samples[:4], processor, cache=earlier)
-    bound = sum(path.stat().st_size for path in folder.iterdir())
-    for age, sample in enumerate(samples[:3]):  # the fourth is of today
-        os.utime(folder / f"{earlier.key(sample)}.safetensors", (1e9 - age, 1e9 - age))
-    cache = SampleCache(folder, bound, processor)
-    kept = encode_samples(samples[2:], processor, cache=cache)  # two that are there, five more
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= bound
-    assert [bool(cache.get(earlier.key(sample))) for sample in samples[:4]] == [False, False, True, True]
-    assert any(info.cache_key is None for info in kept.infos) and any(info.cache_key for info in kept.infos[2:])
-    plain = encode_samples(samples[2:], processor)
-    assert all(equal_tensors(kept[i], plain[i]) for i in range(7))
-
-
-def test_a_disk_that_takes_no_more_costs_the_cache_and_not_the_run(tmp_path, processor):
-    samples = data.read_samples([str(write(tmp_path, 3))], str(tmp_path))
-    cache = SampleCache(tmp_path / "cache", 2**30, processor)
-    (tmp_path / "cache").rmdir()
-    kept = encode_samples(samples, processor, cache=cache)
-    assert (cache.bytes_left, [info.cache_key for info in kept.infos]) == (0, [None] * 3)
-    assert equal_tensors(kept[2], {**data.encode(samples[2], processor), "sample": "s2"})
-
-
-def test_what_is_kept_in_memory_holds_no_files_open(tmp_path, processor):
-    """Ubuntu allows 1,024 open files per process; each tensor that a worker sends takes one."""
+def test_samples_that_workers_check_are_encoded_on_access(tmp_path, processor):
     samples = data.read_samples([str(write(tmp_path, 2))], str(tmp_path)) * 50
-    before = len(os.listdir("/proc/self/fd"))
-    kept = encode_samples(samples, processor, memory=2**30, workers=1)
-    assert len(os.listdir("/proc/self/fd")) < before + 50
-    assert all(info.encoded for info in kept.infos) and equal_tensors(kept[98], kept[0])
+    checked = data.check_all(samples, processor, 1000, "error", workers=1)
+    made = data.encode(samples[1], processor) | {"sample": "s1"}
+    assert checked[99].keys() == made.keys()
+    assert all(name == "sample" or torch.equal(checked[99][name], made[name]) for name in made)
+    assert checked.lengths[99] == len(made["input_ids"]) > checked.visual_lengths[99] > 0

@@ -108,7 +108,7 @@ def test_a_resume_compares_listed_settings_only_and_all_of_them_exist(tmp_path):
     write_records(tmp_path)
     model, arguments = params.ModelArguments(model_id="hub/name"), params.TrainingArguments(output_dir="", use_cpu=True)
     images = params.DataArguments(data_path=[str(tmp_path / "train.json")])
-    computed = {"save_dtype", "world_size", "data_sha256"}
+    computed = {"save_dtype", "world_size", "data_sha256", "cache_features"}
     assert resume_settings.settings(model, images, arguments).keys() == resume_settings.DECISIVE | computed
     model.bits = 4  # recorded where it is given, so that earlier checkpoints stay valid
     assert resume_settings.settings(model, images, arguments)["bits"] == 4

@@ -66,27 +66,6 @@ def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, t
                 assert close(gradient, expected[name], 2e-4, least=1e-3 * largest), name
 
 
-def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoint, tmp_path):
-    write(tmp_path, 4)
-    records = json.loads((tmp_path / "train.json").read_text())
-    records += [conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two"), conversation(None, "red?", "yes")]
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    flags, seen = "--freeze_vision_tower True --freeze_merger True".split(), []
-    trainers = [build(tmp_path, *flags, *more, model=checkpoint) for more in ([], ["--cache_features", "True"])]
-    for trainer in trainers:
-        trainer.model.eval()
-        samples = [trainer.train_dataset[i] for i in range(6)]
-        seen.append(step(trainer, [samples[:2], samples[2:5], samples[5:]]))
-    assert "pixel_values" not in samples[0] and "features" in samples[0]
-    (loss, expected), (same, gradients) = seen
-    assert close(same, loss, 1e-5) and gradients.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    assert all(close(gradients[name], expected[name], 2e-4, least=1e-3 * largest) for name in expected)
-    if packs(trainer):
-        trainer.data_collator.packing = True
-        assert close(step(trainer, [samples])[0], loss, 1e-5)
-
-
 def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     counts = param_groups.counts(model)

@@ -64,7 +64,7 @@ def test_two_ranks_match_one(whole):
 def test_two_ranks_match_one_and_resume_exactly_after_a_kill(whole, stage):
     flags = [*TWO, *zero(stage)]
     if stage == "zero3":
-        flags += ["--batch_tokens", "80", "--activation_checkpointing", "--samples_dir", str(whole / "cache")]
+        flags += ["--batch_tokens", "80", "--activation_checkpointing"]
     killed = launch(whole, *flags, ranks=2, out=stage, stop_at=5)
     assert killed.returncode != 0
     assert [path.name for path in (whole / stage).glob("checkpoint-*")] == ["checkpoint-3"]
@@ -74,8 +74,6 @@ def test_two_ranks_match_one_and_resume_exactly_after_a_kill(whole, stage):
     uninterrupted = launch(whole, *flags, ranks=2, out=f"{stage}_whole")
     assert uninterrupted.returncode == 0, uninterrupted.stdout
     assert losses(whole / stage) == losses(whole / f"{stage}_whole")
-    assert not (whole / stage / ".samples").exists()
-    assert stage == "zero2" or len([*(whole / "cache").iterdir()]) == 18  # each rank made half of them
 
 
 @pytest.mark.slow

@@ -23,11 +23,7 @@ def refuse_untested(kind: str, data_args, args) -> None:
         raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     if known:
         return
-    asked = {
-        "packing": data_args.packing,
-        "cache_features": data_args.cache_features,
-        "use_liger": args.use_liger_kernel,
-    }
+    asked = {"packing": data_args.packing, "use_liger": args.use_liger_kernel}
     for name in (name for name, value in asked.items() if value):
         raise DataError(
             f"--{name}: not tested with model type {kind}, which is not in the table of families. Leave it out."

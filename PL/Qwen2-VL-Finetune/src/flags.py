@@ -95,8 +95,8 @@ RANGES = {
         _POSITIVE,
     ),
     **dict.fromkeys(
-        "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens cache_gb seed data_seed "
-        "neftune_noise_alpha eval_delay anchor_kl".split(),
+        "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens seed data_seed neftune_noise_alpha "
+        "eval_delay".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("adam_beta1 adam_beta2 label_smoothing_factor lora_dropout".split(), _SHARE),
@@ -132,7 +132,7 @@ def check(model, data, args) -> None:
     for arguments in (model, data, args):
         _check_ranges(arguments)
     _check_model(model)
-    _check_training(model, data, args)
+    _check_training(data, args)
     _check_evaluation(data, args)
     _check_machine(model, args)
 
@@ -180,7 +180,7 @@ def _check_bits(model) -> None:
         raise DataError(f"--bits {model.bits}: needs bitsandbytes. Install with: pip install bitsandbytes==0.50.2")
 
 
-def _check_training(model, data, args) -> None:
+def _check_training(data, args) -> None:
     if data.image_min_pixels > data.image_max_pixels:
         raise DataError(
             f"--image_min_pixels {data.image_min_pixels} is more than --image_max_pixels {data.image_max_pixels}."
@@ -196,17 +196,6 @@ def _check_training(model, data, args) -> None:
         raise DataError("--remove_unused_columns: must be False; the collator needs all of them.")
     if args.activation_checkpointing_kwargs:
         raise DataError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
-    if data.cache_features:
-        if not (model.freeze_vision_tower and model.freeze_merger) or model.vision_lora or is_deepspeed_zero3_enabled():
-            raise DataError(
-                "--cache_features: only with --freeze_vision_tower, --freeze_merger, no --vision_lora, no ZeRO-3."
-            )
-        if data.lazy_preprocess and data.cache_gb == 0:
-            raise DataError("--cache_features: --cache_gb 0 leaves no room for them.")
-    if args.anchor_kl and is_deepspeed_zero3_enabled():
-        raise DataError(
-            "--anchor_kl: not with ZeRO-3, which would shard the model before the training. Use ZERO=zero2."
-        )
     if args.activation_policy == PRODUCTS and is_deepspeed_zero3_enabled():
         raise DataError(
             "--activation_checkpointing products: gives wrong results under ZeRO-3, which releases weights; use True."

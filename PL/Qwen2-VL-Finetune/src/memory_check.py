@@ -74,10 +74,7 @@ def states_of(model, bits: int, args: TrainingArguments) -> dict[str, int]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     state = 8 if "adamw" in optimizer else 4  # moments; others have one, or less
     state = 2 if "8bit" in optimizer else state
-    sizes = memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
-    if args.anchor_kl and not hasattr(model, "disable_adapter"):
-        sizes["reference"] = memory_estimate.weight_bytes(model, compute_dtype(args).itemsize)
-    return sizes
+    return memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
 
 
 def _sharding(args: TrainingArguments) -> Sharding:
@@ -154,7 +151,7 @@ def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, sa
     rows = max(sampler.epoch_batches(0), key=tokens)
     with must_fit(len(rows)):
         encoded = [samples[i] for i in rows[-ROWS_ENCODED:]]  # sorted by length
-    pixels = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample and not data_args.cache_features]
+    pixels = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]
     counts = {
         "patches": sum(memory_estimate.patches(model, values.shape) for values in pixels),
         "pixel_bytes": sum(4 * values.numel() for values in pixels),

@@ -104,30 +104,7 @@ class DataArguments:
         default="error",
         metadata={"help": "For a longer sample: raise an error, or leave it out.", "choices": ["error", "drop"]},
     )
-    lazy_preprocess: bool = field(
-        default=True,
-        metadata={
-            "help": "Cache the samples encoded by the check before step 0, up to --cache_gb. False: cache all of them."
-        },
-    )
-    cache_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "GiB of encoded samples cached on disk; a single rank first fills 1 GiB of memory. Samples that "
-            "are not cached are encoded again when used. Default: 0 for one epoch, else 20 or a tenth of the free disk space."
-        },
-    )
-    samples_dir: str = field(
-        default="",
-        metadata={"help": "Folder of the sample cache; runs may share it. Default: in output_dir, deleted at the end."},
-    )
-    cache_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Cache the vision tower's features instead of the images. Needs --freeze_vision_tower and "
-            "--freeze_merger; this changes the method if they would otherwise be trained."
-        },
-    )
+    lazy_preprocess: bool = field(default=True, metadata={"help": "No effect, as in Qwen2-VL-Finetune."})
     packing: bool = field(
         default=False,
         metadata={"help": "Put a micro-batch into one row, without padding or attention across samples."},
@@ -180,19 +157,6 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "auto: resume from the last complete checkpoint in output_dir; no: start again; or a checkpoint."
         },
     )
-    sample_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Multiply each sample's loss by its record's `weight` (PI --weights), scaled so that the mean weight is 1."
-        },
-    )
-    anchor_kl: float = field(
-        default=0.0,
-        metadata={
-            "help": "Against forgetting: for records whose `kind` is anchor (PI --anchors), the loss is this weight times the KL "
-            "divergence from the answers of the model before the training, instead of the likelihood of the recorded answer."
-        },
-    )
     report_to: str = field(default="tensorboard", metadata={"help": "Loggers: none, tensorboard, wandb …"})
     log_file: str = field(default="", metadata={"help": "File to append to what is printed, and details."})
     verbose: bool = field(default=False, metadata={"help": "With --log_file: print the details, too."})
@@ -202,7 +166,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     dataloader_num_workers: int = field(
         default=-1,
-        metadata={"help": "Worker processes that encode uncached samples; -1: up to 4 with a GPU, none without."},
+        metadata={"help": "Worker processes that encode samples; -1: up to 4 with a GPU, none without."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 

@@ -96,7 +96,7 @@ def _json_lines(path: str, text: str, error: Exception) -> list:
 
 
 def read_record(record, where: str, number: int) -> dict:
-    """A record as {"id", "images": [path], "turns": [(role, text)], "kind", "weight"}; the texts have one <image> mark per image.
+    """A record as {"id", "images": [path], "turns": [(role, text)]}; the texts have one <image> mark per image.
 
     `number` is the id of a record without one. A record of messages with a list of images may have no marks: its
     images then precede the first question. Raises DataError, which begins with `where`, for anything else.
@@ -124,8 +124,7 @@ def read_record(record, where: str, number: int) -> dict:
         raise DataError(
             f"{where}: {len(images)} images, but {sum(marks)} {IMAGE} in the human turns; expected one for each image."
         )
-    loss = {"kind": record.get("kind"), "weight": record.get("weight")}
-    return {"id": identifier, "images": images, "turns": turns, **loss}
+    return {"id": identifier, "images": images, "turns": turns}
 
 
 def _turns(turns, where: str) -> tuple[list[tuple[str, str]], list[str]]:

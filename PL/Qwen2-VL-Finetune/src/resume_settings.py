@@ -33,7 +33,7 @@ DECISIVE = set(
     "model_id freeze_vision_tower freeze_llm freeze_merger lora_enable vision_lora lora_rank lora_alpha lora_dropout "
     "lora_namespan_exclude num_lora_modules disable_flash_attn2 trust_remote_code "
     # data
-    "data_path image_folder path_map image_min_pixels image_max_pixels max_seq_length on_too_long cache_features packing "
+    "data_path image_folder path_map image_min_pixels image_max_pixels max_seq_length on_too_long packing "
     # `flags` allows only the default of these; they are recorded because earlier checkpoints have them
     "optim_target_modules torch_compile torch_compile_backend torch_compile_mode use_cache auto_find_batch_size "
     "accelerator_config parallelism_config dataloader_drop_last label_names length_column_name fsdp fsdp_config".split()
@@ -57,8 +57,7 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
         values["max_tiles"] = limit
     if model_args.bits != 16:  # earlier checkpoints do not have it
         values["bits"] = model_args.bits
-    for name in ("sample_weights", "anchor_kl"):  # likewise
-        values |= {name: getattr(args, name)} if getattr(args, name) else {}
+    values["cache_features"] = False  # a flag of earlier versions, which their checkpoints record
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then the final weights depend on the evaluation's data and schedule

@@ -27,30 +27,27 @@ from mpa.files import light_imports  # noqa: F401  isort: skip
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 import checkpoints
 import first_sample
 import memory_check
-import objective
 import param_groups
 import process_group
 import report
 import torch
 import transformers
 from collator import Collator
-from features import VisionFeatures, precompute
 from model_card import converted_from, write_card
-from model_loading import compute_dtype, load_model, load_processor, model_type, native, said_of_limits, save_dtype
+from model_loading import load_model, load_processor, model_type, native, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from resume_settings import checkpoint_to_resume, of_result, refuse_other_settings, settings
-from sample_preparation import cache_folder, open_cache, prepare, read
 from trainer import Leveler
+from turns import refuse_dropped_turns
 
-from data import DataError, Samples, encode
+from data import DataError, Samples, check_all, encode, read_samples, refuse_special_tokens
 from mpa.files import disk_errors
 from mpa.files.log_file import detail
 from mpa.models import model_files
@@ -88,13 +85,13 @@ def main(argv=None) -> int:
         refuse_other_settings(of_result(recorded), of_result(current), out)
         print(f"PL: {out} already exists, trained with these settings.")
         return 0
-    with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext():
-        try:
-            with disk_errors.named(out):
-                return train(samples, model_args, data_args, args, current)
-        finally:
-            if args.local_process_index == 0 and not data_args.samples_dir:
-                shutil.rmtree(cache_folder(data_args, args), ignore_errors=True)
+    with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext(), disk_errors.named(out):
+        return train(samples, model_args, data_args, args, current)
+
+
+def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) -> list[dict]:
+    """`data.read_samples` with the flags' values."""
+    return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
 
 
 def train(
@@ -131,7 +128,7 @@ def train(
 def build(
     samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, current: dict
 ) -> Leveler:
-    """The trainer, with encoded samples and the model. Its checkpoints record `current`, the settings. Collective."""
+    """The trainer, with checked samples and the model. Its checkpoints record `current`, the settings. Collective."""
     planned = memory_check.planned_model(model_args, args)
     processor = load_processor(model_args, data_args)
     if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
@@ -139,40 +136,40 @@ def build(
     kind = model_type(model_args)
     first_sample.refuse_untested(kind, data_args, args)
     param_groups.check_parts(kind, model_args, args)
-    train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
+    train_samples = prepare(samples, processor, data_args)
     if planned is not None and args.process_index == 0:
         print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)
-    train_samples.losses = objective.sample_losses(train_samples.samples, args)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
-    model, features = load_model(model_args, args), None
+    model = load_model(model_args, args)
     match_config(model.config, processor)
-    if data_args.cache_features:
-        example = encode(BLANK, processor)
-        features = VisionFeatures(model, args.device, compute_dtype(args), example)
-        precompute(train_samples, features, open_cache(processor, data_args, args, len(train_samples)))
-        blank = blank and features.replace_images(example)
     return Leveler(
         model=model,
         args=args,
         samples=train_samples,
         eval_samples=eval_samples,
         collator=Collator(processor, data_args.packing, blank),
-        features=features,
         batch_tokens=data_args.batch_tokens,
-        reference=objective.Reference(model, compute_dtype(args)).to(args.device) if args.anchor_kl else None,
         processing_class=processor,
         settings=current,
         save_dtype=save_dtype(model_args),
     )
 
 
+def prepare(samples: list[dict], processor, data_args: DataArguments) -> Samples:
+    """`data.check_all` with the flags' values, after checks that need no image. Collective."""
+    refuse_special_tokens(samples, processor.tokenizer)
+    refuse_dropped_turns(samples, processor)
+    workers = max(1, len(os.sched_getaffinity(0)) // process_group.local_world_size())
+    return check_all(samples, processor, data_args.max_seq_length, data_args.on_too_long, workers)
+
+
 def held_out_samples(processor, data_args: DataArguments, args: TrainingArguments) -> Samples | None:
-    """The encoded samples of --eval_data_path. Raises DataError for a sample with several questions."""
+    """The samples of --eval_data_path. Raises DataError for a sample with several questions."""
     if not data_args.eval_data_path:
         return None
-    samples = prepare(read([data_args.eval_data_path], data_args, args), processor, data_args, args)
+    samples = prepare(read([data_args.eval_data_path], data_args, args), processor, data_args)
     if any(sum(message["role"] == "user" for message in sample["messages"]) > 1 for sample in samples.samples):
         raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
     return samples

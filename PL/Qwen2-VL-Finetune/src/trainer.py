@@ -9,7 +9,6 @@ import activations
 import evaluation
 import first_sample
 import memory_check
-import objective
 import param_groups
 import process_group
 import report
@@ -19,9 +18,7 @@ from answer_logits import AnswerLogits
 from batching import step_sampler
 from checkpointing import CheckpointingTrainer
 from collator import Collator, packed_rope_positions
-from features import VisionFeatures
 from model_loading import compute_dtype
-from objective import Reference
 from throughput import FlopCounter, peak_matmul_flops
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
@@ -53,9 +50,7 @@ class Leveler(CheckpointingTrainer):
 
     Args:
         samples, eval_samples: encoded samples to train on, and held-out ones.
-        features: precomputed vision features, if `samples` have these instead of images.
         batch_tokens: maximum tokens of a micro-batch, padding included; 0 for no limit.
-        reference: the model before the training, for `--anchor_kl`.
     """
 
     def __init__(
@@ -65,9 +60,7 @@ class Leveler(CheckpointingTrainer):
         samples: Samples,
         eval_samples: Samples | None = None,
         collator: Collator,
-        features: VisionFeatures | None = None,
         batch_tokens: int = 0,
-        reference: Reference | None = None,
         **kwargs,
     ):
         self.sampler, self.epochs = step_sampler(samples.lengths, args, batch_tokens)
@@ -84,7 +77,6 @@ class Leveler(CheckpointingTrainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(report.Progress())
-        self.features, self.reference = features, reference
         core = self._base_model()
         self.rope_index = getattr(core.model, "get_rope_index", None)
         self.answer_logits = AnswerLogits(core)
@@ -135,26 +127,20 @@ class Leveler(CheckpointingTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks (`objective.answer_loss`).
+        """This micro-batch's share of the step's loss: the mean cross-entropy of the labelled tokens of all ranks.
 
-        Raises DataError, with the samples' ids, if the micro-batch's own weighted mean is not finite or above `max_loss`.
+        Raises DataError, with the samples' ids, if the micro-batch's own mean is not finite or above `max_loss`.
         """
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
-        by_token = {name: inputs.pop(name) for name in ("weight", "anchor") if name in inputs}
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         mask = next_labels != IGNORE
         self.answer_logits.select(mask)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
-        if "features" in inputs:
-            self.features.to_encoder_outputs(inputs)
-        by_token = {name: values[mask] for name, values in by_token.items()}
-        if self.reference and by_token.get("anchor", mask).any():
-            by_token["before"] = self.reference.logits(self.accelerator.unwrap_model(model), inputs, mask)
-        logits = self.answer_logits.of(model(**inputs, use_cache=False).logits)  # [N, V]
-        targets = next_labels[mask]
-        loss = objective.answer_loss(logits, targets, self.args, **by_token)
-        mean = loss.item() / objective.total_weight(targets, self.args, **by_token)
+        logits = self.answer_logits.of(model(**inputs, use_cache=False).logits).float()  # [N, V]
+        targets, smoothing = next_labels[mask], self.args.label_smoothing_factor
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        mean = loss.item() / max(1, len(targets))
         if not mean < self.max_loss:  # NaN fails this comparison too
             raise self._divergence(f"the loss is {mean:.1f}", ids)
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
