@@ -32,7 +32,7 @@ from mpa.files.argument_types import number
 from mpa.files.journal import finished
 from mpa.files.records import InputError
 from mpa.method import anchors, holdout
-from mpa.method.parity import ParityRule, capped, funnel_line
+from mpa.method.parity import ParityRule, capped
 from mpa.method.presets import ANCHORED_DEFAULTS, PRESETS
 from mpa.method.prompts import holds_mark
 from mpa.stages import answer_all, asked_again, cli, given_questions
@@ -466,7 +466,7 @@ def main(argv=None) -> Path:
         facts["matched_within_words"] = wrapped
     out = write_train_set(args, rule, train, lvlm_answers, svlm_answers, **facts)
 
-    print("PI: " + funnel_line(funnel))
+    print("PI: " + records.funnel_line(funnel))
     if any(wrapped.values()):
         what = " and ".join(f"{n} of the {who}'s" for who, n in wrapped.items())
         print(f"PI: answers that match only without the words around them, such as 'The answer is …': {what}.")

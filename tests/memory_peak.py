@@ -34,9 +34,9 @@ def growth(work, warm_up) -> int:
 
 
 def train(folder: Path, model: str, *flags: str) -> tuple[int, dict]:
-    import memory_check
     import params
     import train as trainer
+    import training_memory
     from training import arguments
 
     def run(*more: str) -> None:
@@ -47,7 +47,9 @@ def train(folder: Path, model: str, *flags: str) -> tuple[int, dict]:
     model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
     samples = trainer.read(data_args.data_path, data_args, args)
     checked = trainer.prepare(samples, trainer.load_processor(model_args, data_args), data_args)
-    sizes = memory_check.estimate(memory_check.planned_model(model_args, args), model_args, data_args, args, checked)
+    sizes = training_memory.estimate(
+        training_memory.planned_model(model_args, args), model_args, data_args, args, checked
+    )
     one = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1".split()
     return growth(lambda: run("--max_steps", "2"), lambda: run(*one)), sizes
 

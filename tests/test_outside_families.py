@@ -129,7 +129,7 @@ def test_a_training_is_the_models_own_or_one_line_before_the_first_step(outside,
     kind, path = outside
     write(tmp_path, 8)
     if kind in FAILS:
-        with pytest.raises(data.DataError, match=FAILS[kind]):
+        with pytest.raises(InputError, match=FAILS[kind]):
             train.main(arguments(tmp_path, *STEPS, model=path))
         assert not [*tmp_path.glob("out/*")]
         return
@@ -161,14 +161,14 @@ def test_a_shortcut_that_was_not_tested_is_refused_before_anything_is_encoded(tm
     path = miniatures_outside.make("glm4v", tmp_path / "model")
     write(tmp_path, 2)
     monkeypatch.setattr(train, "prepare", None)
-    with pytest.raises(data.DataError, match=r"--packing: not tested with model type glm4v.* Leave it out"):
+    with pytest.raises(InputError, match=r"--packing: not tested with model type glm4v.* Leave it out"):
         train.main(arguments(tmp_path, "--packing", "True", model=path))
 
 
 def test_liger_is_refused_too(tmp_path):
     _, given, training = params.parse(arguments(tmp_path))
     training.use_liger_kernel = True
-    with pytest.raises(data.DataError, match="--use_liger: not tested"):
+    with pytest.raises(InputError, match="--use_liger: not tested"):
         first_sample.refuse_untested("glm4v", given, training)
     first_sample.refuse_untested("qwen2_vl", given, training)
 
@@ -186,9 +186,7 @@ def test_a_loss_that_is_not_the_models_own_is_an_error_before_the_first_step(tmp
         return batch
 
     monkeypatch.setattr(Collator, "__call__", without_mask)
-    with pytest.raises(
-        data.DataError, match=r"model type vipllava .* loss of the first sample is .* the model's own is"
-    ):
+    with pytest.raises(InputError, match=r"model type vipllava .* loss of the first sample is .* the model's own is"):
         train.main(arguments(tmp_path, *STEPS, model=path))
     assert not [*tmp_path.glob("out/*")]
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import data
 from mpa.files.records import InputError
 from mpa.models import identity, loading
 
@@ -31,7 +31,7 @@ KEPT = [*ONE, "--save_total_limit", "3"]
 @pytest.mark.parametrize("more", [[], ["--max_grad_norm", "0"], ["--lora_enable", "True"]], ids=str)
 def test_a_non_finite_gradient_stops_before_the_step_and_names_the_samples(tmp_path, more):
     write(tmp_path, 12)
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(InputError) as error:
         flags = "--per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e3 --save_strategy no".split()
         train.main(arguments(tmp_path, *flags, *more))
     said = str(error.value)
@@ -60,7 +60,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     trainer = build(tmp_path)
     with torch.no_grad():
         next(trainer.model.parameters())[0] = torch.inf
-    with pytest.raises(data.DataError, match="weights are not finite"):
+    with pytest.raises(InputError, match="weights are not finite"):
         trainer.save_model(str(tmp_path / "out"))
     assert not [*tmp_path.glob("out/*")]
 
@@ -139,15 +139,13 @@ def test_one_damaged_checkpoint_alone_is_refused_by_name(tmp_path):
     (tmp_path / "out/train_meta.json").unlink()
     (checkpoint,) = tmp_path.glob("out/checkpoint-*")
     damage(checkpoint, "zeros in model.safetensors")
-    with pytest.raises(
-        data.DataError, match=rf"{checkpoint}: model.safetensors was changed since it was written.*start"
-    ):
+    with pytest.raises(InputError, match=rf"{checkpoint}: model.safetensors was changed since it was written.*start"):
         train.main(arguments(tmp_path, *flags, "--resume_from_checkpoint", str(checkpoint)))
-    with pytest.raises(data.DataError, match=r"model.safetensors was changed.*No checkpoint is left to resume from"):
+    with pytest.raises(InputError, match=r"model.safetensors was changed.*No checkpoint is left to resume from"):
         train.main(arguments(tmp_path, *flags))
     trainer = build(tmp_path)
     trainer.state.best_model_checkpoint = str(checkpoint)
-    with pytest.raises(data.DataError, match=rf"{checkpoint}: model.safetensors was changed.*had the best accuracy"):
+    with pytest.raises(InputError, match=rf"{checkpoint}: model.safetensors was changed.*had the best accuracy"):
         trainer._load_best_model()
 
 
@@ -173,7 +171,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_if_its_weights_are_whole(
         save_file(state, last / "model.safetensors", {"format": "pt"})
         manifest["model.safetensors"]["bytes"] = (last / "model.safetensors").stat().st_size
         (last / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(data.DataError, match=f"{last}.*{said}"):
+        with pytest.raises(InputError, match=f"{last}.*{said}"):
             train.main(arguments(stopped, *KEPT))
 
 
@@ -183,11 +181,7 @@ def test_everything_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, m
 
     def fsync(handle):
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        synced.add(
-            str(path.with_name(path.name.removeprefix(".").removesuffix(".part")))
-            if ".part" in path.name
-            else str(path)
-        )
+        synced.add(re.sub(r"/\.([^/]+)\.\w+\.part$", r"/\1", str(path)))
 
     def rename(source, target):
         renamed[Path(target).name] = {str(path) for path in [source, *Path(source).rglob("*")]} - synced
@@ -236,7 +230,7 @@ def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     write(tmp_path, 18)
     train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
     (tmp_path / "out/train_meta.json").unlink()
-    with pytest.raises(data.DataError, match=r"holds the model only.*--resume_from_checkpoint no starts again"):
+    with pytest.raises(InputError, match=r"holds the model only.*--resume_from_checkpoint no starts again"):
         train.main(arguments(tmp_path, *ONE, "--save_only_model", "True"))
 
 
@@ -244,19 +238,19 @@ def test_a_meta_file_that_was_cut_off_is_named(tmp_path):
     write(tmp_path, 4)
     train.main(arguments(tmp_path, *QUICK))
     (tmp_path / "out/train_meta.json").write_text('{"settings": {')
-    with pytest.raises(data.DataError, match=r"train_meta\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"train_meta\.json: cannot be read"):
         train.main(arguments(tmp_path, *QUICK))
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
     write(tmp_path, 4)
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/.lock", "w") as other:
+    lock = tmp_path / ".out.lock"
+    with open(lock, "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(data.DataError, match="another training is writing it"):
+        with pytest.raises(InputError, match="out: another process is writing it; wait for it or stop it"):
             train.main(arguments(tmp_path, *QUICK))
     train.main(arguments(tmp_path, *QUICK))  # the lock of a finished training does not block
-    assert not (tmp_path / "out/.lock").exists()
+    assert not lock.exists()
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------
@@ -291,7 +285,7 @@ def test_each_part_moves_at_its_rate_or_not_at_all(tmp_path, vision, merger, lor
 def test_adapters_are_no_base_to_train_on(tmp_path):
     write(tmp_path, 4)
     train.main(arguments(tmp_path, *QUICK, "--lora_enable", "True"))
-    with pytest.raises(data.DataError, match=r"holds LoRA adapters.*merge_lora\.sh"):
+    with pytest.raises(InputError, match=r"holds LoRA adapters.*merge_lora\.sh"):
         train.main(arguments(tmp_path, *QUICK, model=tmp_path / "out", out="second"))
 
 

@@ -8,10 +8,9 @@ import params
 import pytest
 import transformers
 from conftest import STUDENT
-from record_formats import DataError
 from training import MINI, arguments, write
 
-import data
+from mpa.files.records import InputError
 
 
 def test_every_argument_of_transformers_is_decided_on():
@@ -65,7 +64,7 @@ def test_every_argument_of_transformers_is_decided_on():
 )
 def test_a_flag_without_sense_is_one_line_with_the_remedy(tmp_path, given, says):
     paths = ["--model_id", str(STUDENT), "--data_path", "x.json", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         params.parse([*paths, *MINI[:2], *given.split()])
     assert says in str(error.value) and "\n" not in str(error.value)
 
@@ -73,13 +72,13 @@ def test_a_flag_without_sense_is_one_line_with_the_remedy(tmp_path, given, says)
 def test_the_model_that_is_trained_is_never_the_output(tmp_path):
     (tmp_path / "link").symlink_to(STUDENT)
     for out in (str(STUDENT), f"{STUDENT}/../student", str(tmp_path / "link")):
-        with pytest.raises(DataError, match="is the model that is trained, and would be overwritten"):
+        with pytest.raises(InputError, match="is the model that is trained, and would be overwritten"):
             params.parse(["--model_id", str(STUDENT), "--data_path", "x.json", "--output_dir", out, *MINI[:2]])
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(DataError, match="is a file; name a folder"):
+    with pytest.raises(InputError, match="is a file; name a folder"):
         params.parse(
             [
                 "--model_id",
@@ -100,7 +99,7 @@ def test_older_spellings_are_read_once(tmp_path):
     for tune, frozen in ((["--tune_merger", "False"], True), (["--tune_merger"], False), (["--tune_merger=no"], True)):
         model, images, args = params.parse([*required, "--min_pixels", "784", "--warmup_ratio", "0.03", *tune])
         assert (model.freeze_merger, images.image_min_pixels, args.warmup_steps) == (frozen, 784, 0.03)
-    with pytest.raises(data.DataError, match="--min_pixels and --image_min_pixels are one flag"):
+    with pytest.raises(InputError, match="--min_pixels and --image_min_pixels are one flag"):
         params.parse([*required, "--min_pixels", "784", "--image_min_pixels", "784"])
     excluded = params.parse([*required, "--lora_enable", "True", "--lora_namespan_exclude", "['lm_head', 'k_proj']"])[0]
     assert excluded.lora_namespan_exclude == ["lm_head", "k_proj"]
@@ -118,13 +117,13 @@ def test_older_spellings_are_read_once(tmp_path):
 )
 def test_flags_without_effect_are_refused(tmp_path, flags, says):
     write(tmp_path, 1)
-    with pytest.raises(data.DataError, match=says):
+    with pytest.raises(InputError, match=says):
         params.parse(arguments(tmp_path, *flags.split()))
 
 
 def test_an_unknown_flag_is_an_error(tmp_path):
     write(tmp_path, 1)
-    with pytest.raises(data.DataError, match="--bits"):
+    with pytest.raises(InputError, match="--bits"):
         params.parse(arguments(tmp_path, "--bits", "4"))
 
 
@@ -135,8 +134,8 @@ def test_an_unknown_family_is_trained_as_one_part_unless_a_flag_names_a_part():
     assert param_groups.part_of("model.vision_tower.weight", "unheard_of") == "language"
     assert param_groups.check_parts("smolvlm", model, training) == ""
     model.freeze_vision_tower = True
-    with pytest.raises(data.DataError, match="--freeze_vision_tower: the parts of model type unheard_of are not known"):
+    with pytest.raises(InputError, match="--freeze_vision_tower: the parts of model type unheard_of are not known"):
         param_groups.check_parts("unheard_of", model, training)
     model.freeze_vision_tower, training.merger_lr = False, 2e-6
-    with pytest.raises(data.DataError, match="--merger_lr: the parts"):
+    with pytest.raises(InputError, match="--merger_lr: the parts"):
         param_groups.check_parts("unheard_of", model, training)

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
-from mpa.files.records import train_record
+from mpa.files.records import InputError, train_record
 from mpa.method.prompts import answer_prompt
 
 
@@ -92,7 +92,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "not JSON"),
+        ("", "the file is empty"),
         ("[]", "contains no samples"),
         ('{"a": 1}', "contains no samples"),
         ('[{"id": 1, "image": "a.png"}]', "record 0: missing 'conversations'"),
@@ -113,7 +113,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(tmp_path, pr
 def test_a_bad_train_file_is_refused_with_record_and_remedy(tmp_path, processor, content, says):
     write_records(tmp_path)
     (tmp_path / "train.json").write_text(content)
-    with pytest.raises(data.DataError, match=says) as error:
+    with pytest.raises(InputError, match=says) as error:
         checked(data.read_samples([str(tmp_path / "train.json")], str(tmp_path)), processor)
     assert "train.json" in str(error.value)
 
@@ -122,7 +122,7 @@ def test_images_that_have_moved_are_found_by_the_map(tmp_path):
     path = write_records(tmp_path, train_record(1, "/workspace/data/a.png", "q", "x"))
     (sample,) = data.read_samples([path], path_map=["/workspace/data/=" + str(tmp_path)])
     assert sample["images"] == [str(tmp_path / "a.png")]
-    with pytest.raises(data.DataError, match="expected OLD=NEW"):
+    with pytest.raises(InputError, match="expected OLD=NEW"):
         data.read_samples([path], path_map=["/workspace/data"])
 
 
@@ -151,9 +151,9 @@ def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
 def test_a_model_that_cannot_be_loaded_is_named():
     arguments = params.ModelArguments(model_id="/no/such/model")
     data_arguments = params.DataArguments(data_path=[])
-    with pytest.raises(data.DataError, match="/no/such/model: no such folder, and no valid hub id"):
+    with pytest.raises(InputError, match="/no/such/model: no such folder, and no valid hub id"):
         model_loading.load_processor(arguments, data_arguments)
-    with pytest.raises(data.DataError, match="/no/such/model: no such folder, and no valid hub id"):
+    with pytest.raises(InputError, match="/no/such/model: no such folder, and no valid hub id"):
         model_loading.load_model(arguments, params.TrainingArguments(output_dir="", use_cpu=True))
     arguments.model_id = str(STUDENT)
     processor = model_loading.load_processor(arguments, data_arguments)

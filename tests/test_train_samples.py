@@ -11,6 +11,7 @@ from conftest import STUDENT
 from training import arguments, build, conversation, write
 
 import data
+from mpa.files.records import InputError
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,13 @@ def test_files_with_shares_are_mixed_in_these_shares_and_one_is_used_whole(tmp_p
     ids = [sample["id"] for sample in chosen]
     assert (sum(i[0] == "a" for i in ids), len(ids), len(set(ids))) == (90, 100, 100)
     assert len(data.read_samples([f"{tmp_path}/a.json", f"{tmp_path}/b:0.5.json"])) == 130
-    with pytest.raises(data.DataError, match="give each file a share"):
+    with pytest.raises(InputError, match="give each file a share"):
         data.read_samples([f"{tmp_path}/a.json:0.9", f"{tmp_path}/b:0.5.json"])
 
 
 def test_a_sample_that_is_too_long_is_named_before_training_or_dropped(tmp_path, capsys):
     write(tmp_path, 4)
-    with pytest.raises(data.DataError, match=r"train.json, record 3: .* of which \d are visual, .* 36\. Lower"):
+    with pytest.raises(InputError, match=r"train.json, record 3: .* of which \d are visual, .* 36\. Lower"):
         train.main(arguments(tmp_path, "--max_seq_length", "36"))
     trainer = build(tmp_path, "--max_seq_length", "36", "--on_too_long", "drop")
     assert [sample["id"] for sample in trainer.train_dataset.samples] == ["s0", "s1", "s2"]

@@ -9,8 +9,7 @@ import train
 from conftest import STUDENT
 from training import write_records
 
-import data
-from mpa.files.records import train_record
+from mpa.files.records import InputError, train_record
 from mpa.method.prompts import answer_prompt
 
 
@@ -62,7 +61,7 @@ def test_a_second_call_says_that_all_is_done_however_it_reports_and_saves(traine
 )
 def test_a_second_call_with_another_setting_is_refused_and_the_setting_named(trained, flag):
     name, value = flag.removeprefix("--").split()
-    with pytest.raises(data.DataError, match=f"other settings: {name} was .*, is now '?{value}") as error:
+    with pytest.raises(InputError, match=f"other settings: {name} was .*, is now '?{value}") as error:
         train_in(trained, *flag.split())
     assert error.value.args[0].count("is now") == 1
 
@@ -74,7 +73,7 @@ def test_a_base_model_that_changed_at_its_path_is_another_setting(copy, capsys):
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(data.DataError, match="other settings: model_sha256 was"):
+    with pytest.raises(InputError, match="other settings: model_sha256 was"):
         train_in(copy)
 
 
@@ -119,7 +118,7 @@ def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
     train_in(copy)
     assert "already exists" in capsys.readouterr().out
     (copy / "train.json").unlink()
-    with pytest.raises(data.DataError, match=r"train.json: no such file. Run PI.sh first"):
+    with pytest.raises(InputError, match=r"train.json: no such file. Run PI.sh first"):
         train_in(copy)
 
 
@@ -129,7 +128,7 @@ def test_that_all_is_done_is_said_without_opening_per_image(copy, capsys):
 )
 def test_text_with_a_special_token_is_refused_with_its_record_before_training(tmp_path, question, answer, token):
     write_records(tmp_path, train_record(1, "a.png", "q <b> |", "x"), train_record(2, "a.png", question, answer))
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(InputError) as error:
         train_in(tmp_path)
     assert f"train.json, record 1: {token} is a special token" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from training import arguments, build, conversation, losses, write
 from transformers import AutoModelForImageTextToText
 
 import data
+from mpa.files.records import InputError
 from mpa.models.families import FAMILIES
 
 
@@ -135,6 +136,6 @@ def test_the_policy_that_saves_the_most_of_what_fits_is_chosen():
 def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
     write(tmp_path, 8)
     flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
-    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
+    with pytest.raises(InputError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
         train.main(arguments(tmp_path, *flags.split()))
     assert not (tmp_path / "out/train_meta.json").exists()

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from trainer import Leveler
 from training import MINI, ONE, TWO, arguments, build, conversation, free_port, launch, losses, weights, write, zero
 
-import data
+from mpa.files.records import InputError
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_weights_and_optimizers_that_do_not_fit_are_one_line(tmp_path, monkeypat
 def test_a_checkpoint_with_other_settings_is_refused(whole):
     (whole / "other").mkdir()
     os.symlink(whole / "out/checkpoint-9", whole / "other/checkpoint-9")
-    with pytest.raises(data.DataError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
+    with pytest.raises(InputError, match=r"checkpoint-9: was trained with other settings: seed was 42, is now 1"):
         train.main(arguments(whole, *ONE, "--seed", "1", out="other"))
 
 
@@ -198,7 +198,7 @@ def test_the_best_in_accuracy_is_kept(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-6"}
     best, last = weights(tmp_path / "out/checkpoint-6"), weights(tmp_path / "out")
     assert all(torch.equal(value, last[name]) for name, value in best.items())
-    with pytest.raises(data.DataError, match="other settings: eval_data_sha256 was"):
+    with pytest.raises(InputError, match="other settings: eval_data_sha256 was"):
         (tmp_path / "held_out.json").write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[1:]))
         train.main(arguments(tmp_path, *flags.split(), *held_out))
 

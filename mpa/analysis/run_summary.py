@@ -10,7 +10,6 @@ from mpa.analysis import guard
 from mpa.data import DATASETS
 from mpa.files import log_file, records
 from mpa.files.outputs import refuse_others
-from mpa.method.parity import funnel_line
 from mpa.method.presets import method_name
 from mpa.runs import comparable, scoring
 from mpa.runs.comparable import NotComparable
@@ -210,7 +209,7 @@ def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
     log_file.open_log(folders[0] / "log.txt")
     for folder, run, result in zip(folders, runs, results, strict=True):
         records.write_json(folder / "summary.json", result)
-        print(f"\n{folder}: " + funnel_line(result["funnel"]))
+        print(f"\n{folder}: " + records.funnel_line(result["funnel"]))
         print("\n".join(["Examples:", *examples(run), ""]))
         print("\n".join([*table(result, what), *cautions(result)]))
         if not DATASETS[dataset].labelled:

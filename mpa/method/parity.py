@@ -178,12 +178,3 @@ def capped(samples: list[dict], per_question: int, per_answer: int, seed: int) -
             counts.update((what, text) for what, (text, _) in limited.items())
             kept.append(place)
     return [samples[place] for place in sorted(kept)]
-
-
-def funnel_line(funnel: dict[str, int]) -> str:
-    """ "1000 images → 990 parsed → 685 L-consistent → 239 parity"; the key `pictures` is older than the word.
-
-    Anchors are no step: "… → 239 parity + 478 anchors".
-    """
-    steps = [f"{n} {'images' if what == 'pictures' else what}" for what, n in funnel.items() if what != "anchors"]
-    return " → ".join(steps) + (f" + {funnel['anchors']} anchors" if "anchors" in funnel else "")

@@ -15,7 +15,6 @@ from mpa.files import atomic, records
 from mpa.files.image_files import read_file
 from mpa.files.packages import require
 from mpa.files.records import InputError
-from mpa.method.parity import funnel_line
 
 MARK = "<image>"
 FURTHER = {"weight": int | float, "kind": str}  # of PI's --weights and --anchors
@@ -190,7 +189,7 @@ def size_category(n: int) -> str:
 
 def data_card(train_json: Path, meta: dict, n: int, file: str) -> str:
     """The dataset card: what the dataset is and how it was made. `meta` is the parity set's meta file."""
-    funnel = funnel_line(meta.get("funnel", {})) or "not known"
+    funnel = records.funnel_line(meta.get("funnel", {})) or "not known"
     lvlm, svlm = (records.short_name(meta.get(f"model_path_{which}", "not known")) for which in ("lvlm", "svlm"))
     anchors = meta.get("funnel", {}).get("anchors", 0)
     which = f"{n - anchors} of them wrongly, and {anchors}, the anchors, rightly" if anchors else "each of them wrongly"

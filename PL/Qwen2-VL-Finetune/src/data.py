@@ -18,11 +18,13 @@ import process_group
 import torch
 import torch.distributed as dist
 from PIL import Image
-from record_formats import IMAGE, DataError, read_record, read_records
+from record_formats import IMAGE, read_record, read_records
 from tqdm import tqdm
 from turns import Turn, special_tokens, turns
 
+from mpa.files import signals
 from mpa.files.image_files import ImageError, open_image
+from mpa.files.records import InputError
 from mpa.models.families import image_token_id, tokenizer_options
 
 IGNORE = -100  # label of a token without loss
@@ -40,14 +42,14 @@ def read_samples(
 
     If the files have shares ("a.json:0.9"), samples are drawn by `seed` so that the mixture has these shares and one
     file is used in full. `path_map` has "OLD=NEW" for folders of images that have moved. No image is opened.
-    Raises DataError for wrong arguments, and for a file that is not a list of records.
+    Raises InputError for wrong arguments, and for a file that is not a list of records.
     """
     moves = [tuple(folder.rstrip("/") + "/" for folder in move.partition("=")[::2]) for move in path_map]
     if not all("=" in move and all(map(len, move.split("="))) for move in path_map):
-        raise DataError(f"--path_map {' '.join(path_map)}: expected OLD=NEW, as in /workspace/data=/mnt/data.")
+        raise InputError(f"--path_map {' '.join(path_map)}: expected OLD=NEW, as in /workspace/data=/mnt/data.")
     files = [split_share(path) for path in data_path]
     if any(share for _, share in files) and not all(share for _, share in files):
-        raise DataError(f"--data_path {' '.join(data_path)}: give each file a share, as in a.json:0.9, or none.")
+        raise InputError(f"--data_path {' '.join(data_path)}: give each file a share, as in a.json:0.9, or none.")
     by_file = []
     for path, _ in files:
         records = ((f"{path}, record {i}", i, record) for i, record in enumerate(read_records(path)))
@@ -73,7 +75,7 @@ def split_share(path: str) -> tuple[str, float | None]:
     except ValueError:
         return path, None
     if not 0 < value < math.inf:
-        raise DataError(f"--data_path {path}: a share must be above 0.")
+        raise InputError(f"--data_path {path}: a share must be above 0.")
     return name, value
 
 
@@ -83,7 +85,7 @@ def _drawn(by_file: list[list[dict]], files: list[tuple[str, float]], seed: int)
     for samples, (path, share) in zip(by_file, files, strict=True):
         indices = random.Random(seed).sample(range(len(samples)), round(share * total))
         if not indices:
-            raise DataError(
+            raise InputError(
                 f"--data_path {path}:{share:g}: of its {len(samples)} samples none would be drawn, since the mixture has "
                 f"only {total:.1f} samples in all. Raise its share, or leave the file out."
             )
@@ -109,7 +111,7 @@ def _content(text: str) -> list[dict]:
 
 
 def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
-    """Raises DataError for text that contains a special token of the tokenizer, such as <|im_end|>.
+    """Raises InputError for text that contains a special token of the tokenizer, such as <|im_end|>.
 
     In an answer it would end the label early; in a question it could stand for an image that does not exist.
     """
@@ -117,7 +119,7 @@ def refuse_special_tokens(samples: list[dict], tokenizer) -> None:
     for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
         for found in filter(None, (special.search(part.get("text", "")) for part in parts)):
-            raise DataError(f"{sample['where']}: {found[0]} is a special token of the model. Remove it.")
+            raise InputError(f"{sample['where']}: {found[0]} is a special token of the model. Remove it.")
 
 
 # --- encoding -----------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def encode(sample: dict, processor) -> dict:
 
     Prompt and answer are tokenised separately, as in generation, so that training starts from exactly the tokens that
     generation starts from. Labels are each answer's tokens and its end token, not what the template adds after it.
-    Raises DataError if an image cannot be read, if the template does not append to a conversation, and if images in several
+    Raises InputError if an image cannot be read, if the template does not append to a conversation, and if images in several
     turns have other tokens together than each turn's alone (LLaVA-OneVision cuts only a single image into tiles).
     """
     images = [_opened(path) for path in sample["images"]]
@@ -152,7 +154,7 @@ def encode(sample: dict, processor) -> dict:
         token = image_token_id(processor)
         together, apart = (_runs(tokens, token) for tokens in (processed[0]["input_ids"][0].tolist(), ids))
         if together != apart:
-            raise DataError(
+            raise InputError(
                 f"id {sample['id']}: its images, in several turns, have {sum(together)} tokens together and {sum(apart)} one by "
                 "one. Put all images into the first question, or make a record of each turn."
             )
@@ -179,7 +181,7 @@ def _turns(sample: dict, processor) -> list[Turn]:
     try:
         return [*turns(sample["messages"], processor)]
     except ValueError as error:
-        raise DataError(f"id {sample['id']}: {error}") from None
+        raise InputError(f"id {sample['id']}: {error}") from None
 
 
 def _opened(path: str | Image.Image) -> Image.Image:
@@ -188,7 +190,7 @@ def _opened(path: str | Image.Image) -> Image.Image:
     try:
         return open_image(path)
     except ImageError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 class Samples(torch.utils.data.Dataset):
@@ -211,7 +213,7 @@ def check_all(samples: list[dict], processor, max_length: int, on_too_long: str,
     """Encode every sample once, so that errors appear before the first step. Collective: the ranks share the work.
 
     Samples with unusable images are left out and reported. A sample of more than `max_length` tokens is left out too if
-    `on_too_long` is "drop". Raises DataError for a sample that is too long if `on_too_long` is "error", and if no sample
+    `on_too_long` is "drop". Raises InputError for a sample that is too long if `on_too_long` is "error", and if no sample
     is left.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -219,12 +221,12 @@ def check_all(samples: list[dict], processor, max_length: int, on_too_long: str,
     workers = workers if len(own) > 64 else 0
     check = _Check(samples, processor)
     loader = torch.utils.data.DataLoader(check, batch_size=None, sampler=own, num_workers=workers, collate_fn=_same)
-    with process_group.signals_held():  # the workers start here
+    with signals.signals_held():  # the workers start here
         checked = iter(loader)
     results = []
     for result in tqdm(checked, "checking samples", len(own), unit="sample", disable=None if rank == 0 else True):
         results.append(result)
-        process_group.stop_if_asked()
+        signals.stop_if_asked()
     by_rank = process_group.all_gather(results)
     results = [by_rank[i % world][i // world] for i in range(len(samples))]
 
@@ -236,7 +238,7 @@ def check_all(samples: list[dict], processor, max_length: int, on_too_long: str,
             reason = f"{result[0]} tokens, of which {result[1]} are visual, exceed --max_seq_length {max_length}"
             if on_too_long == "error":
                 remedy = "Lower --image_max_pixels or --max_tiles, raise --max_seq_length, or leave such samples out: --on_too_long drop"
-                raise DataError(f"{sample['where']}: {reason}. {remedy}.")
+                raise InputError(f"{sample['where']}: {reason}. {remedy}.")
             left_out.append(f"id {sample['id']}: {reason}")
         else:
             kept.append(sample)
@@ -244,7 +246,7 @@ def check_all(samples: list[dict], processor, max_length: int, on_too_long: str,
     if left_out and rank == 0:
         print(f"{len(left_out)} of {len(samples)} samples left out:", *left_out[:10], sep="\n  ")
     if not kept:
-        raise DataError(
+        raise InputError(
             f"{samples[0]['where']}, and all others: none can be used. The first: {left_out[0].rstrip('.')}. Are the paths "
             "correct? See --image_folder."
         )
@@ -263,7 +265,7 @@ class _Check(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[int, int] | str:
         try:
             ids = encode(self.samples[index], self.processor)["input_ids"]
-        except (DataError, ValueError, OSError) as error:
+        except (InputError, ValueError, OSError) as error:
             return str(error)
         return len(ids), int((ids == self.image_token).sum())
 

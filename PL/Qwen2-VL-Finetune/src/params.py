@@ -16,8 +16,9 @@ import process_group
 import torch
 import transformers
 from activations import PRODUCTS
-from record_formats import DataError
 from transformers.hf_argparser import string_to_bool
+
+from mpa.files.records import InputError
 
 # Older spelling -> current spelling. A command may use only one of them.
 RENAMED = {
@@ -189,7 +190,7 @@ KINDS = (ModelArguments, DataArguments, TrainingArguments)
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The flags, in any of their spellings.
 
-    Raises DataError for unknown flags, values out of range, and combinations that have no effect or cannot work.
+    Raises InputError for unknown flags, values out of range, and combinations that have no effect or cannot work.
     """
     words = _current_spelling(sys.argv[1:] if argv is None else argv)
     parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
@@ -213,7 +214,7 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
 
 
 def _refuse(message: str) -> NoReturn:
-    raise DataError(f"{message}. `train.py --help` lists all flags.") from None
+    raise InputError(f"{message}. `train.py --help` lists all flags.") from None
 
 
 def _word_list(words: list[str]) -> list[str]:
@@ -223,11 +224,11 @@ def _word_list(words: list[str]) -> list[str]:
     try:
         return list(literal_eval(words[0]))
     except (ValueError, SyntaxError):
-        raise DataError(f"--lora_namespan_exclude {words[0]}: expected words, or ['a', 'b'].") from None
+        raise InputError(f"--lora_namespan_exclude {words[0]}: expected words, or ['a', 'b'].") from None
 
 
 def _current_spelling(words: list[str]) -> list[str]:
-    """The command line with older spellings replaced. Raises DataError if a flag is given in two spellings."""
+    """The command line with older spellings replaced. Raises InputError if a flag is given in two spellings."""
     rest, spellings, result = deque(words), {}, []
     while rest:
         word = rest.popleft()
@@ -237,7 +238,7 @@ def _current_spelling(words: list[str]) -> list[str]:
             continue
         current = RENAMED.get(flag, NEGATED.get(flag, flag))
         if spellings.setdefault(current, flag) != flag:
-            raise DataError(f"{spellings[current]} and {flag} are one flag; give it once.")
+            raise InputError(f"{spellings[current]} and {flag} are one flag; give it once.")
         if flag == "--warmup_ratio":
             value = value if equals else rest.popleft() if rest else ""
             equals = "="
@@ -256,4 +257,4 @@ def _check_share(flag: str, value: str) -> None:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise DataError(f"{flag} {value}: a share of all steps, from 0 to below 1.")
+        raise InputError(f"{flag} {value}: a share of all steps, from 0 to below 1.")
