@@ -212,7 +212,9 @@ def words(file: YamlFile, node) -> tuple[str, ...]:
 
 def check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
     """Let the trainer's own parser check its flags, in a process of its own, as it loads torch."""
-    code = "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.DataError as error: sys.exit(str(error))"
+    code = (
+        "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.InputError as error: sys.exit(str(error))"
+    )
     needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
     done = subprocess.run(
         [sys.executable, "-c", code, *needed, *flags],

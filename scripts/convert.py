@@ -47,7 +47,7 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     if args.cached:
         with contextlib.redirect_stdout(sys.stderr):
-            folder = conversion.native(args.model)
+            folder = conversion.converted(args.model)
         print(folder)
         return
     started = time.time()

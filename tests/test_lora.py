@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from training import arguments, weights, write
 from transformers import AutoModelForImageTextToText
 
-import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
 from mpa.files.records import InputError
@@ -111,7 +110,7 @@ def test_adapters_that_are_not_whole_are_neither_used_nor_merged(adapted, tmp_pa
         (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=said):
         loading.load_model(str(folder), "cpu", torch.float32)
-    with pytest.raises(data.DataError, match=said):
+    with pytest.raises(InputError, match=said):
         merge_lora.merge(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -148,7 +147,7 @@ def test_a_base_that_changed_under_its_adapters_is_named(adapted, tmp_path, how,
     else:
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
-    with pytest.raises(data.DataError, match=said):
+    with pytest.raises(InputError, match=said):
         merge_lora.merge(folder, tmp_path / "merged", base=str(base) if moved else None)
     if not moved:
         with pytest.raises(InputError, match=said):
@@ -190,7 +189,7 @@ def test_adapters_and_a_base_that_were_saved_again_or_moved_are_used(adapted, tm
 def test_adapters_that_name_no_base_are_not_merged(adapted, tmp_path, content):
     folder = shutil.copytree(adapted / "adapters", tmp_path / "adapters")
     (folder / "adapter_config.json").write_text(content)
-    with pytest.raises(data.DataError, match="does not name its base model"):
+    with pytest.raises(InputError, match="does not name its base model"):
         merge_lora.merge(folder, tmp_path / "merged")
 
 
@@ -204,7 +203,7 @@ def test_a_resumed_training_of_adapters_needs_their_base(tmp_path, monkeypatch):
     content = bytearray((tmp_path / "base/model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "base/model.safetensors").write_bytes(content)
-    with pytest.raises(data.DataError, match=r"another base model than .*base is now \(model\.safetensors changed\)"):
+    with pytest.raises(InputError, match=r"another base model than .*base is now \(model\.safetensors changed\)"):
         train.main(arguments(tmp_path, *QUICK, model=tmp_path / "base"))
 
 

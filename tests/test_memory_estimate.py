@@ -6,20 +6,20 @@ import random
 import subprocess
 import sys
 
-import memory_check
+import activations
 import miniatures
 import params
 import pytest
-import sample_preparation
 import train
+import training_memory
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from PIL import Image
 from training import arguments, build, conversation, write
 
-import data
 from mpa.engines import Request, memory
 from mpa.engines.hf import HFEngine
 from mpa.files.printable import as_size
+from mpa.files.records import InputError
 from mpa.models import device_memory, memory_estimate
 
 # A Qwen2-VL of 95 M parameters.
@@ -203,7 +203,7 @@ def free(monkeypatch):
 
     def set_free(size: int) -> None:
         monkeypatch.setattr(memory, "available_bytes", lambda device: size)
-        monkeypatch.setattr(memory_check, "available_bytes", lambda device: size)
+        monkeypatch.setattr(activations, "available_bytes", lambda device: size)
 
     return set_free
 
@@ -249,8 +249,8 @@ def test_the_trainer_says_what_it_needs_and_refuses_what_cannot_fit(tmp_path, fr
     build(tmp_path)
     assert "PL: memory (est.): weights " in capsys.readouterr().out
     model_args, _, args = params.parse(arguments(tmp_path))
-    size = memory_check.on_device(
-        memory_check.states_of(memory_check.planned_model(model_args, args), 16, args), args.device
+    size = training_memory.on_device(
+        training_memory.states_of(training_memory.planned_model(model_args, args), 16, args), args.device
     )
     free(int(size * 0.95))
     build(tmp_path)
@@ -258,7 +258,7 @@ def test_the_trainer_says_what_it_needs_and_refuses_what_cannot_fit(tmp_path, fr
     free(size // 2)
     loaded = []
     monkeypatch.setattr(train, "load_model", lambda *_: loaded.append(1))
-    with pytest.raises(data.DataError, match=r"needs weights .* has 0\.\d+ GB free .*--lora_enable True"):
+    with pytest.raises(InputError, match=r"needs weights .* has 0\.\d+ GB free .*--lora_enable True"):
         build(tmp_path)
     assert not loaded
 
@@ -270,8 +270,8 @@ def test_auto_is_estimated_as_the_first_policy_that_fits(tmp_path, free):
         free(available)
         flags = ("--activation_checkpointing", policy, "--per_device_train_batch_size", "4", "--max_steps", "1")
         model_args, data_args, args = params.parse(arguments(tmp_path, *flags, "--gradient_accumulation_steps", "2"))
-        samples = sample_preparation.read(data_args.data_path, data_args, args)
-        encoded = sample_preparation.prepare(samples, train.load_processor(model_args, data_args), data_args, args)
+        samples = train.read(data_args.data_path, data_args, args)
+        checked = train.prepare(samples, train.load_processor(model_args, data_args), data_args)
         model = memory_estimate.meta_model(str(STUDENT))
-        sizes[policy, available] = memory_check.estimate(model, model_args, data_args, args, encoded)["activations"]
+        sizes[policy, available] = training_memory.estimate(model, model_args, data_args, args, checked)["activations"]
     assert sizes["auto", 10**12] == sizes["False", 10**12] > sizes["True", 10**12] == sizes["auto", 10**6]

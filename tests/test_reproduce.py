@@ -325,8 +325,7 @@ def test_a_stage_that_writes_nothing_is_an_error(repository):
 @pytest.mark.parametrize(
     ("folder", "code"),
     [
-        (ROOT, "from mpa.files import distributed; distributed.end_with_launcher()"),
-        (ROOT / "PL/Qwen2-VL-Finetune/src", "import process_group; process_group.use_launcher_environment()"),
+        (ROOT, "from mpa.files import signals; signals.end_with_launcher()"),
     ],
 )
 def test_a_rank_whose_launcher_was_killed_at_the_start_ends(folder, code):

@@ -14,7 +14,7 @@ from pathlib import Path
 from mpa.files import atomic, records
 from mpa.files.image_files import read_file
 from mpa.files.packages import require
-from mpa.files.records import InputError, funnel_line
+from mpa.files.records import InputError
 
 MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}

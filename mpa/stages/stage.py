@@ -12,14 +12,14 @@ from pathlib import Path
 from mpa.answers.finish_reasons import why_cut
 from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.engines.endpoint import Endpoint
-from mpa.files import distributed, records
+from mpa.files import distributed, records, signals
 from mpa.files.earlier_replies import Asked, EarlierReplies, beside_content, journals_of
 from mpa.files.journal import Journal, finished, refuse_other_settings
 from mpa.files.outputs import inputs_of, refuse_others
 from mpa.files.packages import require
 from mpa.files.records import InputError
 from mpa.models import families
-from mpa.models.conversion import native
+from mpa.models.conversion import converted
 from mpa.models.identity import identity
 from mpa.models.loading import check_model_path, format_marks, model_type, resolved_dtype
 from mpa.models.visual_tokens import Counter as TokenCounter
@@ -100,7 +100,7 @@ class AskedModel:
     @property
     def folder(self) -> str:
         """What is loaded: an original checkpoint's conversion, which is made when it is first needed, or `path` itself."""
-        return native(self.path) if self.local else self.path
+        return converted(self.path) if self.local else self.path
 
     def engine(self):
         """The engine. It loads the model at the first request."""
@@ -128,7 +128,7 @@ class AskedModel:
         """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
         with self.engine() as engine:
             list(finite(engine.generate(requests[:1])))  # loads the model
-            distributed.stop_if_asked()
+            signals.stop_if_asked()
             at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
             some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
             before, started = engine.facts(), time.perf_counter()
@@ -203,7 +203,7 @@ class Stage:
 
         Raises InputError where another does now; `wait`: waits for it instead. `ready`: see `check`.
         """
-        distributed.stop_if_asked()
+        signals.stop_if_asked()
         if self.finished(ready):
             yield False
             return
