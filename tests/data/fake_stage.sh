@@ -2,7 +2,7 @@
 # Stands for PA.sh, PI.sh, PL.sh and evaluate.sh in tests/test_reproduce.py: writes the files that they would write, each whole
 # and once. $CALLS gets a line per file that is made. A model that is named in $BROKEN fails.
 set -euo pipefail
-STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' OF_LVLM='' HELD_OUT='' ONLY_LVLM='' MATCH=exact ANCHORS='' SCORE='' WEIGHTS='' MIXED=()
+STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' OF_LVLM='' HELD_OUT='' ONLY_LVLM='' MATCH=exact ANCHORS='' SCORE='' MOST='' MIXED=()
 while (($#)); do
     case $1 in
     --only-lvlm) ONLY_LVLM=1 ;;
@@ -10,7 +10,7 @@ while (($#)); do
     --model-path-lvlm) OF_LVLM=$(basename "$2") && shift ;;
     --held-out) HELD_OUT=1 ;;
     --score) SCORE=1 ;;
-    --weights) WEIGHTS=weights ;;
+    --max-svlm-probability) MOST=$2 && shift ;;
     --match) MATCH=$2 && shift ;;
     --anchors) ANCHORS="$2 anchors" && shift ;;
     --out) OUT=$2 && shift ;;
@@ -39,8 +39,8 @@ case $STAGE in
 PA) make "$RUN/PA_${L}_$DATASET.json" "$L" "$DATASET" "$SEED" ;;
 PI)
     if [[ $OUT ]]; then
-        [[ ! $WEIGHTS || -f $RUN/PI_${L}_scored-${S}_$DATASET.json ]]
-        make "$OUT" "$MATCH${ANCHORS:+ $ANCHORS}${WEIGHTS:+ $WEIGHTS}"
+        [[ ! $MOST || -f $RUN/PI_${L}_scored-${S}_$DATASET.json ]]
+        make "$OUT" "$MATCH${ANCHORS:+ $ANCHORS}${MOST:+ at most $MOST}"
     else
         [[ -f $RUN/PA_${L}_$DATASET.json ]]
         make "$RUN/PI_${L}_${L}_$DATASET.json" "$L"
