@@ -59,13 +59,9 @@ Script = Annotated[Words, AfterValidator(_script)]
 class Folder(Section):
     """A folder, and the script that makes it, with its flags. Paths are relative to the repository."""
 
+    text_is = "folder"
     folder: Annotated[Path, AfterValidator(_in_repository)]
     made_by: Script = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_path(cls, given):
-        return {"folder": given} if isinstance(given, str) else given
 
 
 class Made(Folder):
@@ -75,15 +71,11 @@ class Made(Folder):
 class Model(Section):
     """A model; `name` is its name in result files. `gpus` of each of its jobs; None: the experiment's."""
 
+    text_is = "model"
     path: str = Field(alias="model", min_length=1)
     engine: Literal[*ENGINES] = "hf"
     flags: Words = ()
     gpus: PositiveInt | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_path(cls, given):
-        return {"model": given} if isinstance(given, str) else given
 
     @field_validator("flags")
     @classmethod

@@ -134,12 +134,12 @@ class Variant(Training):
     @model_validator(mode="after")
     def _keys_fit(self):
         of_pi, given = ("match", "anchors", "anchor_by", "max_svlm_probability"), self.model_fields_set
+        all_samples = (
+            self.train in ("all_pseudo", "human") and f"no effect on {self.train}: PI does not choose its samples"
+        )
         not_parity = self.train != "mpa" and f"is for the parity set (train: mpa), not for {self.train}"
         for key, fault in (
-            (
-                "match",
-                self.train in ("all_pseudo", "human") and f"no effect on {self.train}: PI does not choose its samples",
-            ),
+            ("match", all_samples),
             ("anchors", not_parity),
             ("anchor_by", not self.anchors and "needs anchors: R"),
             ("max_svlm_probability", not_parity),

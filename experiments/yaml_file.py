@@ -1,6 +1,7 @@
 """A YAML file that a pydantic model describes; an error names file, line and key."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -17,13 +18,16 @@ class Fault(ValueError):
 
 
 class Section(BaseModel):
-    """A mapping in a file. An unknown key is an error that lists the known ones."""
+    """A mapping in a file. An unknown key is an error that lists the known ones. A text stands for the key `text_is`, if there is one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    text_is: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, given):
+        if isinstance(given, str) and cls.text_is:
+            return {cls.text_is: given}
         if isinstance(given, dict):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in given:
