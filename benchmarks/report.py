@@ -1,6 +1,6 @@
 """The report of 10,000 samples: time to build, size, first paint and filter in a browser.
 
-    python benchmarks/report.py                    # needs Chromium and requirements-dev.txt
+    python benchmarks/report.py                    # needs Chromium and requirements/dev.txt
 
 Draws 10,000 different images with noise, writes the result files of a run, and builds its report as a folder and as one file.
 Prints, as its last line, a JSON object of the figures. First paint: the browser's own entry. Filter: from the input event to

@@ -15,8 +15,9 @@ Your own images: --task selects the kind of question, or --prompt-file gives you
 import argparse
 import sys
 from dataclasses import replace
-from difflib import SequenceMatcher
 from pathlib import Path
+
+from rapidfuzz import fuzz
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -121,7 +122,7 @@ def request(sample: Sample, attempt: int, args, earlier: list[str]) -> Request:
 def repeated(question: str, earlier: list[str]) -> bool:
     """Is the question nearly one of the earlier ones? Nearly: 90 % of the characters, normalised, are the same in order."""
     asked = normalise(question)
-    return any(SequenceMatcher(None, asked, normalise(other), autojunk=False).ratio() >= 0.9 for other in earlier)
+    return any(fuzz.ratio(asked, normalise(other)) >= 90 for other in earlier)
 
 
 def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> Annotation:

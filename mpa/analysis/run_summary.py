@@ -10,6 +10,7 @@ from mpa.analysis import guard
 from mpa.data import DATASETS
 from mpa.files import log_file, records
 from mpa.files.outputs import refuse_others
+from mpa.files.records import funnel_line
 from mpa.method.presets import method_name
 from mpa.method.rules.caps import Caps
 from mpa.method.verdict import BOTH_RIGHT, HELD_OUT, LVLM_FAILED, PARITY, SVLM_FAILED

@@ -14,7 +14,7 @@ from pathlib import Path
 from mpa.files import atomic, records
 from mpa.files.image_files import read_file
 from mpa.files.packages import require
-from mpa.files.records import InputError
+from mpa.files.records import InputError, funnel_line
 
 MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}

@@ -60,7 +60,11 @@ def _result_flags(p: argparse.ArgumentParser) -> None:
     out.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
     out.add_argument("--restart", action="store_true", help="start again: delete the results of earlier calls")
     out.add_argument(
-        "--dry-run", action="store_true", help="run a few samples, estimate the time of all, and write nothing"
+        "--dry-run",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="run a few samples, estimate the time of all, and write nothing; json: say so in a line of JSON for each model",
     )
     out.add_argument(
         "-v",

@@ -125,7 +125,7 @@ class AskedModel:
             check_weights(self.folder, self.args, self.quantization)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
-        """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
+        """Run a few requests; print the number of all and their estimated time and cost, as text or JSON. Writes nothing."""
         with self.engine() as engine:
             list(finite(engine.generate(requests[:1])))  # loads the model
             signals.stop_if_asked()
@@ -135,17 +135,20 @@ class AskedModel:
             n = sum(len(replies) for replies in engine.generate(some))
             seconds, after = time.perf_counter() - started, engine.facts()
             memory = engine.memory_line(requests) if hasattr(engine, "memory_line") else ""
-        images = [request.image_path for request in requests]
+        of_all, images = len(requests) / n, [request.image_path for request in requests]
+        if self.args.dry_run == "json":
+            print(json.dumps({"label": label, "requests": len(requests), "seconds": round(seconds * of_all, 3)}))
+            return
         print(f"{label}: {len(requests):,} requests about {len(set(images)):,} images.")
         limits = self.args.min_pixels, self.args.max_pixels, self.args.max_tiles, self.args.trust_remote_code
         count = TokenCounter(self.folder if self.local else None, *limits)
         print(f"  visual tokens of {count.whose}: {total(images, count):,}")
         if memory:
             print(f"  memory, estimated: {memory}")
-        print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
+        print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds * of_all))}")
         if "cost" in after:
             spent = after["cost"] - before["cost"]
-            print(f"  cost, by that of {n}: {spent / n * len(requests):.2f} (this trial: {after['cost']:.4f})")
+            print(f"  cost, by that of {n}: {spent * of_all:.2f} (this trial: {after['cost']:.4f})")
 
 
 class Stage:
