@@ -18,6 +18,7 @@ from experiments.definition import Experiment, Model, read
 from experiments.flags import stage_arguments
 from mpa.data import DATASETS
 from mpa.data.loading import load_samples
+from mpa.files.printable import as_size
 from mpa.files.records import REPOSITORY, InputError
 from mpa.method import rules
 from mpa.stages import cli
