@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -43,7 +44,11 @@ def known_to_trainer(flags: tuple[str, ...]) -> tuple[str, ...]:
     code = "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.DataError as error: sys.exit(str(error))"
     needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
     command, source = [sys.executable, "-c", code, *needed, *flags], REPOSITORY / "PL/Qwen2-VL-Finetune/src"
-    if flags and (done := subprocess.run(command, cwd=source, capture_output=True, text=True)).returncode:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    if (
+        flags
+        and (done := subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)).returncode
+    ):
         raise ValueError(done.stderr.strip().splitlines()[-1])
     return flags
 

@@ -243,4 +243,4 @@ def test_the_plan_and_the_check_run_in_a_folder_that_is_gone(file, tmp_path):
         command = ["bash", "-c", f"cd {gone} && rmdir {gone} && {command}"]
         done = subprocess.run(command, env=places, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("trial: 6 cells") and "GB" in done.stdout
+    assert done.stdout.startswith("trial: 6 cells") and "MB" in done.stdout
