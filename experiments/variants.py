@@ -212,13 +212,13 @@ def words(file: YamlFile, node) -> tuple[str, ...]:
 
 def check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
     """Let the trainer's own parser check its flags, in a process of its own, as it loads torch."""
-    code = (
-        "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.InputError as error: sys.exit(str(error))"
-    )
+    source = STAGES["PL"].parents[1] / "src"
+    code = f"import sys\nsys.path.append({str(source.parents[2])!r})\nimport params\n"  # of mpa
+    code += "try: params.parse(sys.argv[1:])\nexcept params.InputError as error: sys.exit(str(error))"
     needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
     done = subprocess.run(
         [sys.executable, "-c", code, *needed, *flags],
-        cwd=STAGES["PL"].parents[1] / "src",
+        cwd=source,
         capture_output=True,
         text=True,
     )
