@@ -41,7 +41,8 @@ def known_to(stage: str, flags: tuple[str, ...]) -> tuple[str, ...]:
 
 def known_to_trainer(flags: tuple[str, ...]) -> tuple[str, ...]:
     """The flags. Raises ValueError with what the trainer says of them, in a process of its own, as it loads torch."""
-    code = "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.DataError as error: sys.exit(str(error))"
+    code = "import sys, params\nfrom mpa.files.records import InputError\n"
+    code += "try: params.parse(sys.argv[1:])\nexcept InputError as error: sys.exit(str(error))"
     needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
     command, source = [sys.executable, "-c", code, *needed, *flags], REPOSITORY / "PL/Qwen2-VL-Finetune/src"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

@@ -219,7 +219,7 @@ def test_the_merging_command_says_it_in_one_line(adapted, tmp_path):
 def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (tmp_path / "PI_train.meta.json").write_text(json.dumps({"funnel": {"pictures": 9, "parity": 4}}))
+    (tmp_path / "PI_train.meta.json").write_text(json.dumps({"funnel": {"pictures": 9, "parity": 4, "anchors": 8}}))
     settings = dict.fromkeys(
         "learning_rate vision_lr merger_lr num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
         "image_min_pixels image_max_pixels seed".split(),
@@ -229,10 +229,12 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
     model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     card = (tmp_path / "README.md").read_text()
-    assert "9 images → 4 parity" in card
+    assert "- 9 images → 4 parity + 8 anchors\n" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
     assert "without human labels" in card
-    (tmp_path / "PI_train.meta.json").unlink()  # any other data: nothing is known of its labels
+    (tmp_path / "PI_train.meta.json").write_text(
+        "{}"
+    )  # any other data, as a baseline's: nothing is known of its labels
     model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     assert "Parity Alignment" not in (tmp_path / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data import split_share
 from mpa.files import records
 from mpa.models.conversion import converted_from
 
@@ -52,7 +53,7 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
 
 def _funnel(data_paths: list[str]) -> list[str]:
     """The parity counts, from the meta file that the Parity Identifier writes next to its train JSON."""
-    metas = map(records.meta_path, data_paths)
+    metas = [records.meta_path(split_share(path)[0]) for path in data_paths]
     counts = [records.read_json(meta).get("funnel") for meta in metas if meta.exists()]
     return [f"- {records.funnel_line(funnel)}" for funnel in counts if funnel]
 

@@ -190,7 +190,8 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
     write_card(out, meta, model_args.model_id, model_args.lora_enable)
     model_files.write_manifest(out, model_files.files_of(out))
     model_files.write_json(out / META, meta)
-    size, dtype = progress.weight_bytes(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
+    size = sum(file.stat().st_size for file in model_files.weight_files(out)) / 1e9
+    dtype = str(trainer.save_dtype or torch.float32).removeprefix("torch.")
     print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
     print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")
 

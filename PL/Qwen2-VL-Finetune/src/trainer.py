@@ -50,7 +50,7 @@ class Leveler(CheckpointingTrainer):
     - Evaluation measures the accuracy of generated answers.
 
     Args:
-        samples, eval_samples: encoded samples to train on, and held-out ones.
+        samples, eval_samples: samples to train on, and held-out ones.
         batch_tokens: maximum tokens of a micro-batch, padding included; 0 for no limit.
     """
 
