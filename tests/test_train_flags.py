@@ -12,6 +12,7 @@ import train
 import transformers
 from conftest import STUDENT
 from training import MINI, write, write_records
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mpa.files.records import InputError, train_record
 from mpa.method.prompts import answer_prompt
@@ -124,6 +125,13 @@ def train_in(folder, *flags) -> None:
     paths = ["--model_id", "student", "--data_path", "train.json", "--image_folder", "", "--output_dir", "out"]
     paths = [str(folder / word) if not word.startswith("--") else word for word in paths]
     train.main([*paths, "--use_cpu", "True", "--image_min_pixels", "3136", "--image_max_pixels", "3136", *flags])
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed():
+    """transformers keeps the DeepSpeed configuration of arguments that are not yet collected, for all trainings of the process."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="module")
