@@ -250,8 +250,8 @@ def _model(file: YamlFile, item, what: str, datasets: list[str], made_in: Path |
 
 
 def _settings(file: YamlFile, node, stages, what: str) -> dict[str, str]:
-    known = {name: default for stage in stages for name, default in script_settings(stage).items()}
-    return {name: setting(file, value, name, known[name]) for name, value in file.mapping(node, known, what).items()}
+    known = [name for stage in stages for name in script_settings(stage)]
+    return {name: setting(file, value, name) for name, value in file.mapping(node, known, what).items()}
 
 
 def _gpus(file: YamlFile, node) -> dict[str, int]:

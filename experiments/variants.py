@@ -20,6 +20,7 @@ STAGES = {
 }
 TRAIN = ("mpa", "all_pseudo", "random_pseudo", "human", "human_n", "rejected")
 SET_BY_RUNNER = set("DATASET LVLM SVLM MODEL RUN PRESET SEED TRAIN_JSON OUTPUT_DIR GPUS".split())
+WORDS = ("DTYPE", "ZERO", "IMAGES")  # the variables that are not numbers
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ class Variant:
         )
 
 
-def script_settings(stage: str) -> dict[str, str]:
-    """{variable: default} of a stage's script, without those that the runner sets."""
-    found = re.findall(r"\$\{([A-Z_]+):-((?:\$\(\(.*?\)\)|[^}])*)\}", STAGES[stage].read_text())
-    return {name: default for name, default in found if name not in SET_BY_RUNNER}
+def script_settings(stage: str) -> list[str]:
+    """The variables that a stage's script reads, without those that the runner sets."""
+    found = re.findall(r"\$\{([A-Z_]+):[-+]", STAGES[stage].read_text())
+    return [name for name in dict.fromkeys(found) if name not in SET_BY_RUNNER]
 
 
 def suffix(name: str) -> str:
@@ -144,7 +145,7 @@ def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
     return Variant(
         train,
         match,
-        {key: setting(file, value, key, settings[key]) for key, value in own.items()},
+        {key: setting(file, value, key) for key, value in own.items()},
         flags,
         corrupt,
         _share(file, given["replay"], "replay") if "replay" in given else 0.0,
@@ -193,9 +194,9 @@ def _corruption(file: YamlFile, node) -> Corruption:
     return Corruption(kind, _share(file, given["share"], "share"), where)
 
 
-def setting(file: YamlFile, node, name: str, default: str) -> str:
+def setting(file: YamlFile, node, name: str) -> str:
     value = file.text(node, name)
-    if default[:1].isdigit() or default.startswith(("$((", "$LEARNING_RATE")):
+    if name not in WORDS:
         try:
             float(value)
         except ValueError:

@@ -48,8 +48,8 @@ SELECTION = ("max_svlm_probability", "weights", "max_per_question", "max_per_ans
 
 def arguments(argv=None):
     p = cli.parser(__doc__)
-    p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--model-path-svlm", default=cli.SVLM, help="the S-VLM: a folder or hub id (default: %(default)s)")
+    cli.add_lvlm(p)
+    cli.add_svlm(p)
     p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
     p.add_argument("--pa-json", type=Path, metavar="FILE", help="the PA file, like --annotations (default: this run's)")
     p.add_argument(

@@ -46,7 +46,9 @@ def repository(tmp_path) -> Path:
     settings["PL"] = (ROOT / "PL/Qwen2-VL-Finetune/scripts/PL.sh").read_text()
     for stage, text in settings.items():
         path = copy / ("PL/Qwen2-VL-Finetune/scripts" if stage == "PL" else "scripts") / f"{stage}.sh"
-        known = "".join(f"# {line}\n" for line in text.splitlines() if ":-" in line)  # the variables that it reads
+        known = "".join(
+            f"# {line}\n" for line in text.splitlines() if ":-" in line or ":+" in line
+        )  # the variables that it reads
         path.write_text((ROOT / "tests/data/fake_stage.sh").read_text() + known)
     (copy / "scripts/baselines.py").write_text(BASELINES)
     (copy / "scripts/setup.sh").write_text("exit 0\n")

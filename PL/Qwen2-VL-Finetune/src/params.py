@@ -156,8 +156,12 @@ class TrainingArguments(transformers.TrainingArguments):
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs (paper: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
-    merger_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the merger."})
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the vision tower. Default: --learning_rate."}
+    )
+    merger_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the merger. Default: --learning_rate."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every N steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch."})
@@ -207,6 +211,8 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 
     def __post_init__(self):
+        self.vision_lr = self.learning_rate if self.vision_lr is None else self.vision_lr
+        self.merger_lr = self.learning_rate if self.merger_lr is None else self.merger_lr
         if self.dataloader_num_workers < 0:
             cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0

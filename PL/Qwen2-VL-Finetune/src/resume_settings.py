@@ -146,6 +146,8 @@ def of_result(recorded: dict) -> dict:
 
 def refuse_other_settings(recorded: dict, current: dict, where) -> None:
     """Raises DataError, with each difference, if the training at `where` had other settings."""
+    rates = {name: recorded.get("learning_rate") for name in ("vision_lr", "merger_lr") if recorded.get(name) is None}
+    recorded = recorded | rates  # earlier checkpoints have null where it was --learning_rate
     differ = [name for name in recorded | current if recorded.get(name) != current.get(name)]
     if differ:
         changes = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
