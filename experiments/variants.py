@@ -1,5 +1,6 @@
 """The variants of an experiment file: what PL trains on, and with which settings. `experiments.definition` reads the rest of the file."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -218,6 +219,7 @@ def check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *needed, *flags],
         cwd=STAGES["PL"].parents[1] / "src",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )

@@ -28,7 +28,7 @@ ask "$SVLM" "$LEVELLED" "$@"
 VERDICT=$(verdict mpa)
 if [[ $REMEDY != 0 && $VERDICT == worse ]]; then
     echo "The levelled S-VLM is worse than the one it came from. Trying remedies."
-    REMEDIES=$(PYTHONPATH=$ROOT python -P -m mpa.analysis.remedies "$LEVELLED" --preset "${PRESET:-paper}")
+    REMEDIES=$(PYTHONPATH=$ROOT python -P -m mpa.analysis.remedies "$LEVELLED" ${PRESET:+--preset "$PRESET"})
     about TRAIN_JSON="train$([[ $PRESET == anchored ]] || echo ":anchors-$ANCHORS")"
     export TRAIN_JSON
     if [[ $PRESET != anchored ]]; then

@@ -169,7 +169,7 @@ def told(tmp_path) -> dict[str, str]:
     """Variables with which each `python FILE …` of a script says its file and $RUN, and does nothing."""
     (tmp_path / "fake/bin").mkdir(parents=True)
     python = tmp_path / "fake/bin/python"
-    python.write_text(LAYOUT + 'echo "$(basename "$1") $RUN"\n')
+    python.write_text(LAYOUT + 'echo "$(basename -- "$1") $RUN"\n')
     python.chmod(0o755)
     return {"VENV": f"{tmp_path}/fake", **SETTINGS}
 

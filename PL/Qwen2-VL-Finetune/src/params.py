@@ -19,6 +19,8 @@ from activations import PRODUCTS
 from record_formats import DataError
 from transformers.hf_argparser import string_to_bool
 
+from mpa.models.families import MAX_PIXELS, MIN_PIXELS
+
 # Older spelling -> current spelling. A command may use only one of them.
 RENAMED = {
     "--min_pixels": "--image_min_pixels",
@@ -86,10 +88,10 @@ class DataArguments:
         default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON names in OLD/ are now in NEW/."}
     )
     image_min_pixels: int = field(
-        default=128 * 28 * 28, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
+        default=MIN_PIXELS, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
     )
     image_max_pixels: int = field(
-        default=512 * 28 * 28, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
+        default=MAX_PIXELS, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
     )
     max_tiles: int | None = field(
         default=None,
