@@ -11,7 +11,7 @@ from mpa.answers.kinds import ANSWER_TYPES
 from mpa.answers.matching import MATCHERS
 from mpa.files.records import REPOSITORY
 from mpa.files.yaml_file import YamlFile
-from mpa.method.anchors import ANCHOR_BY
+from mpa.method.rules.anchors import ANCHOR_BY
 
 STAGES = {
     "PA": REPOSITORY / "scripts/PA.sh",

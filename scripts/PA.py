@@ -31,11 +31,11 @@ from mpa.files import records
 from mpa.files.argument_types import number
 from mpa.files.earlier_replies import Asked
 from mpa.files.image_files import fingerprints
-from mpa.files.journal import Journal, passing
+from mpa.files.journal import Journal, is_temporary
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import A_MARK, TASK_PROMPTS, Annotation, holds_mark, parse_annotation
 from mpa.stages import cli
-from mpa.stages.stage import Model, Stage, counted
+from mpa.stages.stage import AskedModel, Stage, counted
 
 
 def arguments(argv=None):
@@ -206,13 +206,13 @@ def annotate(
 def failed(samples: list[Sample], tries: int, journal: Journal) -> int:
     """How many samples have a reply that failed with a temporary error."""
     keys = ([f"{s.key}#{attempt}" for attempt in range(tries + 1)] for s in samples)
-    return sum(any(key in journal and passing(journal[key]) for key in of_sample) for of_sample in keys)
+    return sum(any(key in journal and is_temporary(journal[key]) for key in of_sample) for of_sample in keys)
 
 
 def main(argv=None) -> Path:
     args = arguments(argv)
     cli.open_log(args)
-    preset, model = PRESETS[args.preset], Model(args, args.model_path_lvlm)
+    preset, model = PRESETS[args.preset], AskedModel(args, args.model_path_lvlm)
     tries = args.tries if preset.tries is None else preset.tries
     samples = load_samples(args.dataset, "train", args.annotations, args.image_root, args.path_map)
     model.check()

@@ -20,13 +20,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa.answers.kinds import ANSWER_TYPES, answer_type
+from mpa.answers.matching import Match
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
 from mpa.files import log_file, outputs, records
 from mpa.files.argument_types import number
 from mpa.files.records import InputError
-from mpa.method.parity import ParityRule
+from mpa.method.rules.rule import Selection
+from mpa.method.verdict import PARITY
+from mpa.runs.judging import annotation_of, judge_of
+from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
+from mpa.stages.train_set import train_records
 
 
 def wrong_answers(answers: list[str], rng: random.Random) -> dict[str, str]:
@@ -40,7 +45,7 @@ def wrong_answers(answers: list[str], rng: random.Random) -> dict[str, str]:
     return dict(zip(order, following, strict=True)) if len(order) > 1 else {}
 
 
-def corrupted(lvlm: list[dict], rule: ParityRule, kind: str, share: float, where: str, task: str, seed: int) -> dict:
+def corrupted(lvlm: list[dict], match: Match, kind: str, share: float, where: str, task: str, seed: int) -> dict:
     """{id: the L-VLM's record with a wrong annotation} for `share` of the annotations of this type, rounded.
 
     Where the L-VLM disagreed with itself before, it still does.
@@ -53,7 +58,7 @@ def corrupted(lvlm: list[dict], rule: ParityRule, kind: str, share: float, where
     changed = {}
     for r in chosen:
         answer = wrong[normalise(r["PA_answer"])]
-        said = {"predictions": answer} if where == "both" and rule.agrees(r) else {}
+        said = {"predictions": answer} if where == "both" and match(r["predictions"], r["PA_answer"]) else {}
         changed[str(r["question_id"])] = r | {"PA_answer": answer} | said
     return changed
 
@@ -82,18 +87,21 @@ def main(argv=None) -> None:
             f"{args.svlm_json}: answers {len(svlm)} of {len(lvlm)} questions. Run PI.sh with --answer-all first."
         )
     names = [records.short_name(base.get(f"model_path_{who}", "")) for who in ("lvlm", "svlm")]
-    rule = ParityRule.of(base["settings"], args.lvlm_json.parent, *names, args.dataset)
-    if rule.needs_probabilities:
-        raise InputError(
-            f"{args.train_json}: made with the S-VLM's probabilities, which it has not for wrong annotations."
-        )
-    wrong = corrupted(lvlm, rule, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
+    cell = Cell(args.dataset, *names)
+    judge = judge_of(
+        base["settings"] | {"anchors": "none"}, RunFiles(args.lvlm_json.parent, cell)
+    )  # it writes no anchors
+    wrong = corrupted(lvlm, judge.match, args.type, args.share, args.where, DATASETS[args.dataset].task, args.seed)
     lvlm = [wrong.get(str(r["question_id"]), r) for r in lvlm]
     svlm = [
         r | ({"PA_answer": wrong[key]["PA_answer"]} if (key := str(r["question_id"])) in wrong else {}) for r in svlm
     ]
-    parity = rule.parity_set(lvlm, svlm)
-    kept, consistent = {str(r["id"]) for r in parity}, {str(r["question_id"]) for r in lvlm if rule.consistent(r)}
+    of_svlm = {str(r["question_id"]): r for r in svlm}
+    verdicts = {(key := str(r["question_id"])): judge(annotation_of(r), r, of_svlm.get(key)) for r in lvlm}
+    consistent = {key for key, verdict in verdicts.items() if verdict.consistent}
+    kept = [of_svlm[key] for key, verdict in verdicts.items() if verdict.reason == PARITY]
+    parity = train_records(Selection(kept, []), base["settings"]["preset"])
+    kept = {str(r["id"]) for r in parity}
     others = [str(r["question_id"]) for r in lvlm if str(r["question_id"]) not in wrong]
     survived = {
         name: {"n": len(ids), "consistent": len(consistent & set(ids)), "parity": len(kept & set(ids))}

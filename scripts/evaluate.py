@@ -32,7 +32,7 @@ from mpa.runs.evaluations import Evaluation as Evaluated
 from mpa.runs.evaluations import read_meta
 from mpa.stages import cli
 from mpa.stages.answering import Answers, Question, question_request
-from mpa.stages.stage import Model, short_replies
+from mpa.stages.stage import AskedModel, short_replies
 
 
 def arguments(argv=None):
@@ -100,7 +100,7 @@ class Evaluation(Answers):
         return scores | ({"few_answers": few} if few else {})
 
 
-def evaluation(args, model: Model, samples: list[Sample]) -> Evaluation:
+def evaluation(args, model: AskedModel, samples: list[Sample]) -> Evaluation:
     name = records.short_name(model.path)
     folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
     file = (
@@ -215,7 +215,7 @@ def main(argv=None) -> None:
         given = holdout.given_questions_file(folder, lvlm, args.dataset)
         stage = "PI.sh with --hold-out 0.15"
         annotations = given if given.exists() else records.find_input(folder, name, lvlm, "--annotations", stage)
-    models = [Model(args, path) for path in args.model_path]
+    models = [AskedModel(args, path) for path in args.model_path]
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
         raise records.InputError(f"Models with the same name would share a file: {', '.join(names)}. Rename a folder.")
@@ -239,7 +239,7 @@ def main(argv=None) -> None:
             interchange.results_in(lmms_eval_folder(stage, name))
     scores = {}
     for name, stage in zip(names, stages, strict=True):
-        result = stage.records(stage.changed(samples))
+        result = stage.ask(stage.changed(samples))
         scores[name] = report(args, name, result)
         print(f"Results are in {stage.out}.")
         if args.log_samples and distributed.FIRST:

@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     for folder, cell in selected(args):
         try:
             content = CellContent(folder, cell)
-            content.case.run.samples, content.case.run.rule  # noqa: B018 - without these nothing can be shown
+            content.case.run.samples, content.case.run.judge  # noqa: B018 - without these nothing can be shown
             contents.append(content)
         except InputError as error:  # the others may be whole
             broken.append(str(error))

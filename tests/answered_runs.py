@@ -4,8 +4,11 @@ from pathlib import Path
 
 import synthetic_runs as fake
 
-from mpa.method.parity import ParityRule
-from mpa.runs.runs import Cell
+from mpa.method.rules.rule import Selection
+from mpa.method.verdict import PARITY, Judge
+from mpa.runs.judging import annotation_of
+from mpa.runs.layout import Cell
+from mpa.stages.train_set import train_records
 
 CELL = Cell("textVQA", "big", "small")
 
@@ -26,7 +29,9 @@ def write(folder: Path, samples: list[dict], cell: Cell = CELL, ending: str = ""
             lvlm.append(asked | {"predictions": s["lvlm"], "finish_reason": s.get("finish_reason")})
         if s.get("svlm") is not None:
             svlm.append(asked | {"predictions": s["svlm"]})
-    parity = ParityRule("exact", "paper").parity_set(lvlm, svlm)
+    judge, of_svlm = Judge.of({"match": "exact", "preset": "paper"}), {r["question_id"]: r for r in svlm}
+    kept = [r for r in lvlm if judge(annotation_of(r), r, of_svlm.get(r["question_id"])).reason == PARITY]
+    parity = train_records(Selection(kept, []), "paper")
     prefix = f"PI_{cell.lvlm}"
     fake.write(folder / f"PA_{cell.lvlm}_{cell.dataset}.json", pa)
     fake.write(folder / f"{prefix}_{cell.lvlm}_{cell.dataset}.json", lvlm)

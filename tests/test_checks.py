@@ -14,10 +14,10 @@ from corrupt import corrupted
 from mpa.analysis import guard
 from mpa.analysis.guard import answers_file
 from mpa.analysis.guard_accuracy import told_by_train_labels
+from mpa.answers.matching import Match
 from mpa.data.loading import train_labels
 from mpa.files import records
 from mpa.files.records import InputError
-from mpa.method.parity import ParityRule
 from mpa.runs.evaluations import Evaluation
 from mpa.runs.runs import Cell
 
@@ -47,12 +47,12 @@ def test_inspection_shows_kept_and_rejected_samples_by_reason(tmp_path):
     answered_runs.write(tmp_path, SAMPLES)
     rows = table("inspect", tmp_path, flags=("-n", "8"))
     verdicts = [row["verdict"] for row in rows]
-    assert verdicts[:8] == ["kept"] * 8 and set(verdicts[8:]) == {"L-VLM disagrees with itself", "S-VLM right"}
+    assert verdicts[:8] == ["parity"] * 8 and set(verdicts[8:]) == {"L-VLM disagrees", "both right"}
     assert verdicts[8:] == sorted(verdicts[8:])
     assert rows == table("inspect", tmp_path, flags=("-n", "8"))
     assert rows != table("inspect", tmp_path, flags=("-n", "8", "--seed", "1"))
     done = python("checks.py", "inspect", tmp_path)
-    assert "| kept | 20 | 50.0 (35.2 to 64.8) |" in done.stdout
+    assert "| parity | 20 | 50.0 (35.2 to 64.8) |" in done.stdout
 
 
 def test_coverage_compares_the_parity_set_with_annotations_labels_and_the_test(tmp_path):
@@ -117,9 +117,8 @@ def test_corruption_needs_all_answers_and_two_answers_of_the_type(tmp_path):
     done = python("corrupt.py", *flags, "--type", "number", "--share", "0.3", "--out", tmp_path / "out.json")
     assert done.returncode == 1 and "answers 1 of 2 questions. Run PI.sh with --answer-all first" in done.stderr
     answers = [{"question_id": 1, "PA_answer": "7", "predictions": "7"}]
-    rule = ParityRule("exact", "paper")
     with pytest.raises(InputError, match="No two annotations with different answers of the type 'number'"):
-        corrupted(answers, rule, "number", 0.5, "both", "text", 0)
+        corrupted(answers, Match(), "number", 0.5, "both", "text", 0)
 
 
 def test_transfer_and_sweep(tmp_path):

@@ -170,7 +170,7 @@ def test_labels_tell_which_kept_samples_are_wrong(easy_run):
 
     case = Case(easy_run, cells_in(easy_run)[0])
     checked = checked_against_labels(case, [s for s in case.run.samples if s.annotation])
-    right = [right for s, right in checked if s.reason in ("kept", "S-VLM right")]
+    right = [right for s, right in checked if s.reason in ("parity", "both right")]
     assert len(checked) >= len(right) > 0 and all(right)
 
 

@@ -5,10 +5,7 @@ from dataclasses import replace
 import miniatures
 import pytest
 import torch
-from collator import Collator
-from conftest import close
 
-import data
 from mpa.engines import Request, hf, open_engine
 from mpa.files.image_files import open_image
 from mpa.models import families, loading
@@ -72,41 +69,3 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, i
     expected = plain(checkpoint, [(r.image_path, follow(r, text).prompt) for r, text in followed], 5)
     assert [got[r.key]["follow_up"]["text"] for r, _ in followed] == expected
     assert not any("follow_up" in got[r.key] for r in asked if not r.follow_up)
-
-
-def by_the_trainer(checkpoint, request: Request, ends: list[int]) -> float:
-    """The log-probability of a request's answer and then any end token, from the tokens that the trainer makes of both."""
-    processor = loading.load_processor(checkpoint, PIXELS["min_pixels"], PIXELS["max_pixels"])
-    model = loading.load_model(checkpoint, "cpu", torch.float32)
-    said = {"user": [{"type": "image"}, {"type": "text", "text": request.prompt}]}
-    said["assistant"] = [{"type": "text", "text": request.answer}]
-    messages = [{"role": role, "content": content} for role, content in said.items()]
-    sample = {"id": 0, "images": [request.image_path], "messages": messages}
-    batch = Collator(processor)([{**data.encode(sample, processor), "sample": 0}])
-    labels = batch.pop("labels")[0]
-    del batch["samples"]
-    (*places, end), scores = (labels != data.IGNORE).nonzero()[:, 0].tolist(), None
-    with torch.no_grad():
-        scores = model(**batch).logits[0].log_softmax(-1)
-    assert int(labels[end]) in ends
-    return sum(scores[i - 1, labels[i]].item() for i in places) + scores[end - 1, ends].logsumexp(0).item()
-
-
-def test_the_probability_of_a_given_answer_is_that_of_the_tokens_that_the_trainer_learns(checkpoint, images):
-    paths, answers = sorted(map(str, images.rglob("*.png"))), ["red", "two blue circles", "No, it is not.", "4"]
-    asked = [Request(str(i), path, PROMPTS[i % 3], answer=answers[i % 4]) for i, path in enumerate(paths)]
-    with open_engine("hf", model_path=checkpoint, batch_size=5, workers=0, **PIXELS) as engine:
-        got = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
-        ends = engine.end_tokens
-        after = [
-            reply
-            for batch in engine.generate([replace(r, answer=None, max_new_tokens=4) for r in asked])
-            for reply in batch
-        ]
-    for request in asked[::3]:
-        assert got[request.key]["text"] == request.answer
-        assert close(got[request.key]["logprob"], by_the_trainer(checkpoint, request, ends), 1e-3, least=1)  # nat
-    expected = plain(checkpoint, [(r.image_path, r.prompt) for r in asked], 4)
-    assert [
-        reply["text"] for reply in sorted(after, key=lambda reply: int(reply["key"]))
-    ] == expected  # nothing is left of it

@@ -41,7 +41,7 @@ def test_each_question_differs_from_those_before(serve, copied_images, tmp_path)
     train = read_json(PI.main(flags(server, copied_images, run, "--hold-out", "0")))
     assert len(train) == 90 and len({r["id"] for r in train}) == 90
     samples = run_samples.RunSamples(run, runs.Cell("images", "big", "small")).samples
-    assert Counter(s.reason for s in samples) == {"kept": 90, "no usable annotation": 30}
+    assert Counter(s.reason for s in samples) == {"parity": 90, "no usable annotation": 30}
     meta = read_json(run / "PI_big_train_big_small_images.meta.json")
     assert meta["funnel"]["pictures"] == 30 and meta["funnel"]["parsed"] == 90
 

@@ -15,8 +15,17 @@ READMES = subprocess.run(
 @pytest.mark.parametrize("readme", READMES)
 def test_every_link_leads_somewhere(readme):
     text = (ROOT / readme).read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert [link for link in links if not ((ROOT / readme).parent / link).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not leads_somewhere(ROOT / readme, *link.partition("#")[::2])] == []
+
+
+def leads_somewhere(readme, link: str, heading: str) -> bool:
+    """Does the file exist, and have this heading, as GitHub names it?"""
+    file = readme.parent / link if link else readme
+    if not heading or not file.exists():
+        return file.exists()
+    titles = re.findall(r"^#+ (.+)", file.read_text(), re.M)
+    return heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("readme", READMES)

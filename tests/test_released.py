@@ -4,12 +4,12 @@ import json
 import lzma
 from types import SimpleNamespace
 
-import PI
 import pytest
 from conftest import DATA, python
 from linear import in_time
 
 from mpa.files.records import read_records
+from mpa.stages.annotations import usable_annotations
 
 OFFICIAL = DATA / "official"
 LVLM, SVLM = "Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"
@@ -58,9 +58,9 @@ def test_nine_thousand_released_annotations_get_their_question_marks_back(tmp_pa
     (tmp_path / "PA_okvqa.json").write_bytes(lzma.decompress((OFFICIAL / "PA_okvqa.json.xz").read_bytes()))
     annotations = in_time(read_records, tmp_path / "PA_okvqa.json", "PA")
     args = SimpleNamespace(preset="paper", path_map={"/workspace/data/okvqa": "/mnt/okvqa"}, image_root=None)
-    usable = in_time(PI.usable_annotations, annotations, args)
+    usable, _ = in_time(usable_annotations, annotations, args)
     assert len(usable) == 9009
     assert all(r["predicted_question"].count("?") == 1 and r["predicted_question"].endswith("?") for r in usable)
     assert all(r["image_path"].startswith("/mnt/okvqa/images/train2014/") for r in usable)
     args.preset = "released"
-    assert not any("?" in r["predicted_question"] for r in PI.usable_annotations(annotations, args))
+    assert not any("?" in r["predicted_question"] for r in usable_annotations(annotations, args)[0])

@@ -117,9 +117,9 @@ def shown(page) -> int:
 def test_filters_give_the_right_counts(browser, report):
     with page_of(browser, report) as page:
         assert page.text_content("#count") == "130 of 130 shown" and page.locator("#cards li").count() == 60
-        page.select_option("#verdict", "kept")
+        page.select_option("#verdict", "parity")
         assert shown(page) == 44
-        page.select_option("#verdict", "L-VLM disagrees with itself")
+        page.select_option("#verdict", "L-VLM disagrees")
         assert shown(page) == 43 and "it answers 'else'" in page.text_content("#cards")
         page.click("#reset")
         page.fill("#search", "thing 12")
@@ -400,7 +400,7 @@ def test_losses_duplicates_and_the_trainers_log(tmp_path):
     make_run(tmp_path / "run", tmp_path / "images")
     cell = CellContent(tmp_path / "run", answered_runs.CELL)
     assert cell.funnel()[-1] == ("parity set", 44)
-    assert cell.losses() == [("L-VLM disagrees with itself", 43), ("S-VLM right", 43)]
+    assert cell.losses() == [("L-VLM disagrees", 43), ("both right", 43)]
     assert cell.repeats() == [("D_PA", [130, 130, 130, 130]), ("parity set", [44, 44, 44, 44])]
     assert ("lr vision at step 11", "2e-06") in cell.training_facts()
     assert ("samples per second at step 11", "9.5") in cell.training_facts()

@@ -327,7 +327,7 @@ def test_a_stage_that_writes_nothing_is_an_error(repository):
 @pytest.mark.parametrize(
     ("folder", "code"),
     [
-        (ROOT, "from mpa import distributed; distributed.end_with_launcher()"),
+        (ROOT, "from mpa.files import distributed; distributed.end_with_launcher()"),
         (ROOT / "PL/Qwen2-VL-Finetune/src", "import process_group; process_group.use_launcher_environment()"),
     ],
 )

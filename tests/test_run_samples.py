@@ -28,11 +28,11 @@ def test_each_sample_has_the_reason_of_its_verdict(tmp_path):
     answered_runs.write(tmp_path, SAMPLES)
     found = RunSamples(tmp_path, CELL).samples
     assert [s.reason for s in found] == [
-        "kept",
-        "L-VLM disagrees with itself",
-        "S-VLM right",
+        "parity",
+        "L-VLM disagrees",
+        "both right",
         "no usable annotation",
-        "L-VLM's reply truncated",
+        "L-VLM's reply cut",
         "S-VLM not asked",
     ]
     assert found[0].kept and found[0].svlm_answer == "wrong" and found[0].lvlm_logprob == -0.5
@@ -42,7 +42,7 @@ def test_each_sample_has_the_reason_of_its_verdict(tmp_path):
 def test_held_out_samples_are_told(tmp_path):
     answered_runs.write(tmp_path, [sample(0), sample(1, svlm=None)], held_out="held.json")
     fake.write(tmp_path / "held.json", [{"question_id": 1}])
-    assert [s.reason for s in RunSamples(tmp_path, CELL).samples] == ["kept", "held out"]
+    assert [s.reason for s in RunSamples(tmp_path, CELL).samples] == ["parity", "held out"]
 
 
 def test_an_unfinished_run_says_what_is_not_there(tmp_path):
@@ -51,7 +51,7 @@ def test_an_unfinished_run_says_what_is_not_there(tmp_path):
     (tmp_path / "PI_big_small_textVQA.json").unlink()
     run = RunSamples(tmp_path, CELL)
     assert [path.name for path in run.missing] == ["PI_big_small_textVQA.json", train.name]
-    assert run.samples[0].reason == "not reached yet" and run.samples[1].reason == "L-VLM disagrees with itself"
+    assert run.samples[0].reason == "not reached yet" and run.samples[1].reason == "L-VLM disagrees"
     with pytest.raises(InputError, match=r"PA_other_textVQA.json: no such file. Run PA.sh first"):
         RunSamples(tmp_path, Cell("textVQA", "other", "small"))
 
@@ -77,7 +77,7 @@ def test_verdicts_of_a_real_run_add_up_to_its_funnel(easy_run):
     run = RunSamples(folder, cell)
     funnel = json.loads(run.train_json.with_suffix(".meta.json").read_text())["funnel"]
     assert sum(s.kept for s in run.samples) == funnel["parity"] > 0
-    assert sum(s.reason in ("kept", "S-VLM right") for s in run.samples) == funnel["L-consistent"]
+    assert sum(s.reason in ("parity", "both right") for s in run.samples) == funnel["L-consistent"]
 
 
 def test_changes_between_two_evaluations(tmp_path):

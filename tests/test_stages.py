@@ -17,7 +17,8 @@ from mpa.method import holdout
 from mpa.method.prompts import TASK_PROMPTS
 from mpa.models import loading
 from mpa.stages import stage
-from mpa.stages.stage import Model, Stage, counted
+from mpa.stages.annotations import answers_of_pa
+from mpa.stages.stage import AskedModel, Stage, counted
 
 
 def test_the_records_are_those_of_the_released_code_and_tell_what_made_them(easy_run):
@@ -89,12 +90,12 @@ def test_after_pa_the_teachers_answers_are_ready_and_are_those_it_gives_when_ask
     pa_json = tmp_path / "fused/PA_teacher_easyVQA.json"
     annotations = [r for r in read(pa_json) if r["predicted_answer"]]
     n = len(annotations)
-    assert len(PI.answers_of_pa(arguments, pa_json, annotations)[0]) == n
+    assert len(answers_of_pa(arguments, pa_json, annotations)[0]) == n
     arguments.max_new_tokens = 7
-    assert PI.answers_of_pa(arguments, pa_json, annotations) == ({}, {"PA asked with another max_new_tokens": n})
+    assert answers_of_pa(arguments, pa_json, annotations) == ({}, {"PA asked with another max_new_tokens": n})
     arguments.max_new_tokens = 128
     annotations[3]["predicted_question"] = "is it red?"
-    ready, why = PI.answers_of_pa(arguments, pa_json, annotations)
+    ready, why = answers_of_pa(arguments, pa_json, annotations)
     assert len(ready) == n - 1 and why == {"the question was edited": 1}
 
 
@@ -210,7 +211,7 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     engine = Scripted(
         {"0#0": good, "1#0": "no idea", "1#1": good, "2#0": "?", "2#1": "Answer: 3", "2#2": "Question: a? b?"}
     )
-    stage = Stage(Model(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
+    stage = Stage(AskedModel(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
     stage.journal = Journal(stage.out, {})
     result = PA.annotate_all(samples, 2, engine, stage, frozenset(), {})
     assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [

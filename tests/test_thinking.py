@@ -11,7 +11,8 @@ from mpa.answers import finish_reasons
 from mpa.engines import cut_off
 from mpa.files.argument_types import request_json
 from mpa.files.records import read_json
-from mpa.method.parity import ParityRule
+from mpa.method.verdict import Judge
+from mpa.runs.judging import annotation_of
 
 
 def reply(content, reason="stop", usage=USAGE, **message) -> tuple[int, dict]:
@@ -151,8 +152,9 @@ def test_request_json_is_one_of_the_settings_and_pi_takes_only_equal_answers(ima
 def test_every_word_for_an_end_has_one_meaning_in_both_stages(word, kind):
     assert finish_reasons.canonical(word) == kind
     given = {"text": "Question: a?\nAnswer: b", "finish_reason": word}
-    answered = {"question_id": 1, "predictions": "red", "PA_answer": "red", "finish_reason": word}
-    assert (cut_off(given) is None) == ParityRule("exact", "paper").consistent(answered) == (kind == "stop")
+    answered = {"predictions": "red", "PA_question": "what?", "PA_answer": "red", "finish_reason": word}
+    verdict = Judge.of({"match": "exact", "preset": "paper"})(annotation_of(answered), answered)
+    assert (cut_off(given) is None) == verdict.consistent == (kind == "stop")
     assert finish_reasons.is_known(word) or kind in cut_off(given)
 
 

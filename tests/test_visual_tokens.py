@@ -145,9 +145,9 @@ def arguments(max_tiles: int | None):
 def test_the_limit_of_tiles_belongs_to_the_settings_where_it_has_an_effect(tmp_path):
     paths = {name: miniatures.make(name, tmp_path / name) for name in ("internvl", "smolvlm", "llava", "qwen2_vl")}
     found = {
-        (name, given): stage.Stage(stage.Model(arguments(given), path), tmp_path / "out.json", "PA", []).settings.get(
-            "max_tiles"
-        )
+        (name, given): stage.Stage(
+            stage.AskedModel(arguments(given), path), tmp_path / "out.json", "PA", []
+        ).settings.get("max_tiles")
         for name, path in paths.items()
         for given in (None, 4)
     }
@@ -169,7 +169,7 @@ def test_the_limit_of_tiles_belongs_to_the_settings_where_it_has_an_effect(tmp_p
 def test_a_limit_without_effect_and_an_unknown_family_are_said_when_a_model_is_loaded(tmp_path, capsys):
     path = tmp_path / "llava"
     miniatures.make("llava", path)
-    model = stage.Model(arguments(4), str(path))
+    model = stage.AskedModel(arguments(4), str(path))
     model.engine()
     assert capsys.readouterr().err == (
         "--max-tiles has no effect for llava: each image has the same number of tokens.\n"

@@ -80,7 +80,7 @@ def hold():
     holders = []
 
     def start(path) -> subprocess.Popen:
-        script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom mpa import records\n"
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom mpa.files import records\n"
         script += f"with records.locked({str(path)!r}):\n    print('held', flush=True); sys.stdin.read()"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         holders.append(subprocess.Popen([sys.executable, "-c", script], **pipes))

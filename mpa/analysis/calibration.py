@@ -1,7 +1,7 @@
 """Is a probability worth what it says? A model's answers by the probability that it gave them, and how many are right.
 
 Guo et al. 2017, On Calibration of Modern Neural Networks: ten bins of equal width, and the expected calibration error. Not in the
-paper; it tells whether PI's --min-probability, --max-svlm-probability and --weights select what they should.
+paper; it tells whether PI's --min-probability selects what it should.
 """
 
 import math
@@ -11,8 +11,6 @@ import numpy as np
 
 from mpa.answers.agreement import wilson
 from mpa.data import DATASETS
-from mpa.files import records
-from mpa.method.parity import asked_again_file
 from mpa.runs.run_case import Case
 from mpa.runs.run_samples import finite
 from mpa.runs.runs import model_name
@@ -63,19 +61,11 @@ def _reliability(model: str, what: str, pairs) -> list[Reliability]:
 
 
 def of_case(case: Case) -> list[Reliability]:
-    """What the files of a cell tell, in this order: the L-VLM's answers to its own questions, what the S-VLM gives the annotated
-    answers (PI's --score), and the answers to the test questions."""
-    cell, rule = case.cell, case.run.rule
-    repeats = [
-        (s.lvlm_logprob, rule.match(s.lvlm_answer, s.annotation)) for s in case.usable if s.lvlm_answer is not None
-    ]
+    """What the files of a cell tell, in this order: the L-VLM's answers to its own questions, and all answers to the test
+    questions."""
+    cell, match = case.cell, case.run.judge.match
+    repeats = [(s.lvlm_logprob, match(s.lvlm_answer, s.annotation)) for s in case.usable if s.lvlm_answer is not None]
     found = _reliability(cell.lvlm, "its answer is its annotation", repeats)
-    scored = asked_again_file(case.folder, cell.lvlm, f"scored-{cell.svlm}", cell.dataset)
-    if scored.exists():
-        said = {s.question_id: s.svlm_answer for s in case.run.samples}
-        given = records.read_records(scored, "PI")
-        pairs = [(r["logprob"], rule.match(said.get(str(r["question_id"])), r["PA_answer"])) for r in given]
-        found += _reliability(cell.svlm, "the annotated answer is its own", pairs)
     right = "its test answer is right" if DATASETS[cell.dataset].labelled else "its test answer is the L-VLM's"
     for model in (cell.svlm, model_name(cell), cell.lvlm):
         evaluation = case.evaluation(model)

@@ -16,11 +16,12 @@ from mpa.answers.agreement import wilson
 from mpa.answers.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 from mpa.data import DATASETS
 from mpa.files import records
+from mpa.method.verdict import NO_ANNOTATION, REASONS
 from mpa.runs import comparable, scoring
 from mpa.runs.comparable import NotComparable, Pairs
 from mpa.runs.evaluations import Evaluation
 from mpa.runs.run_case import Case, checked_against_labels
-from mpa.runs.run_samples import REASONS, inspected, task_of
+from mpa.runs.run_samples import NOT_REACHED, inspected, task_of
 from mpa.runs.runs import Cell, Experiment, Runs, model_name
 
 
@@ -83,7 +84,7 @@ def reasons_table(case: Case) -> Table:
         f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: PI's verdicts",
         {"reason": str, "samples": float, "share, %": Estimate, "with a label": float, "right annotation, %": Estimate},
     )
-    for reason in REASONS:
+    for reason in (*REASONS, NOT_REACHED):
         n = sum(s.reason == reason for s in samples)
         if n:
             known = right[reason, True] + right[reason, False]
@@ -121,7 +122,7 @@ def inspection_table(case: Case, n: int, seed: int) -> Table:
             ("" if text is None else text[:200]) for text in (s.question, s.annotation, s.lvlm_answer, s.svlm_answer)
         ]
         row = dict(zip(columns, [s.reason, Path(s.image_path).name, *texts], strict=True))
-        table.rows.append(row | {"notes": [s.detail[:200]] if s.reason == "no usable annotation" else []})
+        table.rows.append(row | {"notes": [s.detail[:200]] if s.reason == NO_ANNOTATION else []})
     folders = sorted({str(Path(s.image_path).parent) for s in case.run.samples})
     table.notes.append(f"Drawn with seed {seed}. Images in {', '.join(folders[:3])}.")
     return table

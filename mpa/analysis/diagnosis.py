@@ -14,6 +14,7 @@ from mpa.answers.agreement import wilson
 from mpa.answers.kinds import answer_type, question_type
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
+from mpa.method.verdict import BOTH_RIGHT, LVLM_FAILED, NO_ANNOTATION, PARITY, SVLM_FAILED
 from mpa.runs import comparable, scoring
 from mpa.runs.comparable import NotComparable
 from mpa.runs.evaluations import read_meta
@@ -69,7 +70,7 @@ def few_samples(case: Case):
 
 
 def small_gap(case: Case):
-    asked = [s for s in case.run.samples if s.reason in ("kept", "S-VLM right")]
+    asked = [s for s in case.run.samples if s.reason in (PARITY, BOTH_RIGHT)]
     if case.run.train_json.exists() and len(asked) >= FEW_CHECKED and len(case.kept) < SMALL_GAP * len(asked):
         yield Finding(
             "no gap",
@@ -200,7 +201,9 @@ def missing_types(case: Case):
 def left_out(case: Case):
     n = len(case.run.samples)
     reasons = Counter(
-        s.detail.split(":")[0][:80] for s in case.run.samples if s.reason in ("no usable annotation", "image left out")
+        (s.detail or s.reason).split(":")[0][:80]
+        for s in case.run.samples
+        if s.reason in (NO_ANNOTATION, LVLM_FAILED, SVLM_FAILED)
     )
     if n and reasons.total() > LOST * n:
         common = ", ".join(f"{why} ({count})" for why, count in reasons.most_common(3))

@@ -10,12 +10,14 @@ from mpa.analysis import guard
 from mpa.data import DATASETS
 from mpa.files import log_file, records
 from mpa.files.outputs import refuse_others
-from mpa.method.parity import funnel_line
+from mpa.files.records import funnel_line
 from mpa.method.presets import method_name
+from mpa.method.rules.caps import Caps
+from mpa.method.verdict import BOTH_RIGHT, HELD_OUT, LVLM_FAILED, PARITY, SVLM_FAILED
 from mpa.runs import comparable, scoring
 from mpa.runs.comparable import NotComparable
 from mpa.runs.evaluations import Evaluation, read_meta
-from mpa.runs.run_samples import KEPT, RunSamples
+from mpa.runs.run_samples import RunSamples
 from mpa.runs.runs import Cell
 
 ROWS = {
@@ -28,9 +30,9 @@ ROWS = {
     "lvlm": "L-VLM",
 }
 
-# PI's verdicts (run_samples.REASONS) in the summary's words, where these differ.
-VERDICTS = {KEPT: "parity sample", "S-VLM right": "S-VLM answers correctly", "held out": "held out for evaluation"}
-VERDICTS |= {"over the limit": "not chosen"}
+# PI's verdicts (`verdict.REASONS`) in the summary's words, where these differ.
+VERDICTS = {PARITY: "parity sample", BOTH_RIGHT: "S-VLM answers correctly", HELD_OUT: "held out for evaluation"}
+VERDICTS |= {Caps.reason: "not chosen"}
 
 FEW_QUESTIONS, FEW_SAMPLES = 30, 50  # below which the summary warns
 
@@ -134,7 +136,7 @@ def examples(run: Run, n: int = 6) -> list[str]:
             why = "left out"
             lines.append(f"  {name}: left out: {s.detail}")
         else:
-            why = s.detail if s.reason == "image left out" else VERDICTS.get(s.reason, s.reason)
+            why = s.detail if s.reason in (LVLM_FAILED, SVLM_FAILED) and s.detail else VERDICTS.get(s.reason, s.reason)
             reply = "" if s.svlm_answer is None else f" · S-VLM: {s.svlm_answer}"
             lines.append(f"  {name}: {s.question} {s.annotation}\n      L-VLM again: {s.lvlm_answer}{reply} → {why}")
         first.setdefault(why, place)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mpa.answers.finish_reasons import why_cut
 from mpa.answers.replies import in_reasoning
 from mpa.files import distributed
-from mpa.files.journal import Journal, follow_up_key, passing
+from mpa.files.journal import Journal, follow_up_key, is_temporary
 from mpa.files.packages import require
 from mpa.files.records import InputError
 from mpa.method.presets import PRESETS
@@ -38,7 +38,7 @@ class Request:
 
     `stop`, "annotation" or "answer" (a key of prompts.STOPS): the reply may end where that is complete; "": at the end
     token. `follow_up`, a preset or "": the annotation in the reply is asked as a question at once, greedily, while the
-    image is still in memory. `answer`: the reply is this text, and its `logprob` what the model gives it (only `hf`).
+    image is still in memory.
     """
 
     key: str
@@ -50,7 +50,6 @@ class Request:
     seed: int = 0
     stop: str = ""
     follow_up: str = ""
-    answer: str | None = None
 
 
 def cut_off(reply: dict) -> str | None:
@@ -165,7 +164,7 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
     follow_ups = []
     for request in filter(lambda request: request.key in journal, requests):
         reply = journal[request.key]
-        if passing(reply.get("follow_up") or {}):
+        if is_temporary(reply.get("follow_up") or {}):
             follow_up = follow_up_request(request, reply, getattr(engine, "marks", frozenset()))
             if follow_up:
                 follow_ups.append(replace(follow_up, key=follow_up_key(request.key)))

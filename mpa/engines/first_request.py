@@ -1,12 +1,10 @@
 """A model type outside the table of families: its first request goes through the `hf` engine and through plain `generate`."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from mpa.engines import Request
 from mpa.files.image_files import open_image
@@ -53,7 +51,7 @@ def check(engine, requests: Sequence[Request]) -> None:
     if first is None:
         return
     short = min(first.max_new_tokens, NEW_TOKENS)
-    asked = replace(first, max_new_tokens=short, temperature=0.0, stop="", follow_up="", answer=None)
+    asked = replace(first, max_new_tokens=short, temperature=0.0, stop="", follow_up="")
     inputs = _plain_inputs(engine, asked)
     out = engine.model.generate(
         **inputs,
@@ -75,8 +73,6 @@ def check(engine, requests: Sequence[Request]) -> None:
     other = next((r for r in usable if r.prompt != first.prompt or r.image_path != first.image_path), None)
     if other and engine.plan.batch_size > 1 and not _same_logits(engine, [asked, other], alone):
         raise InputError(f"{_where(engine)} replies otherwise in a batch than alone. Use --batch-size 1.")
-    if first.answer is not None:
-        _check_answer(engine, first, inputs)
 
 
 def _plain_inputs(engine, request: Request) -> dict:
@@ -99,36 +95,3 @@ def _same_logits(engine, requests: list[Request], expected: torch.Tensor) -> boo
     out = engine.model.generate(**_on_device(engine, prepared.inputs), **options)
     difference = (out.logits[0][0] - expected).abs().max() / expected.abs().max()
     return bool(difference <= TOLERANCE.get(engine.dtype, HALF_TOLERANCE))
-
-
-class _Forced(LogitsProcessor):
-    """Has these tokens generated, and adds up their log-probability and then that of any end token."""
-
-    def __init__(self, tokens: list[int], ends: list[int]):
-        self.steps, self.logprob = iter([*([token] for token in tokens), ends]), 0.0
-
-    def __call__(self, _, scores):  # [1, T], [1, V]
-        allowed = next(self.steps)
-        self.logprob += scores.float().log_softmax(-1)[0, allowed].logsumexp(0).item()
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor(allowed, device=scores.device), 0.0)
-
-
-def _check_answer(engine, request: Request, inputs: dict) -> None:
-    """Raise InputError where a given answer has another probability in one pass than token by token."""
-    answer = engine.preprocessor.answer_ids(request)
-    forced = _Forced(answer, engine.end_tokens)
-    options = {"max_new_tokens": len(answer) + 1, "do_sample": False}
-    engine.model.generate(**inputs, **options, logits_processor=LogitsProcessorList([forced]))
-    try:
-        (reply,) = engine.reply([request], engine.prepare([request]).inputs)
-        found = reply.get("logprob", forced.logprob)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        found = math.nan
-    tolerance = 10 * TOLERANCE.get(engine.dtype, HALF_TOLERANCE) * (1 + abs(forced.logprob) / 10)
-    if not abs(found - forced.logprob) <= tolerance:
-        raise InputError(
-            f"{_where(engine)} gives an answer the log-probability {found} in one pass and {forced.logprob:.4f} token by "
-            "token. Leave out PI's --score, --weights and --max-svlm-probability."
-        )

@@ -28,15 +28,14 @@ from functools import partial
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, teacher_forcing
+from mpa.engines import Request, first_request, follow_up_request, memory, not_finite
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
-from mpa.engines.prefix_cache import LastColumns, PrefixCache, reset_rope_deltas
+from mpa.engines.prefix_cache import LastColumn, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
 from mpa.files import distributed
-from mpa.files.records import InputError
 from mpa.models import families, loading
 from mpa.models.device_memory import is_out_of_memory
 
@@ -74,7 +73,7 @@ class HFEngine:
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
-        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_columns = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
         self.tried = False  # whether a model type outside the table of families was compared with plain `generate`
 
     def __enter__(self):
@@ -85,7 +84,7 @@ class HFEngine:
         if self.pool:
             self.pool.close(kill=bool(failure))
         model = weakref.ref(self.model) if self.model else lambda: None
-        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_columns = None
+        self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
         if model() is not None:  # part of a reference cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -133,11 +132,6 @@ class HFEngine:
         self.preprocessor = Preprocessor(self.model_path, self.pixels, self.trust_remote_code, self.max_tiles)
         if not hasattr(self.preprocessor.processor.image_processor, "merge_size"):  # it knows no limits of pixels
             self.plan.visual_tokens = partial(families.visual_tokens, self.preprocessor.processor)
-        if self.preprocessor.reasoning_tag and any(request.answer is not None for request in requests):
-            raise InputError(
-                f"{self.model_path}: reasons before it answers, so an answer alone has no probability. Leave out PI's --score, "
-                "--weights and --max-svlm-probability."
-            )
         tokenizer = self.preprocessor.tokenizer
         self.line_breaks, self.decoder = line_break_tokens(tokenizer), Decoder(tokenizer)
         memory.check(self, requests)
@@ -164,7 +158,7 @@ class HFEngine:
         # The shortcuts index key-values with the inputs' positions: both must be on one device.
         on_one_device = len({weight.device for weight in self.model.parameters()}) == 1
         if self.family and self.family.shortcuts and on_one_device:
-            self.last_columns = LastColumns(self.model.get_decoder().layers[-1])
+            self.last_column = LastColumn(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens = tokens_that_fit(self)
@@ -242,8 +236,6 @@ class HFEngine:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
-        if requests[0].answer is not None:
-            return self._of_answers(requests, inputs)
         inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
         replies, cache = self._generate(requests, inputs, cache)
 
@@ -268,26 +260,6 @@ class HFEngine:
             return self._generate(list(follow_ups.values()), *shared)[0]
         answers = {answer["key"]: answer for answer in self.answer(list(follow_ups.values()))}
         return [answers[follow_up.key] for follow_up in follow_ups.values()]
-
-    def _of_answers(self, requests: list[Request], inputs: dict) -> list[dict]:
-        """The requests' answers as replies, with the log-probability that they and nothing more follow the prompt."""
-        answers = [self.preprocessor.answer_ids(request) for request in requests]
-        inputs = teacher_forcing.append(inputs, answers, self.preprocessor.processor)
-        columns = 1 + max(map(len, answers))
-        reset_rope_deltas(self.model)
-        if self.last_columns:
-            self.last_columns.count = columns
-        try:
-            logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits[:, -columns:]
-        finally:
-            if self.last_columns:
-                self.last_columns.count = 1
-        found = teacher_forcing.log_probabilities(logits, answers, self.end_tokens)
-        replies = []
-        for r, ids, one in zip(requests, answers, found, strict=True):
-            reply = {"key": r.key, "text": r.answer, "logprob": round(one, 4), "tokens": len(ids) + 1}
-            replies.append(not_finite(r.key, one, self.dtype) or reply | {"finish_reason": "stop"})
-        return replies
 
     @property
     def end_tokens(self) -> list[int]:

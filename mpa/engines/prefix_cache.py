@@ -93,15 +93,14 @@ def reset_rope_deltas(model) -> None:
         model.model.rope_deltas = None
 
 
-class LastColumns:
-    """Has the last layer compute its output for the last `count` columns alone; keys and values are computed for all.
+class LastColumn:
+    """Has the last layer compute its output for the last column alone; keys and values are computed for all.
 
-    One column while replies are generated: every row's prompt ends in the last one, where `generate` takes its logits. The
-    modules that work on each column separately give zeros for the others.
+    Every row's prompt ends in it, and `generate` takes its logits there. The modules that work on each column separately give
+    zeros for the others.
     """
 
     def __init__(self, layer: torch.nn.Module):
-        self.count = 1
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         for module, name in ((attention, "q_proj"), (attention, "o_proj"), (mlp, "down_proj")):
             if hasattr(module, name):
@@ -111,7 +110,6 @@ class LastColumns:
         original = module.forward
 
         def forward(hidden):  # [B, T, H] -> [B, T, H']
-            count = min(self.count, hidden.shape[1])
-            return torch.nn.functional.pad(original(hidden[:, -count:]), (0, 0, hidden.shape[1] - count, 0))
+            return torch.nn.functional.pad(original(hidden[:, -1:]), (0, 0, hidden.shape[1] - 1, 0))
 
         module.forward = forward

@@ -110,25 +110,6 @@ class Preprocessor:
             self.chat_texts[prompt] = families.chat_text(self.processor, asked(prompt))
         return self.chat_texts[prompt]
 
-    def answer_ids(self, request: Request) -> list[int]:
-        """The tokens of the request's answer, as the chat template writes it after the prompt, without an end token.
-
-        Prompt and answer are tokenised separately, as in generation and in the trainer.
-        """
-        text = request.answer
-        if not families.writes_prefix(self.processor):
-            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-            try:
-                said = [*asked(request.prompt), answer]
-                answered = families.chat_text(self.processor, said, add_generation_prompt=False)
-            except ValueError:  # the template writes it otherwise, or not at all
-                answered = ""
-            prompt = self.chat_text(request.prompt)
-            block = answered.removeprefix(prompt)  # some templates write a space first
-            if answered.startswith(prompt) and text in block:
-                text = block[: block.index(text) + len(text)]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
     def check(self) -> None:
         """Raise InputError where the processor fails on a plain image and question: then no request is at fault."""
         try:

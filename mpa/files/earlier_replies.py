@@ -18,7 +18,7 @@ from mpa.files.records import digest
 
 # Settings that say which requests are made, and nothing of their replies.
 WHICH_ARE_ASKED = ("content", "answer_all")
-_SENT = ("prompt", "max_new_tokens", "temperature", "top_p", "stop", "follow_up", "answer")  # of a Request
+_SENT = ("prompt", "max_new_tokens", "temperature", "top_p", "stop", "follow_up")  # of a Request
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Asked:
         if image is None:
             return None
         drawn = (request.seed, request.key) if request.temperature else ()
-        return digest(image[1], json.dumps([*(getattr(request, name) for name in _SENT), *drawn]))
+        return digest(image[1], json.dumps([*(getattr(request, name) for name in _SENT), None, *drawn]))
 
     @cached_property
     def hashes(self) -> list[str]:

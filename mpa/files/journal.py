@@ -87,7 +87,7 @@ def _refuse_other(path: Path, old, settings: dict) -> None:
         )
 
 
-def passing(reply: dict) -> bool:
+def is_temporary(reply: dict) -> bool:
     """Is this reply a temporary error? The next call asks again."""
     return "error" in reply and not reply.get("permanent", False)
 
@@ -215,7 +215,7 @@ class Journal:
                 self.close()
                 _refuse_other(path, settings, self.settings)
             if end:
-                (failed if passing(entry) else self._positions).setdefault(entry["key"], (number, end))
+                (failed if is_temporary(entry) else self._positions).setdefault(entry["key"], (number, end))
             end += len(line)
         if not earlier:
             self._positions = failed | self._positions
@@ -265,7 +265,7 @@ class Journal:
 
     def __getitem__(self, key: str) -> dict:
         reply = self._entry(key)
-        if passing(reply.get("follow_up") or {}) and follow_up_key(key) in self:
+        if is_temporary(reply.get("follow_up") or {}) and follow_up_key(key) in self:
             reply["follow_up"] = {**self._entry(follow_up_key(key)), "key": key}
         return reply
 

@@ -350,3 +350,12 @@ def train_record(question_id, image_path: str, prompt: str, answer: str) -> dict
     """One sample for the Parity Leveler, in the LLaVA format that Qwen2-VL-Finetune reads."""
     conversations = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
     return {"id": question_id, "image": image_path, "conversations": conversations}
+
+
+def funnel_line(funnel: dict[str, int]) -> str:
+    """ "1000 images → 990 parsed → 685 L-consistent → 239 parity"; the key `pictures` is older than the word.
+
+    Anchors are no step: "… → 239 parity + 478 anchors".
+    """
+    steps = [f"{n} {'images' if what == 'pictures' else what}" for what, n in funnel.items() if what != "anchors"]
+    return " → ".join(steps) + (f" + {funnel['anchors']} anchors" if "anchors" in funnel else "")

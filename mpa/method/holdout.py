@@ -105,7 +105,7 @@ def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
     """Raises InputError if a train file in `folder` shares a question or an image with `test`, a list of `Sample`s."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}
     for train_json in sorted(folder.glob(f"PI_*_train_*_{dataset}*.json")):
-        if train_json.name.endswith(".meta.json") or str(kind_of(train_json)).startswith("export"):
+        if train_json.name.endswith((".meta.json", ".reasons.json")) or str(kind_of(train_json)).startswith("export"):
             continue
         shared = [
             r["id"] for r in records.read_records(train_json, "train") if str(r["id"]) in ids or r["image"] in paths

@@ -9,6 +9,7 @@ from mpa.answers.normalise import normalise
 from mpa.data.loading import train_labels
 from mpa.files import records
 from mpa.files.records import InputError
+from mpa.method.verdict import NO_ANNOTATION
 from mpa.runs.evaluations import Evaluation, read_meta
 from mpa.runs.run_samples import RunSamples, Sample, task_of
 from mpa.runs.runs import Cell, model_name
@@ -29,7 +30,7 @@ class Case:
     @cached_property
     def annotated(self) -> list[Sample]:
         """The samples with a question and an answer."""
-        return [s for s in self.run.samples if s.question and s.annotation and s.reason != "no usable annotation"]
+        return [s for s in self.run.samples if s.question and s.annotation and s.reason != NO_ANNOTATION]
 
     @cached_property
     def consistent(self) -> list[Sample]:

@@ -11,33 +11,31 @@ from mpa.answers.matching import MATCHERS
 from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import RELEASED_ALIAS, InputError
-from mpa.method.parity import ParityRule
 from mpa.method.presets import PRESETS
+from mpa.method.rules.caps import Caps
+from mpa.method.verdict import (
+    HELD_OUT,
+    LVLM_FAILED,
+    NOT_ASKED,
+    PARITY,
+    REASONS,
+    SVLM_FAILED,
+    Annotation,
+    Judge,
+    Verdict,
+)
 from mpa.runs import comparable
 from mpa.runs.evaluations import Evaluation, read_meta
-from mpa.runs.runs import Cell
+from mpa.runs.judging import annotation_of, judge_of
+from mpa.runs.layout import Cell, RunFiles, reasons_path
 
-KEPT = "kept"
-REASONS = (
-    KEPT,
-    "no usable annotation",
-    "L-VLM's reply truncated",
-    "L-VLM unsure",
-    "L-VLM needs no image",
-    "L-VLM disagrees with itself",
-    "S-VLM right",
-    "over the limit",
-    "S-VLM not asked",
-    "held out",
-    "image left out",
-    "not reached yet",
-)
+NOT_REACHED = "not reached yet"  # of a run that is not finished
 CHANGES = ("fixed", "broken", "still wrong", "still right", "no usable reply")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An annotated image. `reason` is PI's verdict, one of REASONS; `detail` says more. Answers not given are None.
+    """An annotated image. ``reason` is PI's verdict, one of `verdict.REASONS` or NOT_REACHED; `detail` says more. Answers not given are None.
 
     `consistent`: does the L-VLM agree with itself? None if it was not asked. `cut`: was its answer truncated?
     """
@@ -60,12 +58,12 @@ class Sample:
 
     @property
     def kept(self) -> bool:
-        return self.reason == KEPT
+        return self.reason == PARITY
 
     @property
     def rejected(self) -> bool:
         """PI has judged it and not kept it. A held-out sample is neither kept nor rejected."""
-        return self.reason not in (KEPT, "held out", "not reached yet")
+        return self.reason not in (PARITY, HELD_OUT, NOT_REACHED)
 
 
 class RunSamples:
@@ -103,7 +101,7 @@ class RunSamples:
         return [f for f in files[: 4 if self.cell.svlm else 2] if not f.exists()]
 
     @cached_property
-    def rule(self) -> ParityRule:
+    def judge(self) -> Judge:
         """That of the parity set's meta file. Files without one are the released code's, if they have its alias."""
         settings, alias = self.meta.get("settings", {}), RELEASED_ALIAS.get(self.cell.lvlm)
         released = not self.meta and alias and self.answers_json[self.cell.lvlm].name.startswith(f"PI_{alias}_")
@@ -111,8 +109,22 @@ class RunSamples:
         match = settings.get("match", PRESETS[preset].match if preset in PRESETS else None)
         if preset not in PRESETS or match not in MATCHERS:
             raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
-        chosen = settings | {"match": match, "preset": preset}
-        return ParityRule.of(chosen, self.folder, self.cell.lvlm, self.cell.svlm, self.cell.dataset)
+        return judge_of(settings | {"match": match, "preset": preset}, RunFiles(self.folder, self.cell))
+
+    @cached_property
+    def _stored(self) -> dict[str, Verdict]:
+        """PI's verdicts by id, as far as they are of the train file that is there; {} for a run without them."""
+        file = reasons_path(self.train_json)
+        if not (file.exists() and self.train_json.exists()):
+            return {}
+        found = {str(r["question_id"]): Verdict(r["reason"], r["detail"]) for r in read_reasons(file)}
+        kept = {key for key, verdict in found.items() if verdict.reason == PARITY}
+        return found if kept == self._kept else {}
+
+    @cached_property
+    def _kept(self) -> set[str] | None:
+        """The ids of the parity set, None before PI has written it."""
+        return {str(r["id"]) for r in records.read_parity(self.train_json)} if self.train_json.exists() else None
 
     def _answers(self, model: str) -> dict[str, dict]:
         file = self.answers_json[model]
@@ -138,20 +150,14 @@ class RunSamples:
     def samples(self) -> list[Sample]:
         """One for each record of PA, in its order."""
         lvlm, svlm = (self._answers(model) for model in (self.cell.lvlm, self.cell.svlm))
-        kept, anchors = None, set()
-        if self.train_json.exists():
-            kept = {str(r["id"]) for r in records.read_parity(self.train_json)}
-            anchors = {str(r["id"]) for r in records.read_records(self.train_json, "train")} - kept
         found = []
         for r in self.annotations:
             key = str(r["question_id"])
             of_lvlm, of_svlm = lvlm.get(key), svlm.get(key)
-            consistent = self._consistent(of_lvlm, of_svlm)
-            reason, detail = self._verdict(r, of_lvlm, of_svlm, kept)
-            detail = "an anchor: PL also trains on it" if key in anchors else detail
+            verdict = self._stored.get(key) or self._verdict(r, of_lvlm, of_svlm)
             truth, asked = r.get("ground_truth_answer"), of_svlm or of_lvlm or {}
             question, annotation = (
-                r[f"predicted_{part}"] or asked.get(f"PA_{part}") or ("" if reason == KEPT else None)
+                r[f"predicted_{part}"] or asked.get(f"PA_{part}") or ("" if verdict.reason == PARITY else None)
                 for part in ("question", "answer")
             )
             found.append(
@@ -162,9 +168,8 @@ class RunSamples:
                     annotation,
                     (of_lvlm or {}).get("predictions"),
                     (of_svlm or {}).get("predictions"),
-                    reason,
-                    detail,
-                    consistent,
+                    *verdict,
+                    None if of_lvlm is None else self._judged(r, of_lvlm, of_svlm).consistent,
                     canonical((of_lvlm or {}).get("finish_reason")) == "length",
                     r.get("ground_truth_question"),
                     None if truth is None else [truth],
@@ -173,51 +178,34 @@ class RunSamples:
             )
         return found
 
-    def _consistent(self, lvlm: dict | None, svlm: dict | None) -> bool | None:
-        """Does the L-VLM agree with the annotation? PI reads it from the S-VLM's record. None without an answer."""
-        if lvlm is None or lvlm.get("left_out"):
-            return None
-        return self.rule.consistent(lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]})
+    def _judged(self, pa: dict, lvlm: dict | None, svlm: dict | None) -> Verdict:
+        annotation = Annotation(pa["predicted_question"], pa["predicted_answer"])
+        if answered := svlm or lvlm:
+            annotation = annotation_of(answered)
+        held_out = str(pa["question_id"]) in self.held_out
+        return self.judge(annotation._replace(left_out=pa.get("left_out")), lvlm, svlm, held_out)
 
-    def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None, kept: set[str] | None) -> tuple[str, str]:
-        """(reason, detail) of one sample. `kept` are the ids of the parity set, None before PI has written it."""
-        key = str(pa["question_id"])
-        if kept and key in kept:
-            return KEPT, ""
-        if not (pa["predicted_question"] and pa["predicted_answer"]) or pa.get("left_out"):
-            return "no usable annotation", pa.get("left_out") or "no question or answer"
-        if lvlm is None:
-            return ("not reached yet" if kept is None else "image left out"), "no answer of the L-VLM"
-        for who, r in (("L-VLM", lvlm), ("S-VLM", svlm or {})):
-            if r.get("left_out"):
-                return "image left out", f"{who}: {r['left_out']}"
-        lvlm = lvlm | {"PA_answer": (svlm or lvlm)["PA_answer"]}
-        if not self.rule.repeats(lvlm):
-            share = (
-                f", and the same as annotated in {self.rule.agreement(lvlm):.0%} of the votes"
-                if self.rule.votes
-                else ""
-            )
-            return "L-VLM disagrees with itself", f"it answers {lvlm['predictions']!r}{share}"
-        if not self.rule.sure(lvlm):
-            return "L-VLM unsure", f"log-probability {lvlm.get('logprob')}"
-        if key in self.rule.blind:
-            return "L-VLM needs no image", "it answers the same about a grey image"
-        if not self.rule.consistent(lvlm):
-            return "L-VLM's reply truncated", f"finish reason: {lvlm['finish_reason']}"
-        if key in self.held_out:
-            return "held out", ""
-        if svlm is None:
-            return ("not reached yet" if kept is None else "S-VLM not asked"), "no answer of the S-VLM"
-        if self.rule.needs_probabilities and key not in self.rule.probabilities:
-            return "S-VLM not asked", "no probability of the annotated answer"
-        if self.rule.right(svlm):
-            return "S-VLM right", ""
-        if kept is None:
-            return "not reached yet", "PI has not written it"
-        if {"max_per_question", "max_per_answer"} & self.meta.get("settings", {}).keys():
-            return "over the limit", "of --max-per-question or --max-per-answer"
-        return "image left out", "not in the parity set"
+    def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None) -> Verdict:
+        """Where PI has stored none: what it would say, or has said by the train file that is there."""
+        verdict = self._judged(pa, lvlm, svlm)
+        if self._kept is None:
+            to_come = verdict == Verdict(LVLM_FAILED) or verdict.reason in (NOT_ASKED, PARITY)
+            return Verdict(NOT_REACHED, verdict.reason) if to_come else verdict
+        if str(pa["question_id"]) in self._kept:
+            return Verdict(PARITY)
+        if verdict.reason == PARITY:
+            capped = {"max_per_question", "max_per_answer"} & self.meta.get("settings", {}).keys()
+            return Verdict(Caps.reason) if capped else Verdict(SVLM_FAILED, "not in the parity set")
+        return verdict
+
+
+def read_reasons(file: Path) -> list[dict]:
+    """The records that PI wrote beside a train file. Raises InputError for another file."""
+    found = records.read_json(file)
+    fields = ("question_id", "reason", "detail")
+    if not isinstance(found, list) or not all(isinstance(r, dict) and set(fields) <= r.keys() for r in found):
+        raise InputError(f"{file}: not the reasons that PI writes; run PI.sh again, or remove it.")
+    return found
 
 
 def finite(value) -> float | None:

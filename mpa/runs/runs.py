@@ -18,6 +18,7 @@ from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method.presets import method_name
 from mpa.runs.evaluations import Evaluation, read_meta
+from mpa.runs.layout import Cell
 
 _PARITY = re.compile(rf"PI_(.+)_train_\1_(.+?)_({'|'.join(map(re.escape, DATASETS))})(?:_(.+))?")
 # Settings by which trainings are different experiments, not seeds of one: {name: (file, its name there)}.
@@ -26,22 +27,14 @@ TELLING = {
     "sampled images": ("PA", "sample"),
     **{name: ("PA", name) for name in "temperature top_p keep_refusals questions_per_image".split()},
     **{name: ("PI", name) for name in "preset match hold_out anchors max_per_question max_per_answer".split()},
-    **{name: ("PI", name) for name in "min_probability blind votes min_agreement max_svlm_probability weights".split()},
+    **{name: ("PI", name) for name in "min_probability blind votes min_agreement".split()},
     **{name: ("PL", name) for name in "num_train_epochs max_steps learning_rate vision_lr merger_lr".split()},
     **{name: ("PL", name) for name in "lr_scheduler_type samples_per_step optim lora_enable lora_rank".split()},
-    **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger sample_weights anchor_kl".split()},
+    **{name: ("PL", name) for name in "freeze_vision_tower freeze_llm freeze_merger".split()},
     "test questions": ("Eval", "limit"),
     "sampled test questions": ("Eval", "sample"),
     **{name: ("Eval", name) for name in "max_new_tokens min_pixels max_pixels max_tiles".split()},
 }
-
-
-class Cell(NamedTuple):
-    """A dataset and a pair of models, by their short names."""
-
-    dataset: str
-    lvlm: str
-    svlm: str
 
 
 class ParitySet(NamedTuple):

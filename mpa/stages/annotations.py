@@ -9,7 +9,7 @@ from mpa.files import records
 from mpa.files.image_files import fingerprints
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import A_MARK, holds_mark, parse_annotation, with_question_mark
-from mpa.stages.stage import Model
+from mpa.stages.stage import AskedModel
 
 
 def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[str, dict], Counter]:
@@ -20,7 +20,7 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[st
     """
     meta = records.read_json(records.meta_path(pa_json)) if records.meta_path(pa_json).exists() else {}
     pa_settings = meta.get("settings", {}) if isinstance(meta, dict) else {}
-    model = Model(args, args.model_path_lvlm)
+    model = AskedModel(args, args.model_path_lvlm)
     now = {name: getattr(args, name) for name in ("preset", "max_new_tokens", "min_pixels", "max_pixels")}
     now |= {"quantization": None, "max_tiles": None, "request_json": None} | model.deciding()
     if not model.local:
@@ -43,13 +43,13 @@ def answers_of_pa(args, pa_json: Path, annotations: list[dict]) -> tuple[dict[st
     return ready, why
 
 
-def usable_annotations(annotations: list[dict], args, left_out: Counter | None = None, marks=frozenset()) -> list[dict]:
-    """The PA records with a question and an answer, with the current paths of their images.
+def usable_annotations(annotations: list[dict], args, marks=frozenset()) -> tuple[list[dict], dict[str, str]]:
+    """(the PA records with a question and an answer, with the current paths of their images; {id: why another cannot be used}).
 
-    `left_out` counts the others by reason: one of the prompt format's `marks`, or an image that has changed since PA.
+    One with one of the prompt format's `marks` cannot be used, nor one whose image has changed since PA.
     The released code's records (without `reply`) lack the question mark; under `paper` it is restored.
     """
-    usable, left_out = [], Counter() if left_out is None else left_out
+    usable, left_out = [], {}
     paths = locate([r["image_path"] for r in annotations], args.path_map, args.image_root)
     images = fingerprints(path for r, path in zip(annotations, paths, strict=True) if r.get("image_hash"))
     for r, path in zip(annotations, paths, strict=True):
@@ -59,9 +59,9 @@ def usable_annotations(annotations: list[dict], args, left_out: Counter | None =
         if PRESETS[args.preset].checked and "reply" not in r:
             question = with_question_mark(question)
         if holds_mark(f"{question}\n{answer}", marks):
-            left_out[A_MARK] += 1
+            left_out[str(r["question_id"])] = A_MARK
         elif images.get(path) and images[path][1] != r["image_hash"]:
-            left_out["the image has changed since PA"] += 1
+            left_out[str(r["question_id"])] = "the image has changed since PA"
         else:
             usable.append(r | {"image_path": path, "predicted_question": question, "predicted_answer": answer})
-    return usable
+    return usable, left_out

@@ -9,12 +9,12 @@ from pathlib import Path
 from mpa.files import records
 from mpa.files.earlier_replies import journal_header, same_but_content
 from mpa.stages.answering import Answers, Question
-from mpa.stages.stage import Model
+from mpa.stages.stage import AskedModel
 
 
 def of_svlm(args, out: Path, label: str, questions: list[Question], needed: set[str], **choices) -> Answers:
     """The S-VLM's answers to the questions whose ids are `needed`; to all, with --answer-all or where that is begun."""
-    model = Model(args, args.model_path_svlm)
+    model = AskedModel(args, args.model_path_svlm)
     if args.answer_all or (not args.restart and _begun_with_all(out)):
         return AllAnswers(model, out, label, "PI", questions, answer_all=True, **choices)
     fewer = [q for q in questions if q.request.key in needed]

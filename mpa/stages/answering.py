@@ -9,10 +9,10 @@ from mpa.engines import Request, ask
 from mpa.files import records
 from mpa.files.earlier_replies import Asked
 from mpa.files.image_files import fingerprints
-from mpa.files.journal import passing
+from mpa.files.journal import is_temporary
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import A_MARK, answer_prompt, holds_mark
-from mpa.stages.stage import Model, Stage, counted
+from mpa.stages.stage import AskedModel, Stage, counted
 
 ONLY_REASONING = "only reasoning, no answer"
 
@@ -48,7 +48,7 @@ def prediction(reply: dict, preset: str) -> str | None:
 class Answers(Stage):
     """The answers of a model to questions, in a result file of `kind` (a key of records.FIELDS)."""
 
-    def __init__(self, model: Model, out, label: str, kind: str, questions: list[Question], **choices):
+    def __init__(self, model: AskedModel, out, label: str, kind: str, questions: list[Question], **choices):
         self.kind, self.questions, self.preset = kind, questions, model.args.preset
         self.prints = fingerprints(q.request.image_path for q in questions)
         asked = Asked(self.prints, [q.request for q in questions])
@@ -78,14 +78,14 @@ class Answers(Stage):
         """Additional fields for the meta file."""
         return {}
 
-    def records(self, ready: dict[str, dict] | None = None) -> list[dict]:
-        """The records: read from a finished result, else produced. `ready`: replies by key that need no request."""
+    def ask(self, ready: dict[str, dict] | None = None) -> list[dict]:
+        """The records: those of the finished result, else asked for now, which may take hours. `ready`: replies by key that need no request."""
         ready = ready or {}
         # Where nothing is asked, the result takes a moment: another process that makes it is waited for.
         with self.to_do(all(q.request.key in ready for q in self.questions), ready) as to_do:
-            return self.made(ready) if to_do else records.read_records(self.out, self.kind)
+            return self._make(ready) if to_do else records.read_records(self.out, self.kind)
 
-    def made(self, ready: dict[str, dict]) -> list[dict]:
+    def _make(self, ready: dict[str, dict]) -> list[dict]:
         """Make and write the result. Returns its records."""
         requests = [q.request for q in self.questions]
         replies, pending = dict(ready), [request for request in requests if request.key not in ready]
@@ -96,7 +96,7 @@ class Answers(Stage):
         if done := sum("error" not in ready.get(request.key, {"error": ""}) for request in requests):
             print(f"{self.label}: PA already produced {done} of the {len(requests)} answers.")
         result = [self.record(q, replies[q.request.key]) for q in self.questions]
-        failed = sum(passing(replies[request.key]) for request in requests)
+        failed = sum(is_temporary(replies[request.key]) for request in requests)
         usable = sum("error" not in replies[request.key] for request in requests)
         counts = {"left_out": Counter(r["left_out"] for r in result if r["left_out"])}
         counts["finish_reason"] = Counter(r["finish_reason"] for r in result if r.get("finish_reason"))

@@ -67,7 +67,7 @@ def parser(doc: str) -> StageParser:
     _result_flags(p.topic("results"))
     _model_flags(p.topic("models and memory"))
     _vllm_flags(p.topic("engine vllm (bash scripts/setup.sh vllm)"))
-    _server_flags(p.topic("servers, engine openai (bash scripts/setup.sh openai; the key from $OPENAI_API_KEY)"))
+    _server_flags(p.topic("engine openai and servers (bash scripts/setup.sh openai; the key from $OPENAI_API_KEY)"))
     _ray_flags(p.topic("engine ray (bash scripts/setup.sh ray; joins $RAY_ADDRESS)"))
     return p
 

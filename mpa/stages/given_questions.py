@@ -15,8 +15,9 @@ from mpa.data.paths import inside, moved
 from mpa.files import distributed, records
 from mpa.files.records import InputError, read_json
 from mpa.method import holdout
-from mpa.stages import asked_again
+from mpa.stages import further
 from mpa.stages.answering import Answers, Question, question_request
+from mpa.stages.stage import run_files
 
 TRAIN = "train"  # instead of a file: the questions of the dataset's train split
 ID = "given-{}"  # the question ids, by the place in the file or split
@@ -95,15 +96,14 @@ def about(args, given: list[dict], threshold: str) -> tuple[list[dict], Answers]
         request = question_request(args, key, r["image_path"], r["question"])
         before = {"question_id": key, "image_path": r["image_path"], "PA_question": r["question"], "PA_answer": ""}
         questions.append(Question(request, before))
-    return chosen, asked_again.of_lvlm(args, "given", questions)
+    return chosen, further.answers(args, "given", questions)
 
 
 def write(args, given: list[dict], chosen: list[dict], stage: Answers) -> None:
     """Ask the L-VLM the chosen ones of the given questions, and write them with its answers as a second held-out set."""
-    answers, by_key = stage.records({}), {r["question_id"]: r for r in chosen}
+    answers, by_key = stage.ask(), {r["question_id"]: r for r in chosen}
     kept = [r for r in answers if r["predictions"] and not r["left_out"] and not why_cut(r.get("finish_reason"))]
-    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
-    file = holdout.given_questions_file(folder, lvlm, args.dataset)
+    file = run_files(args).held_out_given
     if distributed.FIRST:
         test = [by_key[r["question_id"]] | {"answers": [r["predictions"]]} for r in kept]
         records.write_json(file, test)

@@ -24,14 +24,21 @@ from mpa.models.identity import identity
 from mpa.models.loading import check_model_path, format_marks, model_type, resolved_dtype
 from mpa.models.visual_tokens import Counter as TokenCounter
 from mpa.models.visual_tokens import total
+from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
 
-# Arguments that decide a stage's outcome, with those of `Model.deciding`. Batch size, workers, and the engine of greedy
+# Arguments that decide a stage's outcome, with those of `AskedModel.deciding`. Batch size, workers, and the engine of greedy
 # replies do not.
 DECIDING = ("dataset", "limit", "sample", "preset", "seed", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
 
 
-class Model:
+def run_files(args) -> RunFiles:
+    """The files of the run that the arguments name."""
+    models = (records.short_name(getattr(args, f"model_path_{who}", None) or "") for who in ("lvlm", "svlm"))
+    return RunFiles(records.run_folder(args.run), Cell(args.dataset, *models))
+
+
+class AskedModel:
     """A model and the engine that the arguments select for it; the L-VLM may have its own engine."""
 
     def __init__(self, args, path: str):
@@ -148,7 +155,7 @@ class Stage:
         if not to_do: return
         with stage.running() as engine:
             ask(engine, requests, stage.journal, stage.label)
-        stage.write(result, passing=…, usable=…)
+        stage.write(result, temporary=…, usable=…)
 
     `content` is what the records hold besides the replies, as JSON; `choices` are further settings that decide the
     outcome; `asked` lets replies of earlier calls be taken over. Raises InputError if `out` or its journal was made with other settings.
@@ -156,7 +163,7 @@ class Stage:
 
     kind = "PA"  # a key of records.FIELDS
 
-    def __init__(self, model: Model, out: Path, label: str, content: list, asked: Asked | None = None, **choices):
+    def __init__(self, model: AskedModel, out: Path, label: str, content: list, asked: Asked | None = None, **choices):
         self.model, self.out, self.label, self.started = model, out, label, time.time()
         self.settings = {name: getattr(model.args, name) for name in DECIDING} | model.deciding()
         self.settings |= {**choices, "content": records.digest(json.dumps(content))}
@@ -220,12 +227,12 @@ class Stage:
                 raise
             self.facts = engine.facts()
 
-    def write(self, result: list[dict], passing: int, usable: int, **facts) -> None:
+    def write(self, result: list[dict], temporary: int, usable: int, **facts) -> None:
         """Write the result and its meta file. The journal is removed when no request is left.
 
-        `passing` is the number of replies that failed with a temporary error, `usable` of those that did not fail.
+        `temporary` is the number of replies that failed with a temporary error, `usable` of those that did not fail.
         """
-        unfinished = passing or (0 if usable else len(result))
+        unfinished = temporary or (0 if usable else len(result))
         facts = {"model_path": self.model.path, **self.facts, **facts, "unfinished": unfinished}
         seconds = round(time.time() - self.started, 1)
         if self.journal and distributed.FIRST and not unfinished:
@@ -238,8 +245,8 @@ class Stage:
         if self.journal and self.journal.taken_over:
             n = self.journal.taken_over
             print(f"{self.label}: {n} {'reply was' if n == 1 else 'replies were'} taken over from earlier calls.")
-        if passing:
-            print(f"{self.label}: {passing} replies failed with a temporary error. The same command asks again.")
+        if temporary:
+            print(f"{self.label}: {temporary} replies failed with a temporary error. The same command asks again.")
         if self.journal:
             self.journal.close(remove=distributed.FIRST and not unfinished)
 

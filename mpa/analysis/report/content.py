@@ -17,12 +17,13 @@ from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method.presets import method_name
+from mpa.method.verdict import REASONS
 from mpa.runs import comparable
 from mpa.runs.comparable import NotComparable
 from mpa.runs.evaluations import Evaluation, read_meta
 from mpa.runs.run_case import Case
 from mpa.runs.run_folders import run_name
-from mpa.runs.run_samples import REASONS, changes, finite
+from mpa.runs.run_samples import NOT_REACHED, changes, finite
 from mpa.runs.runs import Cell, model_name
 
 
@@ -85,7 +86,7 @@ class CellContent:
     def losses(self) -> list[tuple[str, int]]:
         """What is not in the parity set, by cause, in the order in which PI finds it."""
         counts = Counter(s.reason for s in self.case.run.samples if not s.kept)
-        return [(reason, counts[reason]) for reason in REASONS if counts[reason]]
+        return [(reason, counts[reason]) for reason in (*REASONS, NOT_REACHED) if counts[reason]]
 
     @cached_property
     def evaluations(self) -> dict[str, tuple[str, str, Evaluation]]:
@@ -186,10 +187,10 @@ class CellContent:
 
     def agreement(self) -> dict[str, list[int]]:
         """{L-VLM agrees with its annotation or not: [S-VLM right, wrong, not asked]}"""
-        rule, found = self.case.run.rule, {}
+        match, found = self.case.run.judge.match, {}
         for s in self.case.usable:
             row = found.setdefault("L-VLM repeats itself" if s.consistent else "L-VLM differs", [0, 0, 0])
-            right = s.svlm_answer is not None and rule.match(s.svlm_answer, s.annotation)
+            right = s.svlm_answer is not None and match(s.svlm_answer, s.annotation)
             row[2 if s.svlm_answer is None else 0 if right else 1] += 1
         return found
 

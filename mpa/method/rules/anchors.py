@@ -6,34 +6,56 @@ S-VLM can learn to contradict itself (docs/no-harm.md). Not in the paper: withou
 
 import heapq
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 from mpa.answers.kinds import question_type
 from mpa.answers.normalise import normalise
 from mpa.files.argument_types import number
-from mpa.method.parity import ParityRule
+from mpa.method.rules.rule import Rule, Selection
 
 ANCHOR_BY = ("answer", "kind", "random")
 ALL = 100  # per parity sample: in practice all that there are
 RARE = 5  # rarer answers to one kind of question are one group: a few samples say nothing about a distribution
 
 
-def add_flags(parser) -> None:
-    parser.add_argument(
-        "--anchors",
-        type=number(0, ALL, float),
-        metavar="R",
-        help="also train on R samples per parity sample that both models answer right (default: 0, as in the paper; 100, which is "
-        "all, with --preset anchored)",
-    )
-    parser.add_argument(
-        "--anchor-by",
-        choices=ANCHOR_BY,
-        default="answer",
-        help="answer: the kinds of question and their answers become distributed as in all consistent samples; kind: only the "
-        "kinds; random: any (default: answer)",
-    )
+class Anchors(Rule):
+    NAMES = ("anchors",)  # "1 by answer"
+    of_consistent = True
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        parser.add_argument(
+            "--anchors",
+            type=number(0, ALL, float),
+            metavar="R",
+            help="also train on R samples per parity sample that both models answer right (default: 0, as in the paper; 100, which is "
+            "all, with --preset anchored)",
+        )
+        parser.add_argument(
+            "--anchor-by",
+            choices=ANCHOR_BY,
+            default="answer",
+            help="answer: chosen so that the train set has the same mix of kinds of question and answers as all consistent samples; "
+            "kind: of kinds of question only; random: any (default: answer)",
+        )
+
+    @classmethod
+    def settings_of(cls, args) -> dict:
+        return {"anchors": f"{args.anchors:g} by {args.anchor_by}"} if args.anchors else {}
+
+    @classmethod
+    def in_use(cls, settings: dict) -> bool:
+        return settings.get("anchors", "none") != "none"
+
+    def select(self, chosen: Selection) -> Selection:
+        ratio, _, by = self.settings["anchors"].partition(" by ")
+        anchors = choose(chosen.parity, chosen.right, float(ratio), by, self.settings["seed"])
+        if len(anchors) < round(float(ratio) * len(chosen.parity)) and float(ratio) < ALL:
+            print(f"PI: only {len(anchors)} anchors: both models answer no other samples right.", file=sys.stderr)
+        return replace(chosen, anchors=anchors)
 
 
 def _groups(samples: list[dict], by: str) -> Callable[[dict], tuple]:
@@ -74,12 +96,3 @@ def choose(parity: list[dict], right: list[dict], ratio: float, by: str = "answe
         if pool[name]:
             heapq.heappush(lacking, (surplus + 1, tie, name))
     return [right[place] for place in sorted(chosen)]
-
-
-def train_records(rule: ParityRule, parity: list[dict], anchors: list[dict]) -> list[dict]:
-    """The records of an anchored train file: each says in `kind` whether it is a parity sample or an anchor."""
-    return [
-        rule.train_record(r) | {"kind": kind}
-        for kind, found in (("parity", parity), ("anchor", anchors))
-        for r in found
-    ]

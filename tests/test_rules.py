@@ -1,4 +1,4 @@
-"""PI beyond the paper, anchors, limits and a least probability: what is chosen, and that all readers see it so."""
+"""PI beyond the paper, by rules: what is chosen, and that all readers see it so."""
 
 import base64
 import io
@@ -20,10 +20,15 @@ from record_formats import read_record
 from mpa.analysis import run_summary
 from mpa.files import image_files
 from mpa.files.records import InputError, read_json, read_parity
-from mpa.method import anchors, holdout, parity
+from mpa.method import holdout
+from mpa.method.rules import anchors
+from mpa.method.rules.caps import Caps
+from mpa.method.rules.sure import Sure, probability
+from mpa.method.rules.votes import Votes
 from mpa.runs import run_folders, run_samples, runs
+from mpa.runs.layout import Cell
 
-CELL = runs.Cell("easyVQA", "teacher", "student")
+CELL = Cell("easyVQA", "teacher", "student")
 
 
 def asked(n: int, question: str, answer: str, first: int) -> list[dict]:
@@ -134,9 +139,9 @@ def test_no_reader_takes_an_anchor_for_a_parity_sample(select, tmp_path):
     parity, found = read_parity(train), read_json(train)
     run = run_samples.RunSamples(tmp_path, CELL)
     of_reason = Counter(s.reason for s in run.samples)
-    assert of_reason["kept"] == len(parity)
+    assert of_reason["parity"] == len(parity)
     details = [s.reason for s in run.samples if s.detail.startswith("an anchor")]
-    assert details == ["S-VLM right"] * (len(found) - len(parity))
+    assert details == ["both right"] * (len(found) - len(parity))
     baselines.main(["--pa-json", str(tmp_path / "PA_teacher_easyVQA.json"), "--train-json", str(train)])
     assert len(read_json(train.with_name(f"{train.stem}_random_pseudo.json"))) == len(parity)
     (of_folder,) = runs.find([tmp_path]).parity.values()
@@ -154,17 +159,21 @@ def test_held_out_images_are_no_anchors_either(serve, copied_images, tmp_path):
     assert not tested & {image_files.content_hash(r["image"]) for r in found}
 
 
-def test_limits_leave_so_many_of_one_question_and_of_one_answer():
+def capped(samples: list[dict], per_question: int, per_answer: int, seed: int) -> list[dict]:
+    return Caps({"max_per_question": per_question, "max_per_answer": per_answer, "seed": seed}).capped(samples)
+
+
+def test_caps_leave_so_many_of_one_question_and_of_one_answer():
     samples = [*PARITY, *asked(3, "What colour?", "red", 900), *asked(3, "what  colour", "red.", 910)]
-    once = parity.capped(samples, 1, 0, seed=0)
+    once = capped(samples, 1, 0, seed=0)
     assert len(once) == 3 and once == [r for r in samples if r in once]  # the two spellings are one question
-    both = parity.capped(samples, 20, 4, seed=0)
+    both = capped(samples, 20, 4, seed=0)
     assert Counter(r["PA_answer"].strip(".") for r in both) == {"no": 4, "yes": 4, "red": 4}
-    assert parity.capped(samples, 0, 0, seed=0) == samples
-    assert parity.capped(samples, 20, 0, 1) == parity.capped(samples, 20, 0, 1) != parity.capped(samples, 20, 0, 2)
+    assert capped(samples, 0, 0, seed=0) == samples
+    assert capped(samples, 20, 0, 1) == capped(samples, 20, 0, 1) != capped(samples, 20, 0, 2)
 
 
-def test_what_a_limit_leaves_out_is_explained(select, tmp_path, capsys):
+def test_what_a_cap_leaves_out_is_explained(select, tmp_path, capsys):
     for file in tmp_path.glob("*_train_*"):
         file.unlink()
     train = select("--max-per-answer", "1")
@@ -173,7 +182,7 @@ def test_what_a_limit_leaves_out_is_explained(select, tmp_path, capsys):
     assert len(set(answers)) == len(answers) == meta["funnel"]["parity"]
     assert meta["settings"]["max_per_answer"] == 1 and meta["settings"]["seed"] == 0
     reasons = Counter(s.reason for s in run_samples.RunSamples(tmp_path, CELL).samples)
-    assert reasons["kept"] == len(kept) and reasons["over the limit"] > 0
+    assert reasons["parity"] == len(kept) and reasons["over the limit"] > 0
     assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
     shown = "".join(run_summary.examples(run_summary.Run(tmp_path, *CELL), 100))
     assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
@@ -190,8 +199,23 @@ def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
     assert [s.question_id for s in samples if s.kept] == list(map(str, kept))
     unsure = [s for s in samples if s.reason == "L-VLM unsure"]
     assert unsure and all(s.lvlm_logprob < math.log(0.99) and not s.consistent for s in unsure)
-    rule = parity.ParityRule("exact", "paper", 0.5)
-    assert not rule.consistent({"predictions": "a", "PA_answer": "a", "logprob": None})
+
+
+@pytest.mark.parametrize("logprob", [None, True, 3.0, 1e9, 10**400, "-1", [], float("nan"), float("-inf")])
+def test_what_is_no_log_probability_makes_no_answer_sure(logprob):
+    rule = Sure({"min_probability": 0.5})
+    assert probability(logprob) is None and rule.leaves_out({"logprob": logprob}, "a", None)
+    assert not rule.leaves_out({"logprob": -0.1}, "a", None) and not rule.leaves_out({"logprob": 0}, "a", None)
+
+
+def test_votes_are_a_share_of_what_was_asked():
+    rule = Votes({"votes": 4, "min_agreement": 0.75, "seed": 0})
+    rule.see([{"question_id": f"a#7#{i}", "predictions": "red" if i else "blue"} for i in range(4)])
+    rule.see([{"question_id": f"8#{i}", "predictions": None if i else "red"} for i in range(4)])
+    same = str.__eq__
+    assert rule.agrees({"question_id": "a#7"}, "red", same)[0]
+    assert not rule.agrees({"question_id": 8}, "red", lambda vote, answer: vote == answer)[0]
+    assert not rule.agrees({"question_id": 9}, "red", same)[0]  # it was not asked
 
 
 def test_a_server_without_log_probabilities_cannot_be_asked_for_one(serve, copied_images, tmp_path):
@@ -225,9 +249,9 @@ def test_questions_that_need_no_image_are_left_out(serve, copied_images, tmp_pat
     asked = [r["conversations"][0]["value"] for r in read_json(plain)]
     kept = [r for r in read_json(plain) if "what color" in r["conversations"][0]["value"]]
     assert read_json(train) == kept and 0 < len(kept) < len(asked)
-    cell = runs.Cell("images", "big", "small")
+    cell = Cell("images", "big", "small")
     reasons = Counter(s.reason for s in run_samples.RunSamples(run, cell).samples)
-    assert reasons["kept"] == len(kept) and reasons["L-VLM needs no image"] == len(asked) - len(kept)
+    assert reasons["parity"] == len(kept) and reasons["L-VLM needs no image"] == len(asked) - len(kept)
     n = server.number
     answers = ["--lvlm-json", run / "PI_big_big_images.json", "--svlm-json", run / "PI_big_small_images.json"]
     again = PI.main([*given[:-1], *map(str, [*answers, "--out", tmp_path / "again.json"])])
@@ -255,8 +279,8 @@ def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_pat
     shares = Counter(r["question_id"].rpartition("#")[0] for r in votes if r["predictions"] == "red")
     assert len(votes) == 4 * 30 and set(shares.values()) == {4} and 0 < len(shares) < 30
     assert {str(r["id"]) for r in read_json(train)} == set(shares)
-    samples = run_samples.RunSamples(run, runs.Cell("images", "big", "small")).samples
-    assert {s.reason for s in samples if s.question_id not in shares} == {"L-VLM disagrees with itself"}
+    samples = run_samples.RunSamples(run, Cell("images", "big", "small")).samples
+    assert {s.reason for s in samples if s.question_id not in shares} == {"L-VLM disagrees"}
     assert "in 0% of the votes" in next(s.detail for s in samples if not s.kept)
     n, answers = server.number, ["--lvlm-json", run / "PI_big_big_images.json"]
     answers += ["--svlm-json", run / "PI_big_small_images.json", "--out", tmp_path / "again.json"]

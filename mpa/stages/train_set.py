@@ -1,0 +1,155 @@
+"""The train set that PI writes: the judged samples, which of them are trained on, and why the others are not."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from mpa.files import distributed, outputs, records
+from mpa.files.journal import finished
+from mpa.method.presets import PRESETS
+from mpa.method.prompts import train_prompt
+from mpa.method.rules.rule import Selection
+from mpa.method.verdict import BOTH_RIGHT, CONSISTENT, PARITY, Annotation, Judge, Verdict
+from mpa.runs.layout import reasons_path
+from mpa.stages import cli
+from mpa.stages.stage import run_files
+
+LIMITS = ("min_pixels", "max_pixels", "max_tiles")
+
+
+class Judged(NamedTuple):
+    """One sample: its annotation, the models' PI records (None: has not answered), and the verdict."""
+
+    key: str
+    image_path: str
+    annotation: Annotation
+    lvlm: dict | None
+    svlm: dict | None
+    verdict: Verdict
+
+    def as_record(self) -> dict:
+        said = {who: (r or {}).get("predictions") for who, r in (("lvlm", self.lvlm), ("svlm", self.svlm))}
+        annotation = {"PA_question": self.annotation.question, "PA_answer": self.annotation.answer}
+        record = {
+            "question_id": (self.svlm or self.lvlm or {}).get("question_id", self.key),
+            "image_path": self.image_path,
+        }
+        answers = {f"{who}_answer": text for who, text in said.items()}
+        return record | annotation | answers | {"reason": self.verdict.reason, "detail": self.verdict.detail}
+
+
+def select(samples: list[Judged], judge: Judge) -> Selection:
+    """What is trained on: the parity samples, and what rules change about them."""
+    of = {reason: [s.svlm for s in samples if s.verdict.reason == reason] for reason in (PARITY, BOTH_RIGHT)}
+    chosen = Selection(of[PARITY], of[BOTH_RIGHT])
+    for rule in judge.rules:
+        chosen = rule.select(chosen)
+    return chosen
+
+
+def train_records(chosen: Selection, preset: str) -> list[dict]:
+    """The records of the train file. With anchors, each says in `kind` whether it is a parity sample or an anchor."""
+
+    def of(r: dict) -> dict:
+        return records.train_record(
+            r["question_id"], r["image_path"], train_prompt(r["PA_question"], preset), r["PA_answer"]
+        )
+
+    if chosen.anchors is None:
+        return [of(r) for r in chosen.parity]
+    return [
+        of(r) | {"kind": kind} for kind, found in (("parity", chosen.parity), ("anchor", chosen.anchors)) for r in found
+    ]
+
+
+def reasons(samples: list[Judged], chosen: Selection, judge: Judge) -> list[dict]:
+    """Each sample with both answers and its reason, for people and for what reads a run."""
+    kept = {str(r["question_id"]) for r in chosen.parity}
+    anchors = {str(r["question_id"]) for r in chosen.anchors or ()}
+    capping = next((rule.reason for rule in judge.rules if rule.of_consistent and rule.reason), "")
+    found = []
+    for s in samples:
+        if s.verdict.reason == PARITY and s.key not in kept:
+            s = s._replace(verdict=Verdict(capping))
+        elif s.key in anchors:
+            s = s._replace(verdict=Verdict(s.verdict.reason, "an anchor: PL also trains on it"))
+        found.append(s.as_record())
+    return found
+
+
+class TrainFile:
+    """The train file of a run, with its meta file and its reasons."""
+
+    def __init__(self, args, chosen: dict):
+        """`chosen` are the settings of the rules in use."""
+        self.args, self.chosen, self.files = args, chosen, run_files(args)
+        self.path: Path = args.out or self.files.train
+
+    def _settings(self, samples: list[Judged] | None) -> dict:
+        """Those that decide the file; without the samples, what is known before."""
+        settings = {name: getattr(self.args, name) for name in ("preset", "match", "hold_out")}
+        if self.args.lvlm_json:
+            settings |= {"lvlm_json": str(self.args.lvlm_json), "svlm_json": str(self.args.svlm_json)}
+        return settings | self.chosen | ({} if samples is None else {"content": self._content(samples)})
+
+    def _content(self, samples: list[Judged]) -> str:
+        """The digest of the answers; of those that decide the parity set alone, where it was selected before --answer-all asked the rest."""
+        lvlm = [s.lvlm for s in samples if s.lvlm]
+        asked = [s.svlm for s in samples if s.svlm]
+        deciding = [s.svlm for s in samples if s.svlm and s.verdict.reason in CONSISTENT]
+        before = records.digest(json.dumps([lvlm, deciding]))
+        meta = records.read_json(records.meta_path(self.path)) if records.meta_path(self.path).exists() else {}
+        there = meta.get("settings", {}).get("content") if isinstance(meta, dict) else None
+        return before if there == before else records.digest(json.dumps([lvlm, asked]))
+
+    def check(self, samples: list[Judged] | None = None) -> bool:
+        """Whether the file is there. Raises InputError if it was made with other settings, or is another command's."""
+        inputs = [*outputs.inputs_of(self.args), self.files.lvlm_answers]
+        outputs.refuse_others(self.path, "train", inputs)
+        outputs.refuse_others(reasons_path(self.path), "reasons", inputs, ours=_is_of_reasons)
+        # It is derived from the answers: from others it is made anew.
+        return finished(self.path, self._settings(samples), self.args.restart, lambda: not self.args.lvlm_json)
+
+    def write(self, samples: list[Judged], chosen: Selection, judge: Judge, **facts) -> None:
+        """Write the file, unless it is there. `facts` go to its meta file."""
+        there = self.check(samples)
+        reasons_file = reasons_path(self.path)
+        if there and reasons_file.exists():
+            return
+        cli.open_log(self.args, writes=True)
+        if distributed.FIRST:
+            records.write_json(reasons_file, reasons(samples, chosen, judge))
+        if there:
+            return
+        if self.path.exists() and not self.args.restart:
+            print(f"PI: {self.path} was made from other answers; it is made anew.")
+        if not self.args.lvlm_json:
+            facts |= {"model_path_lvlm": self.args.model_path_lvlm, "model_path_svlm": self.args.model_path_svlm}
+        facts |= self._limits()
+        if self.files.held_out.exists():
+            facts["held_out"] = os.path.relpath(self.files.held_out, self.path.parent)
+        records.write_result(self.path, train_records(chosen, self.args.preset), self._settings(samples), **facts)
+
+    def _limits(self) -> dict:
+        """The limits of an image with which the S-VLM was asked, {} if its answers do not say: what trains on the set needs them."""
+        file = records.meta_path(self.args.svlm_json or self.files.svlm_answers)
+        meta = records.read_json(file) if file.exists() else {}
+        settings = meta.get("settings") if isinstance(meta, dict) else None
+        return {name: settings[name] for name in LIMITS if name in settings} if isinstance(settings, dict) else {}
+
+
+def matched_within_words(samples: list[Judged], judge: Judge, preset: str) -> dict[str, int]:
+    """How many of each model's answers match only without the words around them; {} under a preset that compares to the letter."""
+    if PRESETS[preset].literal:
+        return {}
+    answers = {"L-VLM": [s.lvlm for s in samples if s.lvlm], "S-VLM": [s.svlm for s in samples if s.svlm]}
+    return {
+        who: sum(judge.match.only_unwrapped(r["predictions"], r["PA_answer"]) for r in found)
+        for who, found in answers.items()
+    }
+
+
+def _is_of_reasons(path: Path) -> bool:
+    content = records.read_json(path)
+    return isinstance(content, list) and all(isinstance(r, dict) and "reason" in r for r in content)
