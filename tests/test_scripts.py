@@ -177,8 +177,8 @@ def told(tmp_path) -> dict[str, str]:
 SWITCHES = ("GUARD", "REMEDY", "REPORT", "VERBOSE", "MEMORY_CHECK")
 NUMBERS = ("LIMIT", "GPUS", "CPU_PROCESSES", "BATCH_SIZE", "SEED", "EPOCHS", "LEARNING_RATE")
 REFUSED = [
-    *(("scripts/mpa.sh", name, value) for name in SWITCHES for value in ("no", "true", "2", " 1", "00")),
-    *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "1 0", "a[$(id)]")),
+    *(("scripts/mpa.sh", name, value) for name in SWITCHES for value in ("no", "2", " 1")),
+    *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "a[$(id)]")),
     *(("scripts/mpa.sh", name, value) for name in ("LIMIT", "BATCH_SIZE") for value in ("0", "08", "1.5", "0x2")),
     *(("scripts/demo.sh", name, "off") for name in ("GUARD", "REPORT", "LIMIT", "QUESTIONS", "SEEDS", "VERBOSE")),
     ("scripts/mpa.sh", "ZERO", "zero1"),
