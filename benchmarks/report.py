@@ -1,6 +1,6 @@
 """The report of 10,000 samples: time to build, size, first paint and filter in a browser.
 
-    python benchmarks/report.py                    # needs Chromium and requirements-dev.txt
+    python benchmarks/report.py                    # needs Chromium and requirements/dev.txt
 
 Draws 10,000 different images with noise, writes the result files of a run, and builds its report as a folder and as one file.
 Prints, as its last line, a JSON object of the figures. First paint: the browser's own entry. Filter: from the input event to
@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import answered_runs  # noqa: E402
 from answered_runs import sample, word  # noqa: E402
-from test_report import BROWSER, FLAGS  # noqa: E402
+from test_report_page import BROWSER, FLAGS  # noqa: E402
 
 N = 10_000
 FILTER = """([id, value]) => new Promise((done) => {
@@ -69,7 +69,7 @@ def browse(path: Path) -> dict:
         page.wait_for_function(f"{PAINT} !== undefined")
         paint = page.evaluate(PAINT)
         tries = [["search", f"thing {rng.randrange(100)}"] for _ in range(10)]
-        tries += [["verdict", rng.choice(["kept", "S-VLM right", ""])] for _ in range(10)]
+        tries += [["verdict", rng.choice(["parity", "both right", ""])] for _ in range(10)]
         times = sorted(page.evaluate(FILTER, one) for one in tries)
         browser.close()
     return {

@@ -1,6 +1,6 @@
 """Make docs/report.webp, the README's picture of the report, from the demo's run.
 
-bash scripts/demo.sh && python docs/screenshot.py results/demo     # needs Chromium and requirements-dev.txt
+bash scripts/demo.sh && python docs/screenshot.py results/demo     # needs Chromium and requirements/dev.txt
 """
 
 import io

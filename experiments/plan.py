@@ -8,18 +8,19 @@ is estimated from config.json for 16-bit weights, without activations; that of a
 
 import json
 import os
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from experiments.definition import Experiment, Model, read, stage_arguments
+from experiments.definition import Experiment, Model, read
+from experiments.flags import stage_arguments
 from mpa.data import DATASETS
 from mpa.data.loading import load_samples
-from mpa.engines import ENGINES
+from mpa.files.printable import as_size
 from mpa.files.records import REPOSITORY, InputError
+from mpa.method import rules
 from mpa.stages import cli
 
 NOT_KNOWN = "–"
@@ -53,31 +54,30 @@ def samples(dataset: str, split: str, flags: tuple[str, ...], stage: str, offici
 def sizes(e: Experiment, dataset: str) -> tuple[int | None, int | None]:
     """Train images of PA, and test questions."""
     official = e.data is None  # an experiment's own data have other numbers than the official ones
-    images = samples(dataset, "train", e.flags["PA"], "PA", official)
-    return images, samples(dataset, "test", e.flags["evaluate"], "evaluate", official)
+    images = samples(dataset, "train", e.flags.PA, "PA", official)
+    return images, samples(dataset, "test", e.flags.evaluate, "evaluate", official)
 
 
 def beyond_paper(args, images: int | None) -> tuple[int | None, int | None]:
     """(PI's further requests to the L-VLM, the guard's questions to an S-VLM) of a run with PI's `args`, at most. None: not known."""
-    again, given = args.votes + args.blind, args.max_held_out_questions if args.held_out_questions else 0
+    again = sum(rule.per_question for rule in rules.of(rules.settings_of(args)))
+    given = args.max_held_out_questions if args.held_out_questions else 0
     if images is None:
         return (None if again else given), (given or None if args.hold_out else 0)
     return again * images + given, given or round(args.hold_out * images)
 
 
 def works_beyond_paper(e: Experiment, dataset: str, images: int | None, shared: bool) -> list[Work]:
-    """Further answers in PI, probabilities, and the guard's questions before and after PL; in runs or, not `shared`, in cells."""
+    """What PI's rules ask, and the guard's questions before and after PL; in runs or, not `shared`, in cells."""
     found = []
     lvlms = e.lvlms if shared else [lvlm for lvlm, _ in e.pairs]
     for preset in e.presets:
-        args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags["PI"]))
+        args = stage_arguments("PI", ("--dataset", dataset, "--preset", preset, *e.flags.PI))
         again, held_out = beyond_paper(args, images)
-        cells = [(seed, e.variants[name]) for of, seed, name in e.trainings if of == preset]
-        scored = [seed for seed, variant in cells if variant.scores or args.score]
-        runs, scored = (len(e.seeds), set(scored)) if shared else (len(cells), scored)
+        cells = [seed for of, seed, _ in e.trainings if of == preset]
+        runs = len(e.seeds) if shared else len(cells)
         found += [Work("PI", lvlm, dataset, again, runs) for lvlm in lvlms]
         for _, svlm in e.pairs:
-            found.append(Work("PI", svlm, dataset, images, len(scored)))
             found.append(Work("evaluate", svlm, dataset, held_out, runs + len(cells)))
     return [work for work in found if work.times and work.requests != 0]
 
@@ -145,19 +145,15 @@ def seconds_each(results: Path, work: Work) -> float | None:
         return seconds / n
     asked = "PA" if work.stage == "PA" else "evaluate"  # PI's questions are like those of evaluate
     tried = results / f"pace/{asked}_{work.model}_{work.dataset}.txt"
-    text = tried.read_text() if work.stage != "PL" and tried.exists() else ""
-    requests = re.findall(r": ([\d,]+) requests about", text)
-    times = re.findall(r"time, by the pace of \d+: (?:(\d+) days?, )?(\d+):(\d+):(\d+)", text)
-    if not (requests and times):
-        return None
-    days, hours, minutes, rest = (int(part or 0) for part in times[-1])
-    return (((24 * days + hours) * 60 + minutes) * 60 + rest) / int(requests[-1].replace(",", ""))
+    lines = tried.read_text().splitlines() if work.stage != "PL" and tried.exists() else []
+    told = [json.loads(line) for line in lines if line.startswith("{")]
+    return told[-1]["seconds"] / told[-1]["requests"] if told else None
 
 
 @cache
 def memory(model: Model, stage: str, zero: str, gpus: int) -> str:
     """ "weights 15.2 GB" or, for PL, "states 35.4 GB"; NOT_KNOWN without a config.json that transformers can build."""
-    if not ENGINES[model.engine].local:
+    if not model.local:
         return "on a server"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from mpa.models.memory_estimate import Sharding, meta_model, states, weight_bytes
@@ -166,10 +162,10 @@ def memory(model: Model, stage: str, zero: str, gpus: int) -> str:
     if built is None:
         return NOT_KNOWN
     if stage != "PL":
-        return f"{weight_bytes(built, 2) / 1e9:.3g} GB"
+        return as_size(weight_bytes(built, 2))
     offload = "offload" in zero
     held = states(built, 2, Sharding(int(zero[4]), gpus, offload, offload and zero[4] == "3"))
-    return f"{sum(size for name, size in held.items() if name != 'offloaded') / 1e9:.3g} GB on each of {gpus}"
+    return f"{as_size(sum(n for name, n in held.items() if name != 'offloaded'))} on each of {gpus}"
 
 
 # --- the text --------------------------------------------------------------------------------------------
@@ -184,17 +180,17 @@ def row(e: Experiment, results: Path, stage: str, model: Model, of_model: list[W
     known = [work for work in of_model if work.requests is not None]
     n, time = sum(work.requests * work.times for work in known), hours(results, of_model)
     most = "≤ " if stage in ("PI", "PL") else ""
-    size = memory(model, stage, e.settings.get("ZERO", "zero2"), e.gpus_of(stage, model))
+    held = memory(model, stage, e.settings.ZERO or "zero2", e.gpus_of(stage, model))
     count = (most + number(n)) if known else NOT_KNOWN
     jobs, told = sum(w.times for w in of_model), NOT_KNOWN if time is None else f"{time:.2f}"
-    return f"  {stage:<10}{model.name:<32}{jobs:>6}{count:>14}{told:>9}   {size}"
+    return f"  {stage:<10}{model.name:<32}{jobs:>6}{count:>14}{told:>9}   {held}"
 
 
 def plan(e: Experiment, results: Path) -> list[str]:
     cells = len(e.datasets) * len(e.pairs) * len(e.trainings)
     some = ", some variants with fewer" if any(v.seeds for v in e.variants.values()) else ""
     lines = [
-        f"{e.name}: {cells} cells = {len(e.datasets)} datasets × {len(e.pairs)} pairs of L-VLM and S-VLM × "
+        f"{cells} cells = {len(e.datasets)} datasets × {len(e.pairs)} pairs of L-VLM and S-VLM × "
         f"{len(e.variants)} variants × {len(e.presets)} presets × {len(e.seeds)} seeds{some}",
         f"  variants: {', '.join(e.variants)}",
     ]
@@ -212,7 +208,7 @@ def plan(e: Experiment, results: Path) -> list[str]:
         lines.append(row(e, results, stage, models[name], of_model))
     asked, of_cells = requests(found), alone(e)
     lines += [
-        "  PI asks the L-VLM nothing if PA has its answers, but for --votes, --blind and --held-out-questions. PI's requests and PL's",
+        "  PI asks the L-VLM nothing if PA has its answers, but for rules and --held-out-questions. PI's requests and PL's",
         "  samples are upper bounds. With held-out images, evaluate includes the guard's questions before and after PL.",
         "  GPU memory: 16-bit weights; in PL also gradients and optimizer state. Activations come on top.",
         "",
@@ -226,7 +222,8 @@ def plan(e: Experiment, results: Path) -> list[str]:
     if here and there:
         lines.append(f"Sharing: {here:.2f} hours of the models instead of {there:.2f}: {there / here:.1f} times fewer.")
     if unknown:
-        first = Path(e.data_maker[0]).relative_to(REPOSITORY) if e.data_maker else "data/prepare.py"
+        maker = e.data and e.data.made_by
+        first = os.path.relpath(maker[0], REPOSITORY) if maker else "data/prepare.py"
         lines.append(f"Not counted, as the numbers are not known before {first}: {', '.join(sorted(unknown))}.")
     return lines
 
@@ -234,8 +231,10 @@ def plan(e: Experiment, results: Path) -> list[str]:
 def main() -> None:
     experiment = read(sys.argv[1])
     if experiment.data:
-        os.environ["MPA_DATA"] = str(experiment.data)
-    print("\n".join(plan(experiment, Path(sys.argv[2]))))
+        os.environ["MPA_DATA"] = str(experiment.data.folder)
+    results = Path(sys.argv[2]).absolute()
+    os.chdir(REPOSITORY)  # torch does not load in a folder that is gone
+    print(f"{Path(sys.argv[1]).stem}: " + "\n".join(plan(experiment, results)))
 
 
 if __name__ == "__main__":

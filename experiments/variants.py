@@ -1,16 +1,23 @@
 """The variants of an experiment file: what PL trains on, and with which settings. `experiments.definition` reads the rest of the file."""
 
-import os
-import re
-import shlex
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeVar
 
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    WrapValidator,
+    model_validator,
+)
+
+from experiments.flags import OfTrainer
+from experiments.yaml_file import Fault, Section
 from mpa.answers.kinds import ANSWER_TYPES
 from mpa.answers.matching import MATCHERS
 from mpa.files.records import REPOSITORY
-from mpa.files.yaml_file import YamlFile
 from mpa.method.rules.anchors import ANCHOR_BY
 
 STAGES = {
@@ -20,47 +27,125 @@ STAGES = {
     "evaluate": REPOSITORY / "scripts/evaluate.sh",
 }
 TRAIN = ("mpa", "all_pseudo", "random_pseudo", "human", "human_n", "rejected")
-SET_BY_RUNNER = set("DATASET LVLM SVLM MODEL RUN PRESET SEED TRAIN_JSON OUTPUT_DIR GPUS".split())
-WORDS = ("DTYPE", "ZERO", "IMAGES")  # the variables that are not numbers
+SHARDINGS = tuple(sorted(path.stem for path in STAGES["PL"].parent.glob("zero*.json")))
 
 
-@dataclass(frozen=True)
-class Corruption:
+# --- kinds of values --------------------------------------------------------------------------------------
+
+
+def one_or_more(given) -> list:
+    """A list that is not empty, or the list of a single value."""
+    if given == []:
+        raise ValueError("the list is empty")
+    return given if isinstance(given, list) else [given]
+
+
+def _distinct(found: list) -> list:
+    for place, value in enumerate(found):
+        if value in found[:place]:
+            raise Fault(f"{value} is repeated", place)
+    return found
+
+
+def _as_written(given, handler) -> str:
+    """Checked, but not converted: a job gets 5e-6 as it stands in the file."""
+    handler(given)
+    return given
+
+
+T = TypeVar("T")
+Several = Annotated[list[T], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+Count = Annotated[PositiveInt | None, WrapValidator(_as_written)]
+Number = Annotated[NonNegativeFloat | None, WrapValidator(_as_written)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+# --- variables of the stages' scripts, whose headers say what they do ---------------------------------------
+
+
+class Asking(Section):
+    """Of PA, PI and evaluate."""
+
+    BATCH_SIZE: Count = None
+    DTYPE: str | None = None
+    MIN_PIXELS: Count = None
+    MAX_PIXELS: Count = None
+    MAX_TILES: Count = None
+
+
+class Training(Section):
+    """Of PL."""
+
+    PL_BATCH_SIZE: Count = None
+    ACCUMULATION: Count = None
+    EPOCHS: Number = None
+    LEARNING_RATE: Number = None
+    MERGER_LR: Number = None
+    VISION_LR: Number = None
+    ZERO: Literal[SHARDINGS] | None = None
+    MIN_PIXELS: Count = None
+    MAX_PIXELS: Count = None
+    MAX_TILES: Count = None
+
+
+class Settings(Training, Asking):
+    """Of all stages."""
+
+
+def variables(of: Section, stage: str) -> dict[str, str]:
+    """{variable of the stage's script: value} of those that are set."""
+    kind = Training if stage == "PL" else Asking
+    names = [name for name in type(of).model_fields if name in kind.model_fields]
+    return {name: value for name in names if (value := getattr(of, name)) is not None}
+
+
+# --- variants ---------------------------------------------------------------------------------------------
+
+
+class Corruption(Section):
     """The L-VLM's answers of one type (mpa.answers.kinds) are replaced at a share; `where`: "both" or "annotation"."""
 
-    type: str
-    share: float
-    where: str = "both"
+    type: Literal[ANSWER_TYPES]
+    share: Share
+    where: Literal["both", "annotation"] = "both"
 
     @property
     def name(self) -> str:
         return f"{self.type.replace('/', '-').replace(' ', '-')}-{100 * self.share:g}-{self.where}"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Training):
     """What PL trains on, and with which settings. `match` is None for the matcher that all cells share.
 
-    `anchors` per parity sample are added, chosen by `anchor_by`; with `weights` each sample has one, and with
-    `max_svlm_probability` the S-VLM's probability decides, not its answer. `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
+    `anchors` per parity sample are added, chosen by `anchor_by`.
+    `replay` is the share of samples from the other datasets' train files. `seeds`: those of the experiment's it runs with.
     """
 
-    train: str = "mpa"
-    match: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
+    train: Literal[TRAIN] = "mpa"
+    match: Literal[*MATCHERS] | None = None
+    flags: OfTrainer = ()
+    replay: Share = 0.0
+    seeds: Several[NonNegativeInt] | None = None
+    anchors: Annotated[float, Field(gt=0, le=100)] = 0.0
+    anchor_by: Literal[ANCHOR_BY] = "answer"
     corrupt: Corruption | None = None
-    replay: float = 0.0
-    seeds: tuple[int, ...] | None = None
-    anchors: float = 0.0
-    anchor_by: str = "answer"
-    weights: bool = False
-    max_svlm_probability: float = 0.0
 
-    @property
-    def scores(self) -> bool:
-        """Whether its train file needs the probabilities that the S-VLM gives the annotated answers."""
-        return bool(self.weights or self.max_svlm_probability)
+    @model_validator(mode="after")
+    def _keys_fit(self):
+        of_pi, given = ("match", "anchors", "anchor_by"), self.model_fields_set
+        all_samples = (
+            self.train in ("all_pseudo", "human") and f"no effect on {self.train}: PI does not choose its samples"
+        )
+        not_parity = self.train != "mpa" and f"is for the parity set (train: mpa), not for {self.train}"
+        for key, fault in (
+            ("match", all_samples),
+            ("anchors", not_parity),
+            ("anchor_by", not self.anchors and "needs anchors: R"),
+            ("corrupt", not_parity or (given.intersection(of_pi) and f"goes with none of {', '.join(of_pi)}")),
+        ):
+            if key in given and fault:
+                raise Fault(fault, key)
+        return self
 
     @property
     def selection(self) -> str:
@@ -71,26 +156,14 @@ class Variant:
         parts = [
             self.match,
             f"anchors-{self.anchors:g}{by}" if self.anchors else None,
-            "weights" if self.weights else None,
         ]
-        parts.append(f"p-{self.max_svlm_probability:g}" if self.max_svlm_probability else None)
         return "".join(f"_{part}" for part in parts if part)
 
     @property
     def selecting_flags(self) -> tuple[str, ...]:
         """PI's flags that select this train file from existing answers of both models; none for the shared parity set."""
         flags = ("--match", self.match) if self.match else ()
-        flags += ("--anchors", f"{self.anchors:g}", "--anchor-by", self.anchor_by) if self.anchors else ()
-        flags += ("--weights",) if self.weights else ()
-        return flags + (
-            ("--max-svlm-probability", f"{self.max_svlm_probability:g}") if self.max_svlm_probability else ()
-        )
-
-
-def script_settings(stage: str) -> list[str]:
-    """The variables that a stage's script reads, without those that the runner sets."""
-    found = re.findall(r"\$\{([A-Z_]+):[-+]", STAGES[stage].read_text())
-    return [name for name in dict.fromkeys(found) if name not in SET_BY_RUNNER]
+        return flags + (("--anchors", f"{self.anchors:g}", "--anchor-by", self.anchor_by) if self.anchors else ())
 
 
 def suffix(name: str) -> str:
@@ -98,130 +171,8 @@ def suffix(name: str) -> str:
     return "" if name == "mpa" else f"_{name}"
 
 
-def read_variants(file: YamlFile, node, seeds: list[int], datasets: list[str]) -> dict[str, Variant]:
-    if node is None:
-        return {"mpa": Variant()}
-    if not isinstance(node, file.yaml.MappingNode):
-        return {name: Variant(name) for name in file.distinct(node, "variants", lambda n: _train(file, n))}
-    found = {}
-    for name, value in file.mapping(node, None, "variants").items():
-        if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
-            raise file.error(value, f"a variant's name may hold letters, digits and . - _ only: {name!r}.")
-        found[name] = _variant(file, name, value, seeds)
-        if found[name].replay and len(datasets) == 1:
-            raise file.error(value, f"{name}: replay needs another dataset to replay from.")
-    return found
-
-
-def _train(file: YamlFile, node) -> str:
-    return file.choice(node, TRAIN, "variant")
-
-
-def _variant(file: YamlFile, name: str, node, seeds: list[int]) -> Variant:
-    settings = script_settings("PL")
-    of_pi = ("match", "anchors", "anchor_by", "weights", "max_svlm_probability")
-    keys = ("train", *of_pi, "corrupt", "replay", "seeds", "flags", *settings)
-    given = {} if file.is_empty(node) else file.mapping(node, keys, "a variant")
-    if "train" not in given and name not in TRAIN:
-        raise file.error(node, f"unknown variant {name!r}. Known: {', '.join(TRAIN)}; another name needs train: ONE.")
-    train = _train(file, given["train"]) if "train" in given else name
-    if name in TRAIN and train != name:
-        raise file.error(given["train"], f"the variant {name!r} trains on {name}, not on {train}; choose another name.")
-    flags = words(file, given["flags"]) if "flags" in given else ()
-    if flags:
-        check_trainer_flags(file, given["flags"], flags)
-    match = file.choice(given["match"], MATCHERS, "matcher") if "match" in given else None
-    if match and train in ("all_pseudo", "human"):
-        raise file.error(given["match"], f"a matcher has no effect on {train}: PI does not choose its samples.")
-    corrupt = _corruption(file, given["corrupt"]) if "corrupt" in given else None
-    anchors = _anchors(file, given["anchors"], train) if "anchors" in given else 0.0
-    if "anchor_by" in given and not anchors:
-        raise file.error(given["anchor_by"], "anchor_by needs anchors: R.")
-    for name in ("weights", "max_svlm_probability"):
-        if name in given and train != "mpa":
-            raise file.error(given[name], f"{name} is for the parity set (train: mpa), not for {train}.")
-    if corrupt and (train != "mpa" or not {*of_pi}.isdisjoint(given)):
-        raise file.error(given["corrupt"], f"corrupt is for variants that train on mpa, without {', '.join(of_pi)}.")
-    own = {key: value for key, value in given.items() if key in settings}
-    return Variant(
-        train,
-        match,
-        {key: setting(file, value, key) for key, value in own.items()},
-        flags,
-        corrupt,
-        _share(file, given["replay"], "replay") if "replay" in given else 0.0,
-        tuple(file.distinct(given["seeds"], "seeds", lambda n: _seed(file, n, seeds))) if "seeds" in given else None,
-        anchors,
-        file.choice(given["anchor_by"], ANCHOR_BY, "anchor_by") if "anchor_by" in given else "answer",
-        "weights" in given and file.choice(given["weights"], ("true", "false"), "weights") == "true",
-        _share(file, given["max_svlm_probability"], "max_svlm_probability") if "max_svlm_probability" in given else 0.0,
-    )
-
-
-def _anchors(file: YamlFile, node, train: str) -> float:
-    if train != "mpa":
-        raise file.error(node, f"anchors are added to the parity set (train: mpa), not to {train}.")
-    value = file.text(node, "anchors")
-    try:
-        anchors = float(value)
-    except ValueError:
-        anchors = 0.0
-    if not 0 < anchors <= 100:
-        raise file.error(node, f"anchors should be a number per parity sample, above 0 and up to 100: {value!r}.")
-    return anchors
-
-
-def _seed(file: YamlFile, node, seeds: list[int]) -> int:
-    return int(file.choice(node, list(map(str, seeds)), "seed of a variant"))
-
-
-def _share(file: YamlFile, node, what: str) -> float:
-    value = file.text(node, what)
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise file.error(node, f"{what} should be a share between 0 and 1: {value!r}.")
-    return share
-
-
-def _corruption(file: YamlFile, node) -> Corruption:
-    given = file.mapping(node, ("type", "share", "where"), "corrupt")
-    if missing := {"type", "share"} - given.keys():
-        raise file.error(node, f"corrupt: the key {min(missing)!r} is missing.")
-    where = file.choice(given["where"], ("both", "annotation"), "where") if "where" in given else "both"
-    kind = file.choice(given["type"], ANSWER_TYPES, "answer type")
-    return Corruption(kind, _share(file, given["share"], "share"), where)
-
-
-def setting(file: YamlFile, node, name: str) -> str:
-    value = file.text(node, name)
-    if name not in WORDS:
-        try:
-            float(value)
-        except ValueError:
-            raise file.error(node, f"{name} should be a number: {value!r}.") from None
-    return value
-
-
-def words(file: YamlFile, node) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(file.text(node, "flags")))
-    except ValueError as error:
-        raise file.error(node, f"flags: {error}.") from None
-
-
-def check_trainer_flags(file: YamlFile, node, flags: tuple[str, ...]) -> None:
-    """Let the trainer's own parser check its flags, in a process of its own, as it loads torch."""
-    code = "import sys, params\ntry: params.parse(sys.argv[1:])\nexcept params.DataError as error: sys.exit(str(error))"
-    needed = ["--model_id", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *needed, *flags],
-        cwd=STAGES["PL"].parents[1] / "src",
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise file.error(node, f"flags of PL: {done.stderr.strip().splitlines()[-1]}")
+def by_name(given) -> dict:
+    """{name: its keys} of variants that are a list of names, or a mapping of names to keys; a known name says what it trains on."""
+    if not isinstance(given, dict):
+        given = {str(name): None for name in one_or_more(given)}
+    return {name: {"train": name} | (of or {}) if isinstance(of or {}, dict) else of for name, of in given.items()}

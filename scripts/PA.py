@@ -15,8 +15,9 @@ Your own images: --task selects the kind of question, or --prompt-file gives you
 import argparse
 import sys
 from dataclasses import replace
-from difflib import SequenceMatcher
 from pathlib import Path
+
+from rapidfuzz import fuzz
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -123,7 +124,7 @@ def request(sample: Sample, attempt: int, args, earlier: list[str]) -> Request:
 def repeated(question: str, earlier: list[str]) -> bool:
     """Is the question nearly one of the earlier ones? Nearly: 90 % of the characters, normalised, are the same in order."""
     asked = normalise(question)
-    return any(SequenceMatcher(None, asked, normalise(other), autojunk=False).ratio() >= 0.9 for other in earlier)
+    return any(fuzz.ratio(asked, normalise(other)) >= 90 for other in earlier)
 
 
 def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> Annotation:
@@ -136,11 +137,11 @@ def annotation(reply: dict, args, marks: frozenset[str], earlier: list[str]) -> 
     if (
         parsed.question
         and parsed.answer
-        and not parsed.reason
+        and not parsed.left_out
         and holds_mark(f"{parsed.question}\n{parsed.answer}", marks)
     ):
         return Annotation(parsed.question, parsed.answer, A_MARK)  # in every preset
-    if parsed.question and not parsed.reason and repeated(parsed.question, earlier):
+    if parsed.question and not parsed.left_out and repeated(parsed.question, earlier):
         return Annotation(parsed.question, parsed.answer, "asked before about this image")
     return parsed
 
@@ -151,9 +152,9 @@ def record(sample: Sample, attempt: int, reply: dict, parsed: Annotation, image:
         "image_path": sample.image_path,
         "ground_truth_question": sample.question,
         "ground_truth_answer": most_common(sample.answers) if sample.answers else None,
-        "predicted_question": None if parsed.reason else parsed.question,
-        "predicted_answer": None if parsed.reason else parsed.answer,
-        "left_out": parsed.reason,
+        "predicted_question": None if parsed.left_out else parsed.question,
+        "predicted_answer": None if parsed.left_out else parsed.answer,
+        "left_out": parsed.left_out,
         "tries": attempt + 1,
         "reply": reply.get("text"),
         "logprob": reply.get("logprob"),

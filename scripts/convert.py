@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa.files.argument_types import number
+from mpa.files.printable import as_size
 from mpa.models import conversion
 from mpa.stages import cli
 
@@ -46,15 +47,13 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     if args.cached:
         with contextlib.redirect_stdout(sys.stderr):
-            folder = conversion.native(args.model)
+            folder = conversion.converted(args.model)
         print(folder)
         return
     started = time.time()
     conversion.convert(args.model, args.out, args.image_token_id, args.vision_tower)
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    print(
-        f"Wrote {args.out} ({size / 1e9:.3g} GB, {time.time() - started:.0f} s). Use it as LVLM or SVLM in any stage."
-    )
+    print(f"Wrote {args.out} ({as_size(size)}, {time.time() - started:.0f} s). Use it as LVLM or SVLM in any stage.")
 
 
 if __name__ == "__main__":

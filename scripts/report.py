@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa.files import outputs
-from mpa.files.printable import printable
+from mpa.files.printable import as_size, printable
 from mpa.files.records import InputError
 from mpa.runs.run_folders import add_selection, selected
 from mpa.stages import cli
@@ -60,7 +60,7 @@ def main(argv=None) -> None:
     told = f"{len(contents)} {pairs} of models and datasets, {len(images):,} images"
     if hidden := sum(not shown for shown in images.values()):
         told += f", {hidden:,} of them not shown; the page says why"
-    print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {told}. Open it in a browser.")
+    print(f"Wrote {out} ({as_size(out.stat().st_size)}): {told}. Open it in a browser.")
     for content in contents:
         for why in content.differing:
             print(printable(f"warning: {content.title}: not compared: {why}"), file=sys.stderr)

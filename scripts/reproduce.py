@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         sys.exit(f"error: {taken[0]}: reproduce.sh sets this flag itself. Leave it out.")
     shown = any(map(SHOWN.fullmatch, given))
     if data := definition.read(file).data:
-        os.environ["MPA_DATA"] = str(data)
+        os.environ["MPA_DATA"] = str(data.folder)
     code = snakemake(results, [*own, *given], shown)
     failed = report_failures(results)
     if code and shutil.disk_usage(results).free < ROOM:
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         print("\n".join([f"error: stopped, by a signal or by Snakemake. The end of {log}:", *said]), file=sys.stderr)
 
     # --- the tables of what there is, what looks wrong in it, and how it looks ---
-    if not shown:
+    if not shown and "pace" not in given:
         scripts = ["tables.py", "diagnose.py --short", *(["report.py"] if os.environ.get("REPORT") != "0" else [])]
         for script in scripts:
             print(flush=True)

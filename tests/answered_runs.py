@@ -1,8 +1,10 @@
-"""A run folder with PA's and PI's files, written from a table of samples, for the checks and the diagnosis."""
+"""A run folder with PA's and PI's files, written from a table of samples, for the checks, the diagnosis and the report."""
 
+import json
 from pathlib import Path
 
 import synthetic_runs as fake
+from PIL import Image
 
 from mpa.method.rules.rule import Selection
 from mpa.method.verdict import PARITY, Judge
@@ -54,3 +56,48 @@ def sample(i: int, lvlm: str | None = None, svlm: str | None = "wrong", annotati
     """A sample with an open answer, which the L-VLM repeats and the S-VLM does not know."""
     answer = annotation or word(i)
     return {"question": f"what is thing {i}?", "annotation": answer, "lvlm": lvlm or answer, "svlm": svlm} | more
+
+
+def whole(
+    folder: Path,
+    images: Path,
+    texts: list[str] | None = None,
+    cell: Cell = CELL,
+    n=130,
+    questions=60,
+    evaluated=True,
+    name="{}.png",
+) -> None:
+    """A whole run with images: kept and rejected samples, evaluations before and after, a training log.
+
+    Image 3 is missing and image 4 is broken. `texts` replace those of the first samples and test questions.
+    """
+    images.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for i in range(n):
+        path = images / name.format(i)
+        if i != 3 and not path.exists():
+            Image.new("RGB", (40, 30), (i % 255, 90, 160)).save(path)
+        more = {"svlm": word(i)} if i % 3 == 1 else {"lvlm": "else", "svlm": None} if i % 3 == 2 else {}
+        samples.append(sample(i, image=str(path), **more))
+    for s, text in zip(samples, texts or [], strict=False):
+        s |= {"question": text, "annotation": text, "lvlm": text, "svlm": "other " + text[:50], "id": text}
+    (images / name.format(4)).write_text("not an image")
+    write(folder, samples, cell)
+    if evaluated:
+        before, after = ([int(i % k == 0) for i in range(questions)] for k in (2, 3))
+        for model, right in ((cell.svlm, before), (f"PL_{cell.lvlm}_{cell.svlm}_{cell.dataset}", after)):
+            path = fake.evaluation(folder, model, cell.dataset, right)
+            records = json.loads(path.read_text())
+            for i, r in enumerate(records):
+                r["image_path"] = str(images / name.format(i))
+                if texts and i < len(texts):
+                    r |= {"GT_question": texts[i], "predictions": texts[i]}
+            fake.write(path, records)
+        model = folder / f"PL_{cell.lvlm}_{cell.svlm}_{cell.dataset}"
+        fake.write(model / "train_meta.json", {"settings": {}, "samples": 44, "steps": 12})
+        rates = {"lr_language": 1e-5, "lr_vision": 2e-6}
+        history = [
+            {"step": i, "loss": 1 / (i + 1), "grad_norm": 1.0, "samples_per_second": 9.5} | rates for i in range(12)
+        ]
+        fake.write(model / "trainer_state.json", {"log_history": history})

@@ -34,24 +34,22 @@ def growth(work, warm_up) -> int:
 
 
 def train(folder: Path, model: str, *flags: str) -> tuple[int, dict]:
-    import memory_check
     import params
-    import sample_preparation
     import train as trainer
+    import training_memory
     from training import arguments
 
     def run(*more: str) -> None:
-        arguments_of = params.parse(
-            arguments(folder, "--save_strategy", "no", "--cache_gb", "0", *flags, *more, model=model)
-        )
-        samples = sample_preparation.read(arguments_of[1].data_path, *arguments_of[1:])
+        arguments_of = params.parse(arguments(folder, "--save_strategy", "no", *flags, *more, model=model))
+        samples = trainer.read(arguments_of[1].data_path, *arguments_of[1:])
         trainer.build(samples, *arguments_of, {}).train()
 
     model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
-    samples = sample_preparation.read(data_args.data_path, data_args, args)
-    encoded = sample_preparation.prepare(samples, trainer.load_processor(model_args, data_args), data_args, args)
-    sizes = memory_check.estimate(memory_check.planned_model(model_args, args), model_args, data_args, args, encoded)
-    del encoded
+    samples = trainer.read(data_args.data_path, data_args, args)
+    checked = trainer.prepare(samples, trainer.load_processor(model_args, data_args), data_args)
+    sizes = training_memory.estimate(
+        training_memory.planned_model(model_args, args), model_args, data_args, args, checked
+    )
     one = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1".split()
     return growth(lambda: run("--max_steps", "2"), lambda: run(*one)), sizes
 

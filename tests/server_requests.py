@@ -19,3 +19,9 @@ def collect(server, requests, **settings) -> tuple[dict, InputError | None, dict
         except InputError as error:
             failure = error
         return found, failure, engine.facts()
+
+
+def stage_flags(server, images, limit: int | None = None) -> list:
+    """Flags of a stage that asks the server about a folder of images."""
+    flags = ["--dataset", "images", "--image-root", images, "--engine", "openai", "--base-url", server.url]
+    return flags + (["--limit", limit] if limit else [])

@@ -276,7 +276,7 @@ def test_the_report_names_what_it_does_not_compare(tmp_path):
         cells.append(CellContent(tmp_path / name, Cell("textVQA", "big", "small")))
     (pair,) = compared(cells)
     assert pair["change"]["n"] == 20 and "of 20 questions that both evaluations asked" in pair["notes"][0]
-    assert "of 20 questions that both" in compare_section(cells)["table"]["notes"][0]
+    assert "of 20 questions that both" in compare_section(cells)[0]["table"]["notes"][0]
     set_meta(tmp_path / "b/Eval_PL_big_small_textVQA_textVQA.json", max_pixels=1)
     assert compared([cells[0], CellContent(tmp_path / "b", Cell("textVQA", "big", "small"))]) == []
     assert any("max_pixels was None, is now 1" in line for line in cells[0].differing)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import model_card
 import model_loading
 import originals
 import pytest
@@ -14,7 +13,6 @@ import torch
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from easy_run import read
 
-import data
 from mpa.files.records import InputError
 from mpa.models import conversion, loading
 
@@ -22,7 +20,7 @@ from mpa.models import conversion, loading
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPA_CACHE", str(tmp_path / "cache"))
-    conversion.native.cache_clear()
+    conversion.converted.cache_clear()
     return tmp_path / "cache"
 
 
@@ -32,17 +30,17 @@ def folders(cache) -> list[str]:
 
 def test_an_original_is_converted_once_and_another_content_anew(tmp_path, cache, capsys):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    out = conversion.native(str(source))
+    out = conversion.converted(str(source))
     said = capsys.readouterr().out
     assert said.startswith(f"Converted {source} into {out} (0.00") and said.count("\n") == 1
-    assert model_card.converted_from(out) == str(source)
-    conversion.native.cache_clear()
-    assert conversion.native(str(source)) == out and capsys.readouterr().out == ""
+    assert conversion.converted_from(out) == str(source)
+    conversion.converted.cache_clear()
+    assert conversion.converted(str(source)) == out and capsys.readouterr().out == ""
     originals.changed(source, max_dynamic_patch=6)
-    conversion.native.cache_clear()
-    assert conversion.native(str(source)) != out
+    conversion.converted.cache_clear()
+    assert conversion.converted(str(source)) != out
     assert len(folders(cache)) == 2 and all(name.startswith("InternVL2-2B-") for name in folders(cache))
-    assert conversion.native(str(STUDENT)) == str(STUDENT)
+    assert conversion.converted(str(STUDENT)) == str(STUDENT)
 
 
 def test_two_processes_convert_once(tmp_path, cache):
@@ -56,12 +54,12 @@ def test_two_processes_convert_once(tmp_path, cache):
 
 def test_a_conversion_that_was_killed_leaves_nothing_that_counts(tmp_path, cache):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    code = "import os; from mpa.models.conversion import native, writing\n"
+    code = "import os; from mpa.models.conversion import converted, writing\n"
     code += "writing._names_on_disk = lambda _: os.kill(os.getpid(), 9)\n"
-    done = subprocess.run([sys.executable, "-c", f"{code}native({str(source)!r})"], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", f"{code}converted({str(source)!r})"], cwd=ROOT)
     assert done.returncode == -9
     assert [".partial-" in name for name in folders(cache)] == [True]
-    conversion.native(str(source))
+    conversion.converted(str(source))
     assert [".partial-" in name for name in folders(cache)] == [False]
 
 
@@ -101,12 +99,12 @@ def test_what_a_killed_conversion_left_is_not_mixed_with_the_next(tmp_path):
 @pytest.mark.parametrize("lost", [["conversion.json", "config.json"], ["manifest.json"]], ids=["torn", "earlier"])
 def test_a_conversion_in_the_cache_that_is_torn_or_of_an_earlier_version_is_made_anew(tmp_path, cache, lost):
     source = originals.internvl(tmp_path / "InternVL2-2B")
-    out = Path(conversion.native(str(source)))
+    out = Path(conversion.converted(str(source)))
     before = resume_settings.fingerprint(out)
     for name in lost:
         (out / name).unlink()
-    conversion.native.cache_clear()
-    assert conversion.native(str(source)) == str(out) and (out / "config.json").is_file()
+    conversion.converted.cache_clear()
+    assert conversion.converted(str(source)) == str(out) and (out / "config.json").is_file()
     loading.check_files(str(out))
     assert resume_settings.fingerprint(out) == before  # so that a training on it goes on
 
@@ -147,14 +145,14 @@ def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
     again = python("convert.py", source, "--out", tmp_path / "out")
     assert again.returncode == 1 and "already exists" in again.stderr
     cached = python("convert.py", "--cached", source)
-    assert cached.stdout == f"{conversion.native(str(source))}\n" and "Converted" in cached.stderr
+    assert cached.stdout == f"{conversion.converted(str(source))}\n" and "Converted" in cached.stderr
     assert python("convert.py", "--cached", TEACHER).stdout == f"{TEACHER}\n"
     assert "not in the cache of the hub" in python("convert.py", "no/such-model", "--out", tmp_path / "x").stderr
 
 
 def test_pixels_are_the_originals_in_stages_too(tmp_path, cache):
     """The image processor on PIL, which transformers selects only when asked to."""
-    folder = conversion.native(str(originals.internvl(tmp_path / "InternVL2-2B")))
+    folder = conversion.converted(str(originals.internvl(tmp_path / "InternVL2-2B")))
     processor = loading.load_processor(folder, 1, 10**9)
     assert type(processor.image_processor).__name__ == "GotOcr2ImageProcessorPil"
     processor.save_pretrained(tmp_path / "saved")  # as a training does
@@ -165,13 +163,11 @@ def test_the_trainer_converts_by_the_script(tmp_path, cache, monkeypatch, capsys
     source = str(originals.internvl(tmp_path / "InternVL2-2B"))
     for name in model_loading.OF_RANKS:  # as rank 1 of torchrun
         monkeypatch.setenv(name, "1")
-    folder = model_loading.native(source)
-    assert folder == conversion.native(source) and f"Converted {source}" in capsys.readouterr().out
-    assert model_loading.native(str(STUDENT)) == str(STUDENT) and model_loading.native("no/model") == "no/model"
+    folder = model_loading.converted(source)
+    assert folder == conversion.converted(source) and f"Converted {source}" in capsys.readouterr().out
+    assert model_loading.converted(str(STUDENT)) == str(STUDENT)
+    with pytest.raises(InputError, match="no/model: not in the cache of the hub"):
+        model_loading.converted("no/model")
     originals.changed(tmp_path / "InternVL2-2B", ps_version="v1")
-    with pytest.raises(data.DataError, match="ps_version is 'v1'"):
-        model_loading.native(source)
-    monkeypatch.setattr(model_loading, "CONVERT", tmp_path / "convert.py")
-    with pytest.raises(data.DataError, match="which converts it, is not there"):
-        model_loading.native(source)
-    assert set(model_loading.ORIGINALS) == set(conversion.LAYOUTS)
+    with pytest.raises(InputError, match="ps_version is 'v1'"):
+        model_loading.converted(source)

@@ -79,7 +79,7 @@ def test_a_healthy_run_has_no_finding(tmp_path):
         (
             "a missing type",
             [*HEALTHY, *(sample(i, annotation=str(i), svlm=str(i)) for i in range(60))],
-            "no answers of the type 'number' in the parity set; 60 of 360 (17 %, 95 % interval 13 to 21) of the annotations",
+            "no answers of the type 'number' in the parity set: 60 of 360 (17 %, 95 % interval 13 to 21) of the annotations",
         ),
     ],
 )
@@ -103,6 +103,18 @@ def test_signatures_of_pl_and_evaluate(tmp_path, name, level, training, figure):
     trained(tmp_path, **training)
     finding = found(tmp_path)[name]
     assert figure in finding.figure and finding.level == level
+
+
+def test_a_type_that_is_missing_everywhere_is_one_finding(tmp_path):
+    colors = [sample(i, annotation="red", svlm="red", question=f"what color is thing {i}?") for i in range(60)]
+    answered_runs.write(tmp_path, HEALTHY + colors)
+    file = fake.evaluation(tmp_path, "small", CELL.dataset, [1] * 40)
+    records = json.loads(file.read_text())
+    fake.write(
+        file, [r | {"GT_question": "what color is it?", "GT_answer": "red", "answers": ["red"]} for r in records]
+    )
+    (finding,) = (f for f in diagnose(Case(tmp_path, CELL)) if f.name == "a missing type")
+    assert finding.figure.count("60 of 360") == finding.figure.count("40 of 40") == 2  # as an answer, and as a question
 
 
 def test_forgetting_is_found_on_other_datasets(tmp_path):

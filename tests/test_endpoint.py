@@ -7,7 +7,7 @@ import urllib.parse
 import pytest
 from conftest import python
 from fake_server import annotate_or_answer, completion
-from server_requests import asked, collect
+from server_requests import asked, collect, stage_flags
 
 from mpa.engines.endpoint import Endpoint
 from mpa.files.records import InputError, without_secrets
@@ -167,18 +167,7 @@ def test_no_form_of_the_key_gets_into_a_file_or_a_message(images, serve, tmp_pat
 
     server = serve(rule)
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    flags = [
-        "--dataset",
-        "images",
-        "--image-root",
-        images,
-        "--limit",
-        "4",
-        "--engine",
-        "openai",
-        "--base-url",
-        server.url,
-    ]
+    flags = stage_flags(server, images, 4)
     done = python("PA.py", *flags, "--model-path-lvlm", "m", "--concurrency", "1", "--run", f"{tmp_path}/")
     assert done.returncode == 0, done.stderr
     assert hidden not in done.stdout + done.stderr

@@ -1,11 +1,16 @@
 """Experiment files: what is unknown in them is named with file and line, and the plan of what would run."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, STUDENT, TEACHER
 
 from experiments import definition, plan
+from experiments.variants import STAGES, Asking, Training, Variant, variables
 from mpa.files.records import InputError
 
 GOOD = f"""datasets: [easyVQA]
@@ -33,10 +38,10 @@ def file(tmp_path):
 
 def test_a_file_is_read(file):
     e = definition.read(file)
-    assert (e.name, e.presets, e.seeds, e.pairs) == ("trial", ["paper"], [0, 1], [("teacher", "student")])
-    assert e.variants["slow"] == definition.Variant("all_pseudo", None, {"EPOCHS": "3"})
-    assert e.variants["mpa"] == definition.Variant() and e.matchers == ["anls"]
-    assert e.flags["PA"] == ("--limit", "30") and e.flags["PL"] == ()
+    assert (e.presets, e.seeds, e.pairs) == (["paper"], [0, 1], [("teacher", "student")])
+    assert e.variants["slow"] == Variant(train="all_pseudo", EPOCHS="3") and e.answer_all
+    assert e.variants["mpa"] == Variant() and e.variants["loose"] == Variant(match="anls")
+    assert e.flags.PA == ("--limit", "30") and e.flags.PL == ()
     assert e.gpus_of("PL", e.svlms["student"]) == 2 and e.gpus_of("PA", e.lvlms["teacher"]) == 1
 
 
@@ -54,15 +59,21 @@ def test_variants_with_anchors_select_from_the_same_answers(file):
     assert e.variants["mpa"].selection == "" and e.variants["anchored"].selection == "_anchors-2"
 
 
-def test_variants_with_the_s_vlms_probabilities_name_what_they_select(file):
-    soft = "  soft: {train: mpa, anchors: 100, weights: true}\n  sure: {train: mpa, max_svlm_probability: 0.2}\n"
-    file.write_text(GOOD.replace("  loose: {train: mpa, match: anls}\n", soft))
+def test_a_setting_reaches_the_stages_that_read_it_as_it_is_written(file):
+    file.write_text(
+        GOOD.replace("EPOCHS: 3", "VISION_LR: 5e-6") + "settings: {BATCH_SIZE: 32, EPOCHS: 1.0, MAX_PIXELS: 3136}\n"
+    )
     e = definition.read(file)
-    assert e.selections == {
-        "anchors-100_weights": ("--anchors", "100", "--anchor-by", "answer", "--weights"),
-        "p-0.2": ("--max-svlm-probability", "0.2"),
-    }
-    assert e.scored_selections == {"anchors-100_weights", "p-0.2"}
+    assert variables(e.settings, "PI") == {"BATCH_SIZE": "32", "MAX_PIXELS": "3136"}
+    assert variables(e.settings, "PL") == {"EPOCHS": "1.0", "MAX_PIXELS": "3136"}
+    assert variables(e.variants["slow"], "PL") == {"VISION_LR": "5e-6"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_stages_scripts_read_the_settings(stage):
+    text = STAGES[stage].read_text()
+    names = (Training if stage == "PL" else Asking).model_fields
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("name", [path.name for path in (ROOT / "experiments").glob("*.yaml")])
@@ -81,55 +92,44 @@ def test_the_papers_matrix_is_whole():
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("easyVQA", "easyVQa", 1, "unknown dataset 'easyVQa'. Known: textVQA"),
-        ("easyVQA", "images", 1, "unknown dataset 'images'"),
+        ("easyVQA", "easyVQa", 1, "'okVQA' or 'easyVQA', not 'easyVQa'"),
+        ("easyVQA", "images", 1, "datasets: should be 'textVQA', "),  # it has no labels
+        ("[easyVQA]", "[]", 1, "datasets: the list is empty"),
         (str(TEACHER), f"{TEACHER}2", 2, "no such model folder"),
-        (str(TEACHER), "data/mini/teecher", 2, "no such model folder: 'data/mini/teecher'"),
+        (str(TEACHER), "data/mini/teecher", 2, "no such model folder: 'data/mini/teecher'. Give a folder, or a hub id"),
         (str(TEACHER), str(STUDENT) + "/, " + str(STUDENT), 2, "two models have the name 'student'"),
-        ("    gpus: 2", "    gpu: 2", 5, "unknown key 'gpu' in a model of svlms"),
-        ("    gpus: 2", "    gpus: no", 5, "gpus should be a whole number from 1: 'no'"),
-        ("    gpus: 2", "    engine: vlm", 5, "unknown engine 'vlm'"),
-        ("    gpus: 2", "    flags: --batchsize 3", 5, "flags of evaluate: unrecognized arguments: --batchsize 3"),
-        ("  mpa:", "  mpaa:", 7, "unknown variant 'mpaa'"),
-        ("train: all_pseudo", "train: pseudo", 8, "unknown variant 'pseudo'"),
-        ("EPOCHS", "EPOCH", 8, "unknown key 'EPOCH' in a variant"),
-        ("EPOCHS: 3", "EPOCHS: three", 8, "EPOCHS should be a number: 'three'"),
-        ("match: anls", "match: anl", 9, "unknown matcher 'anl'"),
-        ("train: all_pseudo", "train: human, match: anls", 8, "a matcher has no effect on human"),
-        ("seeds: [0, 1]", "seeds: [0, 0]", 10, "seeds: 0 is repeated"),
-        ("seeds: [0, 1]", "seeds: [-1]", 10, "a seed should be a whole number from 0: '-1'"),
-        ("seeds: [0, 1]", "seed: [0]", 10, "unknown key 'seed' in an experiment file. Known: datasets"),
-        ("seeds: [0, 1]", "presets: papers", 10, "unknown preset 'papers'"),
-        ("seeds: [0, 1]", "settings: {BATCH: 3}", 10, "unknown key 'BATCH' in settings"),
-        ("seeds: [0, 1]", "svlms: [a/b]", 10, "the key 'svlms' is repeated"),
-        ("--limit 30", "--limits 0", 12, "flags of PA"),
-        ("--limit 30", "--limit 0", 12, "flags of PA: argument --limit: must be at least 1"),
-        ("--limit 30", "--limit '30", 12, "flags: No closing quotation"),
-        ("  PA: ", "  PB: ", 12, "unknown key 'PB' in flags"),
-        ("flags:\n", "flags\n", 12, "not YAML"),
-        ("EPOCHS: 3", "seeds: [2]", 8, "unknown seed of a variant '2'. Known: 0, 1"),
-        ("EPOCHS: 3", "replay: 1", 8, "replay should be a share between 0 and 1: '1'"),
-        ("EPOCHS: 3", "replay: 0.1", 8, "slow: replay needs another dataset"),
+        (str(TEACHER), "[a]", 2, "lvlms: should be a mapping, KEY: VALUE"),
+        ("    gpus: 2", "    gpu: 2", 5, "svlms: gpu: unknown key. Known: model, engine, flags, gpus"),
+        ("    gpus: 2", "    gpus: no", 5, "gpus: should be a valid integer"),
+        ("    gpus: 2", "    engine: vlm", 5, "engine: should be 'hf', 'vllm', 'openai' or 'ray', not 'vlm'"),
+        ("    gpus: 2", "    flags: --batchsize 3", 5, "svlms: flags: unrecognized arguments: --batchsize 3"),
+        ("  mpa:", "  mpaa:", 7, "mpaa: train: should be 'mpa', 'all_pseudo'"),
+        ("  mpa:", "  mpa: 3", 7, "mpa: should be a mapping, KEY: VALUE"),
+        ("  mpa:", "  1st: {train: mpa}", 7, "1st: String should match pattern"),
+        ("  mpa:", "  mpa: {train: human}", 7, "it trains on mpa, not on human; choose another name"),
+        ("EPOCHS", "EPOCH", 8, "slow: EPOCH: unknown key. Known: PL_BATCH_SIZE, "),
+        ("EPOCHS: 3", "EPOCHS: three", 8, "EPOCHS: should be a valid number"),
+        ("EPOCHS: 3", "seeds: [2]", 8, "slow: seeds: the experiment has no seed 2; known: 0, 1"),
+        ("EPOCHS: 3", "replay: 1", 8, "replay: should be less than 1, not '1'"),
+        ("EPOCHS: 3", "replay: 0.1", 8, "slow: replay: needs another dataset"),
+        ("EPOCHS: 3", "anchors: 1", 8, "anchors: is for the parity set (train: mpa), not for all_pseudo"),
+        ("train: all_pseudo", "train: human, match: anls", 8, "match: no effect on human"),
         ("match: anls", "corrupt: {type: number}", 9, "corrupt: the key 'share' is missing"),
-        ("match: anls", "corrupt: {type: numbers, share: 0.1}", 9, "unknown answer type 'numbers'"),
-        ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "without match, anchors"),
-        (
-            "match: anls",
-            "corrupt: {type: number, share: 0.1}, weights: true",
-            9,
-            "without match, anchors, anchor_by, weights",
-        ),
-        ("EPOCHS: 3", "weights: true", 8, "weights is for the parity set (train: mpa), not for all_pseudo"),
-        ("match: anls", "weights: yes", 9, "unknown weights 'yes'. Known: true, false"),
-        ("match: anls", "max_svlm_probability: 2", 9, "max_svlm_probability should be a share between 0 and 1: '2'"),
-        ("match: anls", "anchors: 0", 9, "anchors should be a number per parity sample, above 0 and up to 100: '0'"),
-        ("match: anls", "anchor_by: kind", 9, "anchor_by needs anchors: R"),
-        ("match: anls", "anchors: 1, anchor_by: kinds", 9, "unknown anchor_by 'kinds'. Known: answer, kind, random"),
-        ("EPOCHS: 3", "anchors: 1", 8, "anchors are added to the parity set (train: mpa), not to all_pseudo"),
-        ("EPOCHS: 3", "corrupt: {type: number, share: 0.1}", 8, "corrupt is for variants that train on mpa"),
-        ("seeds: [0, 1]", "transfer: yes", 10, "unknown transfer 'yes'. Known: true, false"),
-        ("seeds: [0, 1]", "data: {folder: x}", 10, "data: the key 'made_by' is missing"),
-        ("seeds: [0, 1]", "data: {folder: x, made_by: none.py}", 10, "made_by: no such script"),
+        ("match: anls", "corrupt: {type: number, share: 0.1}, match: anls", 9, "corrupt: goes with none of match"),
+        ("match: anls", "anchors: nan", 9, "anchors: should be "),
+        ("match: anls", "anchor_by: kind", 9, "anchor_by: needs anchors: R"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", 10, "seeds: 0 is repeated"),
+        ("seeds: [0, 1]", "seed: [0]", 10, "seed: unknown key. Known: datasets"),
+        ("seeds: [0, 1]", "settings: {BATCH: 3}", 10, "settings: BATCH: unknown key. Known: BATCH_SIZE"),
+        ("seeds: [0, 1]", "settings: {ZERO: zero1}", 10, "ZERO: should be 'zero2', 'zero2_offload', "),
+        ("seeds: [0, 1]", "svlms: [a/b]", 10, "the key 'svlms' is repeated"),
+        ("seeds: [0, 1]", "transfer: maybe", 10, "transfer: should be a valid boolean"),
+        ("seeds: [0, 1]", "models: {folder: x}", 10, "models: the key 'made_by' is missing"),
+        ("seeds: [0, 1]", "data: {folder: x, made_by: none.py}", 10, "data: made_by: no such script"),
+        ("--limit 30", "--limit 0", 12, "flags: PA: argument --limit: must be at least 1"),
+        ("--limit 30", "--limit '30", 12, "flags: PA: No closing quotation"),
+        ("  PA: ", "  PB: ", 12, "flags: PB: unknown key. Known: PA, PI, PL, evaluate"),
+        ("flags:\n", "flags\n", 12, "not YAML"),
     ],
 )
 def test_what_is_unknown_is_named_with_file_and_line(file, old, new, line, message):
@@ -141,7 +141,7 @@ def test_what_is_unknown_is_named_with_file_and_line(file, old, new, line, messa
 
 def test_an_unknown_flag_of_the_trainer_is_named_with_file_and_line(file):
     file.write_text(GOOD.replace("EPOCHS: 3", "flags: --packin True"))
-    with pytest.raises(InputError, match=r"line 8: flags of PL: .*--packin"):
+    with pytest.raises(InputError, match=r"line 8: variants: slow: flags: .*--packin"):
         definition.read(file)
 
 
@@ -167,31 +167,29 @@ def test_the_plan_counts_what_is_shared_once(file, tmp_path):
     }
     assert plan.requests(plan.alone(e)) == 6 * (2 * 30 + 3 * 50)
     text = "\n".join(plan.plan(e, tmp_path))
-    assert "6 cells = 1 datasets" in text and "520 requests instead of 1,260" in text
+    assert text.startswith("6 cells = 1 datasets") and "520 requests instead of 1,260" in text
 
 
 @pytest.mark.parametrize(
-    ("flags", "of_lvlm", "held_out", "scored"),
+    ("flags", "of_lvlm", "held_out"),
     [
-        ("--hold-out 0.2", 0, 6, (1, 1)),
-        ("--hold-out 0.2 --held-out-questions train", 1000, 1000, (1, 1)),
-        ("--hold-out 0.2 --held-out-questions train --max-held-out-questions 40", 40, 40, (1, 1)),
-        ("--hold-out 0 --votes 3 --blind", 4 * 30, 0, (1, 1)),
-        ("--hold-out 0.2 --blind --held-out-questions train", 30 + 1000, 1000, (1, 1)),
-        ("--hold-out 0 --score", 0, 0, (2, 7)),
+        ("--hold-out 0.2", 0, 6),
+        ("--hold-out 0.2 --held-out-questions train", 1000, 1000),
+        ("--hold-out 0.2 --held-out-questions train --max-held-out-questions 40", 40, 40),
+        ("--hold-out 0 --votes 3 --blind", 4 * 30, 0),
+        ("--hold-out 0.2 --blind --held-out-questions train", 30 + 1000, 1000),
     ],
 )
-def test_the_plan_counts_what_is_asked_beyond_the_paper(file, flags, of_lvlm, held_out, scored):
-    soft = "  soft: {train: mpa, anchors: 100, weights: true, seeds: [0]}\n"
-    file.write_text(GOOD.replace("seeds: [0, 1]", f"{soft}seeds: [0, 1]") + f"  PI: {flags}\n")
+def test_the_plan_counts_what_is_asked_beyond_the_paper(file, flags, of_lvlm, held_out):
+    file.write_text(GOOD + f"  PI: {flags}\n")
     e, asked = definition.read(file), lambda works: [w.requests * w.times for w in works]
     shared = plan.works_beyond_paper(e, "easyVQA", 30, shared=True)
     cells = plan.works_beyond_paper(e, "easyVQA", 30, shared=False)
-    assert [w.model for w in shared] == ["teacher"] * bool(of_lvlm) + ["student"] * (1 + bool(held_out))
-    # Two runs, seven trainings; without PI's --score one of each needs probabilities. The guard asks once before and after PL.
-    assert sum(asked(shared)) == 2 * of_lvlm + scored[0] * 30 + (2 + 7) * held_out
-    assert sum(asked(cells)) == 7 * of_lvlm + scored[1] * 30 + (7 + 7) * held_out
-    assert plan.requests(plan.works(e)) == 2 * 30 + 2 * 30 + 2 * 50 + 7 * 50 + sum(asked(shared))
+    assert [w.model for w in shared] == ["teacher"] * bool(of_lvlm) + ["student"] * bool(held_out)
+    # Two runs, six trainings. The guard asks once before and after PL.
+    assert sum(asked(shared)) == 2 * of_lvlm + (2 + 6) * held_out
+    assert sum(asked(cells)) == 6 * of_lvlm + (6 + 6) * held_out
+    assert plan.requests(plan.works(e)) == 2 * 30 + 2 * 30 + 2 * 50 + 6 * 50 + sum(asked(shared))
 
 
 def test_the_plan_does_not_take_official_numbers_for_an_experiments_own_data(file, tmp_path, monkeypatch):
@@ -223,7 +221,7 @@ def test_the_plans_hours_come_from_results_or_dry_runs_and_are_open_without(file
     evaluate, pa = (next(w for w in plan.works(e) if w.stage == stage) for stage in ("evaluate", "PA"))
     assert plan.seconds_each(tmp_path, pa) is None
     (tmp_path / "pace").mkdir()
-    said = "PA: 1,000 requests about 30 images.\n  time, by the pace of 16: 1 day, 0:00:10\n"
+    said = 'A warning.\n{"label": "PA", "requests": 1000, "seconds": 86410.0}\n'
     (tmp_path / "pace/PA_teacher_easyVQA.txt").write_text(said)
     assert plan.seconds_each(tmp_path, pa) == 86.41
     (tmp_path / "paper-0").mkdir()
@@ -231,3 +229,18 @@ def test_the_plans_hours_come_from_results_or_dry_runs_and_are_open_without(file
     assert plan.seconds_each(tmp_path, evaluate) == 0.5
     line = next(line for line in plan.plan(e, tmp_path) if "  PA " in line)
     assert line.split()[:5] == ["PA", "teacher", "2", "60", "1.44"]
+
+
+def test_the_plan_and_the_check_run_in_a_folder_that_is_gone(file, tmp_path):
+    """torch does not load there, and a script that makes data would not start."""
+    gone = tmp_path / "gone"
+    (tmp_path / "make.py").write_text("import os; os.getcwd()")
+    more = f"data: {{folder: {tmp_path}/data, made_by: {tmp_path}/make.py}}\n"
+    for command in (f"python -P -m experiments.definition {file}", f"python -P -m experiments.plan {file} {tmp_path}"):
+        gone.mkdir()
+        file.write_text(GOOD + more)
+        places = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+        command = ["bash", "-c", f"cd {gone} && rmdir {gone} && {command}"]
+        done = subprocess.run(command, env=places, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("trial: 6 cells") and "MB" in done.stdout

@@ -37,7 +37,7 @@ def extended(tmp_path_factory):
     for folder in ("mpa", "scripts", "PL"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     patches = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
-    assert len(patches) == 6
+    assert len(patches) == 7
     for patch in patches:
         done = subprocess.run(["git", "apply", "-C0"], input=patch, cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stderr}\n{patch}"
@@ -69,3 +69,20 @@ def test_a_stage_runs_with_the_new_engine(extended, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "first_word" in done.stdout
     assert {r["predictions"] for r in json.loads((tmp_path / "Eval_yes_easyVQA.json").read_text())} == {"yes"}
+
+
+def test_pi_runs_with_the_new_rule(extended, tmp_path):
+    name, out = "tests/data/official/PI_Qwen2vl7b", tmp_path / "train.json"
+    answers = ["--lvlm-json", ROOT / f"{name}_Qwen2-VL-7B-Instruct_chartVQA.json"]
+    answers += ["--svlm-json", ROOT / f"{name}_Qwen2-VL-2B-Instruct_chartVQA.json"]
+    done = run(
+        extended, "scripts/PI.py", "--dataset", "chartVQA", *map(str, answers), "--max-words", "1", "--out", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    kept = json.loads(out.read_text())
+    assert kept and all(len(r["conversations"][1]["value"].split()) == 1 for r in kept)
+    reasons = [
+        r for r in json.loads(out.with_name("train.reasons.json").read_text()) if r["reason"] == "answer too long"
+    ]
+    assert reasons and all(len(r["PA_answer"].split()) > 1 and r["detail"].endswith("words") for r in reasons)
+    assert json.loads(out.with_name("train.meta.json").read_text())["settings"]["max_words"] == 1

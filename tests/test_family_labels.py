@@ -78,7 +78,7 @@ def test_each_answer_of_a_conversation_is_labelled_and_closed(family, tmp_path):
     turns = ("<image>\nwhat is it?", "a circle", "its color?", "red")
     refused = {"paligemma": "one question and its answer", "qwen3_5": "does not keep the conversation in order"}
     if name in refused:
-        with pytest.raises(data.DataError, match=refused[name]):
+        with pytest.raises(InputError, match=refused[name]):
             encoded(tmp_path, processor, *turns)
         return
     sample = encoded(tmp_path, processor, *turns)
@@ -112,7 +112,7 @@ def test_what_passes_the_check_is_what_the_model_takes(family, tmp_path):
     for case, (images, *turns) in CONVERSATIONS.items():
         refused = ("llava_onevision", "paligemma", "qwen3_5") if "turn" in case and "in a turn" not in case else ()
         if name in refused:
-            with pytest.raises(data.DataError, match="several turns" if "llava" in name else "id 7: "):
+            with pytest.raises(InputError, match="several turns" if "llava" in name else "id 7: "):
                 encoded(tmp_path, processor, *turns, images=images)
         else:
             passed[case] = encoded(tmp_path, processor, *turns, images=images or ())
@@ -139,14 +139,12 @@ def test_a_system_prompt_is_in_the_prompt_or_an_error(family, tmp_path, text):
     processor, file = AutoProcessor.from_pretrained(path), write_records(tmp_path, with_system(text))
     (sample,) = data.read_samples([file], str(tmp_path))
     if name in DROPPED:
-        with pytest.raises(
-            data.DataError, match=r"json, record 0: turn 1 \(system\): .* drops its text.* Put it into a"
-        ):
+        with pytest.raises(InputError, match=r"json, record 0: turn 1 \(system\): .* drops its text.* Put it into a"):
             refuse_dropped_turns([sample], processor)
-        with pytest.raises(data.DataError, match=r"id 7: turn 1 \(system\): .* drops its text, 'Answer"):
+        with pytest.raises(InputError, match=r"id 7: turn 1 \(system\): .* drops its text, 'Answer"):
             encoded_with(tmp_path, processor, with_system("Answer briefly."))
     elif name == "paligemma":
-        with pytest.raises(data.DataError, match="one question and its answer"):
+        with pytest.raises(InputError, match="one question and its answer"):
             data.encode(sample, processor)
     else:
         refuse_dropped_turns([sample], processor)
@@ -163,7 +161,7 @@ def test_a_training_whose_system_prompts_would_be_lost_ends_before_the_model_is_
     records = [train_record(i, "a.png", "what?", "red") for i in range(3)] + [with_system("Answer briefly.")]
     write_records(tmp_path, *records)
     monkeypatch.setattr(train, "load_model", None)
-    with pytest.raises(data.DataError, match=r"train\.json, record 3: turn 1 \(system\)"):
+    with pytest.raises(InputError, match=r"train\.json, record 3: turn 1 \(system\)"):
         train.main(arguments(tmp_path, model=path))
 
 
@@ -180,7 +178,7 @@ def test_a_template_that_drops_or_refuses_a_question_is_an_error_in_the_engine_t
     with pytest.raises(InputError, match=says):
         HFEngine(path, dtype="float32").load()
     write_records(tmp_path, train_record(1, "a.png", "what?", "red"))
-    with pytest.raises(data.DataError, match=f"record 0: .*{says}"):
+    with pytest.raises(InputError, match=f"record 0: .*{says}"):
         train.main(arguments(tmp_path, model=path))
 
 

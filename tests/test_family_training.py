@@ -13,9 +13,9 @@ from conftest import close
 from training import arguments, conversation, losses, write
 from transformers import AutoModelForImageTextToText
 
-import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
+from mpa.files.records import InputError
 from mpa.models import loading
 
 STEPS = "--per_device_train_batch_size 4 --num_train_epochs 4 --save_strategy no --lr_scheduler_type constant".split()
@@ -75,7 +75,7 @@ def test_merged_adapters_answer_as_the_adapters_do(checkpoint, tmp_path):
 def test_packing_is_refused_where_samples_would_see_each_other(tmp_path, family):
     path = miniatures.make(family, tmp_path / family)
     write(tmp_path, 2)
-    with pytest.raises(data.DataError, match=f"--packing: samples of model type {family} would see each other"):
+    with pytest.raises(InputError, match=f"--packing: samples of model type {family} would see each other"):
         train.main(arguments(tmp_path, "--packing", "True", model=path))
 
 

@@ -16,6 +16,7 @@ from mpa.files.image_files import ImageError, content_hash, fingerprints, image_
 
 sys.path.insert(0, str(ROOT / "PL/Qwen2-VL-Finetune/src"))
 import data
+from mpa.files.records import InputError
 
 
 def bomb(path):
@@ -132,7 +133,7 @@ def test_what_is_no_image_file_is_refused_at_once(tmp_path, kind, monkeypatch):
         open_image(path)
     assert image_size(path) == (0, 0)
     assert (fingerprints([path])[path] is None) == (kind != "postscript")
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         data._opened(str(path))
 
 

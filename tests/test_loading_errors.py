@@ -10,7 +10,6 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import model_card
 import originals
 import pytest
 import torch
@@ -18,7 +17,6 @@ import training
 from conftest import ROOT, STUDENT
 from safetensors.torch import load_file, save_file
 
-import data
 from mpa.files.records import InputError
 from mpa.models import conversion, loading, model_files
 
@@ -99,18 +97,18 @@ def test_offline_with_the_model_in_the_cache_an_original_is_converted_by_its_id(
     source = originals.tinyllava(tmp_path / "source")
     shutil.move(source / "TinyLLaVA-2.0B-SigLIP", tmp_path / "tower")
     cached(tmp_path, "bczhou/TinyLLaVA-2.0B", source)
-    conversion.native.cache_clear()
+    conversion.converted.cache_clear()
     with pytest.raises(
         InputError, match=r"its vision tower, bczhou/TinyLLaVA-2.0B-SigLIP, is needed.*HF_HUB_OFFLINE is set"
     ):
-        conversion.native("bczhou/TinyLLaVA-2.0B")
+        conversion.converted("bczhou/TinyLLaVA-2.0B")
     cached(tmp_path, "bczhou/TinyLLaVA-2.0B-SigLIP", tmp_path / "tower")
-    folder = conversion.native("bczhou/TinyLLaVA-2.0B")
-    assert "bczhou--TinyLLaVA-2.0B-" in folder and model_card.converted_from(folder) == "bczhou/TinyLLaVA-2.0B"
+    folder = conversion.converted("bczhou/TinyLLaVA-2.0B")
+    assert "bczhou--TinyLLaVA-2.0B-" in folder and conversion.converted_from(folder) == "bczhou/TinyLLaVA-2.0B"
     assert conversion.original_type("bczhou/TinyLLaVA-2.0B") == "tiny_llava_stablelm"
     assert loading.load_model(folder, "cpu", torch.float32).config.model_type == "llava"
     cached(tmp_path, "org/student", STUDENT)
-    assert conversion.native("org/student") == "org/student"
+    assert conversion.converted("org/student") == "org/student"
     loading.check_model_path("org/student")
 
 
@@ -279,7 +277,7 @@ def test_every_way_to_load_refuses_weights_that_are_not_finite(student, tmp_path
     with pytest.raises(InputError, match=said):
         loading.check_files(str(student))  # of the engine vllm
     training.write(tmp_path, 4)
-    with pytest.raises(data.DataError, match=said):
+    with pytest.raises(InputError, match=said):
         training.build(tmp_path, model=student)
 
 

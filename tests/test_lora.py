@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from training import arguments, weights, write
 from transformers import AutoModelForImageTextToText
 
-import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
 from mpa.files.records import InputError
@@ -111,7 +110,7 @@ def test_adapters_that_are_not_whole_are_neither_used_nor_merged(adapted, tmp_pa
         (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=said):
         loading.load_model(str(folder), "cpu", torch.float32)
-    with pytest.raises(data.DataError, match=said):
+    with pytest.raises(InputError, match=said):
         merge_lora.merge(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -148,7 +147,7 @@ def test_a_base_that_changed_under_its_adapters_is_named(adapted, tmp_path, how,
     else:
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
-    with pytest.raises(data.DataError, match=said):
+    with pytest.raises(InputError, match=said):
         merge_lora.merge(folder, tmp_path / "merged", base=str(base) if moved else None)
     if not moved:
         with pytest.raises(InputError, match=said):
@@ -190,7 +189,7 @@ def test_adapters_and_a_base_that_were_saved_again_or_moved_are_used(adapted, tm
 def test_adapters_that_name_no_base_are_not_merged(adapted, tmp_path, content):
     folder = shutil.copytree(adapted / "adapters", tmp_path / "adapters")
     (folder / "adapter_config.json").write_text(content)
-    with pytest.raises(data.DataError, match="does not name its base model"):
+    with pytest.raises(InputError, match="does not name its base model"):
         merge_lora.merge(folder, tmp_path / "merged")
 
 
@@ -204,7 +203,7 @@ def test_a_resumed_training_of_adapters_needs_their_base(tmp_path, monkeypatch):
     content = bytearray((tmp_path / "base/model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "base/model.safetensors").write_bytes(content)
-    with pytest.raises(data.DataError, match=r"another base model than .*base is now \(model\.safetensors changed\)"):
+    with pytest.raises(InputError, match=r"another base model than .*base is now \(model\.safetensors changed\)"):
         train.main(arguments(tmp_path, *QUICK, model=tmp_path / "base"))
 
 
@@ -220,7 +219,7 @@ def test_the_merging_command_says_it_in_one_line(adapted, tmp_path):
 def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (tmp_path / "PI_train.meta.json").write_text(json.dumps({"funnel": {"pictures": 9, "parity": 4}}))
+    (tmp_path / "PI_train.meta.json").write_text(json.dumps({"funnel": {"pictures": 9, "parity": 4, "anchors": 8}}))
     settings = dict.fromkeys(
         "learning_rate vision_lr merger_lr num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
         "image_min_pixels image_max_pixels seed".split(),
@@ -230,10 +229,12 @@ def test_the_card_tells_the_parity_counts_and_the_bases_licence(tmp_path):
     meta = {"settings": settings, "samples": 4, "tokens": 80, "steps": 2, "loss": 0.5, "accuracy": 0.75}
     model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     card = (tmp_path / "README.md").read_text()
-    assert "9 images → 4 parity" in card
+    assert "- 9 images → 4 parity + 8 anchors\n" in card
     assert "license: apache-2.0" in card
     assert "75.0%" in card
     assert "without human labels" in card
-    (tmp_path / "PI_train.meta.json").unlink()  # any other data: nothing is known of its labels
+    (tmp_path / "PI_train.meta.json").write_text(
+        "{}"
+    )  # any other data, as a baseline's: nothing is known of its labels
     model_card.write_card(tmp_path, meta, str(tmp_path / "base"), adapter=False)
     assert "Parity Alignment" not in (tmp_path / "README.md").read_text()

@@ -6,19 +6,20 @@ import random
 import subprocess
 import sys
 
-import memory_check
+import activations
 import miniatures
 import params
 import pytest
-import sample_preparation
 import train
+import training_memory
 from conftest import MINI, ROOT, STUDENT, TEACHER, python
 from PIL import Image
 from training import arguments, build, conversation, write
 
-import data
 from mpa.engines import Request, memory
 from mpa.engines.hf import HFEngine
+from mpa.files.printable import as_size
+from mpa.files.records import InputError
 from mpa.models import device_memory, memory_estimate
 
 # A Qwen2-VL of 95 M parameters.
@@ -119,6 +120,13 @@ def test_weights_are_those_of_the_file(tmp_path, family):
     assert 0 < in_four == memory_estimate.weight_bytes(model, 4) - round(quantised * (4 - 0.516))
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [(982_000, "982 kB"), (999_600, "1 MB"), (15.24e9, "15.2 GB"), (1.236e12, "1.24 TB")]
+)
+def test_a_size_has_three_digits_and_its_unit(size, expected):
+    assert as_size(size) == expected
+
+
 def test_zero_divides_the_states_and_offloading_moves_them(tmp_path):
     model = memory_estimate.meta_model(str(STUDENT))
     n = sum(weight.numel() for weight in model.parameters())
@@ -132,7 +140,7 @@ def test_zero_divides_the_states_and_offloading_moves_them(tmp_path):
     assert offloaded == {"weights": 2 * n, "offloaded": round(14 * n / 4)}
     sharded = memory_estimate.states(model, 2, sharding(3, 4, True, True))
     assert sharded["offloaded"] == round(16 * n / 4) and sharded["weights"] < 2 * n
-    assert memory_estimate.described(sharded).endswith(" GB offloaded")
+    assert memory_estimate.described(sharded).endswith(" MB offloaded")
 
 
 # --- the free memory ---------------------------------------------------------------------------------------
@@ -195,7 +203,7 @@ def free(monkeypatch):
 
     def set_free(size: int) -> None:
         monkeypatch.setattr(memory, "available_bytes", lambda device: size)
-        monkeypatch.setattr(memory_check, "available_bytes", lambda device: size)
+        monkeypatch.setattr(activations, "available_bytes", lambda device: size)
 
     return set_free
 
@@ -211,7 +219,7 @@ def test_a_stage_refuses_weights_that_cannot_fit_and_warns_of_the_rest(images, t
     common = ("--dataset", "images", "--image-root", images, "--run", f"{tmp_path}/run", "--limit", 4, *MINI)
     free(size // 2)
     done = python("PA.py", *common, "--model-path-lvlm", TEACHER)
-    assert done.returncode == 1 and "its weights need 0.00" in done.stderr and "MEMORY_CHECK=0" in done.stderr
+    assert done.returncode == 1 and "its weights need 8.44 MB" in done.stderr and "MEMORY_CHECK=0" in done.stderr
     asked = [Request("0", str(next(images.rglob("*.png"))), "What is it?", 8)]
     with HFEngine(str(TEACHER), device="cpu", dtype="float32", min_pixels=3136, max_pixels=3136) as engine:
         free(size + 1000)
@@ -241,8 +249,8 @@ def test_the_trainer_says_what_it_needs_and_refuses_what_cannot_fit(tmp_path, fr
     build(tmp_path)
     assert "PL: memory (est.): weights " in capsys.readouterr().out
     model_args, _, args = params.parse(arguments(tmp_path))
-    size = memory_check.on_device(
-        memory_check.states_of(memory_check.planned_model(model_args, args), 16, args), args.device
+    size = training_memory.on_device(
+        training_memory.states_of(training_memory.planned_model(model_args, args), 16, args), args.device
     )
     free(int(size * 0.95))
     build(tmp_path)
@@ -250,7 +258,7 @@ def test_the_trainer_says_what_it_needs_and_refuses_what_cannot_fit(tmp_path, fr
     free(size // 2)
     loaded = []
     monkeypatch.setattr(train, "load_model", lambda *_: loaded.append(1))
-    with pytest.raises(data.DataError, match=r"needs weights .* has 0\.\d+ GB free .*--lora_enable True"):
+    with pytest.raises(InputError, match=r"needs weights .* has 0\.\d+ GB free .*--lora_enable True"):
         build(tmp_path)
     assert not loaded
 
@@ -262,8 +270,8 @@ def test_auto_is_estimated_as_the_first_policy_that_fits(tmp_path, free):
         free(available)
         flags = ("--activation_checkpointing", policy, "--per_device_train_batch_size", "4", "--max_steps", "1")
         model_args, data_args, args = params.parse(arguments(tmp_path, *flags, "--gradient_accumulation_steps", "2"))
-        samples = sample_preparation.read(data_args.data_path, data_args, args)
-        encoded = sample_preparation.prepare(samples, train.load_processor(model_args, data_args), data_args, args)
+        samples = train.read(data_args.data_path, data_args, args)
+        checked = train.prepare(samples, train.load_processor(model_args, data_args), data_args)
         model = memory_estimate.meta_model(str(STUDENT))
-        sizes[policy, available] = memory_check.estimate(model, model_args, data_args, args, encoded)["activations"]
+        sizes[policy, available] = training_memory.estimate(model, model_args, data_args, args, checked)["activations"]
     assert sizes["auto", 10**12] == sizes["False", 10**12] > sizes["True", 10**12] == sizes["auto", 10**6]

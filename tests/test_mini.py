@@ -49,7 +49,7 @@ def annotations():
     for s in samples:
         parsed, again = parse_annotation(got[s.key]["text"]), got[s.key].get("follow_up", {}).get("text")
         number = int(s.image_path.rsplit("/", 1)[1].removesuffix(".png"))
-        rows.append((parsed.question, parsed.answer, again, truth[number], parsed.reason))
+        rows.append((parsed.question, parsed.answer, again, truth[number], parsed.left_out))
     return rows
 
 

@@ -40,5 +40,5 @@ def test_each_group_has_a_file_that_lists_what_is_asked_for():
         *(engine.packages for engine in ENGINES.values() if engine.packages),
     ]
     for group, *names in groups:
-        listed = Path(ROOT, f"requirements-{group}.txt").read_text()
+        listed = Path(ROOT, f"requirements/{group}.txt").read_text()
         assert [name for name in names if f"\n{name}" not in listed] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python
 from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_of
-from server_requests import asked, collect
+from server_requests import asked, collect, stage_flags
 
 from mpa.engines.budget import Budget
 from mpa.files.records import InputError, read_json
@@ -104,7 +104,7 @@ def stopped(command: list[str], ready: threading.Semaphore, blocked: int, gate: 
 
 
 def pa(images, server, run: Path, *more) -> list[str]:
-    flags = ["--dataset", "images", "--image-root", images, "--engine", "openai", "--base-url", server.url]
+    flags = stage_flags(server, images)
     return ["PA.py", *map(str, flags), "--model-path-lvlm", "m", "--concurrency", "4", "--run", f"{run}/", *more]
 
 

@@ -1,11 +1,14 @@
 """The verdict on a sample: equations 1 and 2 of the paper (section 3.2), and each reason, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from mpa.answers.matching import MATCHERS
 from mpa.method import rules
+from mpa.method.prompts import Annotation
 from mpa.method.rules.rule import Rule
-from mpa.method.verdict import CONSISTENT, REASONS, Annotation, Judge, Verdict
+from mpa.method.verdict import CONSISTENT, REASONS, Judge, Verdict
 
 PAPER = Judge.of({"match": "exact", "preset": "paper"})
 RELEASED = Judge.of({"match": "contains", "preset": "released"})
@@ -55,12 +58,12 @@ def test_an_empty_answer_agrees_with_nothing_by_any_matcher(match):
         assert judge(RED, said(nothing), said("blue")).reason == "L-VLM disagrees"
         assert judge(RED, said("red"), said(nothing)).reason == "parity"
     for nothing in ("", None):
-        assert judge(RED._replace(answer=nothing), said(nothing), said("x")).reason == "L-VLM disagrees"
+        assert judge(replace(RED, answer=nothing), said(nothing), said("x")).reason == "L-VLM disagrees"
 
 
 def test_the_released_code_compares_to_the_letter():
     assert RELEASED(RED, said("dark red"), said("green")).reason == "parity"  # contained
-    assert RELEASED(RED._replace(answer=""), said("anything"), said("other")).reason == "both right"
+    assert RELEASED(replace(RED, answer=""), said("anything"), said("other")).reason == "both right"
     assert RELEASED(RED, said("red", finish_reason="length"), said("green")).reason == "parity"
 
 
@@ -69,7 +72,7 @@ def test_the_released_code_compares_to_the_letter():
     [
         (RED, said("red"), said("blue"), False, ("parity", "")),
         (Annotation(None, None, "refusal"), None, None, False, ("no usable annotation", "refusal")),
-        (RED._replace(left_out="two questions"), None, None, False, ("no usable annotation", "two questions")),
+        (replace(RED, left_out="two questions"), None, None, False, ("no usable annotation", "two questions")),
         (Annotation("what?", ""), None, None, False, ("no usable annotation", "no question or answer")),
         (RED, None, None, False, ("no answer of the L-VLM", "")),
         (RED, None, said("blue"), False, ("no answer of the L-VLM", "")),

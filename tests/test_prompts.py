@@ -178,26 +178,26 @@ def test_an_annotation_is_read_in_the_forms_that_models_write(reply, question, a
     ],
 )
 def test_what_cannot_be_used_is_left_out_with_its_reason(reply, reason):
-    assert parse_annotation(reply).reason == reason
+    assert parse_annotation(reply).left_out == reason
     assert follow_up_prompt(reply, "paper") is None
 
 
 @pytest.mark.parametrize("answer", ["I cannot determine that.", "unanswerable", "N/A", "not visible", "不知道"])
 def test_a_refusal_is_left_out_unless_it_is_to_be_kept(answer):
     reply = f"Question: What is it?\nAnswer: {answer}"
-    assert parse_annotation(reply).reason == "a refusal"
+    assert parse_annotation(reply).left_out == "a refusal"
     assert parse_annotation(reply, keep_refusals=True) == Annotation("What is it?", answer)
 
 
 def test_marks_of_a_model_are_refused_beside_the_fixed_ones():
     reply = "Question: What does <IMG_CONTEXT> say?\nAnswer: x"
     marks = frozenset({"<IMG_CONTEXT>", "</s>", " "})  # white space among a tokenizer's tokens is no mark
-    assert parse_annotation(reply).reason is None
-    assert parse_annotation(reply, marks=marks).reason == "a mark of the prompt format"
-    assert parse_annotation("Question: What is it?\nAnswer: <IMG_CONTEXT>", marks=marks).reason == A_MARK
-    assert parse_annotation("Question: What is it?\nAnswer: a b", marks=marks).reason is None
+    assert parse_annotation(reply).left_out is None
+    assert parse_annotation(reply, marks=marks).left_out == "a mark of the prompt format"
+    assert parse_annotation("Question: What is it?\nAnswer: <IMG_CONTEXT>", marks=marks).left_out == A_MARK
+    assert parse_annotation("Question: What is it?\nAnswer: a b", marks=marks).left_out is None
     assert follow_up_prompt(reply, "paper", marks) is None
-    assert parse_annotation("Question: What is it\nAnswer: x</s>", "released", marks=marks).reason is None
+    assert parse_annotation("Question: What is it\nAnswer: x</s>", "released", marks=marks).left_out is None
 
 
 @pytest.mark.parametrize("token", END_TOKENS)
@@ -211,12 +211,12 @@ def test_an_end_token_is_removed_after_the_answer_and_refused_within_it(token):
         assert parse_annotation((pair + end)[:cut]) == Annotation("What is it?", "a cat")
         assert first_line(f"a cat{end}") == first_line(f"{token}\na cat{end}") == "a cat"
     for within in (f"Question: What{token} is it?\nAnswer: a cat", f"Question: What is it?\nAnswer: a {token} cat"):
-        assert parse_annotation(within).reason == A_MARK
+        assert parse_annotation(within).left_out == A_MARK
         assert follow_up_prompt(within, "paper") is None
     assert parse_annotation('{"question": "What is it?", "answer": "a cat"}' + token) == Annotation(
         "What is it?", "a cat"
     )
-    assert parse_annotation(f"Question: What is it?\nAnswer: {token}").reason == "no answer"
+    assert parse_annotation(f"Question: What is it?\nAnswer: {token}").left_out == "no answer"
 
 
 def test_what_looks_like_an_end_token_is_an_answer():
@@ -304,7 +304,7 @@ def test_an_annotation_keeps_no_decoration_and_each_sign(reply, answer):
     "said", ["Sure! Here is the answer:", "[insert answer]", "**[your answer here]**", "[ ]", "Sure!"]
 )
 def test_what_only_announces_an_answer_or_holds_its_place_is_none(said):
-    assert parse_annotation(f"{Q}Answer: {said}").reason == "no answer"
+    assert parse_annotation(f"{Q}Answer: {said}").left_out == "no answer"
 
 
 def test_a_choice_that_ends_in_a_colon_stays_in_the_question():

@@ -3,20 +3,18 @@
 import importlib.util
 import json
 
-import memory_check
 import merge_lora
 import miniatures
 import params
 import pytest
-import sample_preparation
 import torch
 import train
+import training_memory
 from conftest import MINI, STUDENT, TEACHER, python
 from test_lora import answers
 from training import arguments, build, losses, weights, write
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import data
 from mpa.engines import Request
 from mpa.engines.hf import HFEngine
 from mpa.files.records import InputError
@@ -224,7 +222,7 @@ def test_a_resumed_qlora_training_has_the_losses_of_one_that_did_not_stop_and_th
     train.main(arguments(tmp_path, *QLORA, "--bits", "4"))
     whole = losses(tmp_path / "out")
     (tmp_path / "out/train_meta.json").unlink()
-    with pytest.raises(data.DataError, match="bits was 4, is now None"):
+    with pytest.raises(InputError, match="bits was 4, is now None"):
         train.main(arguments(tmp_path, *QLORA))
     train.main(arguments(tmp_path, *QLORA, "--bits", "4"))
     assert losses(tmp_path / "out") == whole
@@ -235,12 +233,12 @@ def test_the_states_of_qlora_are_smaller(tmp_path, bits):
     write(tmp_path, 4)
     flags = [*QLORA, "--freeze_vision_tower", "True", "--freeze_merger", "True"]
     model_args, data_args, args = params.parse(arguments(tmp_path, *flags))
-    samples = sample_preparation.read(data_args.data_path, data_args, args)
-    encoded = sample_preparation.prepare(samples, train.load_processor(model_args, data_args), data_args, args)
-    model = memory_check.planned_model(model_args, args)
+    samples = train.read(data_args.data_path, data_args, args)
+    checked = train.prepare(samples, train.load_processor(model_args, data_args), data_args)
+    model = training_memory.planned_model(model_args, args)
     sizes = {}
     for model_args.bits in (16, bits):
-        sizes[model_args.bits] = memory_check.estimate(model, model_args, data_args, args, encoded)
+        sizes[model_args.bits] = training_memory.estimate(model, model_args, data_args, args, checked)
     assert sizes[bits]["weights"] < sizes[16]["weights"]
     assert sizes[bits]["optimizer state"] == sizes[16]["optimizer state"]
 
@@ -249,7 +247,7 @@ def test_bits_need_the_package(tmp_path, monkeypatch):
     import flags
 
     monkeypatch.setattr(flags.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(data.DataError, match="--bits 4: needs bitsandbytes"):
+    with pytest.raises(InputError, match="--bits 4: needs bitsandbytes"):
         params.parse(arguments(tmp_path, *QLORA, "--bits", "4"))
 
 
@@ -260,7 +258,7 @@ def test_the_trainer_says_of_a_stored_quantised_base_what_it_needs(tmp_path):
         ((), "is stored quantised. Name the original model"),
         (("--lora_enable", "True"), "cannot be loaded"),
     ):
-        with pytest.raises(data.DataError, match=what):
+        with pytest.raises(InputError, match=what):
             train.main(arguments(tmp_path, *flags, model=path))
 
 

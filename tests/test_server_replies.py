@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from conftest import python
 from fake_server import USAGE, annotate_or_answer, completion
-from server_requests import asked, collect
+from server_requests import asked, collect, stage_flags
 
 from mpa.files.records import read_json
 from mpa.method.prompts import A_MARK
@@ -102,18 +102,7 @@ def test_a_reply_that_was_cut_is_no_annotation(images, serve, tmp_path):
         ]
     }
     server = serve(lambda body, number: (200, cut) if number % 2 else annotate_or_answer(body))
-    flags = [
-        "--dataset",
-        "images",
-        "--image-root",
-        images,
-        "--limit",
-        "4",
-        "--engine",
-        "openai",
-        "--base-url",
-        server.url,
-    ]
+    flags = stage_flags(server, images, 4)
     flags += ["--model-path-lvlm", "m", "--concurrency", "1", "--no-fused", "--run", f"{tmp_path}/"]
     done = python("PA.py", *flags, "--tries", "0")
     assert done.returncode == 0 and "2 cut off at the token limit" in done.stdout, done.stderr

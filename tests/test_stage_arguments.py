@@ -1,5 +1,6 @@
 """Bad arguments of a stage, and --dry-run."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,9 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(easy_run, tmp
     assert f"{n} requests about" in done.stdout
     assert f"visual tokens of Qwen2-VL: {n * 4}" in done.stdout
     assert "time, by the pace of" in done.stdout
+    data = python(*STAGES[stage], "--dry-run", "json", "--run", f"{tmp_path}/")
+    told = json.loads(data.stdout.splitlines()[-1])
+    assert told["requests"] == n and 0 < told["seconds"] < 60
     assert sorted(tmp_path.iterdir()) == before
 
 

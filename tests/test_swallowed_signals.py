@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 
-import process_group
 import pytest
 from conftest import ROOT
 
 import data
+from mpa.files import signals
 
 SCRIPT = """
 import os, sys
@@ -79,13 +79,13 @@ def test_the_trainer_stops_while_it_prepares_samples(monkeypatch):
                 Library()
             return "no image"
 
-    monkeypatch.setattr(data, "_Encoder", lambda samples, *_: Encoder(samples))
-    monkeypatch.setattr(process_group.Heard, "signal", 0)
-    signal.signal(signal.SIGTERM, process_group.Heard.handle)
+    monkeypatch.setattr(data, "_Check", lambda samples, *_: Encoder(samples))
+    monkeypatch.setattr(signals.Heard, "signal", 0)
+    signal.signal(signal.SIGTERM, signals.Heard.handle)
     try:
         with pytest.raises(KeyboardInterrupt):
-            data.encode_all([{"id": i, "where": "x"} for i in range(50)], None, 10, "error")
+            data.check_all([{"id": i, "where": "x"} for i in range(50)], None, 10, "error")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [0, 1, 2, 3]
-    assert process_group.Heard.signal == signal.SIGTERM
+    assert signals.Heard.signal == signal.SIGTERM

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import python
 from fake_server import ANNOTATION, USAGE, annotate_or_answer, completion, text_of
-from server_requests import asked, collect
+from server_requests import asked, collect, stage_flags
 
 from mpa.answers import finish_reasons
 from mpa.engines import cut_off
@@ -21,18 +21,7 @@ def reply(content, reason="stop", usage=USAGE, **message) -> tuple[int, dict]:
 
 
 def stage(name, server, run, images, *more):
-    flags = [
-        "--dataset",
-        "images",
-        "--image-root",
-        images,
-        "--limit",
-        "6",
-        "--engine",
-        "openai",
-        "--base-url",
-        server.url,
-    ]
+    flags = stage_flags(server, images, 6)
     return python(name, *flags, "--model-path-lvlm", "m", "--run", f"{run}/", *more)
 
 

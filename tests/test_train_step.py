@@ -5,16 +5,18 @@ import json
 import activations
 import miniatures
 import param_groups
+import params
 import pytest
 import torch
 import train
-from conftest import close
+from conftest import STUDENT, close
 from torch.profiler import ProfilerActivity, profile
 from trainer import Leveler
 from training import arguments, build, conversation, losses, write
 from transformers import AutoModelForImageTextToText
 
 import data
+from mpa.files.records import InputError
 from mpa.models.families import FAMILIES
 
 
@@ -66,27 +68,6 @@ def test_loss_and_gradients_are_the_models_own_and_the_same_packed(checkpoint, t
                 assert close(gradient, expected[name], 2e-4, least=1e-3 * largest), name
 
 
-def test_features_of_a_frozen_vision_tower_serve_as_well_as_the_images(checkpoint, tmp_path):
-    write(tmp_path, 4)
-    records = json.loads((tmp_path / "train.json").read_text())
-    records += [conversation(["0.png", "1.png"], "<image>\nand <image>\n?", "two"), conversation(None, "red?", "yes")]
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    flags, seen = "--freeze_vision_tower True --freeze_merger True".split(), []
-    trainers = [build(tmp_path, *flags, *more, model=checkpoint) for more in ([], ["--cache_features", "True"])]
-    for trainer in trainers:
-        trainer.model.eval()
-        samples = [trainer.train_dataset[i] for i in range(6)]
-        seen.append(step(trainer, [samples[:2], samples[2:5], samples[5:]]))
-    assert "pixel_values" not in samples[0] and "features" in samples[0]
-    (loss, expected), (same, gradients) = seen
-    assert close(same, loss, 1e-5) and gradients.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    assert all(close(gradients[name], expected[name], 2e-4, least=1e-3 * largest) for name in expected)
-    if packs(trainer):
-        trainer.data_collator.packing = True
-        assert close(step(trainer, [samples])[0], loss, 1e-5)
-
-
 def test_every_parameter_of_every_family_belongs_to_a_part(checkpoint):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     counts = param_groups.counts(model)
@@ -107,19 +88,30 @@ def test_logits_are_computed_only_for_labelled_tokens(tmp_path):
     assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
 
 
-def test_recomputation_and_smaller_micro_batches_change_no_loss(tmp_path, capsys):
+def test_recomputation_changes_neither_loss_nor_gradients(tmp_path):
+    write(tmp_path, 6)
+    trainer = build(tmp_path)
+    samples = [trainer.train_dataset[i] for i in range(6)]
+    trainer.model.train()
+    loss, gradients = step(trainer, [samples])
+    for policy in (activations.PRODUCTS, activations.INPUTS):
+        activations.apply_policy(trainer.model, policy)
+        again, same = step(trainer, [samples])
+        assert again == loss and all(torch.equal(same[name], gradients[name]) for name in gradients)
+
+
+def test_smaller_micro_batches_with_recomputation_change_no_loss(tmp_path, capsys):
     write(tmp_path, 12)
     flags = "--per_device_train_batch_size 6 --learning_rate 1e-3 --save_strategy no".split()
     train.main(arguments(tmp_path, *flags))
     assert "are free: all activations are saved" in capsys.readouterr().out
-    for way in ("products", "True"):
-        train.main(arguments(tmp_path, *flags, "--activation_checkpointing", way, out=way))
-        assert losses(tmp_path / way) == losses(tmp_path / "out")
-    train.main(arguments(tmp_path, *flags, "--batch_tokens", "120", out="micro_batches"))
+    more = ["--batch_tokens", "120", "--activation_checkpointing", "True"]
+    train.main(arguments(tmp_path, *flags, *more, out="micro_batches"))
     assert "2 steps of 6 (micro-batches per device: 2)" in capsys.readouterr().out
     assert close(losses(tmp_path / "micro_batches"), losses(tmp_path / "out"), 1e-5)
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen2_vl", "qwen3_5", "internvl", "gemma3", "lfm2_vl"], indirect=True)
 def test_activation_bytes_are_those_that_the_step_allocates(checkpoint, tmp_path):
     """Compared with what PyTorch's allocator holds after a forward pass."""
     write(tmp_path, 12)
@@ -156,6 +148,45 @@ def test_the_policy_that_saves_the_most_of_what_fits_is_chosen():
 def test_a_loss_that_explodes_stops_with_the_samples_ids(tmp_path):
     write(tmp_path, 8)
     flags = "--learning_rate 10 --per_device_train_batch_size 2 --save_strategy no --lr_scheduler_type constant"
-    with pytest.raises(data.DataError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
+    with pytest.raises(InputError, match=r"step \d: the loss is .* id s\d, s\d\. Check"):
         train.main(arguments(tmp_path, *flags.split()))
     assert not (tmp_path / "out/train_meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "frozen"),
+    [("freeze_vision_tower", "visual.blocks"), ("freeze_merger", "merger"), ("freeze_llm", "language_model")],
+)
+def test_a_freeze_flag_freezes_its_part_and_no_other(flag, frozen):
+    model = AutoModelForImageTextToText.from_pretrained(STUDENT, dtype="float32")
+    param_groups.freeze(model, params.ModelArguments(model_id="", **{flag: True}))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("visual.blocks", "merger", "language_model")):
+            assert parameter.requires_grad is (frozen not in name), name
+
+
+@pytest.mark.parametrize(
+    ("lora", "vision", "merger"),  # frozen: vision, merger
+    [(False, False, False), (False, True, False), (True, False, True), (True, True, False)],
+)
+def test_each_part_moves_at_its_rate_or_not_at_all(tmp_path, vision, merger, lora):
+    """Adam's first update is as large as the learning rate, whatever the gradient."""
+    write(tmp_path, 4)
+    flags = (
+        "--per_device_train_batch_size 4 --learning_rate 1e-3 --merger_lr 3e-4 --vision_lr 1e-4 --max_steps 1".split()
+    )
+    flags += "--lr_scheduler_type constant --save_strategy no --adam_epsilon 1e-12 --weight_decay 0".split()
+    flags += ["--freeze_vision_tower", str(vision), "--freeze_merger", str(merger), "--lora_enable", str(lora)]
+    trainer = build(tmp_path, *flags)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    counts = param_groups.counts(trainer.model)
+    trainer.train()
+    moved = {"vision": 0.0, "merger": 0.0, "language": 0.0}
+    for name, value in trainer.model.named_parameters():
+        part = param_groups.part_of(name, "qwen2_vl")
+        moved[part] = max(moved[part], (value - before[name]).abs().max().item())
+    expected = {"vision": 0.0 if vision else 1e-4, "merger": 0.0 if merger else 3e-4, "language": 1e-3}
+    assert moved == pytest.approx(expected, rel=2e-2)
+    whole = param_groups.counts(build(tmp_path).model)
+    for part, trained in (("vision", not vision), ("merger", not merger)):
+        assert counts[part] == (whole[part][0], whole[part][0] if trained else 0)  # without PEFT's copies

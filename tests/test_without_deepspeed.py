@@ -9,7 +9,7 @@ import train
 from conftest import STUDENT, bash
 from training import MINI, TRAINER, arguments, launch, losses, weights, write, zero
 
-import data
+from mpa.files.records import InputError
 
 # Clipped gradients, two micro-batches per step, weight decay, warm-up, and a rate for each part.
 FLAGS = (
@@ -46,7 +46,7 @@ def test_a_finished_training_with_deepspeed_counts_as_finished(with_deepspeed, c
 
 
 def test_a_checkpoint_of_deepspeed_is_refused_with_the_flag_that_resumes_it(with_deepspeed):
-    with pytest.raises(data.DataError) as refused:
+    with pytest.raises(InputError) as refused:
         train.main(arguments(with_deepspeed, *FLAGS, out="stopped"))
     flags = zero("zero2")
     assert f"was written with DeepSpeed, and this run has none. {' '.join(flags)} resumes it" in str(refused.value)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import params
-import sample_preparation
 import train
 from conftest import ROOT, STUDENT
 from PIL import Image
@@ -68,7 +67,7 @@ def conversation(images, *turns) -> dict:
 
 def build(folder: Path, *flags, model=STUDENT) -> Leveler:
     model_args, data_args, args = params.parse(arguments(folder, *flags, model=model))
-    return train.build(sample_preparation.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
+    return train.build(train.read(data_args.data_path, data_args, args), model_args, data_args, args, {})
 
 
 def free_port() -> str:

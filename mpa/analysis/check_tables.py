@@ -90,9 +90,7 @@ def reasons_table(case: Case) -> Table:
             known = right[reason, True] + right[reason, False]
             row = {"reason": reason, "samples": n, "share, %": percent(n, len(samples)), "with a label": known}
             table.rows.append(row | {"right annotation, %": percent(right[reason, True], known)})
-    table.notes.append(
-        "Right: equal (matcher `tolerant`) to the human answer to the same question about the same image."
-    )
+    table.notes.append("Right: equal (matcher tolerant) to the human answer to the same question about the same image.")
     return table
 
 

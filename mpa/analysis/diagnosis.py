@@ -62,7 +62,7 @@ def few_samples(case: Case):
         yield Finding(
             "small parity set",
             "warning",
-            f"{len(case.kept)} samples from {len(case.run.samples):,} annotated images",
+            f"{len(case.kept):,} samples from {len(case.run.samples):,} annotated images",
             "So few samples teach little, and the gain depends on chance.",
             "Annotate more images"
             + ("." if case.used.get("temperature") else ", or sample the questions with PA's --temperature 1."),
@@ -105,7 +105,7 @@ def low_consistency(case: Case):
             "the L-VLM disagrees with itself",
             "warning",
             f"it repeats {share(len(case.consistent), n)} of its answers; most frequent differences: "
-            + ", ".join(f"{kind} ({count})" for kind, count in kinds),
+            + ", ".join(f"{kind} ({count:,})" for kind, count in kinds),
             "Its questions are too hard or too vague for it, or answers differ only in form.",
             "Look at the samples (scripts/checks.py inspect)."
             + (
@@ -144,7 +144,7 @@ def duplicates(case: Case):
             "repeated questions",
             "note",
             f"{len(questions):,} distinct questions in {n:,} {what}; {text[:80]!r} stands {share(most, n)} times; "
-            f"the most frequent question with the same answer {same} times",
+            f"the most frequent question with the same answer {same:,} times",
             "They cover fewer things than their number suggests.",
             "Ask for variety in --prompt-file."
             if case.used.get("temperature")
@@ -162,7 +162,7 @@ def yes_no(case: Case):
         yield Finding(
             "one-sided yes/no questions",
             "warning",
-            f"{share(len(of_type), len(case.kept))} of the parity set are yes/no questions; in {opposite} of them the target "
+            f"{share(len(of_type), len(case.kept))} of the parity set are yes/no questions; in {opposite:,} of them the target "
             "is the opposite of what the S-VLM says",
             "The S-VLM can learn to contradict itself instead of looking (docs/no-harm.md).",
             "Ask open questions (--prompt-file)"
@@ -171,28 +171,32 @@ def yes_no(case: Case):
 
 
 def missing_types(case: Case):
-    """Types that the annotations or the test questions have, and the parity set does not."""
+    """Types that the annotations or the test questions have, and the parity set does not: one finding, as the type of an
+    answer often is that of its question, too.
+    """
     if len(case.kept) < FEW_SAMPLES:
         return
     after = case.evaluation(case.cell.svlm)
     test = [(r["GT_question"], scoring.answers_of(r)[0]) for r in after.records] if after else []
     elsewhere = {"annotations": [(s.question, s.annotation) for s in case.usable], "test questions": test}
-    for what, kind in (
-        ("answers", lambda q, a: answer_type(a, case.task)),
-        ("questions", lambda q, a: question_type(q)),
-    ):
+    kinds = {"answers": lambda q, a: answer_type(a, case.task), "questions": lambda q, a: question_type(q)}
+    missing = {}
+    for what, kind in kinds.items():
         there = {kind(s.question, s.annotation) for s in case.kept}
         for where, pairs in elsewhere.items():
             counts = Counter(kind(q, a) for q, a in pairs if q and a)
             for name, count in counts.items():
                 if name not in there and count > MISSING * counts.total():
-                    yield Finding(
-                        "a missing type",
-                        "note",
-                        f"no {what} of the type {name!r} in the parity set; {share(count, counts.total())} of the {where}",
-                        "PL teaches nothing about this type.",
-                        "Ask for it in --prompt-file. It may also be missing because the S-VLM answers it well.",
-                    )
+                    of_type = f"no {what} of the type {name!r} in the parity set"
+                    missing.setdefault(of_type, []).append(f"{share(count, counts.total())} of the {where}")
+    if missing:
+        yield Finding(
+            "a missing type",
+            "note",
+            "; ".join(f"{of_type}: {' and '.join(found)}" for of_type, found in missing.items()),
+            "PL teaches nothing about what is missing.",
+            "Ask for it in --prompt-file. It may also be missing because the S-VLM answers it well.",
+        )
 
 
 # --- losses on the way -----------------------------------------------------------------------------------
@@ -206,13 +210,13 @@ def left_out(case: Case):
         if s.reason in (NO_ANNOTATION, LVLM_FAILED, SVLM_FAILED)
     )
     if n and reasons.total() > LOST * n:
-        common = ", ".join(f"{why} ({count})" for why, count in reasons.most_common(3))
+        common = ", ".join(f"{why} ({count:,})" for why, count in reasons.most_common(3))
         yield Finding(
             "annotations left out",
             "warning",
             f"{share(reasons.total(), n)} of the images: {common}",
             "Refusals, truncated or unreadable replies and broken images are missing from all that follows.",
-            "See `left_out` and `reply` in the PA file. Truncated: --max-new-tokens. Refusals: another --prompt-file.",
+            "See left_out and reply in the PA file. Truncated: --max-new-tokens. Refusals: another --prompt-file.",
         )
 
 
@@ -274,9 +278,7 @@ def no_gain(case: Case):
         found = pairs.summary()
         low, high = (100 * bound for bound in found["ci95"])
         own = dataset == case.cell.dataset
-        figure = (
-            f"{dataset}: {100 * found['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {found['n']}"
-        )
+        figure = f"{dataset}: {100 * found['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {found['n']:,}"
         if max(len(before.scores), len(after.scores)) > pairs.asked:
             yield Finding(
                 "different questions", "problem", f"{dataset}: only {pairs.asked:,} questions are in both evaluations",
@@ -313,7 +315,7 @@ def lost_replies(case: Case):
                 "warning",
                 f"{one.path.name}: {one.lost}",
                 "They count as wrong in this model's score, and not in the comparison.",
-                "See `left_out` and `finish_reason` in the file. Cut: --max-new-tokens of evaluate. Errors: evaluate again, with --restart.",
+                "See left_out and finish_reason in the file. Cut: --max-new-tokens of evaluate. Errors: evaluate again, with --restart.",
             )
 
 

@@ -19,8 +19,8 @@ class Figure:
     sign: bool = False
 
     def __str__(self) -> str:
-        spread = "" if self.sd is None else f" ± {self.sd:.{self.digits}f}"
-        return f"{self.value:{'+' if self.sign else ''}.{self.digits}f}{spread}"
+        spread = "" if self.sd is None else f" ± {self.sd:,.{self.digits}f}"
+        return f"{self.value:{'+' if self.sign else ''},.{self.digits}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class Table:
         names = [*self.columns, *(["note"] if footnotes else [])]
         lines = []
         for row in self.rows:
-            cells = ["" if row.get(name) is None else str(row[name]) for name in self.columns]
+            cells = [
+                f"{c:,}" if isinstance(c, int) else "" if c is None else str(c) for c in map(row.get, self.columns)
+            ]
             numbers = [str(footnotes.index(note) + 1) for note in row.get("notes", ())]
             lines.append(cells + ([", ".join(numbers)] if footnotes else []))
         return names, lines, [f"{i}: {note}" for i, note in enumerate(footnotes, 1)]

@@ -255,19 +255,15 @@ METRICS = {
 }
 
 
-def bootstrap_means(scores, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """The means [resamples] of bootstrap samples of `scores` [n], n > 0, in the unit of the scores.
+def bootstrap_interval(scores, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores.
 
     Few scores are distinct, so it samples the count of each distinct score (multinomial) instead of n single scores.
     """
     values, counts = np.unique(np.asarray(scores, dtype=float), return_counts=True)
     n = counts.sum()
-    return np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
-
-
-def bootstrap_interval(scores, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `scores` [n], in the unit of the scores."""
-    if not len(scores):
+    if not n:
         return float("nan"), float("nan")
-    low, high = np.percentile(bootstrap_means(scores, resamples, seed), [2.5, 97.5])
+    means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from mpa.data.protocol import Sample
-from mpa.files.distributed import signals_held
 from mpa.files.image_files import ImageError, open_image, read_file
+from mpa.files.signals import signals_held
 from mpa.models.visual_tokens import Counter as TokenCounter
 
 EXAMPLES = 10  # broken images listed by name

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mpa.answers.finish_reasons import why_cut
 from mpa.answers.replies import in_reasoning
-from mpa.files import distributed
+from mpa.files import distributed, signals
 from mpa.files.journal import Journal, follow_up_key, is_temporary
 from mpa.files.packages import require
 from mpa.files.records import InputError
@@ -172,12 +172,12 @@ def _ask_follow_ups(engine, requests: Sequence[Request], journal: Journal) -> No
     if any(follow_up.key not in journal for follow_up in follow_ups):
         for replies in engine.generate(follow_ups, journal):
             journal.append(replies)
-            distributed.stop_if_asked()
+            signals.stop_if_asked()
 
 
 def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> None:
     """Put the reply to every request into the journal. Of several processes, each asks for its part."""
-    distributed.stop_if_asked()
+    signals.stop_if_asked()
     ours = requests[distributed.RANK :: distributed.WORLD]
     journal.take_over(ours)
     _ask_follow_ups(engine, ours, journal)
@@ -191,6 +191,6 @@ def ask(engine, requests: Sequence[Request], journal: Journal, label: str) -> No
                 journal.append(replies)
                 bar.set_postfix_str(engine.status(), refresh=False)
                 bar.update(new)
-                distributed.stop_if_asked()
+                signals.stop_if_asked()
     distributed.wait()
     journal.read_others()

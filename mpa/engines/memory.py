@@ -11,6 +11,7 @@ from PIL import Image
 from mpa.engines import Request
 from mpa.engines.prefix_cache import reset_rope_deltas
 from mpa.files.image_files import ImageError, open_image
+from mpa.files.printable import as_size
 from mpa.files.records import InputError
 from mpa.models import loading, memory_estimate
 from mpa.models.device_memory import available_bytes, is_out_of_memory
@@ -36,7 +37,7 @@ def check_weights(path: str, settings, quantization: str | None):
     needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), loading.BITS.get(quantization))
     if needed > CANNOT_FIT * free:
         raise InputError(
-            f"{path}: its weights need {needed / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free. Use "
+            f"{path}: its weights need {as_size(needed)}, and {device} has {as_size(free)} free. Use "
             f"{'' if quantization else '--quantization 4bit (for an L-VLM), '}--device-map auto over several GPUs, or a smaller "
             "model. MEMORY_CHECK=0 tries it all the same."
         )
@@ -96,7 +97,7 @@ def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
 def line(engine, requests: Sequence[Request]) -> str:
     """`estimate` as text, beside the free memory; "" if there is none."""
     sizes, free = estimate(engine, requests, _without_weights(engine.model_path, engine)), free_bytes(engine)
-    known = "" if free is None else f" of {free / 1e9:.3g} GB free on {engine.device}"
+    known = "" if free is None else f" of {as_size(free)} free on {engine.device}"
     rows = "a row" if engine.device.startswith("cuda") else f"{engine.plan.batch_size} rows in each process"
     return f"{described(sizes)}{known} with {rows}" if sizes else ""
 
@@ -107,7 +108,7 @@ def check(engine, requests: Sequence[Request]) -> None:
     sizes, free = estimate(engine, requests, model), free_bytes(engine)
     if free is not None and sum(sizes.values()) > free:
         print(
-            f"warning: {engine.model_path}: memory may run out: {described(sizes)} of {free / 1e9:.3g} GB free. A smaller "
+            f"warning: {engine.model_path}: memory may run out: {described(sizes)} of {as_size(free)} free. A smaller "
             "--batch-size, --workers or --max-pixels needs less.",
             file=sys.stderr,
         )

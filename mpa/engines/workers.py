@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from mpa.files.distributed import signals_held
 from mpa.files.records import InputError
+from mpa.files.signals import signals_held
 
 BATCHES_AHEAD = 2  # per worker
 

@@ -6,7 +6,7 @@ from mpa.files.records import InputError
 
 
 def require(purpose: str, group: str, *packages: str) -> None:
-    """Raise InputError if one of these packages, listed in requirements-`group`.txt, is not installed."""
+    """Raise InputError if one of these packages, listed in requirements/`group`.txt, is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise InputError(f"{purpose} needs {', '.join(missing)}. Install with: bash scripts/setup.sh {group}")

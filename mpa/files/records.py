@@ -248,6 +248,15 @@ def write_with_meta(path: str | Path, text: str, meta: dict) -> None:
         path.unlink(missing_ok=True)  # never an old result with a new meta file
 
 
+def funnel_line(funnel: dict[str, int]) -> str:
+    """ "1000 images → 990 parsed → 685 L-consistent → 239 parity"; the key `pictures` is older than the word.
+
+    Anchors are no step: "… → 239 parity + 478 anchors".
+    """
+    steps = [f"{n} {'images' if what == 'pictures' else what}" for what, n in funnel.items() if what != "anchors"]
+    return " → ".join(steps) + (f" + {funnel['anchors']} anchors" if "anchors" in funnel else "")
+
+
 _HELD: set[tuple[Path, int]] = set()  # the locks of this process, by path and thread
 
 
@@ -350,12 +359,3 @@ def train_record(question_id, image_path: str, prompt: str, answer: str) -> dict
     """One sample for the Parity Leveler, in the LLaVA format that Qwen2-VL-Finetune reads."""
     conversations = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
     return {"id": question_id, "image": image_path, "conversations": conversations}
-
-
-def funnel_line(funnel: dict[str, int]) -> str:
-    """ "1000 images → 990 parsed → 685 L-consistent → 239 parity"; the key `pictures` is older than the word.
-
-    Anchors are no step: "… → 239 parity + 478 anchors".
-    """
-    steps = [f"{n} {'images' if what == 'pictures' else what}" for what, n in funnel.items() if what != "anchors"]
-    return " → ".join(steps) + (f" + {funnel['anchors']} anchors" if "anchors" in funnel else "")

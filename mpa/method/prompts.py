@@ -72,11 +72,11 @@ def train_prompt(question: str, preset: str = "paper") -> str:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A parsed PA reply. `reason` says why it cannot be used; None if it can."""
+    """What the L-VLM wrote about an image. `left_out` says why it cannot be used; None if it can."""
 
     question: str | None
     answer: str | None
-    reason: str | None = None
+    left_out: str | None = None
 
 
 # A question mark that ends a sentence.
@@ -117,13 +117,13 @@ def parse_annotation(
 
     `paper`: the first question and the answer that follows it, marked by labels ("Question:", "**Q1:**", "### Answer",
     "Frage:" …), JSON keys or tags, after any reasoning. A question may span several lines; an answer is one line.
-    `reason` is set for: only reasoning, no question, two questions, no answer, a prompt token such as <image> or one of
+    `left_out` is set for: only reasoning, no question, two questions, no answer, a prompt token such as <image> or one of
     `marks`, or, unless `keep_refusals`, a refusal.
     `released`: the text before the first "?" after "Question:", and the line after "Answer:". Each is None if missing;
-    `reason` is never set.
+    `left_out` is never set.
 
     >>> parse_annotation("Question: What is it?\\nAnswer: a cat")
-    Annotation(question='What is it?', answer='a cat', reason=None)
+    Annotation(question='What is it?', answer='a cat', left_out=None)
     """
     if not PRESETS[preset].checked:
         answer = _RELEASED_ANSWER.search(reply)
@@ -294,7 +294,7 @@ def with_question_mark(question: str) -> str:
 def follow_up_prompt(reply: str, preset: str, marks: frozenset[str] = frozenset()) -> str | None:
     """The prompt with which PI asks the L-VLM its own question; None if the annotation cannot be used."""
     parsed = parse_annotation(reply, preset, marks=marks)
-    usable = parsed.question and parsed.answer and not parsed.reason
+    usable = parsed.question and parsed.answer and not parsed.left_out
     return answer_prompt(parsed.question, preset) if usable else None
 
 

@@ -13,6 +13,7 @@ from mpa.answers.finish_reasons import why_cut
 from mpa.answers.matching import Match
 from mpa.method import rules
 from mpa.method.presets import PRESETS
+from mpa.method.prompts import Annotation
 from mpa.method.rules.rule import Rule
 
 PARITY = "parity"  # Ã = A and Â ≠ A
@@ -52,14 +53,6 @@ class Verdict(NamedTuple):
     def consistent(self) -> bool | None:
         """Does the L-VLM agree with itself? None where it has not answered."""
         return None if self.reason in (NO_ANNOTATION, LVLM_FAILED) else self.reason in CONSISTENT
-
-
-class Annotation(NamedTuple):
-    """What the L-VLM wrote about an image. `left_out` says why it cannot be used, if so."""
-
-    question: str | None
-    answer: str | None
-    left_out: str | None = None
 
 
 @dataclass(frozen=True)

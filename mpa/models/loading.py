@@ -9,7 +9,7 @@ from mpa.files import distributed
 from mpa.files.records import InputError, read_json
 from mpa.models import conversion, families, model_files
 from mpa.models.identity import adapted
-from mpa.models.loading_errors import explain
+from mpa.models.loading_errors import explained
 from mpa.models.memory_estimate import meta_model, stored_bits, unquantised
 from mpa.models.model_files import ADAPTER_WEIGHTS, INDEX, WEIGHTS, BrokenModel
 from mpa.models.quantization import forbid_packing
@@ -163,14 +163,23 @@ def _is_mark(token: str, special: bool | None) -> bool:
 def load_processor(
     path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False, max_tiles: int | None = None
 ):
-    """The model's own processor, with left padding, and with the limits that it knows (`families.image_settings`)."""
+    """The model's processor with left padding, to generate from. See `limited_processor`."""
+    processor = limited_processor(path, min_pixels, max_pixels, max_tiles, trust_remote_code)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def limited_processor(
+    path: str, min_pixels: int, max_pixels: int, max_tiles: int | None = None, trust_remote_code: bool = False
+):
+    """The model's own processor with the limits that it knows (`families.image_settings`). Raises InputError if it cannot be loaded."""
     from transformers import AutoProcessor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with explained(path):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(explain(path, error)) from None
     if not hasattr(processor, "tokenizer"):
         raise InputError(f"{path}: has no processor for images and text, only a {type(processor).__name__}.")
     families.use_original_pixels(processor, path)
@@ -178,9 +187,6 @@ def load_processor(
         families.apply_limits(processor, model_type(path), min_pixels, max_pixels, max_tiles)
     except ValueError as error:
         raise InputError(f"{path}: --{error}") from None
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 
@@ -190,7 +196,6 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     LoRA adapters are merged into their base model, unless that is quantised ("8bit" or "4bit"). `device_map` "auto"
     spreads the model over all GPUs; its inputs then go to `model.device`.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -198,33 +203,31 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     base = adapted(path)
     options = {"device_map": device_map} if device_map else {}
     if quantization:
-        options = _quantised(base or path, quantization, dtype, device_map or {"": device}, trust_remote_code)
-    try:
-        model = model_files.load(
-            base or path, path if base else None, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        places = device_map or {"": device}
+        options = quantised(base or path, "--quantization", BITS[quantization], dtype, places, trust_remote_code)
+    with explained(path):
+        try:
+            model = model_files.load(
+                base or path, path if base else None, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+        except ImportError as error:  # a checkpoint that is quantised in another way
+            raise InputError(
+                f"{path}: --engine hf lacks a package that it needs: {_first_line(error)} --engine vllm reads AWQ, GPTQ and FP8."
+            ) from None
         if base:
             model = model.get_base_model() if quantization else model.merge_and_unload()
-    except BrokenModel as error:
-        raise InputError(str(error)) from None
-    except ImportError as error:  # a checkpoint that is quantised in another way
-        raise InputError(
-            f"{path}: --engine hf lacks a package that it needs: {_first_line(error)} --engine vllm reads AWQ, GPTQ and FP8."
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(explain(path, error)) from None
     forbid_packing(model)
     return (model if options else model.to(device)).eval()
 
 
-def _quantised(path: str, quantization: str, dtype, device_map, trust_remote_code: bool) -> dict:
-    """Arguments of `from_pretrained` that quantise the language model. Raises InputError if it is quantised already."""
+def quantised(path: str, flag: str, bits: int, dtype, device_map, trust_remote_code: bool) -> dict:
+    """Arguments of `from_pretrained` that quantise the language model. Raises InputError, which names `flag`, if it is quantised already."""
     planned = meta_model(path, trust_remote_code)
     if planned is None:
         return {}  # loading says what is wrong
     if stored_bits(planned):
-        raise InputError(f"{path}: is stored quantised. Leave out --quantization, or name the original model.")
-    return quantization_options(BITS[quantization], unquantised(planned), dtype, device_map)
+        raise InputError(f"{path}: is stored quantised. Leave out {flag}, or name the original model.")
+    return quantization_options(bits, unquantised(planned), dtype, device_map)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,27 @@
-"""Why a model cannot be loaded, in one sentence that says what to do. The trainer has the same file."""
+"""Why a model cannot be loaded, in one sentence that says what to do."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from mpa.files.records import InputError
+from mpa.models.model_files import BrokenModel
+
 AGAIN = "It is damaged, or not yet downloaded whole; download it again."
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Raises InputError, in one sentence, for what loading this folder or hub id raises."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BrokenModel as error:
+        raise InputError(str(error)) from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a package for quantised weights may lack
+        raise InputError(explain(path, error)) from None
 
 
 def explain(path: str, error: BaseException) -> str:

@@ -10,6 +10,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from mpa.files.printable import as_size
+
 CHECKED = os.environ.get("MEMORY_CHECK") != "0"  # 0: what cannot fit is tried all the same
 CANNOT_FIT = 1.1  # this multiple of the free memory, for weights and states alone, is refused
 ALL, PRODUCTS, INPUTS = "False", "products", "True"  # activation checkpointing: what a layer saves
@@ -241,7 +243,5 @@ def described(sizes: dict[str, int]) -> str:
     """ "weights 4.4 GB, key-values 0.2 GB: 4.6 GB", with what is offloaded, to the machine's memory, after the sum."""
     there = dict(sizes)
     offloaded = there.pop("offloaded", 0)
-    parts = ", ".join(f"{name} {size / 1e9:.2g} GB" for name, size in there.items())
-    return f"{parts}: {sum(there.values()) / 1e9:.3g} GB" + f", and {offloaded / 1e9:.3g} GB offloaded" * bool(
-        offloaded
-    )
+    parts = ", ".join(f"{name} {as_size(n)}" for name, n in there.items())
+    return f"{parts}: {as_size(sum(there.values()))}" + f", and {as_size(offloaded)} offloaded" * bool(offloaded)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mpa.files import records
+
 ADAPTER = "adapter_config.json"  # marks a folder of LoRA adapters, and names their base model
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 MANIFEST = (
@@ -320,11 +322,11 @@ def base_digests(folder: Path) -> dict[str, str]:
     """The sha256 of a base model's configuration (`_content`) and weights, by the files' names."""
     files = weight_files(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = dict(zip((file.name for file in files), pool.map(_sha256, files), strict=True))
+        hashes = dict(zip((file.name for file in files), pool.map(sha256, files), strict=True))
     return {"config.json": _content(folder / "config.json"), **hashes}
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
@@ -362,7 +364,7 @@ def changed(folder: Path, content: bool = True, chosen: Callable[[Path], bool] =
     # Manifests of earlier versions have digests of pickles only.
     hashed = [file for file, entry in listed.items() if content and ("sha256" in entry or file.suffix in PICKLES)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, digest in zip(hashed, pool.map(_sha256, hashed), strict=True):
+        for file, digest in zip(hashed, pool.map(sha256, hashed), strict=True):
             if digest != listed[file].get("sha256") and not _says_the_same(file, listed[file]):
                 return f"{file.relative_to(folder)} was changed since it was written"
     return ""
@@ -374,7 +376,7 @@ def write_manifest(folder: Path, files: list[Path]) -> None:
     Of a configuration it also has the digest of its `_content`, with which it may be saved again.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(lambda file: sync(file) or _sha256(file), files))
+        hashes = list(pool.map(lambda file: sync(file) or sha256(file), files))
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, hashes, strict=True)
@@ -388,12 +390,8 @@ def write_manifest(folder: Path, files: list[Path]) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Write a JSON file atomically: to a temporary file in the same folder, which is then renamed. Raises ValueError for NaN."""
-    text = json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
+    """`records.write_text` of JSON as these files have it. Raises InputError, and writes nothing, for NaN and infinity."""
+    records.write_text(path, records.dumps(content, path, indent=1, default=str) + "\n")
 
 
 def sync(path: Path) -> None:

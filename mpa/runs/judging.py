@@ -3,7 +3,8 @@
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method import rules
-from mpa.method.verdict import Annotation, Judge
+from mpa.method.prompts import Annotation
+from mpa.method.verdict import Judge
 from mpa.runs.layout import RunFiles
 
 

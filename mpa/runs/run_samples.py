@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import RELEASED_ALIAS, InputError
 from mpa.method.presets import PRESETS
+from mpa.method.prompts import Annotation
 from mpa.method.rules.caps import Caps
 from mpa.method.verdict import (
     HELD_OUT,
@@ -20,7 +21,6 @@ from mpa.method.verdict import (
     PARITY,
     REASONS,
     SVLM_FAILED,
-    Annotation,
     Judge,
     Verdict,
 )
@@ -183,7 +183,7 @@ class RunSamples:
         if answered := svlm or lvlm:
             annotation = annotation_of(answered)
         held_out = str(pa["question_id"]) in self.held_out
-        return self.judge(annotation._replace(left_out=pa.get("left_out")), lvlm, svlm, held_out)
+        return self.judge(replace(annotation, left_out=pa.get("left_out")), lvlm, svlm, held_out)
 
     def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None) -> Verdict:
         """Where PI has stored none: what it would say, or has said by the train file that is there."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpa.data import DATASETS
 from mpa.engines import ENGINES
-from mpa.files import disk_errors, distributed, log_file, records
+from mpa.files import disk_errors, distributed, log_file, records, signals
 from mpa.files.argument_types import number, path_map, request_json
 from mpa.files.records import InputError
 from mpa.method.presets import ANCHORED, PRESETS
@@ -99,7 +99,13 @@ def _first_flags(p: StageParser) -> None:
         help="results go to results/RUN, or to RUN if it has a slash (default: $RUN, or today's date)",
     )
     p.add_argument("--restart", action="store_true", help="delete the results of earlier calls, and start again")
-    p.add_argument("--dry-run", action="store_true", help="run a few samples, estimate the time, write nothing")
+    p.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="run a few samples, estimate the time, write nothing; json: say so in a line of JSON for each model",
+    )
     p.add_argument(
         "-v",
         "--verbose",
@@ -305,11 +311,11 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     """
     log_file.install()
     before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
-    sys.unraisablehook = distributed.say_unraisable
+    sys.unraisablehook = signals.say_unraisable
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, distributed.Heard.handle)
-    distributed.end_with_launcher()
+            signal.signal(signum, signals.Heard.handle)
+    signals.end_with_launcher()
     for stream in (sys.stdout, sys.stderr):  # a file name may be no Unicode
         stream.reconfigure(errors="backslashreplace")
     if not distributed.FIRST:
@@ -317,7 +323,7 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
     try:
         try:
             main()
-            distributed.stop_if_asked()  # e.g. scripts that never looked: what called this must not go on
+            signals.stop_if_asked()  # e.g. scripts that never looked: what called this must not go on
             distributed.end()
         finally:
             sys.stdout.flush()  # now, where it can still be said that nobody reads
@@ -333,9 +339,9 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
         raise
     except KeyboardInterrupt:
         print("stopped. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(128 + (distributed.Heard.signal or signal.SIGINT))
+        sys.exit(128 + (signals.Heard.signal or signal.SIGINT))
     finally:
-        distributed.Heard.signal = 0
+        signals.Heard.signal = 0
         signal.signal(signal.SIGINT, before)
         sys.unraisablehook = hook
 

@@ -9,8 +9,8 @@ from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method import holdout, rules
 from mpa.method.presets import PRESETS
-from mpa.method.prompts import holds_mark
-from mpa.method.verdict import NOT_ASKED, Annotation, Judge, Verdict
+from mpa.method.prompts import Annotation, holds_mark
+from mpa.method.verdict import NOT_ASKED, Judge, Verdict
 from mpa.runs.judging import annotation_of, judge_of
 from mpa.stages import answer_all, cli, further, given_questions, held_out
 from mpa.stages.annotations import answers_of_pa, usable_annotations

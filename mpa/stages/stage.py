@@ -12,14 +12,14 @@ from pathlib import Path
 from mpa.answers.finish_reasons import why_cut
 from mpa.engines import ENGINES, Request, finite, open_engine
 from mpa.engines.endpoint import Endpoint
-from mpa.files import distributed, records
+from mpa.files import distributed, records, signals
 from mpa.files.earlier_replies import Asked, EarlierReplies, beside_content, journals_of
 from mpa.files.journal import Journal, finished, refuse_other_settings
 from mpa.files.outputs import inputs_of, refuse_others
 from mpa.files.packages import require
 from mpa.files.records import InputError
 from mpa.models import families
-from mpa.models.conversion import native
+from mpa.models.conversion import converted
 from mpa.models.identity import identity
 from mpa.models.loading import check_model_path, format_marks, model_type, resolved_dtype
 from mpa.models.visual_tokens import Counter as TokenCounter
@@ -100,7 +100,7 @@ class AskedModel:
     @property
     def folder(self) -> str:
         """What is loaded: an original checkpoint's conversion, which is made when it is first needed, or `path` itself."""
-        return native(self.path) if self.local else self.path
+        return converted(self.path) if self.local else self.path
 
     def engine(self):
         """The engine. It loads the model at the first request."""
@@ -125,27 +125,30 @@ class AskedModel:
             check_weights(self.folder, self.args, self.quantization)
 
     def dry_run(self, requests: Sequence[Request], label: str) -> None:
-        """Run a few requests; print the number of all and their estimated time and cost. Writes nothing."""
+        """Run a few requests; print the number of all and their estimated time and cost, as text or JSON. Writes nothing."""
         with self.engine() as engine:
             list(finite(engine.generate(requests[:1])))  # loads the model
-            distributed.stop_if_asked()
+            signals.stop_if_asked()
             at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
             some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
             before, started = engine.facts(), time.perf_counter()
             n = sum(len(replies) for replies in engine.generate(some))
             seconds, after = time.perf_counter() - started, engine.facts()
             memory = engine.memory_line(requests) if hasattr(engine, "memory_line") else ""
-        images = [request.image_path for request in requests]
+        of_all, images = len(requests) / n, [request.image_path for request in requests]
+        if self.args.dry_run == "json":
+            print(json.dumps({"label": label, "requests": len(requests), "seconds": round(seconds * of_all, 3)}))
+            return
         print(f"{label}: {len(requests):,} requests about {len(set(images)):,} images.")
         limits = self.args.min_pixels, self.args.max_pixels, self.args.max_tiles, self.args.trust_remote_code
         count = TokenCounter(self.folder if self.local else None, *limits)
         print(f"  visual tokens of {count.whose}: {total(images, count):,}")
         if memory:
             print(f"  memory, estimated: {memory}")
-        print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds / n * len(requests)))}")
+        print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds * of_all))}")
         if "cost" in after:
             spent = after["cost"] - before["cost"]
-            print(f"  cost, by that of {n}: {spent / n * len(requests):.2f} (this trial: {after['cost']:.4f})")
+            print(f"  cost, by that of {n}: {spent * of_all:.2f} (this trial: {after['cost']:.4f})")
 
 
 class Stage:
@@ -203,7 +206,7 @@ class Stage:
 
         Raises InputError where another does now; `wait`: waits for it instead. `ready`: see `check`.
         """
-        distributed.stop_if_asked()
+        signals.stop_if_asked()
         if self.finished(ready):
             yield False
             return

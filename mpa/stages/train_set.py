@@ -8,9 +8,9 @@ from typing import NamedTuple
 from mpa.files import distributed, outputs, records
 from mpa.files.journal import finished
 from mpa.method.presets import PRESETS
-from mpa.method.prompts import train_prompt
+from mpa.method.prompts import Annotation, train_prompt
 from mpa.method.rules.rule import Selection
-from mpa.method.verdict import BOTH_RIGHT, CONSISTENT, PARITY, Annotation, Judge, Verdict
+from mpa.method.verdict import BOTH_RIGHT, CONSISTENT, PARITY, Judge, Verdict
 from mpa.runs.layout import reasons_path
 from mpa.stages import cli
 from mpa.stages.stage import run_files

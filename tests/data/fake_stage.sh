@@ -2,15 +2,13 @@
 # Stands for PA.sh, PI.sh, PL.sh and evaluate.sh in tests/test_reproduce.py: writes the files that they would write, each whole
 # and once. $CALLS gets a line per file that is made. A model that is named in $BROKEN fails.
 set -euo pipefail
-STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' OF_LVLM='' HELD_OUT='' ONLY_LVLM='' MATCH=exact ANCHORS='' SCORE='' WEIGHTS='' MIXED=()
+STAGE=$(basename "$0" .sh) PAUSE=${PAUSE:-0} OUT='' PATH_OF_MODEL='' OF_LVLM='' HELD_OUT='' ONLY_LVLM='' MATCH=exact ANCHORS='' MIXED=()
 while (($#)); do
     case $1 in
     --only-lvlm) ONLY_LVLM=1 ;;
     --model-path) PATH_OF_MODEL=$2 && shift ;;
     --model-path-lvlm) OF_LVLM=$(basename "$2") && shift ;;
     --held-out) HELD_OUT=1 ;;
-    --score) SCORE=1 ;;
-    --weights) WEIGHTS=weights ;;
     --match) MATCH=$2 && shift ;;
     --anchors) ANCHORS="$2 anchors" && shift ;;
     --out) OUT=$2 && shift ;;
@@ -39,13 +37,11 @@ case $STAGE in
 PA) make "$RUN/PA_${L}_$DATASET.json" "$L" "$DATASET" "$SEED" ;;
 PI)
     if [[ $OUT ]]; then
-        [[ ! $WEIGHTS || -f $RUN/PI_${L}_scored-${S}_$DATASET.json ]]
-        make "$OUT" "$MATCH${ANCHORS:+ $ANCHORS}${WEIGHTS:+ $WEIGHTS}"
+        make "$OUT" "$MATCH${ANCHORS:+ $ANCHORS}"
     else
         [[ -f $RUN/PA_${L}_$DATASET.json ]]
         make "$RUN/PI_${L}_${L}_$DATASET.json" "$L"
         [[ $ONLY_LVLM ]] || make "$RUN/PI_${L}_${S}_$DATASET.json" "$L" "$S"
-        [[ ! $SCORE ]] || make "$RUN/PI_${L}_scored-${S}_$DATASET.json" "$L" "$S"
         [[ $ONLY_LVLM ]] || make "$RUN/PI_${L}_train_${L}_${S}_$DATASET.json" "$L" "$S"
     fi
     ;;

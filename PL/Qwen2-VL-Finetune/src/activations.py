@@ -8,13 +8,14 @@ from collections.abc import Callable
 from functools import partial
 
 import process_group
-import psutil
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mpa.models.device_memory import available_bytes
 
 ALL, PRODUCTS, INPUTS = "False", "products", "True"  # values of the flag
 DESCRIPTIONS = {
@@ -96,12 +97,14 @@ def activation_bytes(forward: Callable[[], object], model: torch.nn.Module) -> d
     }
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still allocate; on a CPU the ranks of the machine share what is available."""
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may still allocate; on a CPU the ranks of the machine share it. None if it cannot be known."""
+    free = available_bytes(str(device))
+    if free is None:
+        return None
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // process_group.local_world_size()
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free // process_group.local_world_size()
 
 
 def choose_policy(sizes: dict[str, int], other: int, free: int) -> str:
@@ -114,7 +117,7 @@ def choose_policy(sizes: dict[str, int], other: int, free: int) -> str:
 
 def fitting_policy(sizes: dict[str, int], other: int, device: torch.device) -> tuple[str, str]:
     """`choose_policy` for the rank with the least memory to spare, and a sentence about it. Collective."""
-    figures = torch.tensor([*sizes.values(), -free_bytes(device)], device=device)
+    figures = torch.tensor([*sizes.values(), -(free_bytes(device) or 0)], device=device)
     if dist.is_initialized():
         dist.all_reduce(figures, dist.ReduceOp.MAX)
     *largest, free = figures.tolist()

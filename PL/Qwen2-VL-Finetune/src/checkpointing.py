@@ -11,12 +11,13 @@ import checkpoints
 import process_group
 import torch
 import torch.distributed as dist
-from model_loading import explained
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import DataError
+from mpa.files import signals
+from mpa.files.records import InputError
 from mpa.models import model_files
+from mpa.models.loading_errors import explained
 
 SETTINGS = "train_settings.json"  # in each checkpoint: the settings of `resume_settings`
 STAGING = ".saving"  # folder in the output folder that a checkpoint is written to before it is renamed
@@ -44,7 +45,7 @@ class CheckpointingTrainer(Trainer):
         return self.stop.requested and self.state.global_step < self.state.max_steps
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Raises DataError if the checkpoint's adapters were trained on another base model."""
+        """Raises InputError if the checkpoint's adapters were trained on another base model."""
         if resume_from_checkpoint and self.base_digests:
             with explained(resume_from_checkpoint):
                 model_files.check_base(Path(resume_from_checkpoint), self.settings["model_id"], self.base_digests)
@@ -68,7 +69,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             staged = out / STAGING / name
             self.state.save_to_json(str(staged / "trainer_state.json"))
-            checkpoints.write_json(staged / SETTINGS, self.settings)
+            model_files.write_json(staged / SETTINGS, self.settings)
             checkpoints.write_manifest(staged)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(staged, out / name)
@@ -80,7 +81,7 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Write the weights: checkpoints in float32, so that resuming is exact; the final model in `save_dtype`.
 
-        Raises DataError if a weight is not finite; then nothing is written.
+        Raises InputError if a weight is not finite; then nothing is written.
         """
         output_dir = output_dir or self.args.output_dir
         tied = getattr(self.model, "all_tied_weights_keys", {})
@@ -116,7 +117,7 @@ class CheckpointingTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if why := checkpoints.fault(Path(best)):
-            raise DataError(f"{best}: {why}. It had the best accuracy; --resume_from_checkpoint no starts again.")
+            raise InputError(f"{best}: {why}. It had the best accuracy; --resume_from_checkpoint no starts again.")
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(best)
@@ -125,13 +126,13 @@ class CheckpointingTrainer(Trainer):
         """The model without PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def _divergence(self, what: str, ids: list) -> DataError:
+    def _divergence(self, what: str, ids: list) -> InputError:
         """The error that ends a diverged training: step, sample ids (16 at most) and the last good checkpoint."""
         last, _ = checkpoints.last_complete(Path(self.args.output_dir))
         good = f"The last checkpoint, {last.name}, is good" if last else "There is no checkpoint yet"
         named = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         dtype = ", or train with --bf16 True" if self.args.fp16 else ""
-        return DataError(
+        return InputError(
             f"step {self.state.global_step + 1}: {what} for the samples with id {named}. Check them, or lower "
             f"--learning_rate{dtype}. {good}; nothing was written since."
         )
@@ -163,7 +164,7 @@ def clean_configs(folder: Path, dtype: torch.dtype | None) -> None:
             if dtype is not None and "dtype" in part and path.name == "config.json":
                 part["dtype"] = str(dtype).removeprefix("torch.")
         if kept != content:
-            checkpoints.write_json(path, kept)
+            model_files.write_json(path, kept)
 
 
 class StopOnSignal(TrainerCallback):
@@ -176,7 +177,7 @@ class StopOnSignal(TrainerCallback):
         self.requested, self.signal = False, signal.SIGTERM
 
     def on_train_begin(self, args, state, control, **_):
-        process_group.stop_if_asked()
+        signals.stop_if_asked()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

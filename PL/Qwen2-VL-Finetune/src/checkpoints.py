@@ -1,18 +1,15 @@
-"""A training's files on disk: checkpoints with manifests, JSON files, and the lock on the output folder.
+"""A training's files on disk: checkpoints with manifests, and the lock on the output folder.
 
 A checkpoint's manifest (`model_files`) is written last. It lists each file's size and sha256: what was damaged since is not
 loaded, nor a pickle that this trainer did not write, which could run code.
 """
 
 import contextlib
-import fcntl
 import re
-import sys
 from pathlib import Path
 
-from record_formats import loads
-
-from data import DataError
+from mpa.files import records
+from mpa.files.records import InputError
 from mpa.models import model_files
 from mpa.models.model_files import MANIFEST, PICKLES
 
@@ -52,22 +49,14 @@ def last_complete(out: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def write_json(path: Path, content) -> None:
-    """`model_files.write_json`. Raises DataError, and writes nothing, for NaN and infinity."""
-    try:
-        model_files.write_json(path, content)
-    except ValueError:
-        raise DataError(f"{path}: a figure is NaN or infinite, which is no JSON; it was not written.") from None
-
-
 def read_json(path: Path) -> dict:
-    """Raises DataError if the file is truncated or holds no JSON object."""
+    """Raises InputError if the file is truncated or holds no JSON object."""
     try:
-        content = loads(path.read_text())
+        content = records.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
+        raise InputError(
             f"{path}: cannot be read ({error}). Choose another --output_dir, or remove this file."
         ) from None
     return content
@@ -75,24 +64,14 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Create the output folder and lock it for this training. Raises DataError if another training holds the lock.
+    """Create the output folder and lock it for this training; in the end it is removed if it is empty.
 
-    On exit the folder is removed if it is empty.
+    Raises InputError if another training holds the lock.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / ".lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
-        except BlockingIOError:
-            raise DataError(
-                f"{out}: another training is writing it. Choose another --output_dir, or wait for it."
-            ) from None
-        except OSError as error:
-            print(f"warning: {out}: cannot be locked on this file system ({error.strerror}).", file=sys.stderr)
+    with records.locked(out):
+        out.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                out.rmdir()  # only if it is empty
+                out.rmdir()

@@ -12,7 +12,6 @@ class Collator:
 
     By default rows are padded on the right: `input_ids`, `labels` and `attention_mask` are [B, T]. With `packing` all
     samples share one row [1, T], and `position_ids` start again at each sample. `samples` lists the samples' ids.
-    `weight` and `anchor` of samples that have them are repeated for each token, in the shape of `labels`.
 
     `blank` is an encoded sample with an image. It joins each batch without images, an empty batch too, and has no
     labels (its id is None). So every rank runs the vision tower; a distributed step hangs otherwise.
@@ -37,13 +36,6 @@ class Collator:
             batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORE)
             lengths = torch.tensor([len(row) for row in rows])
             batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        for name in ("weight", "anchor"):
-            if name in samples[0]:
-                values = torch.tensor([sample.get(name, False) for sample in samples])
-                if self.packing:
-                    batch[name] = values.repeat_interleave(torch.tensor([len(row) for row in rows]))[None]
-                else:
-                    batch[name] = values[:, None].expand_as(batch["labels"])
         batch["samples"] = [sample["sample"] for sample in samples]
         return batch | self._images(samples, batch["input_ids"], batch["labels"])
 

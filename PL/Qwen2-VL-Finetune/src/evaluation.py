@@ -1,24 +1,24 @@
 """Held-out accuracy: answers are generated greedily and compared with the references."""
 
-import re
-
 import process_group
 import torch
 import torch.distributed as dist
 from collator import Collator
 from transformers import LogitsProcessor, LogitsProcessorList, TrainingArguments
 
-from data import IGNORE, DataError, Samples
+from data import IGNORE, Samples
+from mpa.answers.metrics import exact
+from mpa.files.records import InputError
 
 EXTRA_TOKENS = 8  # an answer may be so much longer than the longest reference of its batch
 
 
 @torch.inference_mode()
 def accuracy(model, processor, samples: Samples, collator: Collator, args: TrainingArguments) -> float:
-    """Share of samples whose generated first answer equals the reference, ignoring case, punctuation and spaces.
+    """Share of samples whose generated first answer equals the reference (`metrics.exact`).
 
     Collective: rank r takes samples r, r + world size, ... The last batch is padded with samples from the start, so
-    that all ranks generate equally often (ZeRO-3 would hang otherwise); the padding does not count. Raises DataError,
+    that all ranks generate equally often (ZeRO-3 would hang otherwise); the padding does not count. Raises InputError,
     with the samples' ids, if logits are not finite.
     """
     world, size, correct, wrong = args.world_size, args.eval_batch_size, 0, []
@@ -39,12 +39,12 @@ def accuracy(model, processor, samples: Samples, collator: Collator, args: Train
         )
         generated = output[:, batch["input_ids"].shape[1] :]
         for i, ids, reference in zip(chunk, generated, references, strict=True):
-            texts = (_normalised(processor.decode(tokens, skip_special_tokens=True)) for tokens in (ids, reference))
-            correct += i < len(samples) and len(set(texts)) == 1
+            answer, expected = (processor.decode(tokens, skip_special_tokens=True) for tokens in (ids, reference))
+            correct += i < len(samples) and exact(answer, [expected])
         wrong += [sample["sample"] for sample, bad in zip(encoded, watch.bad.tolist(), strict=True) if bad]
     wrong = [name for of_rank in process_group.all_gather(wrong) for name in of_rank]
     if wrong:
-        raise DataError(
+        raise InputError(
             f"evaluation: the logits are NaN or infinite for {len(wrong)} of {len(samples)} samples, such as id {wrong[0]}. "
             f"{'Train with --bf16 True or in float32' if args.fp16 else 'Lower --learning_rate, or train in float32'}."
         )
@@ -62,7 +62,3 @@ class _Watch(LogitsProcessor):
     def __call__(self, input_ids, scores):  # [B, T], [B, V]
         self.bad = ~scores.amax(-1).isfinite() | self.bad
         return scores
-
-
-def _normalised(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text.casefold())

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from data import IGNORE, DataError, encode, whole
+from data import IGNORE, encode, whole
+from mpa.files.records import InputError
 from mpa.models.device_memory import is_out_of_memory
 from mpa.models.families import FAMILIES
 
@@ -17,35 +18,31 @@ HALF_TOLERANCE = 0.05
 
 
 def refuse_untested(kind: str, data_args, args) -> None:
-    """Raises DataError for a flag that asks for a shortcut that this model type is not tested with."""
+    """Raises InputError for a flag that asks for a shortcut that this model type is not tested with."""
     known = FAMILIES.get(kind)
     if data_args.packing and known and not known.packing:
-        raise DataError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
+        raise InputError(f"--packing: samples of model type {kind} would see each other in one row. Leave it out.")
     if known:
         return
-    asked = {
-        "packing": data_args.packing,
-        "cache_features": data_args.cache_features,
-        "use_liger": args.use_liger_kernel,
-    }
+    asked = {"packing": data_args.packing, "use_liger": args.use_liger_kernel}
     for name in (name for name, value in asked.items() if value):
-        raise DataError(
+        raise InputError(
             f"--{name}: not tested with model type {kind}, which is not in the table of families. Leave it out."
         )
 
 
 @contextlib.contextmanager
 def tried(model_id: str, kind: str) -> Iterator[None]:
-    """Around what was never tried with this model type: an error that is a bug elsewhere is here one line, DataError."""
+    """Around what was never tried with this model type: an error that is a bug elsewhere is here one line, InputError."""
     try:
         yield
-    except (DataError, MemoryError, OSError):
+    except (InputError, MemoryError, OSError):
         raise
     except Exception as error:
         if kind in FAMILIES or is_out_of_memory(error):
             raise
         said = str(error).strip().split("\n", 1)[0]
-        raise DataError(
+        raise InputError(
             f"{model_id}: its model type, {kind}, is not in the table of families, and cannot be trained here "
             f"({type(error).__name__}: {said})."
         ) from error
@@ -53,7 +50,7 @@ def tried(model_id: str, kind: str) -> Iterator[None]:
 
 @torch.no_grad()
 def check(trainer, model) -> None:
-    """Raises DataError where the trainer's loss of the first sample is not that of the model's own forward pass. Collective.
+    """Raises InputError where the trainer's loss of the first sample is not that of the model's own forward pass. Collective.
 
     The trainer's batch has a second, longer sample, so that the first one is padded. Both passes get the tokens that the
     processor makes of the whole conversation.
@@ -81,7 +78,7 @@ def check(trainer, model) -> None:
         model.train()
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32
     if not abs(found - expected) <= TOLERANCE.get(dtype, HALF_TOLERANCE) * (1 + abs(expected)):
-        raise DataError(
+        raise InputError(
             f"model type {kind} is not in the table of families, and the trainer's loss of the first sample is {found:.4f}, "
             f"where the model's own is {expected:.4f}. It cannot be trained here."
         )

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 from activations import PRODUCTS
-from record_formats import DataError
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from mpa.files.records import InputError
 
 HONOURED = set(
     "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
@@ -95,8 +96,8 @@ RANGES = {
         _POSITIVE,
     ),
     **dict.fromkeys(
-        "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens cache_gb seed data_seed "
-        "neftune_noise_alpha eval_delay anchor_kl".split(),
+        "vision_lr merger_lr weight_decay max_grad_norm warmup_steps batch_tokens seed data_seed neftune_noise_alpha "
+        "eval_delay".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("adam_beta1 adam_beta2 label_smoothing_factor lora_dropout".split(), _SHARE),
@@ -106,7 +107,7 @@ REPORTERS = "tensorboard wandb mlflow comet_ml clearml trackio swanlab neptune d
 
 
 def refuse_unknown(words: list[str], known: list[str]) -> None:
-    """Raises DataError for a flag that is not in `known`, or REFUSED with another value than its default."""
+    """Raises InputError for a flag that is not in `known`, or REFUSED with another value than its default."""
     defaults = {field.name: field.default for field in fields(transformers.TrainingArguments)}
     for word, following in zip(words, [*words[1:], "True"], strict=True):
         flag, equals, value = word.partition("=")
@@ -116,23 +117,23 @@ def refuse_unknown(words: list[str], known: list[str]) -> None:
         if name in REFUSED:
             value = value if equals else "True" if following.startswith("--") else following
             if value.lower() not in ("false", "no", "none", str(defaults[name]).lower()):
-                raise DataError(f"{flag} {value}: is not supported. {REFUSED[name]}")
+                raise InputError(f"{flag} {value}: is not supported. {REFUSED[name]}")
         if flag in known:
             continue
         if flag in UNSUPPORTED:
-            raise DataError(f"{flag}: {UNSUPPORTED[flag]}")
+            raise InputError(f"{flag}: {UNSUPPORTED[flag]}")
         near = difflib.get_close_matches(flag, known, 1)
-        raise DataError(
+        raise InputError(
             f"{flag}: no such flag{f'; did you mean {near[0]}?' if near else '.'} `train.py --help` lists all."
         )
 
 
 def check(model, data, args) -> None:
-    """Raises DataError for values out of range, and for combinations without effect or impossible on this machine."""
+    """Raises InputError for values out of range, and for combinations without effect or impossible on this machine."""
     for arguments in (model, data, args):
         _check_ranges(arguments)
     _check_model(model)
-    _check_training(model, data, args)
+    _check_training(data, args)
     _check_evaluation(data, args)
     _check_machine(model, args)
 
@@ -147,21 +148,21 @@ def _check_ranges(arguments) -> None:
             bounds = f"{'at least' if inclusive else 'above'} {lower}" + (
                 f" and below {upper}" if upper is not None else ""
             )
-            raise DataError(f"--{name} {value}: must be {bounds}.")
+            raise InputError(f"--{name} {value}: must be {bounds}.")
 
 
 def _check_model(model) -> None:
     for flag, value in (("--vision_lora", model.vision_lora), ("--lora_namespan_exclude", model.lora_namespan_exclude)):
         if value and not model.lora_enable:
-            raise DataError(f"{flag} has no effect without --lora_enable True.")
+            raise InputError(f"{flag} has no effect without --lora_enable True.")
     if model.num_lora_modules == 0 or model.num_lora_modules < -1:
-        raise DataError(f"--num_lora_modules {model.num_lora_modules}: give a number, or -1 for all.")
+        raise InputError(f"--num_lora_modules {model.num_lora_modules}: give a number, or -1 for all.")
     if model.bits != 16:
         _check_bits(model)
     if model.freeze_vision_tower and model.freeze_merger and model.freeze_llm and not model.lora_enable:
-        raise DataError("everything is frozen; there is nothing to train.")
+        raise InputError("everything is frozen; there is nothing to train.")
     if (Path(model.model_id) / "adapter_config.json").is_file():
-        raise DataError(
+        raise InputError(
             f"{model.model_id}: holds LoRA adapters, which would not be saved with the trained weights. Merge them first "
             "with scripts/merge_lora.sh."
         )
@@ -169,61 +170,50 @@ def _check_model(model) -> None:
 
 def _check_bits(model) -> None:
     if not model.lora_enable:
-        raise DataError(
+        raise InputError(
             f"--bits {model.bits}: needs --lora_enable True; quantised weights cannot be trained themselves."
         )
     if is_deepspeed_zero3_enabled():
-        raise DataError(
+        raise InputError(
             f"--bits {model.bits}: not with ZeRO-3, which would shard the quantised weights. Use ZERO=zero2."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise DataError(f"--bits {model.bits}: needs bitsandbytes. Install with: pip install bitsandbytes==0.50.2")
+        raise InputError(f"--bits {model.bits}: needs bitsandbytes. Install with: pip install bitsandbytes==0.50.2")
 
 
-def _check_training(model, data, args) -> None:
+def _check_training(data, args) -> None:
     if data.image_min_pixels > data.image_max_pixels:
-        raise DataError(
+        raise InputError(
             f"--image_min_pixels {data.image_min_pixels} is more than --image_max_pixels {data.image_max_pixels}."
         )
     if args.max_steps == 0 or args.max_steps < -1:
-        raise DataError(f"--max_steps {args.max_steps}: give a number, or -1 for all steps of --num_train_epochs.")
+        raise InputError(f"--max_steps {args.max_steps}: give a number, or -1 for all steps of --num_train_epochs.")
     if args.train_sampling_strategy not in ("random", "sequential"):
-        raise DataError(
+        raise InputError(
             f"--train_sampling_strategy {args.train_sampling_strategy}: give random or sequential. A step's samples are "
             "always sorted by length."
         )
     if args.remove_unused_columns:
-        raise DataError("--remove_unused_columns: must be False; the collator needs all of them.")
+        raise InputError("--remove_unused_columns: must be False; the collator needs all of them.")
     if args.activation_checkpointing_kwargs:
-        raise DataError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
-    if data.cache_features:
-        if not (model.freeze_vision_tower and model.freeze_merger) or model.vision_lora or is_deepspeed_zero3_enabled():
-            raise DataError(
-                "--cache_features: only with --freeze_vision_tower, --freeze_merger, no --vision_lora, no ZeRO-3."
-            )
-        if data.lazy_preprocess and data.cache_gb == 0:
-            raise DataError("--cache_features: --cache_gb 0 leaves no room for them.")
-    if args.anchor_kl and is_deepspeed_zero3_enabled():
-        raise DataError(
-            "--anchor_kl: not with ZeRO-3, which would shard the model before the training. Use ZERO=zero2."
-        )
+        raise InputError("--activation_checkpointing_kwargs: choose with --activation_checkpointing alone.")
     if args.activation_policy == PRODUCTS and is_deepspeed_zero3_enabled():
-        raise DataError(
+        raise InputError(
             "--activation_checkpointing products: gives wrong results under ZeRO-3, which releases weights; use True."
         )
 
 
 def _check_evaluation(data, args) -> None:
     if args.load_best_model_at_end or args.metric_for_best_model is not None or args.greater_is_better is not None:
-        raise DataError(
+        raise InputError(
             "--load_best_model_at_end, --metric_for_best_model, --greater_is_better: Use --load_best, with --eval_data_path."
         )
     if args.load_best and not data.eval_data_path:
-        raise DataError("--load_best needs --eval_data_path.")
+        raise InputError("--load_best needs --eval_data_path.")
     if args.load_best and args.save_strategy == "no":
-        raise DataError("--load_best: --save_strategy no leaves no checkpoint to choose from; give steps or epoch.")
+        raise InputError("--load_best: --save_strategy no leaves no checkpoint to choose from; give steps or epoch.")
     if args.eval_strategy != "no" and not data.eval_data_path:
-        raise DataError(
+        raise InputError(
             f"--eval_strategy {getattr(args.eval_strategy, 'value', args.eval_strategy)}: needs --eval_data_path."
         )
 
@@ -231,31 +221,33 @@ def _check_evaluation(data, args) -> None:
 def _check_machine(model, args) -> None:
     """What this machine's devices, packages and paths allow."""
     if args.n_gpu > 1:
-        raise DataError(
+        raise InputError(
             "one process sees several GPUs: start it with scripts/, deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one."
         )
     if args.fp16 and args.device.type != "cuda":
-        raise DataError("--fp16: needs a GPU; a CPU trains in float32, or with --bf16 if it has bfloat16.")
+        raise InputError("--fp16: needs a GPU; a CPU trains in float32, or with --bf16 if it has bfloat16.")
     if args.use_liger_kernel and args.device.type != "cuda":
-        raise DataError("--use_liger: Liger's kernels run on GPUs only, and there is no GPU. Leave it out.")
+        raise InputError("--use_liger: Liger's kernels run on GPUs only, and there is no GPU. Leave it out.")
     for name in args.report_to or []:
         if name in ("none", "all"):
             continue
         if name not in REPORTERS:
-            raise DataError(f"--report_to {name}: known are none, {', '.join(REPORTERS)}.")
+            raise InputError(f"--report_to {name}: known are none, {', '.join(REPORTERS)}.")
         if importlib.util.find_spec(name) is None:
-            raise DataError(f"--report_to {name}: it is not installed. pip install {name}, or --report_to tensorboard.")
+            raise InputError(
+                f"--report_to {name}: it is not installed. pip install {name}, or --report_to tensorboard."
+            )
     out = Path(args.output_dir)
     if out.exists() and not out.is_dir():
-        raise DataError(f"--output_dir {out}: is a file; name a folder.")
+        raise InputError(f"--output_dir {out}: is a file; name a folder.")
     if out.exists() and os.path.isdir(model.model_id) and os.path.samefile(out, model.model_id):
-        raise DataError(
+        raise InputError(
             f"--output_dir {out}: is the model that is trained, and would be overwritten; name another folder."
         )
     if isinstance(args.deepspeed, str):
         try:
             json.loads(Path(args.deepspeed).read_text())
         except (OSError, ValueError) as error:
-            raise DataError(f"--deepspeed {args.deepspeed}: is not a JSON file ({error}).") from None
+            raise InputError(f"--deepspeed {args.deepspeed}: is not a JSON file ({error}).") from None
     if args.bf16 and args.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise DataError("--bf16: this GPU has no bfloat16; give --fp16.")
+        raise InputError("--bf16: this GPU has no bfloat16; give --fp16.")

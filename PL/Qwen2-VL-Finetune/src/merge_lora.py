@@ -4,33 +4,30 @@ python src/merge_lora.py --model-path ADAPTER --save-model-path OUT        # the
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, for mpa
 
-from model_loading import explained
 from transformers import AutoProcessor
 
-from data import DataError
 from mpa.files import disk_errors
+from mpa.files.records import InputError
 from mpa.models import model_files
+from mpa.models.identity import adapted
+from mpa.models.loading_errors import explained
 from mpa.models.model_files import ADAPTER
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> None:
     """Write the merged model in float32, and the processor, to `out`. Adapter and base model are not changed.
 
-    `base` replaces the base model that the adapter names. Raises DataError, and writes nothing, if one of the two is damaged,
+    `base` replaces the base model that the adapter names. Raises InputError, and writes nothing, if one of the two is damaged,
     incomplete, or not what it was in the training.
     """
     with explained(str(adapter)):
-        config = json.loads((adapter / ADAPTER).read_text())
-        base = base or (isinstance(config, dict) and config.get("base_model_name_or_path"))
-        if not base or not isinstance(base, str):
-            raise DataError(f"{adapter / ADAPTER}: does not name its base model. Give it with --model-base.")
+        base = base or adapted(str(adapter))
         processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     with explained(base):
         model = model_files.load(base, str(adapter), dtype="float32", trust_remote_code=trust_remote_code)
@@ -54,7 +51,7 @@ def main() -> None:
     try:
         with disk_errors.named(args.save_model_path):
             merge(args.model_path, args.save_model_path, args.model_base, args.trust_remote_code)
-    except DataError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if not (what := disk_errors.cause(error)):

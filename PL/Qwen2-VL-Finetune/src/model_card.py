@@ -1,7 +1,10 @@
 """The model card (README.md) of a trained model's folder."""
 
-import json
 from pathlib import Path
+
+from data import split_share
+from mpa.files import records
+from mpa.models.conversion import converted_from
 
 SETTINGS_SHOWN = (
     *("learning_rate", "vision_lr", "merger_lr", "num_train_epochs", "per_device_train_batch_size"),
@@ -48,23 +51,11 @@ def write_card(out: Path, meta: dict, base: str, adapter: bool) -> None:
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def converted_from(base: str) -> str | None:
-    """The original checkpoint that scripts/convert.py made the folder `base` from; None for any other model."""
-    record = Path(base) / "conversion.json"
-    return json.loads(record.read_text())["source"] if record.is_file() else None
-
-
 def _funnel(data_paths: list[str]) -> list[str]:
     """The parity counts, from the meta file that the Parity Identifier writes next to its train JSON."""
-    lines = []
-    for path in data_paths:
-        meta = Path(path).with_suffix(".meta.json")
-        if meta.exists():
-            counts = json.loads(meta.read_text()).get("funnel", {})
-            lines.append(
-                "- " + " → ".join(f"{n} {'images' if what == 'pictures' else what}" for what, n in counts.items())
-            )
-    return lines
+    metas = [records.meta_path(split_share(path)[0]) for path in data_paths]
+    counts = [records.read_json(meta).get("funnel") for meta in metas if meta.exists()]
+    return [f"- {records.funnel_line(funnel)}" for funnel in counts if funnel]
 
 
 def _base_name(base: str) -> str:

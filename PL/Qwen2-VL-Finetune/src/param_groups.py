@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 
-from data import DataError
+from mpa.files.records import InputError
 from mpa.models.families import FAMILIES
 
 # What PEFT inserts into the names of parameters and modules.
@@ -25,7 +25,7 @@ def part_of(name: str, model_type: str) -> str:
 
 
 def check_parts(model_type: str, model_args, args) -> str:
-    """Raises DataError if a flag names a part of a family whose parts are not known.
+    """Raises InputError if a flag names a part of a family whose parts are not known.
 
     Without such a flag an unknown family is trained as one part. Returns a warning then, and "" for a known family.
     """
@@ -39,9 +39,9 @@ def check_parts(model_type: str, model_args, args) -> str:
         if getattr(model_args, name)
     ]
     if flags:
-        raise DataError(
+        raise InputError(
             f"--{flags[0]}: the parts of model type {model_type} are not known. Leave it out (PL.sh: VISION_LR and MERGER_LR "
-            f"equal to LEARNING_RATE), or add the type to FAMILIES in src/families.py: {', '.join(FAMILIES)}."
+            f"equal to LEARNING_RATE), or add the type to FAMILIES in mpa/models/families.py: {', '.join(FAMILIES)}."
         )
     return (
         f"warning: model type {model_type} is not in the table of families: all its weights are trained as one part, and "
@@ -96,7 +96,7 @@ def add_lora(model, args):
     """The model with LoRA on the linear layers of the language model and, with `--vision_lora`, of the vision tower.
 
     A part that is neither frozen nor adapted is trained in full. It is saved with the adapter, so that the adapter's
-    folder holds all that was learnt. Raises DataError if no layer is left to adapt.
+    folder holds all that was learnt. Raises InputError if no layer is left to adapt.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -114,7 +114,7 @@ def add_lora(model, args):
     if args.num_lora_modules > 0:
         targets = targets[-args.num_lora_modules :]
     if not targets:
-        raise DataError("--lora_enable: no linear layer is left to adapt. See --lora_namespan_exclude.")
+        raise InputError("--lora_enable: no linear layer is left to adapt. See --lora_namespan_exclude.")
     in_full = {"vision": not args.freeze_vision_tower, "merger": not args.freeze_merger, "language": False}
     saved = modules_of({part for part, trained in in_full.items() if trained and part not in adapted}, model)
     config = LoraConfig(

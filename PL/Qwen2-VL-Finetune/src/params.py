@@ -16,9 +16,9 @@ import process_group
 import torch
 import transformers
 from activations import PRODUCTS
-from record_formats import DataError
 from transformers.hf_argparser import string_to_bool
 
+from mpa.files.records import InputError
 from mpa.models.families import MAX_PIXELS, MIN_PIXELS
 
 # Older spelling -> current spelling. A command may use only one of them.
@@ -106,30 +106,7 @@ class DataArguments:
         default="error",
         metadata={"help": "For a longer sample: raise an error, or leave it out.", "choices": ["error", "drop"]},
     )
-    lazy_preprocess: bool = field(
-        default=True,
-        metadata={
-            "help": "Cache the samples encoded by the check before step 0, up to --cache_gb. False: cache all of them."
-        },
-    )
-    cache_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "GiB of encoded samples cached on disk; a single rank first fills 1 GiB of memory. Samples that "
-            "are not cached are encoded again when used. Default: 0 for one epoch, else 20 or a tenth of the free disk space."
-        },
-    )
-    samples_dir: str = field(
-        default="",
-        metadata={"help": "Folder of the sample cache; runs may share it. Default: in output_dir, deleted at the end."},
-    )
-    cache_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Cache the vision tower's features instead of the images. Needs --freeze_vision_tower and "
-            "--freeze_merger; this changes the method if they would otherwise be trained."
-        },
-    )
+    lazy_preprocess: bool = field(default=True, metadata={"help": "No effect, as in Qwen2-VL-Finetune."})
     packing: bool = field(
         default=False,
         metadata={"help": "Put a micro-batch into one row, without padding or attention across samples."},
@@ -186,19 +163,6 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "auto: resume from the last complete checkpoint in output_dir; no: start again; or a checkpoint."
         },
     )
-    sample_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Multiply each sample's loss by its record's `weight` (PI --weights), scaled so that the mean weight is 1."
-        },
-    )
-    anchor_kl: float = field(
-        default=0.0,
-        metadata={
-            "help": "Against forgetting: for records whose `kind` is anchor (PI --anchors), the loss is this weight times the KL "
-            "divergence from the answers of the model before the training, instead of the likelihood of the recorded answer."
-        },
-    )
     report_to: str = field(default="tensorboard", metadata={"help": "Loggers: none, tensorboard, wandb …"})
     log_file: str = field(default="", metadata={"help": "File to append to what is printed, and details."})
     verbose: bool = field(default=False, metadata={"help": "With --log_file: print the details, too."})
@@ -208,7 +172,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     dataloader_num_workers: int = field(
         default=-1,
-        metadata={"help": "Worker processes that encode uncached samples; -1: up to 4 with a GPU, none without."},
+        metadata={"help": "Worker processes that encode samples; -1: up to 4 with a GPU, none without."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 
@@ -233,7 +197,7 @@ KINDS = (ModelArguments, DataArguments, TrainingArguments)
 def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The flags, in any of their spellings.
 
-    Raises DataError for unknown flags, values out of range, and combinations that have no effect or cannot work.
+    Raises InputError for unknown flags, values out of range, and combinations that have no effect or cannot work.
     """
     words = _current_spelling(sys.argv[1:] if argv is None else argv)
     parser = transformers.HfArgumentParser(KINDS, allow_abbrev=False)
@@ -257,7 +221,7 @@ def parse(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, Traini
 
 
 def _refuse(message: str) -> NoReturn:
-    raise DataError(f"{message}. `train.py --help` lists all flags.") from None
+    raise InputError(f"{message}. `train.py --help` lists all flags.") from None
 
 
 def _word_list(words: list[str]) -> list[str]:
@@ -267,11 +231,11 @@ def _word_list(words: list[str]) -> list[str]:
     try:
         return list(literal_eval(words[0]))
     except (ValueError, SyntaxError):
-        raise DataError(f"--lora_namespan_exclude {words[0]}: expected words, or ['a', 'b'].") from None
+        raise InputError(f"--lora_namespan_exclude {words[0]}: expected words, or ['a', 'b'].") from None
 
 
 def _current_spelling(words: list[str]) -> list[str]:
-    """The command line with older spellings replaced. Raises DataError if a flag is given in two spellings."""
+    """The command line with older spellings replaced. Raises InputError if a flag is given in two spellings."""
     rest, spellings, result = deque(words), {}, []
     while rest:
         word = rest.popleft()
@@ -281,7 +245,7 @@ def _current_spelling(words: list[str]) -> list[str]:
             continue
         current = RENAMED.get(flag, NEGATED.get(flag, flag))
         if spellings.setdefault(current, flag) != flag:
-            raise DataError(f"{spellings[current]} and {flag} are one flag; give it once.")
+            raise InputError(f"{spellings[current]} and {flag} are one flag; give it once.")
         if flag == "--warmup_ratio":
             value = value if equals else rest.popleft() if rest else ""
             equals = "="
@@ -300,4 +264,4 @@ def _check_share(flag: str, value: str) -> None:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise DataError(f"{flag} {value}: a share of all steps, from 0 to below 1.")
+        raise InputError(f"{flag} {value}: a share of all steps, from 0 to below 1.")

@@ -12,8 +12,11 @@ from checkpointing import SETTINGS
 from model_loading import model_type
 from params import DataArguments, ModelArguments, TrainingArguments
 
-from data import DataError, split_share
+from data import split_share
+from mpa.files.journal import differences
+from mpa.files.records import InputError
 from mpa.models import families, model_files
+from mpa.models.model_files import sha256
 
 # Arguments that change the result. An argument that is not listed (logging, saving, data loading, activation
 # checkpointing, or one that a later transformers release adds) may change between a run and its resumption.
@@ -33,7 +36,7 @@ DECISIVE = set(
     "model_id freeze_vision_tower freeze_llm freeze_merger lora_enable vision_lora lora_rank lora_alpha lora_dropout "
     "lora_namespan_exclude num_lora_modules disable_flash_attn2 trust_remote_code "
     # data
-    "data_path image_folder path_map image_min_pixels image_max_pixels max_seq_length on_too_long cache_features packing "
+    "data_path image_folder path_map image_min_pixels image_max_pixels max_seq_length on_too_long packing "
     # `flags` allows only the default of these; they are recorded because earlier checkpoints have them
     "optim_target_modules torch_compile torch_compile_backend torch_compile_mode use_cache auto_find_batch_size "
     "accelerator_config parallelism_config dataloader_drop_last label_names length_column_name fsdp fsdp_config".split()
@@ -57,8 +60,7 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
         values["max_tiles"] = limit
     if model_args.bits != 16:  # earlier checkpoints do not have it
         values["bits"] = model_args.bits
-    for name in ("sample_weights", "anchor_kl"):  # likewise
-        values |= {name: getattr(args, name)} if getattr(args, name) else {}
+    values["cache_features"] = False  # a flag of earlier versions, which their checkpoints record
     values["save_dtype"], values["world_size"] = model_args.save_dtype, args.world_size
     values["data_sha256"] = [sha256(Path(split_share(path)[0])) for path in data_args.data_path]
     if args.load_best:  # then the final weights depend on the evaluation's data and schedule
@@ -72,12 +74,8 @@ def settings(model_args: ModelArguments, data_args: DataArguments, args: Trainin
 def _tile_limit(model_args: ModelArguments, data_args: DataArguments) -> int | None:
     try:
         return families.tile_limit(model_type(model_args), data_args.max_tiles)
-    except DataError:  # the loading of the model says so
+    except InputError:  # the loading of the model says so
         return data_args.max_tiles
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fingerprint(folder: Path) -> str:
@@ -102,7 +100,7 @@ def fingerprint(folder: Path) -> str:
 def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> str | None:
     """The checkpoint that --resume_from_checkpoint asks for; with "auto", the last complete one in `out`, if any.
 
-    Raises DataError if checkpoints exist but none is complete, or if the checkpoint's settings are not `current`.
+    Raises InputError if checkpoints exist but none is complete, or if the checkpoint's settings are not `current`.
     """
     path = args.resume_from_checkpoint
     if path in ("no", "False", "false", None):
@@ -110,7 +108,7 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
     if path == "auto":
         complete, refused = checkpoints.last_complete(out)
         if refused and not complete:
-            raise DataError(
+            raise InputError(
                 f"{'; '.join(refused)}. No checkpoint is left to resume from; --resume_from_checkpoint no starts again."
             )
         if refused and args.process_index == 0:
@@ -119,7 +117,7 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
             return None
         path = str(complete)
     elif why := checkpoints.fault(Path(path)):
-        raise DataError(f"{path}: {why}; --resume_from_checkpoint no starts again.")
+        raise InputError(f"{path}: {why}; --resume_from_checkpoint no starts again.")
     recorded = checkpoints.read_json(Path(path, SETTINGS))
     _refuse_deepspeeds(recorded, current, path)
     refuse_other_settings(recorded, current, path)
@@ -127,12 +125,12 @@ def checkpoint_to_resume(out: Path, current: dict, args: TrainingArguments) -> s
 
 
 def _refuse_deepspeeds(recorded: dict, current: dict, path: str) -> None:
-    """Raises DataError for a checkpoint of DeepSpeed, whose optimizer state only DeepSpeed can read, in a run without it."""
+    """Raises InputError for a checkpoint of DeepSpeed, whose optimizer state only DeepSpeed can read, in a run without it."""
     if "deepspeed_sha256" not in recorded or "deepspeed_sha256" in current:
         return
     known = sorted(CONFIGURATIONS.glob("zero*.json"))
     file = next((file for file in known if sha256(file) == recorded["deepspeed_sha256"]), "with its configuration")
-    raise DataError(
+    raise InputError(
         f"{path}: was written with DeepSpeed, and this run has none. --deepspeed {file} resumes it; "
         "--resume_from_checkpoint no starts again."
     )
@@ -145,12 +143,9 @@ def of_result(recorded: dict) -> dict:
 
 
 def refuse_other_settings(recorded: dict, current: dict, where) -> None:
-    """Raises DataError, with each difference, if the training at `where` had other settings."""
+    """Raises InputError, with each difference, if the training at `where` had other settings."""
     rates = {name: recorded.get("learning_rate") for name in ("vision_lr", "merger_lr") if recorded.get(name) is None}
-    recorded = recorded | rates  # earlier checkpoints have null where it was --learning_rate
-    differ = [name for name in recorded | current if recorded.get(name) != current.get(name)]
-    if differ:
-        changes = "; ".join(f"{name} was {recorded.get(name)!r}, is now {current.get(name)!r}" for name in differ)
-        raise DataError(
+    if changes := differences(recorded | rates, current):  # earlier checkpoints have null where it was --learning_rate
+        raise InputError(
             f"{where}: was trained with other settings: {changes}. Choose another --output_dir or remove it."
         )

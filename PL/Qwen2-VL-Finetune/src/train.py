@@ -27,33 +27,31 @@ from mpa.files import light_imports  # noqa: F401  isort: skip
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 import checkpoints
 import first_sample
-import memory_check
-import objective
 import param_groups
 import process_group
-import report
+import progress
 import torch
+import training_memory
 import transformers
 from collator import Collator
-from features import VisionFeatures, precompute
-from model_card import converted_from, write_card
-from model_loading import compute_dtype, load_model, load_processor, model_type, native, said_of_limits, save_dtype
+from model_card import write_card
+from model_loading import converted, load_model, load_processor, model_type, said_of_limits, save_dtype
 from params import DataArguments, ModelArguments, TrainingArguments, parse
 from PIL import Image
 from resume_settings import checkpoint_to_resume, of_result, refuse_other_settings, settings
-from sample_preparation import cache_folder, open_cache, prepare, read
 from trainer import Leveler
+from turns import refuse_dropped_turns
 
-from data import DataError, Samples, encode
-from mpa.files import disk_errors
+from data import Samples, check_all, encode, read_samples, refuse_special_tokens
+from mpa.files import disk_errors, signals
 from mpa.files.log_file import detail
-from mpa.models import model_files
+from mpa.files.records import InputError
+from mpa.models import conversion, model_files
 from mpa.models.families import match_config
 
 META = "train_meta.json"
@@ -69,7 +67,7 @@ BLANK = {
 
 
 def main(argv=None) -> int:
-    """Train with these flags. Returns 0, or 128 + the signal that stopped it. Raises DataError for user errors."""
+    """Train with these flags. Returns 0, or 128 + the signal that stopped it. Raises InputError for user errors."""
     process_group.use_launcher_environment()
     model_args, data_args, args = parse(argv)
     if args.log_file:
@@ -81,20 +79,20 @@ def main(argv=None) -> int:
         args.disable_tqdm = True
         transformers.utils.logging.disable_progress_bar()
     samples = read(data_args.data_path, data_args, args)  # first, so that errors in it show before a model is loaded
-    model_args.model_id = native(model_args.model_id)
+    model_args.model_id = converted(model_args.model_id)
     current = settings(model_args, data_args, args)
     if (out / META).exists():
         recorded = checkpoints.read_json(out / META).get("settings") or {}
         refuse_other_settings(of_result(recorded), of_result(current), out)
         print(f"PL: {out} already exists, trained with these settings.")
         return 0
-    with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext():
-        try:
-            with disk_errors.named(out):
-                return train(samples, model_args, data_args, args, current)
-        finally:
-            if args.local_process_index == 0 and not data_args.samples_dir:
-                shutil.rmtree(cache_folder(data_args, args), ignore_errors=True)
+    with checkpoints.locked(out) if args.process_index == 0 else contextlib.nullcontext(), disk_errors.named(out):
+        return train(samples, model_args, data_args, args, current)
+
+
+def read(paths: list[str], data_args: DataArguments, args: TrainingArguments) -> list[dict]:
+    """`data.read_samples` with the flags' values."""
+    return read_samples(paths, data_args.image_folder, data_args.path_map, args.seed)
 
 
 def train(
@@ -109,7 +107,7 @@ def train(
     with first_sample.tried(model_args.model_id, model_type(model_args)):
         trainer = build(samples, model_args, data_args, args, current)
     if is_first:
-        sample_line = report.first_sample_line(trainer.train_dataset[0], trainer.processing_class.tokenizer)
+        sample_line = progress.first_sample_line(trainer.train_dataset[0], trainer.processing_class.tokenizer)
         first, *parts = trainer.start_lines()
         print(first, flush=True)
         detail(*parts, sample_line)
@@ -131,50 +129,50 @@ def train(
 def build(
     samples: list[dict], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, current: dict
 ) -> Leveler:
-    """The trainer, with encoded samples and the model. Its checkpoints record `current`, the settings. Collective."""
-    planned = memory_check.planned_model(model_args, args)
+    """The trainer, with checked samples and the model. Its checkpoints record `current`, the settings. Collective."""
+    planned = training_memory.planned_model(model_args, args)
     processor = load_processor(model_args, data_args)
     if args.process_index == 0 and (line := said_of_limits(model_args, data_args)):
         print(line, flush=True)
     kind = model_type(model_args)
     first_sample.refuse_untested(kind, data_args, args)
     param_groups.check_parts(kind, model_args, args)
-    train_samples = prepare(samples, processor, data_args, args, on_disk=not data_args.cache_features)
+    train_samples = prepare(samples, processor, data_args)
     if planned is not None and args.process_index == 0:
-        print(memory_check.line(planned, model_args, data_args, args, train_samples), flush=True)
-    train_samples.losses = objective.sample_losses(train_samples.samples, args)
+        print(training_memory.line(planned, model_args, data_args, args, train_samples), flush=True)
     eval_samples = held_out_samples(processor, data_args, args)
     blank = encode(BLANK, processor) if args.world_size > 1 else None
     transformers.set_seed(args.seed)
-    model, features = load_model(model_args, args), None
+    model = load_model(model_args, args)
     match_config(model.config, processor)
-    if data_args.cache_features:
-        example = encode(BLANK, processor)
-        features = VisionFeatures(model, args.device, compute_dtype(args), example)
-        precompute(train_samples, features, open_cache(processor, data_args, args, len(train_samples)))
-        blank = blank and features.replace_images(example)
     return Leveler(
         model=model,
         args=args,
         samples=train_samples,
         eval_samples=eval_samples,
         collator=Collator(processor, data_args.packing, blank),
-        features=features,
         batch_tokens=data_args.batch_tokens,
-        reference=objective.Reference(model, compute_dtype(args)).to(args.device) if args.anchor_kl else None,
         processing_class=processor,
         settings=current,
         save_dtype=save_dtype(model_args),
     )
 
 
+def prepare(samples: list[dict], processor, data_args: DataArguments) -> Samples:
+    """`data.check_all` with the flags' values, after checks that need no image. Collective."""
+    refuse_special_tokens(samples, processor.tokenizer)
+    refuse_dropped_turns(samples, processor)
+    workers = max(1, len(os.sched_getaffinity(0)) // process_group.local_world_size())
+    return check_all(samples, processor, data_args.max_seq_length, data_args.on_too_long, workers)
+
+
 def held_out_samples(processor, data_args: DataArguments, args: TrainingArguments) -> Samples | None:
-    """The encoded samples of --eval_data_path. Raises DataError for a sample with several questions."""
+    """The samples of --eval_data_path. Raises InputError for a sample with several questions."""
     if not data_args.eval_data_path:
         return None
-    samples = prepare(read([data_args.eval_data_path], data_args, args), processor, data_args, args)
+    samples = prepare(read([data_args.eval_data_path], data_args, args), processor, data_args)
     if any(sum(message["role"] == "user" for message in sample["messages"]) > 1 for sample in samples.samples):
-        raise DataError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
+        raise InputError(f"{data_args.eval_data_path}: only samples with one question can be evaluated.")
     return samples
 
 
@@ -183,16 +181,17 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
     args, samples, out = trainer.args, trainer.train_dataset, Path(trainer.args.output_dir)
     meta = {"settings": current, "samples": len(samples), "tokens": sum(samples.lengths), "steps": result.global_step}
     meta |= {"loss": result.training_loss, "seconds": round(time.time() - started, 1)}
-    meta |= trainer.pace() | {"peak_bytes": report.peak_bytes(args.device)}
-    if original := converted_from(model_args.model_id):
+    meta |= trainer.pace() | {"peak_bytes": progress.peak_bytes(args.device)}
+    if original := conversion.converted_from(model_args.model_id):
         meta["converted_from"] = original
     if trainer.eval_dataset:
         scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
         meta["accuracy"] = max(scores) if args.load_best else scores[-1]
     write_card(out, meta, model_args.model_id, model_args.lora_enable)
     model_files.write_manifest(out, model_files.files_of(out))
-    checkpoints.write_json(out / META, meta)
-    size, dtype = report.weight_bytes(out) / 1e9, str(trainer.save_dtype or torch.float32).removeprefix("torch.")
+    model_files.write_json(out / META, meta)
+    size = sum(file.stat().st_size for file in model_files.weight_files(out)) / 1e9
+    dtype = str(trainer.save_dtype or torch.float32).removeprefix("torch.")
     print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
     print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")
 
@@ -200,17 +199,17 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
 def run() -> int:
     """`main`, with one line on stderr for an error that the user can correct. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until `StopOnSignal` saves a checkpoint on them
-        signal.signal(number, process_group.Heard.handle)
+        signal.signal(number, signals.Heard.handle)
     try:
         code = main()
         process_group.destroy()
         return code
-    except DataError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped before the first step. The same command starts again.", file=sys.stderr)
-        return 128 + (process_group.Heard.signal or signal.SIGINT)
+        return 128 + (signals.Heard.signal or signal.SIGINT)
     except OSError as error:
         if not (what := disk_errors.cause(error)):
             raise

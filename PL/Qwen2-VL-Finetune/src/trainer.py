@@ -8,27 +8,25 @@ from itertools import chain
 import activations
 import evaluation
 import first_sample
-import memory_check
-import objective
 import param_groups
 import process_group
-import report
+import progress
 import torch
 import torch.distributed as dist
+import training_memory
 from answer_logits import AnswerLogits
 from batching import step_sampler
 from checkpointing import CheckpointingTrainer
 from collator import Collator, packed_rope_positions
-from features import VisionFeatures
 from model_loading import compute_dtype
-from objective import Reference
 from throughput import FlopCounter, peak_matmul_flops
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from data import IGNORE, DataError, Samples
+from data import IGNORE, Samples
 from mpa.files.log_file import detail
+from mpa.files.records import InputError
 
 DIVERGED = 5  # training stops at this multiple of the loss of a uniform guess over the vocabulary
 
@@ -47,15 +45,13 @@ class Leveler(CheckpointingTrainer):
     - Vision tower, merger and language model have their own learning rates.
     - A step's samples do not depend on the world size (`batching.StepBatchSampler`).
     - Packed rows get each sample's own positions.
-    - A non-finite or exploding loss, or a non-finite gradient, raises DataError with the samples' ids.
+    - A non-finite or exploding loss, or a non-finite gradient, raises InputError with the samples' ids.
     - Checkpoints are atomic; SIGTERM and Ctrl-C save one and stop (`CheckpointingTrainer`).
     - Evaluation measures the accuracy of generated answers.
 
     Args:
-        samples, eval_samples: encoded samples to train on, and held-out ones.
-        features: precomputed vision features, if `samples` have these instead of images.
+        samples, eval_samples: samples to train on, and held-out ones.
         batch_tokens: maximum tokens of a micro-batch, padding included; 0 for no limit.
-        reference: the model before the training, for `--anchor_kl`.
     """
 
     def __init__(
@@ -65,9 +61,7 @@ class Leveler(CheckpointingTrainer):
         samples: Samples,
         eval_samples: Samples | None = None,
         collator: Collator,
-        features: VisionFeatures | None = None,
         batch_tokens: int = 0,
-        reference: Reference | None = None,
         **kwargs,
     ):
         self.sampler, self.epochs = step_sampler(samples.lengths, args, batch_tokens)
@@ -83,8 +77,7 @@ class Leveler(CheckpointingTrainer):
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(report.Progress())
-        self.features, self.reference = features, reference
+        self.add_callback(progress.Progress())
         core = self._base_model()
         self.rope_index = getattr(core.model, "get_rope_index", None)
         self.answer_logits = AnswerLogits(core)
@@ -135,26 +128,20 @@ class Leveler(CheckpointingTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the step's loss: the mean over the labelled tokens of all ranks (`objective.answer_loss`).
+        """This micro-batch's share of the step's loss: the mean cross-entropy of the labelled tokens of all ranks.
 
-        Raises DataError, with the samples' ids, if the micro-batch's own weighted mean is not finite or above `max_loss`.
+        Raises InputError, with the samples' ids, if the micro-batch's own mean is not finite or above `max_loss`.
         """
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
-        by_token = {name: inputs.pop(name) for name in ("weight", "anchor") if name in inputs}
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         mask = next_labels != IGNORE
         self.answer_logits.select(mask)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
-        if "features" in inputs:
-            self.features.to_encoder_outputs(inputs)
-        by_token = {name: values[mask] for name, values in by_token.items()}
-        if self.reference and by_token.get("anchor", mask).any():
-            by_token["before"] = self.reference.logits(self.accelerator.unwrap_model(model), inputs, mask)
-        logits = self.answer_logits.of(model(**inputs, use_cache=False).logits)  # [N, V]
-        targets = next_labels[mask]
-        loss = objective.answer_loss(logits, targets, self.args, **by_token)
-        mean = loss.item() / objective.total_weight(targets, self.args, **by_token)
+        logits = self.answer_logits.of(model(**inputs, use_cache=False).logits).float()  # [N, V]
+        targets, smoothing = next_labels[mask], self.args.label_smoothing_factor
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        mean = loss.item() / max(1, len(targets))
         if not mean < self.max_loss:  # NaN fails this comparison too
             raise self._divergence(f"the loss is {mean:.1f}", ids)
         world = self.args.world_size if self.args.average_tokens_across_devices else 1
@@ -199,7 +186,11 @@ class Leveler(CheckpointingTrainer):
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in largest]))
         self.model.train()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager(), memory_check.must_fit(len(largest)):
+        with (
+            torch.random.fork_rng(devices),
+            self.compute_loss_context_manager(),
+            training_memory.must_fit(len(largest)),
+        ):
             return activations.activation_bytes(
                 lambda: self.compute_loss(self.model, batch, num_items_in_batch=1), self.model
             )
@@ -218,7 +209,7 @@ class Leveler(CheckpointingTrainer):
         return param_groups.groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
 
     def _check_gradients(self, optimizer, *_) -> None:
-        """Before the weights change: raises DataError on all ranks if a gradient on any rank is not finite."""
+        """Before the weights change: raises InputError on all ranks if a gradient on any rank is not finite."""
         gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
         bad = torch.zeros((), device=self.args.device)
         for gradient in gradients:
@@ -229,7 +220,7 @@ class Leveler(CheckpointingTrainer):
             raise self._gradient_divergence()
         self.last_step_ids, self.step_ids = self.step_ids, []
 
-    def _gradient_divergence(self) -> DataError:
+    def _gradient_divergence(self) -> InputError:
         """The error for a non-finite gradient, with the step's sample ids of all ranks. Collective."""
         ids = [i for rank_ids in process_group.all_gather(self.step_ids) for i in rank_ids]
         return self._divergence("a gradient is not finite", ids)
@@ -273,12 +264,12 @@ class Leveler(CheckpointingTrainer):
         super().log(logs, start_time)
 
     def start_lines(self) -> list[str]:
-        """`report.start_lines` of this training."""
+        """`progress.start_lines` of this training."""
         steps = int(self.sampler.steps_per_epoch * self.args.num_train_epochs)
         steps = self.args.max_steps if self.args.max_steps > 0 else steps
         steps = f"{steps:,} steps of {self.sampler.step_size} (micro-batches per device: {self.sampler.micro_batches})"
         counts = param_groups.counts(self.model)
-        return report.start_lines(self.train_dataset, counts, self._parameter_groups(), steps, self.args)
+        return progress.start_lines(self.train_dataset, counts, self._parameter_groups(), steps, self.args)
 
     def pace(self) -> dict:
         """Seconds of the timed steps (not the first after a start), this rank's samples and tokens in them, and MFU."""

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from record_formats import DataError
-
+from mpa.files.records import InputError
 from mpa.models import families
 
 
@@ -41,7 +40,7 @@ def turns(messages: list[dict], processor) -> Iterator[Turn]:
 
 
 def refuse_dropped_turns(samples: list[dict], processor) -> None:
-    """Raises DataError, with the record and the turn, where the chat template drops a turn's text, as a system prompt."""
+    """Raises InputError, with the record and the turn, where the chat template drops a turn's text, as a system prompt."""
     forms = {}
     for sample in samples:
         forms.setdefault(families.form(sample["messages"]), sample)
@@ -49,7 +48,7 @@ def refuse_dropped_turns(samples: list[dict], processor) -> None:
         try:
             families.check_template(processor, sample["messages"])
         except ValueError as error:
-            raise DataError(f"{sample['where']}: {error}.") from None
+            raise InputError(f"{sample['where']}: {error}.") from None
 
 
 def _after_prompt(prompt: str, answered: str, messages: list[dict], processor) -> str:

@@ -111,22 +111,20 @@ class CellContent:
         return found_of
 
     def results(self) -> list[dict]:
+        """key, name, train samples, what was lost, and `score`, `ci95` and `n`, by evaluation."""
         rows = []
         for key, (name, model, found) in self.evaluations.items():
-            row = {
-                "key": key,
-                "name": name,
-                "samples": self._meta(self.folder / model / "train_meta.json").get("samples"),
-            }
-            row["accuracy"] = found.summary["score"]
-            rows.append(row | {"ci95": found.summary["ci95"], "n": found.summary["n"], "lost": found.lost})
+            samples = self._meta(self.folder / model / "train_meta.json").get("samples")
+            rows.append({"key": key, "name": name, "samples": samples, "lost": found.lost} | found.summary)
         return rows
 
-    def trained(self) -> list[tuple[str, Evaluation]]:
-        """(title, evaluation) of the S-VLM after PL: by MPA first, then on the other train sets."""
-        of = [(key, found) for key, (_, _, found) in self.evaluations.items() if key not in ("base", "lvlm")]
-        of.sort(key=lambda pair: pair[0] != "mpa")
-        return [(self.title + ("" if key == "mpa" else f", {key}"), found) for key, found in of]
+    def trained(self) -> list[tuple[list[str], Evaluation]]:
+        """(what tells it from others, evaluation) of the S-VLM after PL: by MPA first, then on the other train sets."""
+        cell = self.cell
+        of = [(k, name, found) for k, (name, _, found) in self.evaluations.items() if k not in ("base", "lvlm")]
+        of.sort(key=lambda one: one[0] != "mpa")
+        run = [run_name(self.folder), cell.dataset, f"{cell.svlm} from {cell.lvlm}"]
+        return [([*run, name], found) for _, name, found in of]
 
     def gain(self) -> dict | None:
         """`paired.summary` with "notes". None without two evaluations that can be compared."""
@@ -185,15 +183,6 @@ class CellContent:
 
     # --- parity ---
 
-    def agreement(self) -> dict[str, list[int]]:
-        """{L-VLM agrees with its annotation or not: [S-VLM right, wrong, not asked]}"""
-        match, found = self.case.run.judge.match, {}
-        for s in self.case.usable:
-            row = found.setdefault("L-VLM repeats itself" if s.consistent else "L-VLM differs", [0, 0, 0])
-            right = s.svlm_answer is not None and match(s.svlm_answer, s.annotation)
-            row[2 if s.svlm_answer is None else 0 if right else 1] += 1
-        return found
-
     def most_frequent(self, n: int = 8) -> dict[str, list[tuple[str, int]]]:
         """The most frequent questions and answers of the parity set, and of the annotations without one."""
         samples = self.case.kept or self.case.annotated
@@ -251,7 +240,9 @@ class CellContent:
             for key in [*sorted(k for k in last if k.startswith("lr_")), "grad_norm", "samples_per_second"]
             if isinstance(last.get(key), int | float)
         ]
-        return [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in facts]
+        return [
+            (name, f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v) for name, v in facts
+        ]
 
     def coverage(self):
         return self.attempt(lambda: [coverage_table(self.case, of) for of in ("answer", "question")], [])
@@ -336,9 +327,12 @@ def compared(cells: list[CellContent]) -> list[dict]:
     return found
 
 
-def _pair(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict:
-    """Raises NotComparable."""
+def _pair(first: tuple[list[str], Evaluation], second: tuple[list[str], Evaluation]) -> dict:
+    """`of` is what both have in common, `first` and `second` what they have not. Raises NotComparable."""
     pairs = comparable.compare(first[1], second[1])
     flips = [c for c in changes(first[1], second[1]) if c.kind in ("fixed", "broken")]
-    notes = [f"{first[0]} and {second[0]}: {note}" for note in pairs.notes]
-    return {"first": first[0], "second": second[0], "change": pairs.summary(), "flips": flips, "notes": notes}
+    both = list(zip(first[0], second[0], strict=True))
+    one, other = (", ".join(pair[i] for pair in both if pair[0] != pair[1]) or both[-1][i] for i in (0, 1))
+    of = ", ".join(a for a, b in both if a == b)
+    notes = [f"{one} and {other}: {note}" for note in pairs.notes]
+    return {"of": of, "first": one, "second": other, "change": pairs.summary(), "flips": flips, "notes": notes}

@@ -4,6 +4,7 @@ import io
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mpa.analysis.calibration import Reliability
 
@@ -29,6 +30,12 @@ def _axes(width: float, height: float, panels: int = 1):
     return figure, axes
 
 
+def _whole(axis) -> None:
+    """Whole numbers on this axis, written as on the rest of the page."""
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axis.set_major_formatter("{x:,.0f}")
+
+
 def funnel(steps: list[tuple[str, int]], losses: list[tuple[str, int]]) -> str:
     """Bars from the images to the parity set, and hatched ones of what is not in it, by cause."""
     names, counts = zip(*steps, *((f"not kept: {cause}", n) for cause, n in losses), strict=True)
@@ -39,6 +46,7 @@ def funnel(steps: list[tuple[str, int]], losses: list[tuple[str, int]]) -> str:
     axes.set_xlim(0, 1.15 * max([1, *counts]))
     axes.invert_yaxis()
     axes.set_xlabel("images")
+    _whole(axes.xaxis)
     return _svg(figure)
 
 
@@ -46,7 +54,7 @@ def results(rows: list[dict], what: str) -> str:
     """Accuracy with 95 % intervals, one line per model."""
     figure, (axes,) = _axes(WIDTH, 0.7 + 0.38 * len(rows))
     for place, row in enumerate(rows):
-        value, (low, high) = 100 * row["accuracy"], (100 * bound for bound in row["ci95"])
+        value, (low, high) = 100 * row["score"], (100 * bound for bound in row["ci95"])
         color = ORANGE if row["key"] == "mpa" else BLUE
         axes.errorbar(
             value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", color=color, capsize=4
@@ -59,7 +67,9 @@ def results(rows: list[dict], what: str) -> str:
 
 
 def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]]) -> str | None:
-    """Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples."""
+    """Histograms of words per question and answer, and of log-probabilities, of kept and rejected samples. Of a figure that is
+    the same for all samples its value.
+    """
     panels = [("words in the question", "question"), ("words in the answer", "answer")]
     found = [(title, {name: values[key] for name, values in lengths.items()}) for title, key in panels]
     found += [("log-probability of the annotation", logprobs)]
@@ -71,15 +81,19 @@ def distributions(lengths: dict[str, list[int]], logprobs: dict[str, list[float]
         values = [v for group in groups.values() for v in group]
         whole = all(isinstance(v, int) for v in values)
         low, high = min(values), max(values)
-        bins = [low - 0.5 + i for i in range(int(high - low) + 2)] if whole and high - low < 40 else 24
-        for (name, group), color in zip(groups.items(), (ORANGE, GRAY), strict=False):
-            if not group:
-                continue
-            style = {"histtype": "step", "linewidth": 1.8, "linestyle": "-" if color == ORANGE else "--"}
-            panel.hist(group, bins=bins, range=(low - 0.5, high + 0.5), color=color, label=name, density=True, **style)
         panel.set_xlabel(title)
         panel.set_yticks([])
-    axes[0].legend(frameon=False)
+        if low == high:
+            panel.set_xticks([])
+            panel.text(0.5, 0.5, f"{low:.4g} in all samples", ha="center", transform=panel.transAxes)
+            continue
+        bins = [low - 0.5 + i for i in range(int(high - low) + 2)] if whole and high - low < 40 else 24
+        for group, line, color in zip(groups.values(), ("-", "--"), (ORANGE, GRAY), strict=True):
+            style = {"histtype": "step", "linewidth": 1.8, "linestyle": line, "color": color}
+            if group:
+                panel.hist(group, bins=bins, range=(low - 0.5, high + 0.5), density=True, **style)
+        if whole:
+            _whole(panel.xaxis)
     return _svg(figure)
 
 
@@ -114,6 +128,7 @@ def training(history: list[dict]) -> str | None:
             pairs = [(entry["step"], entry[key]) for entry in steps if isinstance(entry.get(key), int | float)]
             panel.plot(*zip(*pairs, strict=True), line, color=color, label=key.removeprefix("lr_"))
         panel.set_xlabel("step")
+        _whole(panel.xaxis)
         panel.set_title(title, fontsize=10)
         if len(keys) > 1:
             panel.legend(frameon=False, fontsize=7)

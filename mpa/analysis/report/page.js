@@ -14,6 +14,7 @@
     if (parent) parent.append(element);
     return element;
   };
+  const number = (n) => n.toLocaleString("en");
   const key = (sample) => encodeURIComponent(String(sample.id).toWellFormed());
   const source = () => at("source").value;
   const samples = () => data.cells[cell].samples;
@@ -21,7 +22,7 @@
   function fill(select, values, all) {
     const before = select.value;
     select.replaceChildren(new Option(all, ""));
-    for (const [value, count] of values) select.append(new Option(`${value} (${count})`, value));
+    for (const [value, count] of values) select.append(new Option(`${value} (${number(count)})`, value));
     select.value = [...select.options].some((option) => option.value === before) ? before : "";
   }
 
@@ -102,8 +103,8 @@
     at("cards").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
     // What scrolls must be reachable with the keyboard.
     for (const box of document.querySelectorAll("#cards .text, #cards .none")) if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
-    at("count").textContent = `${found.length.toLocaleString("en")} of ${samples().filter((s) => s.source === source()).length.toLocaleString("en")} shown`;
-    at("place").textContent = `page ${page + 1} of ${pages}`;
+    at("count").textContent = `${number(found.length)} of ${number(samples().filter((s) => s.source === source()).length)} shown`;
+    at("place").textContent = `page ${number(page + 1)} of ${number(pages)}`;
     at("previous").disabled = page === 0;
     at("next").disabled = page >= pages - 1;
   }
@@ -160,6 +161,7 @@
   at("next").addEventListener("click", () => turn(1));
   if (at("cell")) at("cell").addEventListener("change", () => show(Number(at("cell").value)));
   addEventListener("hashchange", follow);
+  for (const part of document.querySelectorAll(".scripted")) part.hidden = false;
   show(0);
   follow();
 })();

@@ -13,7 +13,7 @@ from mpa.analysis.check_tables import calibration_table
 from mpa.analysis.report import figures, thumbnails
 from mpa.analysis.report.content import CellContent, compared
 from mpa.analysis.report.texts import as_json, plain, redacted, without_folders
-from mpa.analysis.table_formats import Table
+from mpa.analysis.table_formats import Estimate, Figure, Interval, Table
 from mpa.files import records
 from mpa.runs.run_samples import inspected
 
@@ -32,10 +32,24 @@ def policy(script: str, style: str, single_file: bool) -> str:
     return f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; img-src {images}; base-uri 'none'; form-action 'none'"
 
 
-def shown_table(table: Table) -> dict:
+def shown_table(table: Table, links: list[str] | None = None) -> dict:
+    """A table for the template. `links` are the pages that its rows lead to."""
     names, lines, footnotes = table.with_notes()
-    notes = [*table.notes, *footnotes]
-    return {"title": table.title, "names": names, "lines": [list(map(plain, line)) for line in lines], "notes": notes}
+    numbers = [table.columns.get(name, str) is not str for name in names]
+    lines = [[number(c) if n else c for c, n in zip(map(plain, line), numbers, strict=True)] for line in lines]
+    notes = list(map(plain, [*table.notes, *footnotes]))
+    shown = {"title": plain(table.title), "names": names, "lines": lines, "numbers": numbers}
+    return shown | {"notes": notes, "links": links or [""] * len(lines)}
+
+
+def number(cell: str) -> str:
+    """A number as it stands in a table; its interval is never broken into two lines."""
+    return cell.replace(" to ", "\u00a0to\u00a0") or "–"
+
+
+def percent(found: dict, sign: bool = False) -> Estimate:
+    """A score and its interval, in percent or points."""
+    return Estimate(100 * found["score"], *(100 * bound for bound in found["ci95"]), sign=sign)
 
 
 def shown_figure(svg: str | None, caption: str, alt: str) -> dict | None:
@@ -48,61 +62,40 @@ def shown_figure(svg: str | None, caption: str, alt: str) -> dict | None:
     }
 
 
-def results_table(content: CellContent) -> dict:
-    lines = []
-    for row in content.results():
-        low, high = (100 * bound for bound in row["ci95"])
-        samples = "–" if row["samples"] is None else f"{row['samples']:,}"
-        lines.append(
-            [row["name"], samples, f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}", f"{row['n']:,}"]
-        )
-    notes, gain = [f"{row['name']}: {row['lost']}." for row in content.results() if row["lost"]], content.gain()
+def results_table(content: CellContent) -> Table:
+    columns = {"model": str, "train samples": float, f"{content.what}, %": Estimate, "n": float}
+    table, rows, gain = Table("results", f"Results: {content.what}", columns), content.results(), content.gain()
+    for row in rows:
+        cells = (row["name"], row["samples"], percent(row), row["n"])
+        table.rows.append(dict(zip(columns, cells, strict=True)))
+    table.notes = [f"{row['name']}: {row['lost']}." for row in rows if row["lost"]]
     if gain:
-        low, high = (100 * bound for bound in gain["ci95"])
-        notes.append(
-            f"Gain of {content.method}: {100 * gain['score']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, n = {gain['n']:,}."
-        )
-        notes += gain["notes"]
-    names = ["model", "train samples", content.what, "95 % interval", "n"]
-    return {"title": f"Results: {content.what}", "names": names, "lines": lines, "notes": notes}
+        found = percent(gain, sign=True)
+        told = f"{Figure(found.value, sign=True)} points, 95 % interval {Interval(found.low, found.high, sign=True)}"
+        table.notes += [f"Gain of {content.method}: {told}, n = {gain['n']:,}.", *gain["notes"]]
+    return table
 
 
-def stages_table(content: CellContent) -> dict | None:
+def stages_table(content: CellContent) -> Table | None:
     """Time and cost by stage; None if neither is recorded."""
-    lines = [[stage, f"{seconds:,.0f} s", ""] for stage, seconds in content.seconds().items()]
-    lines += [[stage, "", f"{cost:,.2f}"] for stage, cost in content.costs().items()]
-    if not lines:
-        return None
-    notes = ["Cost: by --price-in and --price-out, of all datasets and models of this run."] if content.costs() else []
-    names = ["stage", "time", "cost"] if content.costs() else ["stage", "time"]
-    return {
-        "title": "Time and cost by stage",
-        "names": names,
-        "lines": [line[: len(names)] for line in lines],
-        "notes": notes,
-    }
+    rows = [{"stage": stage, "seconds": Figure(n, digits=0)} for stage, n in content.seconds().items()]
+    costs = [{"stage": stage, "cost": Figure(cost, digits=2)} for stage, cost in content.costs().items()]
+    columns = {"stage": str, "seconds": Figure} | ({"cost": Figure} if costs else {})
+    note = "Cost: by --price-in and --price-out, of all datasets and models of this run."
+    table = Table("stages", "Time and cost by stage", columns, rows + costs, [note] if costs else [])
+    return table if table.rows else None
 
 
-def repeats_table(content: CellContent) -> dict:
-    lines = [[name, *(f"{n:,}" for n in counts)] for name, counts in content.repeats()]
-    names = ["", "samples", "distinct questions", "distinct questions with answer", "distinct images"]
-    return {"title": "Duplicates", "names": names, "lines": lines, "notes": []}
+def repeats_table(content: CellContent) -> Table:
+    columns = ("samples", "distinct questions", "distinct questions with answer", "distinct images")
+    rows = [{"set": name} | dict(zip(columns, counts, strict=True)) for name, counts in content.repeats()]
+    return Table("repeats", "Duplicates", {"set": str} | dict.fromkeys(columns, float), rows)
 
 
-def agreement_table(content: CellContent) -> dict:
-    lines = [[name, *(f"{n:,}" for n in counts)] for name, counts in content.agreement().items()]
-    title = "Agreement of both models with the annotation"
-    return {"title": title, "names": ["", "S-VLM right", "S-VLM wrong", "S-VLM not asked"], "lines": lines, "notes": []}
-
-
-def frequent_tables(content: CellContent) -> list[dict]:
+def frequent_tables(content: CellContent) -> list[Table]:
+    titles = {"question": "Most frequent questions", "annotation": "Most frequent answers"}
     return [
-        {
-            "title": f"Most frequent {'questions' if name == 'question' else 'answers'}",
-            "names": [name, "times"],
-            "lines": [[plain(text), str(n)] for text, n in found],
-            "notes": [],
-        }
+        Table(name, titles[name], {name: str, "times": float}, [{name: text, "times": n} for text, n in found])
         for name, found in content.most_frequent().items()
     ]
 
@@ -125,11 +118,10 @@ def shown_cell(content: CellContent) -> dict:
         "plot": shown_figure(
             plot, f"{content.what.capitalize()} with 95 % intervals.", "The numbers of the next table."
         ),
-        "results": results_table(content),
-        "stages": stages_table(content),
+        "results": shown_table(results_table(content)),
+        "stages": (stages := stages_table(content)) and shown_table(stages),
         "facts": [(name, plain(value)) for name, value in content.facts()],
         "coverage": [shown_table(table) for table in content.coverage()],
-        "agreement": agreement_table(content),
         "distributions": shown_figure(
             figures.distributions(lengths, logprobs),
             "Kept (solid) and rejected (dashed) samples.",
@@ -141,8 +133,8 @@ def shown_cell(content: CellContent) -> dict:
             "Reliability diagrams: the numbers of the table beside them by ten bins.",
         ),
         "calibration_table": shown_table(calibration_table(content.cell, content.calibration)),
-        "repeats": repeats_table(content),
-        "frequent": frequent_tables(content),
+        "repeats": shown_table(repeats_table(content)),
+        "frequent": [shown_table(table) for table in frequent_tables(content)],
         "training": shown_figure(
             figures.training(content.history()),
             "The trainer's own log.",
@@ -155,36 +147,31 @@ def shown_cell(content: CellContent) -> dict:
     return shown | {"broken": list(map(plain, content.broken)), "differing": list(map(plain, content.differing))}
 
 
-def compare_section(contents: list[CellContent]) -> dict | None:
-    """Paired differences of trained S-VLMs, and the questions that flipped."""
-    pairs = compared(contents)
-    if not pairs:
-        return None
-    lines, flips = [], []
-    for pair in pairs:
-        low, high = (100 * bound for bound in pair["change"]["ci95"])
-        value = f"{100 * pair['change']['score']:+.1f}"
-        better = sum(c.kind == "fixed" for c in pair["flips"])
-        row = [pair["first"], pair["second"], value, f"{low:+.1f} to {high:+.1f}", str(pair["change"]["n"])]
-        lines.append(list(map(plain, [*row, better, len(pair["flips"]) - better])))
-        rows = [[c.question, ", ".join(dict.fromkeys(c.answers)), c.before, c.after] for c in pair["flips"][:FLIPS]]
-        table = {"title": "Questions that flipped", "names": ["question", "right answer", "first", "second"]}
-        table |= {"lines": [list(map(plain, row)) for row in rows], "notes": []}
-        if len(pair["flips"]) > FLIPS:
-            table["notes"] = [f"The first {FLIPS} of {len(pair['flips'])}."]
-        if rows:
-            flips.append({"title": plain(f"{pair['first']} → {pair['second']}"), "table": table})
-    names = [
-        "first",
-        "second",
-        "second minus first, points",
-        "95 % interval",
-        "n",
-        "only second right",
-        "only first right",
-    ]
-    notes = [plain(note) for pair in pairs for note in pair["notes"]]
-    return {"table": {"title": "Paired differences", "names": names, "lines": lines, "notes": notes}, "flips": flips}
+def compare_section(contents: list[CellContent]) -> list[dict]:
+    """Paired differences of trained S-VLMs, and the questions that flipped: a table for all that have one thing in common."""
+    columns = {"first": str, "second": str, "second minus first, points": Estimate}
+    columns |= dict.fromkeys(("n", "only second right", "only first right"), float)
+    tables, flips = {}, {}
+    for pair in compared(contents):
+        table = tables.setdefault(pair["of"], Table("differences", f"Paired differences: {pair['of']}", columns))
+        better, n = sum(c.kind == "fixed" for c in pair["flips"]), len(pair["flips"])
+        cells = (pair["first"], pair["second"], percent(pair["change"], sign=True), pair["change"]["n"])
+        table.rows.append(dict(zip(columns, (*cells, better, n - better), strict=True)))
+        table.notes += pair["notes"]
+        if n:
+            title = plain(f"{pair['first']} → {pair['second']}")
+            flips.setdefault(pair["of"], []).append({"title": title, "table": shown_table(flips_table(pair))})
+    return [{"table": shown_table(table), "flips": flips.get(of, [])} for of, table in tables.items()]
+
+
+def flips_table(pair: dict) -> Table:
+    columns, found = dict.fromkeys(("question", "right answer", "first", "second"), str), pair["flips"]
+    table = Table("flips", "Questions that flipped", columns)
+    for c in found[:FLIPS]:
+        cells = (c.question, ", ".join(dict.fromkeys(c.answers)), c.before, c.after)
+        table.rows.append(dict(zip(columns, cells, strict=True)))
+    table.notes = [f"The first {FLIPS} of {len(found):,}."] if len(found) > FLIPS else []
+    return table
 
 
 def inspection(content: CellContent) -> list[int]:
@@ -276,40 +263,42 @@ def write_folder(contents: list[CellContent], folder: Path, broken: list[str], *
 
     Pages of cells that are no longer there are removed. Returns {image: whether it is shown}.
     """
-    thumbs, rows, shown = folder / "thumbnails", [], {}
+    thumbs, pages, shown = folder / "thumbnails", [], {}
     if len(contents) == 1:
         shown = write(contents, folder / "index.html", thumbs, broken=broken, **how)
-        _remove_others(folder, rows)
+        _remove_others(folder, pages)
         return shown
     for content in tqdm(contents, desc="pages", disable=None):
         name = f"{records.digest(str(content.folder.resolve()), *content.cell)}.html"
         shown |= write([content], folder / name, thumbs, index="index.html", **how)
-        rows.append({"page": name, "title": plain(content.title), "cells": _summary(content)})
-    names = ["run", "images", "parity set", "before", "after", "gain, points", "95 % interval", "n", "findings"]
-    note = "Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."
+        pages.append(name)
     compare = compare_section(contents)
     differing = list(dict.fromkeys(plain(why) for content in contents for why in content.differing))
     if how.get("redact"):
         compare, broken, differing = redacted(compare), redacted(broken), redacted(differing)
-    values = {"rows": rows, "names": names, "note": note, "compare": compare, "differing": differing}
+    values = {"runs": shown_table(runs_table(contents), pages), "compare": compare, "differing": differing}
     records.write_text(folder / "index.html", render("index.html.j2", False, contents, broken, **values))
-    _remove_others(folder, rows)
+    _remove_others(folder, pages)
     return shown
 
 
-def _remove_others(folder: Path, rows: list[dict]) -> None:
+def _remove_others(folder: Path, pages: list[str]) -> None:
     for path in folder.glob("*.html"):
-        if path.name not in {"index.html", *(row["page"] for row in rows)} and re.fullmatch(r"[0-9a-f]+", path.stem):
+        if path.name not in {"index.html", *pages} and re.fullmatch(r"[0-9a-f]+", path.stem):
             path.unlink()
 
 
-def _summary(content: CellContent) -> list[str]:
-    """A row of the index."""
-    by_key, gain = {row["key"]: f"{100 * row['accuracy']:.1f}\u00a0%" for row in content.results()}, content.gain()
-    paired = ["–", "–", "–"]
-    if gain:
-        low, high = (100 * bound for bound in gain["ci95"])
-        paired = [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"]
-    counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
-    found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note")
-    return [*counts, by_key.get("base", "–"), by_key.get("mpa", "–"), *paired, found or "none"]
+def runs_table(contents: list[CellContent]) -> Table:
+    """The index: a row for each cell."""
+    columns = {"run": str, "before, %": Figure, "after, %": Figure, "gain, points": Estimate, "n": float}
+    columns |= {"parity set": float, "images": float, "findings": str}
+    table = Table("runs", "Results", columns)
+    for content in contents:
+        scores, gain = {row["key"]: Figure(100 * row["score"]) for row in content.results()}, content.gain()
+        found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note") or "none"
+        paired = (percent(gain, sign=True), gain["n"]) if gain else (None, None)
+        counts = (len(content.case.kept), len(content.case.run.samples))
+        cells = (content.title, scores.get("base"), scores.get("mpa"), *paired, *counts, found)
+        table.rows.append(dict(zip(columns, cells, strict=True)))
+    table.notes = ["Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."]
+    return table

@@ -4,7 +4,7 @@ The originals need code that comes with them and that transformers 5 breaks. The
 safetensors and tokenizer files alone; no code of a checkpoint runs. The result is an ordinary model folder.
 
     convert(source, out)   write the native checkpoint of an original
-    native(path)           the folder to load for any model: an original's conversion, made once and kept, or `path` itself
+    converted(path)        the folder to load for any model: an original's conversion, made once and kept, or `path` itself
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mpa.files.printable import as_size
 from mpa.files.records import InputError, locked
 from mpa.models import model_files
 from mpa.models.conversion import hub, internvl, tinyllava, tokenizer, writing
@@ -192,8 +193,14 @@ def check_original(folder: Path) -> None:
         raise InputError(f"{folder}: no tokenizer in it ({', '.join(tokenizer.FILES)} or *.tiktoken).")
 
 
+def converted_from(path: str | Path) -> str | None:
+    """The original that a folder is the conversion of; None for any other model."""
+    record = Path(path) / RECORD
+    return json.loads(record.read_text())["source"] if record.is_file() else None
+
+
 @functools.cache
-def native(path: str) -> str:
+def converted(path: str) -> str:
     """The folder to load for a model. An original is converted into the cache, once, which is said in one line.
 
     Several processes may ask at once: one converts, the others wait.
@@ -210,5 +217,5 @@ def native(path: str) -> str:
         ):  # new, of an earlier version, or torn
             _convert(path, out, replace=True)
             size = sum(file.stat().st_size for file in out.iterdir())
-            print(f"Converted {path} into {out} ({size / 1e9:.3g} GB), once; $MPA_CACHE is where conversions are kept.")
+            print(f"Converted {path} into {out} ({as_size(size)}), once; $MPA_CACHE is where conversions are kept.")
     return str(out)

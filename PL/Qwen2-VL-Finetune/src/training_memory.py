@@ -5,16 +5,16 @@ import math
 import sys
 
 import param_groups
-import process_group
 import torch
-from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE
+from activations import DESCRIPTIONS, INPUTS, USABLE_SHARE, free_bytes
 from batching import StepBatchSampler, step_sampler
 from model_loading import compute_dtype
 from params import DataArguments, ModelArguments, TrainingArguments
 
-from data import IGNORE, DataError, Samples
+from data import IGNORE, Samples
+from mpa.files.records import InputError
 from mpa.models import memory_estimate
-from mpa.models.device_memory import available_bytes, is_out_of_memory
+from mpa.models.device_memory import is_out_of_memory
 from mpa.models.families import FAMILIES
 from mpa.models.memory_estimate import CANNOT_FIT, Batch, Sharding, described, saved_bytes
 
@@ -28,14 +28,14 @@ SMALLER = (
 def planned_model(model_args: ModelArguments, args: TrainingArguments):
     """The model to train, without weights, with frozen parts and LoRA; None if its configuration cannot be read.
 
-    Raises DataError if its weights, gradients and optimizer state clearly do not fit into the free memory, and if its
+    Raises InputError if its weights, gradients and optimizer state clearly do not fit into the free memory, and if its
     weights are stored quantised and would be trained themselves.
     """
     model = memory_estimate.meta_model(model_args.model_id, model_args.trust_remote_code)
     if model is None:
         return None
     if memory_estimate.stored_bits(model) and not model_args.lora_enable:
-        raise DataError(
+        raise InputError(
             f"{model_args.model_id}: is stored quantised. Name the original model, or add --lora_enable True."
         )
     if model_args.lora_enable:
@@ -54,7 +54,7 @@ def planned_model(model_args: ModelArguments, args: TrainingArguments):
 def _refuse_too_large(sizes: dict[str, int], device: torch.device, model_args, args) -> None:
     needed, free = on_device(sizes, device), free_bytes(device)
     if memory_estimate.CHECKED and free is not None and needed > CANNOT_FIT * free:
-        raise DataError(
+        raise InputError(
             f"{model_args.model_id}: needs {described(sizes)} without activations, and {device} has {free / 1e9:.3g} GB "
             f"free for each process. {_remedy(model_args, args)} MEMORY_CHECK=0 tries it all the same."
         )
@@ -74,10 +74,7 @@ def states_of(model, bits: int, args: TrainingArguments) -> dict[str, int]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     state = 8 if "adamw" in optimizer else 4  # moments; others have one, or less
     state = 2 if "8bit" in optimizer else state
-    sizes = memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
-    if args.anchor_kl and not hasattr(model, "disable_adapter"):
-        sizes["reference"] = memory_estimate.weight_bytes(model, compute_dtype(args).itemsize)
-    return sizes
+    return memory_estimate.states(model, compute_dtype(args).itemsize, _sharding(args), bits, state)
 
 
 def _sharding(args: TrainingArguments) -> Sharding:
@@ -91,12 +88,6 @@ def _sharding(args: TrainingArguments) -> Sharding:
 def on_device(sizes: dict[str, int], device: torch.device) -> int:
     """The bytes that are in this device's memory."""
     return sum(size for name, size in sizes.items() if name != "offloaded" or device.type == "cpu")
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory for this process: on a CPU, the ranks of the machine share it."""
-    free = available_bytes(str(device))
-    return free and free // (process_group.local_world_size() if device.type == "cpu" else 1)
 
 
 def estimate(
@@ -135,13 +126,13 @@ def line(model, model_args: ModelArguments, data_args: DataArguments, args: Trai
 
 @contextlib.contextmanager
 def must_fit(rows: int):
-    """Around what the largest micro-batch, of so many samples, goes through. Raises DataError where the memory runs out."""
+    """Around what the largest micro-batch, of so many samples, goes through. Raises InputError where the memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is a CPU's
         if not is_out_of_memory(error):
             raise
-        raise DataError(f"the largest micro-batch, of {rows} samples, does not fit into memory. {SMALLER}") from None
+        raise InputError(f"the largest micro-batch, of {rows} samples, does not fit into memory. {SMALLER}") from None
 
 
 def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, samples: Samples) -> Batch:
@@ -154,7 +145,7 @@ def largest_batch(model, sampler: StepBatchSampler, data_args: DataArguments, sa
     rows = max(sampler.epoch_batches(0), key=tokens)
     with must_fit(len(rows)):
         encoded = [samples[i] for i in rows[-ROWS_ENCODED:]]  # sorted by length
-    pixels = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample and not data_args.cache_features]
+    pixels = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]
     counts = {
         "patches": sum(memory_estimate.patches(model, values.shape) for values in pixels),
         "pixel_bytes": sum(4 * values.numel() for values in pixels),

@@ -1,8 +1,7 @@
-"""The report of a training: the lines printed before the first step, and sizes in bytes."""
+"""What a training prints: lines before the first step, and one for each entry of the log; and its peak memory."""
 
 import resource
 import sys
-from pathlib import Path
 
 import torch
 from transformers import ProgressCallback
@@ -87,8 +86,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of the weight files in a model's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
