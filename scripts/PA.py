@@ -41,7 +41,7 @@ from mpa.stages.stage import AskedModel, Stage, counted
 
 def arguments(argv=None):
     p = cli.parser(__doc__)
-    p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
+    cli.add_lvlm(p)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--task", choices=TASK_PROMPTS, help="the kind of question (default: the dataset's task)")
     what.add_argument(
@@ -54,33 +54,35 @@ def arguments(argv=None):
         "--temperature",
         type=number(0, kind=float),
         default=0.0,
-        help="sampling temperature of the first try; 0: greedy (default: 0)",
+        metavar="T",
+        help="of the first try's sampling; 0: greedy (default: 0)",
     )
-    p.add_argument(
+    more = p.topic("annotations")
+    more.add_argument(
         "--top-p",
         type=number(0, 1, float, above=True),
         default=0.95,
         help="nucleus sampling: sample from the likeliest tokens with this total probability (default: 0.95)",
     )
-    p.add_argument(
+    more.add_argument(
         "--tries",
         type=number(0),
         default=2,
         help="retries, sampled, for replies that cannot be parsed (default: 2)",
     )
-    p.add_argument(
+    more.add_argument(
         "--questions-per-image",
         type=number(1),
         default=1,
         metavar="N",
         help="write N different questions about each image (default: 1, as in the paper)",
     )
-    p.add_argument(
+    more.add_argument(
         "--keep-refusals",
         action="store_true",
         help='keep annotations whose answer is a refusal, such as "N/A"; they teach the S-VLM to refuse',
     )
-    p.add_argument(
+    more.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -34,31 +34,13 @@ from mpa.stages.train_set import TrainFile, matched_within_words, select
 
 def arguments(argv=None):
     p = cli.parser(__doc__)
-    p.add_argument("--model-path-lvlm", default=cli.LVLM, help="the L-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--model-path-svlm", default=cli.SVLM, help="the S-VLM: a folder or hub id (default: %(default)s)")
-    p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
+    cli.add_lvlm(p)
+    cli.add_svlm(p)
     p.add_argument("--pa-json", type=Path, metavar="FILE", help="the PA file, like --annotations (default: this run's)")
-    p.add_argument(
-        "--lvlm-json",
-        type=Path,
-        metavar="FILE",
-        help="the L-VLM's existing answers; needs --svlm-json, and no model runs",
-    )
-    p.add_argument("--svlm-json", type=Path, metavar="FILE", help="the S-VLM's existing answers")
     p.add_argument(
         "--match",
         choices=MATCHERS,
         help="rule for when two answers agree (default: exact; contains with --preset released)",
-    )
-    p.add_argument(
-        "--answer-all",
-        action="store_true",
-        help="ask the S-VLM all questions, for statistics; the parity set stays the same",
-    )
-    p.add_argument(
-        "--only-lvlm",
-        action="store_true",
-        help="stop after the L-VLM's answers, which all S-VLMs of a run share; no S-VLM is asked",
     )
     p.add_argument(
         "--hold-out",
@@ -66,20 +48,41 @@ def arguments(argv=None):
         metavar="SHARE",
         help="share of the images in the held-out set (default: 0.15 for the dataset `images` and --preset anchored, else 0)",
     )
-    p.add_argument(
+    asked = p.topic("what is asked")
+    asked.add_argument(
+        "--lvlm-json",
+        type=Path,
+        metavar="FILE",
+        help="the L-VLM's existing answers; needs --svlm-json, and no model runs",
+    )
+    asked.add_argument("--svlm-json", type=Path, metavar="FILE", help="the S-VLM's existing answers")
+    asked.add_argument(
+        "--answer-all",
+        action="store_true",
+        help="ask the S-VLM all questions, for statistics; the parity set stays the same",
+    )
+    asked.add_argument(
+        "--only-lvlm",
+        action="store_true",
+        help="stop after the L-VLM's answers, which all S-VLMs of a run share; no S-VLM is asked",
+    )
+    asked.add_argument(
         "--held-out-questions",
         metavar="FILE",
         help="what you would ask about the held-out images, without answers: a JSON list of {image, question}, or `train` for the "
         "questions of the dataset's train split; the guard asks these instead of the L-VLM's own (docs/no-harm.md)",
     )
-    p.add_argument(
+    asked.add_argument(
         "--max-held-out-questions",
         type=number(1),
         default=1000,
         metavar="N",
         help="of more --held-out-questions N at random, by --seed; the L-VLM answers each (default: 1000)",
     )
-    rules.add_flags(p)
+    p.topic("models and memory").add_argument(
+        "--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)"
+    )
+    rules.add_flags(p.topic("rules beyond the paper (docs/no-harm.md)"))
     args = cli.parse(p, argv, named_by=("svlm_json",))
     if bool(args.lvlm_json) != bool(args.svlm_json):
         p.error("--lvlm-json and --svlm-json must be given together")

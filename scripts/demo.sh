@@ -7,13 +7,12 @@ set -euo pipefail
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 options "${BASH_SOURCE[0]}" "$@"
 expect_settings
-expect 1+ PICTURES QUESTIONS
+expect 1+ LIMIT QUESTIONS
 for SEED in ${SEEDS:-}; do expect 0+ SEED; done
 
-BASE=${RUN:-demo}            # results go to results/demo; seed 1 to results/demo-1 …
-BASE=$(run_folder "${BASE%/}")
+RUN=${RUN:-demo}             # results go to results/demo; seed 1 to results/demo-1 …
 SEEDS=${SEEDS:-0}
-PICTURES=${PICTURES:-1000}  # images to annotate
+export LIMIT=${LIMIT:-1000}  # images to annotate
 REPORT=${REPORT:-1}          # 0: no HTML report at the end
 QUESTIONS=${QUESTIONS:-2000} # test questions, drawn at random from 9,673
 export LVLM=$ROOT/data/mini/teacher SVLM=$ROOT/data/mini/student DATASET=easyVQA
@@ -24,22 +23,22 @@ export HF_HUB_OFFLINE=1
 run bash "$ROOT/scripts/setup.sh"
 
 RUNS=()
+about BASE=folder
 for SEED in $SEEDS; do
     RUN=$BASE$([[ $SEED == 0 ]] || echo "-$SEED")
     export SEED RUN
     RUNS+=("$RUN")
-    REPORT=0 LIMIT=$PICTURES PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
+    REPORT=0 PA_FLAGS="--temperature 1" EVALUATE_FLAGS="--sample $QUESTIONS" run bash "$ROOT/scripts/mpa.sh"
 
     # The baselines of the paper's table 6: one epoch each, with the same settings.
-    NAMES=teacher_student_easyVQA
-    run python "$ROOT/scripts/baselines.py" --pa-json "$RUN/PA_teacher_easyVQA.json" \
-        --train-json "$RUN/PI_teacher_train_$NAMES.json" --seed "$SEED"
+    about PA=pa TRAIN=train
+    run python "$ROOT/scripts/baselines.py" --pa-json "$PA" --train-json "$TRAIN" --seed "$SEED"
     MODELS=()
     for BASELINE in all_pseudo random_pseudo human_n human; do
         title "Baseline: the same training on $BASELINE"
-        MODELS+=("$RUN/PL_${NAMES}_$BASELINE")
-        TRAIN_JSON="$RUN/PI_teacher_train_${NAMES}_$BASELINE.json" OUTPUT_DIR="$RUN/PL_${NAMES}_$BASELINE" \
-            run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
+        about TRAIN_JSON="train:$BASELINE" OUTPUT_DIR="levelled:$BASELINE"
+        MODELS+=("$OUTPUT_DIR")
+        TRAIN_JSON=$TRAIN_JSON OUTPUT_DIR=$OUTPUT_DIR run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh"
     done
     title "evaluate: the baselines"
     run bash "$ROOT/evaluate.sh" --model-path "${MODELS[@]}" --sample "$QUESTIONS"

@@ -5,6 +5,16 @@ VENV=$(realpath -ms -- "${VENV:-$ROOT/.venv}")                # made by setup.sh
 VLLM_VENV=$(realpath -ms -- "${VLLM_VENV:-$ROOT/.venv-vllm}") # made by `setup.sh vllm`
 export PATH="$VENV/bin:$PATH"
 
+# variables SCRIPT: print the variables that it reads, with their defaults, or the flags for which they stand.
+variables() {
+    if grep -q '^about DATASET=' "$1"; then
+        unset DATASET LVLM SVLM RUN
+        about DATASET=dataset LVLM=lvlm SVLM=svlm RUN=folder
+        printf '  %s\n' "DATASET=$DATASET" "LVLM=$LVLM" "SVLM=$SVLM" "RUN=$(basename "$RUN")"
+    fi
+    sed -nE -e 's/^(export )?([A-Z_]+=\$\{.*)$/  \2/p' -e 's/^ +\$\{([A-Z_]+):\+(--[a-z_-]+)[^#]*(#.*)?$/  \1  \2  \3/p' "$1"
+}
+
 # options SCRIPT ARGUMENTS…: of a script that is set by variables: -v, and -h, which prints its header and its variables.
 options() {
     local script=$1
@@ -14,8 +24,8 @@ options() {
         -v | --verbose) export VERBOSE=1 ;;
         -h | --help)
             sed -n '2,/^$/{/^#/s/^# \{0,1\}//p}' "$script"
-            echo && echo "Variables, with their defaults:"
-            sed -nE 's/^(export )?([A-Z_]+=\$\{.*)$/  \2/p' "$script"
+            printf '\nVariables, with their defaults:\n'
+            variables "$script"
             exit 0
             ;;
         *)
@@ -47,8 +57,8 @@ expect() {
 # The switches and numbers of mpa.sh and what it calls.
 expect_settings() {
     expect 0/1 GUARD REMEDY REPORT VERBOSE MEMORY_CHECK
-    expect 0+ GPUS SEED MIN_PARITY
-    expect 1+ ROUNDS LIMIT BATCH_SIZE PL_BATCH_SIZE ACCUMULATION CPU_PROCESSES MIN_PIXELS MAX_PIXELS MAX_TILES
+    expect 0+ GPUS SEED
+    expect 1+ LIMIT BATCH_SIZE PL_BATCH_SIZE ACCUMULATION CPU_PROCESSES MIN_PIXELS MAX_PIXELS MAX_TILES
     expect any EPOCHS LEARNING_RATE MERGER_LR VISION_LR
     if [[ ! -f $ROOT/PL/Qwen2-VL-Finetune/scripts/${ZERO:-zero2}.json ]]; then
         printf 'error: ZERO is %q: give zero2, zero2_offload, zero3 or zero3_offload.\n' "$ZERO" >&2
@@ -56,17 +66,12 @@ expect_settings() {
     fi
 }
 
-# run_folder RUN: the folder of a run, by the rule of mpa.files.records.run_folder: results/RUN, or RUN itself if it has a slash.
-run_folder() {
-    if [[ $1 == *[[:cntrl:]]* || ($1 != */* && ($1 == -* || $1 =~ ^[[:space:]]*\.{0,2}[[:space:]]*$)) ]]; then
-        printf 'error: RUN is %q: give a short name, or the path of a folder, with a slash.\n' "$1" >&2
-        exit 2
-    fi
-    case $1 in
-    -*) printf './%s\n' "$1" ;;
-    */*) printf '%s\n' "$1" ;;
-    *) printf '%s\n' "$ROOT/results/$1" ;;
-    esac
+# about VARIABLE=NAME…: set each variable to what mpa.runs.layout says of the run: a path, or a name by default.
+about() {
+    local said pair
+    said=$(PYTHONPATH=$ROOT python -P -m mpa.runs.layout ${RUN:+--run="$RUN"} ${DATASET:+--dataset="$DATASET"} \
+        ${LVLM:+--lvlm="$LVLM"} ${SVLM:+--svlm="$SVLM"} "${@#*=}")
+    for pair; do read -r "${pair%%=*}"; done <<<"$said"
 }
 
 # title TEXT: the header of a stage.
@@ -90,6 +95,12 @@ stage() {
     expect 0/1 VERBOSE MEMORY_CHECK
     expect 0+ GPUS
     python_for "$@"
+    if [[ " $* " == *" -h "* || " $* " == *" --help"* ]]; then
+        python "$file" "$@"
+        printf '\nVariables of %s, and the flags for which they stand:\n' "$(basename "$0")"
+        variables "$0"
+        exit
+    fi
     if [[ ${GPUS:-1} -gt 1 ]]; then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))}
         exec python "$ROOT/PL/Qwen2-VL-Finetune/src/launch.py" --standalone --nproc-per-node "$GPUS" -- "$file" "$@"

@@ -38,22 +38,28 @@ from mpa.stages.stage import AskedModel, short_replies
 def arguments(argv=None):
     p = cli.parser(__doc__)
     p.add_argument(
-        "--model-path", nargs="+", default=[cli.SVLM], help="models: folders or hub ids (default: %(default)s)"
+        "--model-path",
+        nargs="+",
+        default=[cli.SVLM],
+        metavar="MODEL",
+        help=f"models: folders or hub ids (default: {cli.SVLM})",
     )
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--predictions", type=Path, metavar="FILE", help="a result file to score; no model runs")
     existing.add_argument(
         "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="the gain of AFTER, question by question"
     )
-    p.add_argument("--log-samples", action="store_true", help="also write lmms-eval's results.json and samples_….jsonl")
-    p.add_argument(
-        "--model-path-lvlm", default=cli.LVLM, help="the L-VLM; for `images`, the score is agreement with it"
+    cli.add_lvlm(p, "; for `images`, the score is agreement with it")
+    p.topic("models and memory").add_argument(
+        "--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)"
     )
-    p.add_argument("--engine-lvlm", choices=ENGINES, help="the L-VLM's engine (default: --engine)")
     p.add_argument(
         "--held-out",
         action="store_true",
         help="ask the run's held-out questions (PI's --hold-out) instead of the test's; `images` has no others",
+    )
+    p.topic("results").add_argument(
+        "--log-samples", action="store_true", help="also write lmms-eval's results.json and samples_….jsonl"
     )
     args = cli.parse(p, argv, named_by=("predictions", "compare"))
     if args.quantization and args.model_path_lvlm not in args.model_path:

@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
 # Stage 4: ask one or more models the human test questions and score the answers.
-# Edit or export the variables below; `evaluate.sh --help` lists all flags; further arguments are flags of the stage.
+# Export the variables below, each for the flag beside it, or give the flags themselves: `evaluate.sh --help` shows them, and their defaults.
 set -euo pipefail
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
-DATASET=${DATASET:-textVQA}                  # textVQA stVQA chartVQA okVQA easyVQA images
-MODEL=${MODEL:-Qwen/Qwen2-VL-2B-Instruct}    # folders or hub ids, separated by spaces
-RUN=${RUN:-$(date +%F)}                      # results go to results/$RUN
-PRESET=${PRESET:-paper}                      # or: released, anchored
-BATCH_SIZE=${BATCH_SIZE:-8}
-# GPUS=8                                     # number of processes, one per GPU; they share the images (default: 1)
-DTYPE=${DTYPE:-auto}                         # auto: bfloat16 or float16 on a GPU, float32 on a CPU
-MIN_PIXELS=${MIN_PIXELS:-$((128 * 28 * 28))} # images are resized to an area within these limits
-MAX_PIXELS=${MAX_PIXELS:-$((512 * 28 * 28))}
-MAX_TILES=${MAX_TILES:-}                     # at most so many tiles of an image (default: InternVL 6, else the model's)
-
-read -ra MODELS <<<"$MODEL"
-stage evaluate.py --dataset "$DATASET" --model-path "${MODELS[@]}" --run="$RUN" --preset "$PRESET" \
-    --batch-size "$BATCH_SIZE" --dtype "$DTYPE" --min-pixels "$MIN_PIXELS" --max-pixels "$MAX_PIXELS" \
-    ${MAX_TILES:+--max-tiles "$MAX_TILES"} "$@"
+read -ra MODELS <<<"${MODEL:-}"
+FLAGS=(
+    ${DATASET:+--dataset "$DATASET"}      # textVQA stVQA chartVQA okVQA easyVQA images
+    ${MODEL:+--model-path "${MODELS[@]}"} # folders or hub ids, separated by spaces
+    ${RUN:+--run="$RUN"}                  # results go to results/$RUN
+    ${PRESET:+--preset "$PRESET"}         # paper, released, anchored
+    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
+    ${DTYPE:+--dtype "$DTYPE"}
+    ${MIN_PIXELS:+--min-pixels "$MIN_PIXELS"} # images are resized to an area within these limits
+    ${MAX_PIXELS:+--max-pixels "$MAX_PIXELS"}
+    ${MAX_TILES:+--max-tiles "$MAX_TILES"}
+)
+# GPUS=8: as many processes, one per GPU; they share the images
+stage evaluate.py "${FLAGS[@]}" "$@"

@@ -51,9 +51,9 @@ def test_the_readme_is_short():
 
 def test_every_flag_and_variable_in_the_readme_is_known():
     text = (ROOT / "README.md").read_text()
-    helps = "".join(python(name, "--help").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
+    helps = "".join(python(name, "--help-all").stdout for name in ("PA.py", "PI.py", "evaluate.py"))
     helps += "".join(f"--{field}" for kind in params.KINDS for field in kind.__dataclass_fields__)
-    assert {flag for flag in re.findall(r"`(--[\w-]+)", text) if flag not in helps} - {"--help"} == set()
+    assert {flag for flag in re.findall(r"`(--[\w-]+)", text) if flag not in helps} - {"--help", "--help-all"} == set()
     scripts = "".join(
         p.read_text() for p in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("PL/*/scripts/*.sh"), *ROOT.glob("mpa/**/*.py")]
     )

@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, bash, python
@@ -27,6 +29,10 @@ def start(name, *args, **environment) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+# A python of an environment asks the real one where the files of a run are.
+LAYOUT = f'#!/bin/bash\n[[ $* != *mpa.runs.layout* ]] || exec {sys.executable} "$@"\n'
 
 
 def running(word) -> list[str]:
@@ -133,7 +139,7 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     for name in ("hf", "vllm"):
         (tmp_path / name / "bin").mkdir(parents=True)
         python = tmp_path / name / "bin/python"
-        python.write_text(f'#!/bin/bash\necho "{name}: $(basename "$1")"\n')
+        python.write_text(LAYOUT + f'echo "{name}: $(basename "$1")"\n')
         python.chmod(0o755)
     places = {"VENV": tmp_path / "hf", "VLLM_VENV": tmp_path / "vllm", **SETTINGS, "RUN": f"{tmp_path}/run/"}
 
@@ -163,18 +169,18 @@ def told(tmp_path) -> dict[str, str]:
     """Variables with which each `python FILE …` of a script says its file and $RUN, and does nothing."""
     (tmp_path / "fake/bin").mkdir(parents=True)
     python = tmp_path / "fake/bin/python"
-    python.write_text('#!/bin/bash\n[[ $1 != -c ]] || { echo use_cpu && exit; }\necho "$(basename "$1") $RUN"\n')
+    python.write_text(LAYOUT + 'echo "$(basename -- "$1") $RUN"\n')
     python.chmod(0o755)
     return {"VENV": f"{tmp_path}/fake", **SETTINGS}
 
 
 SWITCHES = ("GUARD", "REMEDY", "REPORT", "VERBOSE", "MEMORY_CHECK")
-NUMBERS = ("ROUNDS", "LIMIT", "MIN_PARITY", "GPUS", "CPU_PROCESSES", "BATCH_SIZE", "SEED", "EPOCHS", "LEARNING_RATE")
+NUMBERS = ("LIMIT", "GPUS", "CPU_PROCESSES", "BATCH_SIZE", "SEED", "EPOCHS", "LEARNING_RATE")
 REFUSED = [
-    *(("scripts/mpa.sh", name, value) for name in SWITCHES for value in ("no", "true", "2", " 1", "00")),
-    *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "1 0", "a[$(id)]")),
-    *(("scripts/mpa.sh", name, value) for name in ("ROUNDS", "LIMIT") for value in ("0", "08", "1.5", "0x2")),
-    *(("scripts/demo.sh", name, "off") for name in ("GUARD", "REPORT", "PICTURES", "QUESTIONS", "SEEDS", "VERBOSE")),
+    *(("scripts/mpa.sh", name, value) for name in SWITCHES for value in ("no", "2", " 1")),
+    *(("scripts/mpa.sh", name, value) for name in NUMBERS for value in ("two", "-1", "a[$(id)]")),
+    *(("scripts/mpa.sh", name, value) for name in ("LIMIT", "BATCH_SIZE") for value in ("0", "08", "1.5", "0x2")),
+    *(("scripts/demo.sh", name, "off") for name in ("GUARD", "REPORT", "LIMIT", "QUESTIONS", "SEEDS", "VERBOSE")),
     ("scripts/mpa.sh", "ZERO", "zero1"),
     *(("scripts/guard.sh", name, "yes") for name in ("REMEDY", "ANCHORS", "EPOCHS")),
     *((f"scripts/{name}.sh", "GPUS", "all") for name in ("PA", "PI", "evaluate")),
@@ -190,7 +196,7 @@ def test_a_switch_or_number_that_is_none_is_refused_before_anything_runs(script,
 
 
 def test_switches_and_numbers_as_they_should_be_are_taken(told, tmp_path):
-    given = {"GUARD": 0, "REMEDY": "", "REPORT": 0, "VERBOSE": 0, "ROUNDS": 1, "GPUS": 0, "EPOCHS": ".5"}
+    given = {"GUARD": 0, "REMEDY": "", "REPORT": 0, "VERBOSE": 0, "GPUS": 0, "EPOCHS": ".5"}
     done = bash("scripts/mpa.sh", **told, RUN=f"{tmp_path}/run/", **given, LEARNING_RATE="1e-5", LIMIT="")
     assert done.returncode == 0, done.stderr
     assert "guard.py" not in done.stdout and "report.py" not in done.stdout and "diagnose.py" in done.stdout
@@ -216,22 +222,8 @@ def test_the_name_of_a_run_decides_nothing(name, told, tmp_path):
 )
 def test_a_run_that_would_be_another_folder_is_refused(script, name, told):
     done = bash(script, **told, RUN=name)
-    assert done.returncode == 2 and done.stderr.startswith("error: RUN is ") and done.stderr.count("\n") == 1
-
-
-def test_the_next_round_is_said_by_the_one_before(told, tmp_path):
-    run, more = tmp_path / "round-7", {"ROUNDS": "3", "REPORT": "0"}
-    python = tmp_path / "fake/bin/python"
-    python.write_text(
-        python.read_text()
-        .replace("use_cpu", "PL_best")
-        .replace("\necho", "\n[[ $2 != -c ]] || { echo 99 && exit; }\necho")
-    )
-    done = bash("scripts/mpa.sh", **told, **more, RUN=f"{run}/")
-    assert done.returncode == 0, done.stderr
-    assert f"PI.py {run}/round-2" in done.stdout and f"PI.py {run}/round-3" in done.stdout
-    models = {n: os.readlink(run / f"round-{n}/student") for n in (2, 3)}
-    assert models == {2: "../PL_best", 3: "../round-2/PL_best"}
+    assert done.returncode == 2 and done.stderr.startswith("error: --run ") and done.stderr.count("\n") == 1
+    assert "give a short name" in done.stderr
 
 
 def test_setup_empties_no_folder_that_is_not_an_environment(tmp_path):
@@ -269,9 +261,67 @@ def test_a_script_is_the_same_through_a_link_with_CDPATH_and_from_a_folder_that_
 def test_a_script_that_is_set_by_variables_lists_them_and_refuses_flags(script):
     told = bash(script, "--help")
     assert told.returncode == 0 and "Variables, with their defaults:" in told.stdout
-    assert "  BATCH_SIZE=" in told.stdout or "  IMAGES=" in told.stdout
+    assert "  LIMIT=${LIMIT:-" in told.stdout
+    assert ("  DATASET=textVQA\n" in told.stdout) == script.endswith("mpa.sh")
     refused = bash(script, "--dry-run")
     assert refused.returncode == 2 and "takes only -v and -h" in refused.stderr
+
+
+@pytest.mark.parametrize("script", ["scripts/PA.sh", "scripts/PI.sh", "evaluate.sh"])
+def test_a_stages_script_shows_the_first_flags_or_all_and_its_variables(script):
+    first, every = (bash(script, flag).stdout for flag in ("-h", "--help-all"))
+    assert "--dataset" in first and "--tensor-parallel-size" not in first and "--tensor-parallel-size" in every
+    assert "  BATCH_SIZE  --batch-size  " in first and "(default: 8)" in first
+
+
+def test_a_stage_gets_the_variables_that_are_set_and_no_others(told):
+    fake = Path(told["VENV"], "bin/python")
+    fake.write_text(LAYOUT + 'printf "%s\n" "${@:2}"\n')
+    unset = dict.fromkeys([*SETTINGS, "RUN"], "")
+    assert bash("scripts/PA.sh", VENV=told["VENV"], **unset).stdout == "\n"
+    assert bash("evaluate.sh", "--limit", "1", VENV=told["VENV"], **unset).stdout.split() == ["--limit", "1"]
+    flags = bash("evaluate.sh", **told | unset | {"MODEL": "a b", "RUN": "-x", "DTYPE": "float32"}).stdout.split()
+    assert flags == ["--model-path", "a", "b", "--run=-x", "--dtype", "float32"]
+    flags = bash("scripts/PA.sh", **told | unset | {"IMAGES": "my pictures"}).stdout.splitlines()
+    assert flags == ["--image-root", "my pictures", "--dataset", "images"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mpa.stages.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+COMMANDS = [
+    [path]
+    for path in [*sorted(ROOT.glob("scripts/*.py")), ROOT / "data/prepare.py"]
+    if "\n    cli.run(" in path.read_text()
+]
+COMMANDS += [["-m", name] for name in ("experiments.plan", "mpa.analysis.remedies")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1] if words[0] == "-m" else words[0].name)
+def test_ctrl_c_during_the_imports_says_nothing(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_another_program_keeps_its_handler_of_ctrl_c():
+    before = signal.getsignal(signal.SIGINT)
+    assert python("PA.py", "--help").returncode == 0
+    assert signal.getsignal(signal.SIGINT) == before
+    code = "import mpa, signal; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, preexec_fn=lambda: signal.signal(2, 0))
 
 
 def test_images_and_another_dataset_contradict_each_other(tmp_path):

@@ -15,7 +15,6 @@ from easy_run import OUTPUTS, STAGES, read
     [
         (["--dataset", "nonsense"], "textVQA"),
         (["--dataset", "easyVQA", "--preset", "nonsense"], "released"),
-        ([], "--dataset is required: one of textVQA"),
         (["--dataset", "easyVQA", "--limit", "0"], "must be at least 1"),
         (["--dataset", "easyVQA", "--workers", "-1"], "must be at least 0"),
         (["--dataset", "easyVQA", "--top-p", "0"], "must be more than 0 and at most 1"),

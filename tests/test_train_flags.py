@@ -175,7 +175,19 @@ def test_a_second_call_with_another_setting_is_refused_and_the_setting_named(tra
     name, value = flag.removeprefix("--").split()
     with pytest.raises(InputError, match=f"other settings: {name} was .*, is now '?{value}") as error:
         train_in(trained, *flag.split())
-    assert error.value.args[0].count("is now") == 1
+    same = ("vision_lr", "merger_lr") if name == "learning_rate" else ()
+    assert error.value.args[0].count("is now") == 1 + len(same)
+
+
+def test_a_learning_rate_that_was_not_given_is_that_of_the_language_model(tmp_path):
+    """Earlier checkpoints have null for it."""
+    write_records(tmp_path, train_record(1, "a.png", answer_prompt("what is it?"), "red"))
+    paths = ["--model_id", str(STUDENT), "--data_path", str(tmp_path / "train.json"), "--output_dir", str(tmp_path)]
+    now = resume_settings.settings(*params.parse([*paths, "--use_cpu", "True", "--vision_lr", "0"]))
+    assert (now["learning_rate"], now["merger_lr"], now["vision_lr"]) == (1e-5, 1e-5, 0.0)
+    resume_settings.refuse_other_settings(now | {"merger_lr": None}, now, tmp_path)
+    with pytest.raises(InputError, match=r"vision_lr was 1e-05, is now 0\.0"):
+        resume_settings.refuse_other_settings(now | {"vision_lr": None}, now, tmp_path)
 
 
 def test_a_base_model_that_changed_at_its_path_is_another_setting(copy, capsys):

@@ -20,7 +20,8 @@ def launched(tmp_path, monkeypatch):
     """
     python = tmp_path / "bin/python"
     python.parent.mkdir()
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "$ZERO" "$@"\n')
+    ask = f'[[ $* != *mpa.runs.layout* ]] || exec {sys.executable} "$@"\n'  # where the files of a run are
+    python.write_text(f'#!/bin/bash\n{ask}printf "%s\\n" "$ZERO" "$@"\n')
     python.chmod(0o755)
     seen = []
 

@@ -32,6 +32,7 @@ from mpa.engines.responses import Refused, Retryable, Unsupported, read_reply
 from mpa.engines.server_errors import causes, classify_error, may_have_arrived
 from mpa.files.image_files import ImageError
 from mpa.files.records import InputError, without_secrets
+from mpa.models.families import MAX_PIXELS
 from mpa.models.loading import COMMON_MARKS
 
 TIMEOUT = 300.0  # seconds for a reply
@@ -63,7 +64,7 @@ class OpenAIEngine:
         price_in: float = 0.0,
         price_out: float = 0.0,
         image_detail: str = "auto",
-        max_pixels: int = 512 * 28 * 28,
+        max_pixels: int = MAX_PIXELS,
         ledger: Path | None = None,
         request_json: dict | None = None,
     ):

@@ -1,4 +1,8 @@
-"""The stages' command line: what every stage takes, how arguments are checked, how errors and signals end a script."""
+"""The stages' command line: what every stage takes, how arguments are checked, how errors and signals end a script.
+
+Flags that most users need are on the first screen, which --help shows: those of `StageParser.add_argument`. The others are in
+topics, which --help-all shows too: those of `StageParser.topic(…).add_argument`.
+"""
 
 import argparse
 import os
@@ -6,7 +10,6 @@ import random
 import select
 import signal
 import sys
-from datetime import date
 from pathlib import Path
 
 from mpa.data import DATASETS
@@ -18,26 +21,126 @@ from mpa.method.presets import ANCHORED, PRESETS
 from mpa.models.families import MAX_PIXELS, MIN_PIXELS
 from mpa.models.loading import BITS
 from mpa.runs import interchange
-
-LVLM = "Qwen/Qwen2-VL-7B-Instruct"
-SVLM = "Qwen/Qwen2-VL-2B-Instruct"
+from mpa.runs.layout import DATASET, LVLM, SVLM, default_run
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all stages share; see `parse`. `doc`, the script's docstring, is the help text."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _data_flags(p)
-    _result_flags(p)
-    _model_flags(p)
-    _engine_flags(p)
+class StageParser(argparse.ArgumentParser):
+    """Flags in two parts: the first screen and the topics. `doc`, the script's docstring, opens both helps."""
+
+    def __init__(self, doc: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage="%(prog)s [FLAGS]", description=doc, formatter_class=formatter, add_help=False)
+        self._topics = {}
+        self.add_argument("-h", "--help", nargs=0, action=_Help, help="show these flags")
+        self.add_argument("--help-all", nargs=0, action=_Help, help="show all flags, by topic")
+
+    def topic(self, title: str):
+        """The group of flags with this title: it is made when first asked for."""
+        if title not in self._topics:
+            self._topics[title] = self.add_argument_group(title)
+        return self._topics[title]
+
+    def hide_topics(self) -> None:
+        """Leave the topics out of the help, and name them at its end."""
+        for group in self._topics.values():
+            for action in group._group_actions:
+                action.help = argparse.SUPPRESS
+        self.epilog = f"More flags, with --help-all: {', '.join(title.partition(' (')[0] for title in self._topics)}."
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: StageParser, namespace, values, option_string=None):
+        if option_string != "--help-all":
+            parser.hide_topics()
+        parser.print_help()
+        parser.exit()
+
+
+def parser(doc: str) -> StageParser:
+    """A parser with the flags that all stages share; see `parse`."""
+    p = StageParser(doc)
+    _first_flags(p)
+    _data_flags(p.topic("data"))
+    _result_flags(p.topic("results"))
+    _model_flags(p.topic("models and memory"))
+    _vllm_flags(p.topic("engine vllm (bash scripts/setup.sh vllm)"))
+    _server_flags(p.topic("engine openai and servers (bash scripts/setup.sh openai; the key from $OPENAI_API_KEY)"))
+    _ray_flags(p.topic("engine ray (bash scripts/setup.sh ray; joins $RAY_ADDRESS)"))
     return p
 
 
-def _data_flags(p: argparse.ArgumentParser) -> None:
-    data = p.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, help="which dataset")
+def add_lvlm(p: StageParser, more: str = "") -> None:
+    p.add_argument(
+        "--model-path-lvlm",
+        default=LVLM,
+        metavar="MODEL",
+        help=f"the L-VLM: a folder or hub id{more} (default: {LVLM})",
+    )
+
+
+def add_svlm(p: StageParser) -> None:
+    p.add_argument(
+        "--model-path-svlm", default=SVLM, metavar="MODEL", help=f"the S-VLM: a folder or hub id (default: {SVLM})"
+    )
+
+
+def _first_flags(p: StageParser) -> None:
+    p.add_argument("--dataset", choices=DATASETS, help=f"which dataset (default: {DATASET})")
+    p.add_argument("--image-root", metavar="DIR", help="folder of the images (default: the dataset's, under data/)")
+    some = p.add_mutually_exclusive_group()
+    some.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples (default: all)")
+    some.add_argument("--sample", type=number(1), metavar="N", help="only N samples, drawn at random with --seed")
+    p.add_argument(
+        "--run",
+        default=default_run(),
+        help="results go to results/RUN, or to RUN if it has a slash (default: $RUN, or today's date)",
+    )
+    p.add_argument("--restart", action="store_true", help="delete the results of earlier calls, and start again")
+    p.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="run a few samples, estimate the time, write nothing; json: say so in a line of JSON for each model",
+    )
+    p.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=os.environ.get("VERBOSE") == "1",
+        help="print the details, too, that go to results/RUN/log.txt",
+    )
+    p.add_argument(
+        "--preset",
+        default="paper",
+        choices=(*PRESETS, ANCHORED),
+        help="paper: as the paper says; released: as its code does; anchored: paper, with what both models answer right, and 15 %% of "
+        "the images held out for the guard (default: %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of all sampling (default: %(default)s)")
+    p.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
+    p.add_argument(
+        "--batch-size",
+        type=number(1),
+        default=8,
+        metavar="N",
+        help="at most N samples per batch, if memory allows (default: %(default)s)",
+    )
+    for name, default, what in (("min", MIN_PIXELS, "enlarge"), ("max", MAX_PIXELS, "shrink")):
+        p.add_argument(
+            f"--{name}-pixels",
+            type=number(1),
+            default=default,
+            metavar="N",
+            help=f"{what} images to this area (default: {default // 28**2}*28*28)",
+        )
+
+
+def _data_flags(data) -> None:
     data.add_argument("--annotations", metavar="FILE", help="annotation file (default: the dataset's, under data/)")
-    data.add_argument("--image-root", metavar="DIR", help="folder of the images (default: the dataset's, under data/)")
     data.add_argument(
         "--path-map",
         type=path_map,
@@ -45,56 +148,15 @@ def _data_flags(p: argparse.ArgumentParser) -> None:
         metavar="OLD=NEW",
         help="images that the files name in OLD/… are now in NEW/…; can be repeated",
     )
-    some = data.add_mutually_exclusive_group()
-    some.add_argument("--limit", type=number(1), metavar="N", help="only the first N samples (default: all)")
-    some.add_argument("--sample", type=number(1), metavar="N", help="only N samples, drawn at random with --seed")
 
 
-def _result_flags(p: argparse.ArgumentParser) -> None:
-    out = p.add_argument_group("results")
-    out.add_argument(
-        "--run",
-        default=os.environ.get("RUN") or date.today().isoformat(),
-        help="results go to results/RUN, or to RUN itself if it has a slash (default: $RUN, or today's date)",
-    )
-    out.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
-    out.add_argument("--restart", action="store_true", help="start again: delete the results of earlier calls")
-    out.add_argument(
-        "--dry-run",
-        nargs="?",
-        const="text",
-        choices=("text", "json"),
-        help="run a few samples, estimate the time of all, and write nothing; json: say so in a line of JSON for each model",
-    )
-    out.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        default=os.environ.get("VERBOSE") == "1",
-        help="also print the details that otherwise go only to results/RUN/log.txt",
-    )
-    method = p.add_argument_group("method")
-    method.add_argument(
-        "--preset",
-        default="paper",
-        choices=(*PRESETS, ANCHORED),
-        help="paper: as the paper says. released: as the released code does, to the letter. anchored: as the paper, but PI adds all "
-        "samples that both models answer right, and holds out 15 %% of the images for the guard (default: %(default)s)",
-    )
-    method.add_argument("--seed", type=int, default=0, help="random seed for all sampling (default: %(default)s)")
-    method.add_argument(
-        "--max-new-tokens", type=number(1), default=128, help="longest reply, in tokens (default: %(default)s)"
-    )
+def _result_flags(results) -> None:
+    results.add_argument("--out", type=Path, metavar="FILE", help="write the result here instead")
 
 
-def _model_flags(p: argparse.ArgumentParser) -> None:
-    model = p.add_argument_group("model")
-    model.add_argument("--engine", default="hf", choices=ENGINES, help="what runs the model (default: %(default)s)")
+def _model_flags(model) -> None:
     model.add_argument(
-        "--batch-size",
-        type=number(1),
-        default=8,
-        help="maximum samples per batch, if memory allows (default: %(default)s)",
+        "--max-new-tokens", type=number(1), default=128, help="longest reply, in tokens (default: %(default)s)"
     )
     model.add_argument(
         "--batch-tokens",
@@ -112,12 +174,6 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         help="auto: the fastest dtype on this device (default: auto)",
     )
     model.add_argument(
-        "--min-pixels", type=number(1), default=MIN_PIXELS, help="enlarge images to this area (default: 128*28*28)"
-    )
-    model.add_argument(
-        "--max-pixels", type=number(1), default=MAX_PIXELS, help="shrink images to this area (default: 512*28*28)"
-    )
-    model.add_argument(
         "--max-tiles",
         type=number(1),
         metavar="N",
@@ -131,15 +187,14 @@ def _model_flags(p: argparse.ArgumentParser) -> None:
         "0: none (default: 4, or a CPU's number of cores)",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
+    quantization = (
+        "load the L-VLM's language model in so many bits, with --engine hf (bash scripts/setup.sh quantization)"
+    )
+    model.add_argument("--quantization", choices=BITS, help=quantization)
+    model.add_argument("--device-map", choices=("auto",), help="auto: spread the model over all GPUs, with --engine hf")
 
 
-def _engine_flags(p: argparse.ArgumentParser) -> None:
-    """Flags of single engines."""
-    hf = p.add_argument_group("model, with --engine hf")
-    quantization = "load the L-VLM's language model in so many bits (bash scripts/setup.sh quantization)"
-    hf.add_argument("--quantization", choices=BITS, help=quantization)
-    hf.add_argument("--device-map", choices=("auto",), help="auto: spread the model over all GPUs")
-    vllm = p.add_argument_group("model, with --engine vllm (bash scripts/setup.sh vllm)")
+def _vllm_flags(vllm) -> None:
     vllm.add_argument(
         "--tensor-parallel-size", type=number(1), default=1, help="GPUs that share each layer (default: %(default)s)"
     )
@@ -155,9 +210,9 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     vllm.add_argument(
         "--max-model-len", type=number(1), help="longest prompt plus reply, in tokens (default: from the data)"
     )
-    openai = p.add_argument_group(
-        "model, with --engine openai (bash scripts/setup.sh openai; its key from $OPENAI_API_KEY)"
-    )
+
+
+def _server_flags(openai) -> None:
     openai.add_argument("--base-url", help="of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
     openai.add_argument(
         "--request-json",
@@ -178,7 +233,9 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     openai.add_argument(
         "--image-detail", choices=("auto", "low", "high"), default="auto", help="the API's image detail (default: auto)"
     )
-    ray = p.add_argument_group("model, with --engine ray (bash scripts/setup.sh ray; joins $RAY_ADDRESS)")
+
+
+def _ray_flags(ray) -> None:
     ray.add_argument(
         "--ray-engine",
         default="hf",
@@ -193,8 +250,10 @@ def _engine_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
-    """The checked arguments; of the preset `anchored`, `anchored` is True and `preset` is "paper". `named_by` are the arguments whose file names may imply --dataset."""
+def parse(p: StageParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Namespace:
+    """The checked arguments; of the preset `anchored`, `anchored` is True and `preset` is "paper". `named_by` are
+    the arguments whose file names imply --dataset; where such files are given, it has no other default.
+    """
     args = p.parse_args(argv)
     for name in ("VERBOSE", "MEMORY_CHECK"):
         if (value := os.environ.get(name, "")) not in ("", "0", "1"):
@@ -206,9 +265,9 @@ def parse(p: argparse.ArgumentParser, argv, named_by: tuple[str, ...] = ()) -> a
         of_file = set(filter(None, map(_dataset_of, files)))
         if len(of_file) > 1:
             p.error(f"the files are from several datasets: {', '.join(sorted(of_file))}; give files of one dataset")
-        if not of_file:
+        if files and not of_file:
             p.error(f"--dataset is required: one of {', '.join(DATASETS)}")
-        (args.dataset,) = of_file
+        args.dataset = of_file.pop() if of_file else DATASET
     if args.device_map and distributed.WORLD > 1:
         p.error("--device-map: one process takes all GPUs; leave GPUS out")
     if args.min_pixels > args.max_pixels:

@@ -14,6 +14,12 @@ launch() {
     expect 0+ SHUTDOWN_TIMEOUT
     expect 1+ CPU_PROCESSES
     [[ ${NPROC_PER_NODE:-} == @(gpu|cpu|xpu|auto) ]] || expect 1+ NPROC_PER_NODE
+    if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then
+        python "$HERE/../src/train.py" --help
+        printf '\nVariables of %s, with their defaults, or the flags for which they stand:\n' "$(basename "$0")"
+        variables "$0"
+        exit
+    fi
     local hosts=${HOSTFILE:-} flags=() machines=(--standalone --local-addr 127.0.0.1)
     while (($#)); do
         case $1 in

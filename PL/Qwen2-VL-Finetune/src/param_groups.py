@@ -32,7 +32,7 @@ def check_parts(model_type: str, model_args, args) -> str:
     if model_type in FAMILIES:
         return ""
     rates = {name: getattr(args, name) for name in ("vision_lr", "merger_lr")}
-    flags = [name for name, rate in rates.items() if rate not in (None, args.learning_rate)]
+    flags = [name for name, rate in rates.items() if rate != args.learning_rate]
     flags += [
         name
         for name in ("freeze_vision_tower", "freeze_merger", "freeze_llm", "lora_enable")
@@ -59,9 +59,9 @@ def freeze(model, args) -> None:
 def groups(model, decaying: set[str], args) -> list[dict]:
     """The optimizer's parameter groups: one per part, with and without weight decay, each with its `lr` and `part`.
 
-    `decaying` names the parameters with weight decay. `--vision_lr` and `--merger_lr` default to `--learning_rate`.
+    `decaying` names the parameters with weight decay.
     """
-    rates = {"vision": args.vision_lr, "merger": args.merger_lr, "language": None}
+    rates = {"vision": args.vision_lr, "merger": args.merger_lr, "language": args.learning_rate}
     by_part = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -70,7 +70,7 @@ def groups(model, decaying: set[str], args) -> list[dict]:
     return [
         {
             "params": parameters,
-            "lr": args.learning_rate if rates[part] is None else rates[part],
+            "lr": rates[part],
             "weight_decay": args.weight_decay if decays else 0.0,
             "part": part,
         }

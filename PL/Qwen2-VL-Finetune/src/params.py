@@ -19,6 +19,7 @@ from activations import PRODUCTS
 from transformers.hf_argparser import string_to_bool
 
 from mpa.files.records import InputError
+from mpa.models.families import MAX_PIXELS, MIN_PIXELS
 
 # Older spelling -> current spelling. A command may use only one of them.
 RENAMED = {
@@ -87,10 +88,10 @@ class DataArguments:
         default_factory=list, metadata={"help": "OLD=NEW …: images that the JSON names in OLD/ are now in NEW/."}
     )
     image_min_pixels: int = field(
-        default=128 * 28 * 28, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
+        default=MIN_PIXELS, metadata={"help": "Enlarge images to this area, in pixels (older: --min_pixels)."}
     )
     image_max_pixels: int = field(
-        default=512 * 28 * 28, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
+        default=MAX_PIXELS, metadata={"help": "Shrink images to this area, in pixels (older: --max_pixels)."}
     )
     max_tiles: int | None = field(
         default=None,
@@ -134,8 +135,12 @@ class TrainingArguments(transformers.TrainingArguments):
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs (paper: 1)."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
-    merger_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the merger."})
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the vision tower. Default: --learning_rate."}
+    )
+    merger_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the merger. Default: --learning_rate."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every N steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps, epoch."})
@@ -172,6 +177,8 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator needs all."})
 
     def __post_init__(self):
+        self.vision_lr = self.learning_rate if self.vision_lr is None else self.vision_lr
+        self.merger_lr = self.learning_rate if self.merger_lr is None else self.merger_lr
         if self.dataloader_num_workers < 0:
             cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
             self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0

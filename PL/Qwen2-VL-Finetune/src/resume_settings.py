@@ -144,7 +144,8 @@ def of_result(recorded: dict) -> dict:
 
 def refuse_other_settings(recorded: dict, current: dict, where) -> None:
     """Raises InputError, with each difference, if the training at `where` had other settings."""
-    if changes := differences(recorded, current):
+    rates = {name: recorded.get("learning_rate") for name in ("vision_lr", "merger_lr") if recorded.get(name) is None}
+    if changes := differences(recorded | rates, current):  # earlier checkpoints have null where it was --learning_rate
         raise InputError(
             f"{where}: was trained with other settings: {changes}. Choose another --output_dir or remove it."
         )
