@@ -26,9 +26,9 @@ from mpa.files import outputs
 from mpa.files.argument_types import number
 from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs import runs
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, selected
+from mpa.runs.case import Case
+from mpa.runs.folders import add_selection, selected
+from mpa.runs.trainings import Runs
 from mpa.stages import cli
 
 OF_ALL = {
@@ -56,7 +56,7 @@ def of_case(args, case: Case) -> list[Table]:
         return [check_tables.coverage_table(case, of) for of in ("answer", "question")]
     if args.check == "calibration":
         return [check_tables.calibration_table(case.cell, calibration.of_case(case))]
-    if not case.run.samples:
+    if not case.samples:
         return []
     return [check_tables.reasons_table(case), check_tables.inspection_table(case, args.n, args.seed)]
 
@@ -76,7 +76,7 @@ def main(argv=None) -> None:
         )
     if args.out:
         outputs.refuse_others(args.out, "checks")
-    tables, broken = ([OF_ALL[args.check](runs.find(args.results))], []) if args.check in OF_ALL else of_cells(args)
+    tables, broken = ([OF_ALL[args.check](Runs(args.results))], []) if args.check in OF_ALL else of_cells(args)
     for why in broken:
         print(printable(f"error: {why}"), file=sys.stderr)
     if broken and not tables:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa.analysis.diagnosis import diagnose, looked_at
 from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, run_name, selected
+from mpa.runs.case import Case
+from mpa.runs.folders import add_selection, run_name, selected
 from mpa.stages import cli
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa.files import outputs
 from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs.run_folders import add_selection, selected
+from mpa.runs.folders import add_selection, selected
 from mpa.stages import cli
 
 
@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     for folder, cell in selected(args):
         try:
             content = CellContent(folder, cell)
-            content.case.run.samples, content.case.run.rule  # noqa: B018 - without these nothing can be shown
+            content.case.samples, content.case.rule  # noqa: B018 - without these nothing can be shown
             contents.append(content)
         except InputError as error:  # the others may be whole
             broken.append(str(error))

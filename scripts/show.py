@@ -20,10 +20,9 @@ from mpa.files.argument_types import number
 from mpa.files.image_files import ImageError, open_image
 from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, run_name, selected
-from mpa.runs.run_samples import changes
-from mpa.runs.runs import model_name
+from mpa.runs.case import Case
+from mpa.runs.comparable import changes
+from mpa.runs.folders import add_selection, run_name, selected
 from mpa.stages import cli
 
 COLUMNS = 40  # width of an image in the terminal, in characters
@@ -59,8 +58,8 @@ def rows_of(sample, what: str) -> list[tuple[str, str | None]]:
 def chosen(case: Case, what: str) -> list:
     """The annotated samples that PI kept or rejected, or the test questions that changed."""
     if what in ("kept", "rejected"):
-        return [s for s in case.run.samples if (s.kept if what == "kept" else s.rejected)]
-    before, after = case.evaluation(case.cell.svlm), case.evaluation(model_name(case.cell))
+        return [s for s in case.samples if (s.kept if what == "kept" else s.rejected)]
+    before, after = case.evaluation(case.cell.svlm), case.evaluation(case.model)
     if not (before and after):
         raise InputError(
             f"{case.folder}: no evaluations before and after PL of {case.cell.svlm}. Run evaluate.sh first."

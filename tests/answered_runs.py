@@ -5,7 +5,7 @@ from pathlib import Path
 import synthetic_runs as fake
 
 from mpa.method.parity import ParityRule
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell
 
 CELL = Cell("textVQA", "big", "small")
 

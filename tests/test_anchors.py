@@ -21,9 +21,12 @@ from mpa.analysis import run_summary
 from mpa.files import image_files
 from mpa.files.records import InputError, read_json, read_parity
 from mpa.method import anchors, holdout, parity
-from mpa.runs import run_folders, run_samples, runs
+from mpa.runs.case import Case
+from mpa.runs.folders import RunFolder
+from mpa.runs.layout import Cell
+from mpa.runs.trainings import Runs, Training
 
-CELL = runs.Cell("easyVQA", "teacher", "student")
+CELL = Cell("easyVQA", "teacher", "student")
 
 
 def asked(n: int, question: str, answer: str, first: int) -> list[dict]:
@@ -132,15 +135,15 @@ def test_no_reader_takes_an_anchor_for_a_parity_sample(select, tmp_path):
         file.unlink()
     train = select("--anchors", "1")
     parity, found = read_parity(train), read_json(train)
-    run = run_samples.RunSamples(tmp_path, CELL)
+    run = Case(tmp_path, CELL)
     of_reason = Counter(s.reason for s in run.samples)
     assert of_reason["kept"] == len(parity)
     details = [s.reason for s in run.samples if s.detail.startswith("an anchor")]
     assert details == ["S-VLM right"] * (len(found) - len(parity))
     baselines.main(["--pa-json", str(tmp_path / "PA_teacher_easyVQA.json"), "--train-json", str(train)])
     assert len(read_json(train.with_name(f"{train.stem}_random_pseudo.json"))) == len(parity)
-    (of_folder,) = runs.find([tmp_path]).parity.values()
-    training = runs.Training(CELL, "mpa", None, None, {"samples": len(found)}, of_folder.meta, {})
+    (of_folder,) = Runs([tmp_path]).parity
+    training = Training(CELL, "mpa", None, None, {"samples": len(found)}, of_folder.meta, {})
     assert training.parity_samples == len(parity)
 
 
@@ -172,10 +175,10 @@ def test_what_a_limit_leaves_out_is_explained(select, tmp_path, capsys):
     answers = [r["conversations"][1]["value"] for r in kept]
     assert len(set(answers)) == len(answers) == meta["funnel"]["parity"]
     assert meta["settings"]["max_per_answer"] == 1 and meta["settings"]["seed"] == 0
-    reasons = Counter(s.reason for s in run_samples.RunSamples(tmp_path, CELL).samples)
+    reasons = Counter(s.reason for s in Case(tmp_path, CELL).samples)
     assert reasons["kept"] == len(kept) and reasons["over the limit"] > 0
     assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
-    shown = "".join(run_summary.examples(run_summary.Run(tmp_path, *CELL), 100))
+    shown = "".join(run_summary.examples(Case(tmp_path, CELL), 100))
     assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
 
 
@@ -186,7 +189,7 @@ def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
     train = select("--min-probability", "0.99")
     kept = [r["id"] for r in read_json(train)]
     assert kept and all(lvlm[key] >= math.log(0.99) for key in kept)
-    samples = run_samples.RunSamples(tmp_path, CELL).samples
+    samples = Case(tmp_path, CELL).samples
     assert [s.question_id for s in samples if s.kept] == list(map(str, kept))
     unsure = [s for s in samples if s.reason == "L-VLM unsure"]
     assert unsure and all(s.lvlm_logprob < math.log(0.99) and not s.consistent for s in unsure)
@@ -225,14 +228,14 @@ def test_questions_that_need_no_image_are_left_out(serve, copied_images, tmp_pat
     asked = [r["conversations"][0]["value"] for r in read_json(plain)]
     kept = [r for r in read_json(plain) if "what color" in r["conversations"][0]["value"]]
     assert read_json(train) == kept and 0 < len(kept) < len(asked)
-    cell = runs.Cell("images", "big", "small")
-    reasons = Counter(s.reason for s in run_samples.RunSamples(run, cell).samples)
+    cell = Cell("images", "big", "small")
+    reasons = Counter(s.reason for s in Case(run, cell).samples)
     assert reasons["kept"] == len(kept) and reasons["L-VLM needs no image"] == len(asked) - len(kept)
     n = server.number
     answers = ["--lvlm-json", run / "PI_big_big_images.json", "--svlm-json", run / "PI_big_small_images.json"]
     again = PI.main([*given[:-1], *map(str, [*answers, "--out", tmp_path / "again.json"])])
     assert again.read_bytes() == train.read_bytes() and server.number == n
-    assert run_folders.cells_in(run) == [cell]
+    assert RunFolder(run).cells == [cell]
 
 
 def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_path):
@@ -255,7 +258,7 @@ def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_pat
     shares = Counter(r["question_id"].rpartition("#")[0] for r in votes if r["predictions"] == "red")
     assert len(votes) == 4 * 30 and set(shares.values()) == {4} and 0 < len(shares) < 30
     assert {str(r["id"]) for r in read_json(train)} == set(shares)
-    samples = run_samples.RunSamples(run, runs.Cell("images", "big", "small")).samples
+    samples = Case(run, Cell("images", "big", "small")).samples
     assert {s.reason for s in samples if s.question_id not in shares} == {"L-VLM disagrees with itself"}
     assert "in 0% of the votes" in next(s.detail for s in samples if not s.kept)
     n, answers = server.number, ["--lvlm-json", run / "PI_big_big_images.json"]

@@ -12,10 +12,10 @@ from conftest import MINI, STUDENT, TEACHER
 from mpa.analysis import calibration
 from mpa.analysis.report import figures
 from mpa.files.records import InputError
-from mpa.runs import runs
-from mpa.runs.run_case import Case
+from mpa.runs.case import Case
+from mpa.runs.layout import Cell
 
-CELL = runs.Cell("easyVQA", "teacher", "student")
+CELL = Cell("easyVQA", "teacher", "student")
 
 
 def test_the_bins_and_the_error_are_those_of_a_count_by_hand():
@@ -48,7 +48,7 @@ def test_what_a_run_tells(easy_run, tmp_path, capsys):
     PI.main([*given, "--score"])
     own, annotated, tested = calibration.of_case(Case(tmp_path, CELL))
     assert (own.model, annotated.model, tested.model) == ("teacher", "student", "student")
-    samples = Case(tmp_path, CELL).run.samples
+    samples = Case(tmp_path, CELL).samples
     assert own.right.sum() == sum(s.lvlm_answer == s.annotation for s in samples) and len(own.right) == 40
     assert annotated.right.sum() == sum(s.svlm_answer == s.annotation for s in samples) and len(annotated.right) == 40
     assert set(annotated.right[annotated.probabilities > 0.5]) == {1.0}  # no other answer can be as probable

@@ -16,7 +16,7 @@ from PIL import Image
 from mpa.analysis.report import figures, texts, thumbnails
 from mpa.analysis.report.content import CellContent, compared
 from mpa.analysis.report.page import stages_table
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 in_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium is installed: apt-get install chromium")

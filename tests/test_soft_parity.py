@@ -12,9 +12,11 @@ from conftest import MINI, STUDENT, TEACHER, close
 
 from mpa.files.records import InputError, read_json
 from mpa.method.parity import ParityRule
-from mpa.runs import run_folders, run_samples, runs
+from mpa.runs.case import Case
+from mpa.runs.folders import RunFolder
+from mpa.runs.layout import Cell
 
-CELL = runs.Cell("easyVQA", "teacher", "student")
+CELL = Cell("easyVQA", "teacher", "student")
 SCORED = "PI_teacher_scored-student_easyVQA.json"
 
 
@@ -51,7 +53,7 @@ def test_the_probability_of_the_annotated_answer_is_stored_and_agrees_with_what_
     assert all(
         s["logprob"] < math.log(0.6) for s, a in zip(scored, answers, strict=True) if a["predictions"] != a["PA_answer"]
     )
-    assert run_folders.cells_in(tmp_path) == [CELL]  # no third model
+    assert RunFolder(tmp_path).cells == [CELL]  # no third model
 
 
 def test_a_threshold_on_it_decides_instead_of_the_answer(run, tmp_path):
@@ -59,7 +61,7 @@ def test_a_threshold_on_it_decides_instead_of_the_answer(run, tmp_path):
     surely = {str(r["id"]) for r in read_json(run("--max-svlm-probability", "0.2"))}
     p = probabilities(tmp_path)
     assert surely == {key for key in everything if p[key] <= 0.2} and 0 < len(surely) < len(everything)
-    samples = run_samples.RunSamples(tmp_path, CELL).samples
+    samples = Case(tmp_path, CELL).samples
     reasons = Counter(s.reason for s in samples)
     assert reasons["kept"] == len(surely) and reasons["S-VLM right"] == len(everything) - len(surely)
     settings = read_json(next(tmp_path.glob("*_train_*.meta.json")))["settings"]

@@ -1,7 +1,7 @@
 """Is a probability worth what it says? A model's answers by the probability that it gave them, and how many are right.
 
 Guo et al. 2017, On Calibration of Modern Neural Networks: ten bins of equal width, and the expected calibration error. Not in the
-paper; it tells whether PI's --min-probability, --max-svlm-probability and --weights select what they should.
+paper; it tells whether PI's --min-probability and --max-svlm-probability select what they should.
 """
 
 import math
@@ -12,10 +12,7 @@ import numpy as np
 from mpa.answers.agreement import wilson
 from mpa.data import DATASETS
 from mpa.files import records
-from mpa.method.parity import asked_again_file
-from mpa.runs.run_case import Case
-from mpa.runs.run_samples import finite
-from mpa.runs.runs import model_name
+from mpa.runs.case import Case, finite
 
 BINS = 10
 
@@ -65,19 +62,19 @@ def _reliability(model: str, what: str, pairs) -> list[Reliability]:
 def of_case(case: Case) -> list[Reliability]:
     """What the files of a cell tell, in this order: the L-VLM's answers to its own questions, what the S-VLM gives the annotated
     answers (PI's --score), and the answers to the test questions."""
-    cell, rule = case.cell, case.run.rule
+    cell, rule = case.cell, case.rule
     repeats = [
         (s.lvlm_logprob, rule.match(s.lvlm_answer, s.annotation)) for s in case.usable if s.lvlm_answer is not None
     ]
     found = _reliability(cell.lvlm, "its answer is its annotation", repeats)
-    scored = asked_again_file(case.folder, cell.lvlm, f"scored-{cell.svlm}", cell.dataset)
+    scored = case.files.further(f"scored-{cell.svlm}")
     if scored.exists():
-        said = {s.question_id: s.svlm_answer for s in case.run.samples}
+        said = {s.question_id: s.svlm_answer for s in case.samples}
         given = records.read_records(scored, "PI")
         pairs = [(r["logprob"], rule.match(said.get(str(r["question_id"])), r["PA_answer"])) for r in given]
         found += _reliability(cell.svlm, "the annotated answer is its own", pairs)
     right = "its test answer is right" if DATASETS[cell.dataset].labelled else "its test answer is the L-VLM's"
-    for model in (cell.svlm, model_name(cell), cell.lvlm):
+    for model in (cell.svlm, case.model, cell.lvlm):
         evaluation = case.evaluation(model)
         if evaluation:
             logprobs = [r.get("logprob") for r in evaluation.records]

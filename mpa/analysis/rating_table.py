@@ -9,7 +9,7 @@ from mpa.analysis import ratings
 from mpa.analysis.paper_tables import PAPER, SOURCE, UNKNOWN
 from mpa.analysis.table_formats import Estimate, Figure, Table
 from mpa.answers.agreement import alpha, combined, interval, kappa
-from mpa.runs.runs import Runs
+from mpa.runs.trainings import Runs
 
 LABELS = {"answerable": "answerable", "correct": "answer correct", "human": "reads as written by a person"}
 NOTES = [

@@ -5,10 +5,10 @@ images that are added later do not move others, and the S-VLM has no influence. 
 of PI_<lvlm>_heldout_<dataset>.json, the held-out set.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mpa.files import image_files, records
-from mpa.files.outputs import kind_of
 from mpa.files.records import InputError
 
 
@@ -101,12 +101,10 @@ def share_of(file: Path) -> float:
     return share
 
 
-def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
-    """Raises InputError if a train file in `folder` shares a question or an image with `test`, a list of `Sample`s."""
+def refuse_trained_on(test: list, train_files: Iterable[Path]) -> None:
+    """Raises InputError if a train file shares a question or an image with `test`, a list of `Sample`s."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}
-    for train_json in sorted(folder.glob(f"PI_*_train_*_{dataset}*.json")):
-        if train_json.name.endswith(".meta.json") or str(kind_of(train_json)).startswith("export"):
-            continue
+    for train_json in train_files:
         shared = [
             r["id"] for r in records.read_records(train_json, "train") if str(r["id"]) in ids or r["image"] in paths
         ]

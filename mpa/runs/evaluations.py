@@ -43,7 +43,8 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """Read the meta file of an Eval file. Raises InputError if it is broken or without scores."""
-        found, file = cls(path, read_meta(records.meta_path(path))), records.meta_path(path)
+        file = records.meta_path(path)
+        found = cls(path, read_meta(file))
         settings = found.meta["settings"]
         known = settings.get("dataset") in DATASETS and settings.get("preset") in PRESETS
         if not known or not all(isinstance(settings.get(name), str) for name in ("model", "content")):

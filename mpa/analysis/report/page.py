@@ -15,7 +15,7 @@ from mpa.analysis.report.content import CellContent, compared
 from mpa.analysis.report.texts import as_json, plain, redacted, without_folders
 from mpa.analysis.table_formats import Table
 from mpa.files import records
-from mpa.runs.run_samples import inspected
+from mpa.runs.case import inspected
 
 HERE = Path(__file__).parent
 INSPECTED = 50  # kept, and rejected, samples of the inspection view
@@ -189,7 +189,7 @@ def compare_section(contents: list[CellContent]) -> dict | None:
 
 def inspection(content: CellContent) -> list[int]:
     """The places of the samples of the inspection view."""
-    samples = content.case.run.samples
+    samples = content.case.samples
     places = {s.question_id: i for i, s in enumerate(samples)}
     return [places[s.question_id] for s in inspected(samples, INSPECTED, seed=0)]
 
@@ -310,6 +310,6 @@ def _summary(content: CellContent) -> list[str]:
     if gain:
         low, high = (100 * bound for bound in gain["ci95"])
         paired = [f"{100 * gain['score']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{gain['n']:,}"]
-    counts = [f"{len(content.case.run.samples):,}", f"{len(content.case.kept):,}"]
+    counts = [f"{len(content.case.samples):,}", f"{len(content.case.kept):,}"]
     found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note")
     return [*counts, by_key.get("base", "–"), by_key.get("mpa", "–"), *paired, found or "none"]
