@@ -1,19 +1,25 @@
 """The names of a run folder's files, made and parsed here alone, for Python and for bash.
 
-    python -m mpa.runs.layout RUN --dataset textVQA --lvlm BIG --svlm SMALL levelled train       # a path on each line
+    python -m mpa.runs.layout --run RUN --dataset textVQA --lvlm BIG --svlm SMALL levelled train       # a path on each line
 
 A name only finds a file: what a file is about is in its meta file. Names are parsed where there is none.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 from mpa.data import DATASETS
 from mpa.files.records import RELEASED_ALIAS, InputError, run_folder, short_name
 
+# What a run is about, where nobody says otherwise.
+DATASET = "textVQA"
+LVLM = "Qwen/Qwen2-VL-7B-Instruct"
+SVLM = "Qwen/Qwen2-VL-2B-Instruct"
 MPA = "mpa"  # the variant of a model that was trained on the parity set itself
 _DATASET = "|".join(map(re.escape, DATASETS))
 _UNLABELLED = {name for name, dataset in DATASETS.items() if not dataset.labelled}
@@ -72,6 +78,10 @@ class RunFiles:
     def train(self) -> Path:
         return self._file("PI", self.cell.lvlm, "train", self.cell.lvlm, self.cell.svlm)
 
+    def train_for(self, variant: str) -> Path:
+        """The train set of another variant: of a baseline, or with anchors."""
+        return self.train.with_name(f"{self.train.stem}_{variant}.json")
+
     def levelled(self, variant: str = MPA) -> Path:
         """The folder of a trained S-VLM."""
         ending = "" if variant == MPA else f"_{variant}"
@@ -115,11 +125,6 @@ class RunFiles:
 def train_meta(model: Path) -> Path:
     """What the trainer says of the model in this folder. It is written last: where it is there, the training is complete."""
     return model / "train_meta.json"
-
-
-def selected_path(train: Path, name: str) -> Path:
-    """Another train file from the same answers: of another matcher, with anchors, a baseline …"""
-    return train.with_name(f"{train.stem}_{name}.json")
 
 
 def reasons_path(train: Path) -> Path:
@@ -176,18 +181,33 @@ def parsed(stem: str, lvlms: Iterable[Cell] = ()) -> Cell | None:
     return None
 
 
+def default_run() -> str:
+    """The name of the run: $RUN, or today's date."""
+    return os.environ.get("RUN") or date.today().isoformat()
+
+
 def main() -> None:
+    known = [name for name, value in vars(RunFiles).items() if isinstance(value, property)]
     p = argparse.ArgumentParser(prog="mpa.runs.layout", description=__doc__)
-    p.add_argument("run", help="a run's name, or the path of its folder")
-    for name in ("dataset", "lvlm", "svlm"):
-        p.add_argument(f"--{name}", required=True)
-    names = [name for name, value in vars(RunFiles).items() if isinstance(value, property)] + ["levelled"]
-    p.add_argument("files", nargs="+", choices=names)
+    p.add_argument("--run", default=default_run(), help="a run's name, or the path of its folder")
+    for name, default in (("dataset", DATASET), ("lvlm", LVLM), ("svlm", SVLM)):
+        p.add_argument(f"--{name}", default=default, help="default: %(default)s")
+    p.add_argument(
+        "names", nargs="+", metavar="NAME", help=f"dataset, lvlm, svlm, folder, levelled[:VARIANT], {', '.join(known)}"
+    )
     args = p.parse_args()
-    files = RunFiles(run_folder(args.run), Cell(args.dataset, short_name(args.lvlm), short_name(args.svlm)))
-    for name in args.files:
-        file = getattr(files, name)
-        print(file() if callable(file) else file)
+    try:
+        files = RunFiles(run_folder(args.run), Cell(args.dataset, short_name(args.lvlm), short_name(args.svlm)))
+    except InputError as error:
+        p.exit(2, f"error: {error}\n")
+    said = {name: getattr(args, name) for name in ("dataset", "lvlm", "svlm")} | {"folder": files.folder}
+    said |= {name: getattr(files, name) for name in known}
+    for name in args.names:
+        kind, _, variant = name.partition(":")
+        if variant or kind == "levelled":
+            said[name] = {"levelled": files.levelled, "train": files.train_for}[kind](variant or MPA)
+        text = str(said[name])
+        print(f"./{text}" if text.startswith("-") else text)  # which no command takes for a flag
 
 
 if __name__ == "__main__":
