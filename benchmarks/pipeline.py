@@ -41,6 +41,7 @@ from mpa.data.loading import load_samples
 from mpa.files import records
 from mpa.method.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
 from mpa.models import loading
+from mpa.runs.layout import Cell, RunFiles
 
 ROOT = records.REPOSITORY
 
@@ -103,7 +104,7 @@ def stages(args, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(sys.stderr):
         pa = PA.main([*common, "--run", f"{run}/", "--tries", "0"])
         train = PI.main([*common, "--run", f"{run}/", "--model-path-svlm", args.svlm])
-        lvlm = Path(run) / f"PI_{records.short_name(args.lvlm)}_{records.short_name(args.lvlm)}_{args.dataset}.json"
+        lvlm = RunFiles(run, Cell(args.dataset, records.short_name(args.lvlm))).lvlm_answers
         annotations = [r for r in records.read_records(pa, "PA") if not r["left_out"]]
         return {
             "annotations": {
