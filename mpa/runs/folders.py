@@ -77,8 +77,10 @@ class RunFolder:
         metas = {stem: self.meta(self.path / f"{stem}.json") for stem in stems if may_be_train(f"{stem}.json")}
         found = {}
         for stem, meta in sorted(metas.items(), key=lambda pair: "model_path_svlm" not in pair[1]):
-            cell = cell_of_train(stem, meta) or self._cell_by_name(stem, found)
-            if cell and not {"kind", "model_path"} & meta.keys():  # of an export, of answers
+            cell = cell_of_train(stem, meta)
+            if not cell and "match" in meta.get("settings", {}) and "model_path" not in meta:  # not of answers
+                cell = self._cell_by_name(stem, found)
+            if cell:
                 rest = ending(stem, RunFiles(self.path, cell).train.stem)
                 found[stem] = ParitySet(self.path / f"{stem}.json", cell, stem if rest is None else rest, meta)
         return found
@@ -111,11 +113,14 @@ class RunFolder:
                 metas[file] = self.meta(file)
         files = [file for file in files if "kind" not in metas.get(file, {})]
         told = {file: cell for file in files if (cell := _told(file, metas.get(file, {})))}
-        lvlms = {cell._replace(svlm="") for cell in [*told.values(), *(parsed(file.stem) for file in files)] if cell}
-        found = set(lvlms) | set(told.values())
-        for file in (file for file in files if file not in told):
-            by_name = _of_answers(file, metas.get(file, {}), lvlms) or parsed(file.stem, lvlms)
-            found |= {by_name} if by_name else set()
+        by_name = [cell for file in self.results("PA") if file in files and (cell := parsed(file.stem))]
+        lvlms = {cell._replace(svlm="") for cell in [*told.values(), *by_name]}
+        own = [RunFiles(self.path, cell) for cell in lvlms]
+        known = {*told, *(file for of in own for file in (of.held_out, of.held_out_given))}
+        found = lvlms | set(told.values())
+        for file in (file for file in files if file not in known):
+            cell = _of_answers(file, metas.get(file, {}), lvlms) or parsed(file.stem, lvlms)
+            found |= {cell} if cell else set()
         whole = {cell[:2] for cell in found if cell.svlm}
         return sorted(cell for cell in found if cell.svlm or cell[:2] not in whole)
 
