@@ -33,8 +33,8 @@ from mpa.runs.exports import (
     FORMS,
     data_card,
     free_for_folder,
-    further,
     is_unicode,
+    kind_of,
     registry_with,
     write_folder,
 )
@@ -53,7 +53,7 @@ def read_samples(args) -> list[dict]:
             if args.to in FOLDERS and ".." in Path(sample["image"]).parts:
                 raise ValueError(f"its image path {sample['image']!r} contains '..'; use a path without it")
             FORMS[args.to](sample)
-            further(sample)
+            kind_of(sample)
             if is_unicode(sample):
                 kept.append(sample)
         except ValueError as error:
@@ -162,15 +162,9 @@ def main(argv=None) -> None:
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
         print(f"It contains copies of the images below {os.path.commonpath(folders)}.")
-    for name in ("weight", "kind"):
-        if n := sum(name in further(sample) for sample in samples):
-            reader = (
-                "this repository's trainer reads it" if args.to == "llava" else "the trainer does not read it by itself"
-            )
-            print(f"{n} samples have a `{name}`, which is in the export; {reader}.")
-    left = Counter(
-        name for sample in samples for name in sample.keys() - {"id", "image", "conversations", "weight", "kind"}
-    )
+    if n := sum(map(bool, map(kind_of, samples))):
+        print(f"{n} samples have a `kind`, which is in the export; the trainer does not read it by itself.")
+    left = Counter(name for sample in samples for name in sample.keys() - {"id", "image", "conversations", "kind"})
     if left and args.to != "llava":
         print(
             f"Fields that this format does not keep: {', '.join(f'{name} ({n} samples)' for name, n in sorted(left.items()))}."

@@ -141,22 +141,20 @@ def test_limits_that_no_meta_file_says_are_not_guessed(parity_set, capsys):
 
 
 @pytest.mark.parametrize("to", exports.FORMS)
-def test_weights_and_kinds_are_kept(parity_set, to, tmp_path, capsys):
+def test_kinds_are_kept(parity_set, to, tmp_path, capsys):
     first, second = read_json(parity_set)
-    parity_set.write_text(
-        json.dumps([first | {"weight": 0.25, "kind": "parity", "note": "x"}, second | {"kind": "anchor"}])
-    )
+    parity_set.write_text(json.dumps([first | {"kind": "parity", "note": "x"}, second | {"kind": "anchor"}]))
     out = exported(parity_set, to)
     if to in export.FOLDERS:
         rows = list(datasets.load_dataset(str(out), split="train", cache_dir=tmp_path / "cache"))
     else:
         rows = read_json(out)
-    assert [(row.get("weight"), row.get("kind")) for row in rows] == [(0.25, "parity"), (None, "anchor")]
+    assert [row["kind"] for row in rows] == ["parity", "anchor"]
     said = capsys.readouterr().out
-    assert "1 samples have a `weight`" in said and "2 samples have a `kind`" in said
+    assert "2 samples have a `kind`" in said
     assert ("does not keep: note (1 samples)" in said) == (to != "llava")
-    parity_set.write_text(json.dumps([first | {"weight": "much"}, second]))
-    with pytest.raises(InputError, match="record 0: 'weight' should be a number: much"):
+    parity_set.write_text(json.dumps([first | {"kind": 3}, second]))
+    with pytest.raises(InputError, match="record 0: 'kind' should be text: 3"):
         exported(parity_set, to)
 
 

@@ -18,7 +18,6 @@ from mpa.files.records import InputError
 from mpa.method.parity import funnel_line
 
 MARK = "<image>"
-FURTHER = {"weight": int | float, "kind": str}  # of PI's --weights and --anchors
 ROLES = {"human": "user", "gpt": "assistant"}
 PART = r"train-00000-of-00001-[0-9a-f]{16}\.parquet"
 MADE_BY = "Model Parity Alignment (arXiv 2509.16633)"  # a folder whose card says this may be overwritten
@@ -44,26 +43,25 @@ def turns(sample: dict) -> list[tuple[str, str]]:
     return found
 
 
-def further(sample: dict) -> dict:
-    """The sample's `weight` and `kind`, as far as it has them: every format keeps them. Raises ValueError for another type."""
-    found = {name: sample[name] for name in FURTHER if sample.get(name) is not None}
-    for name, value in found.items():
-        if not isinstance(value, FURTHER[name]) or isinstance(value, bool):
-            raise ValueError(f"{name!r} should be {'a number' if name == 'weight' else 'text'}: {str(value)[:80]}")
-    return found
+def kind_of(sample: dict) -> dict:
+    """{"kind"} of a sample from PI's --anchors, "parity" or "anchor": every format keeps it. Raises ValueError if it is no text."""
+    kind = sample.get("kind")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"'kind' should be text: {str(kind)[:80]}")
+    return {} if kind is None else {"kind": kind}
 
 
 def sharegpt(sample: dict) -> dict:
     names = {role: name for name, role in ROLES.items()}
     conversation = [{"from": names[role], "value": text} for role, text in turns(sample)]
-    return {"id": sample["id"], "conversations": conversation, "images": [sample["image"]]} | further(sample)
+    return {"id": sample["id"], "conversations": conversation, "images": [sample["image"]]} | kind_of(sample)
 
 
 def ms_swift(sample: dict) -> dict:
     return {
         "messages": [{"role": role, "content": text} for role, text in turns(sample)],
         "images": [sample["image"]],
-    } | further(sample)
+    } | kind_of(sample)
 
 
 def trl(sample: dict) -> dict:
@@ -76,7 +74,7 @@ def trl(sample: dict) -> dict:
         return [part for part in parts if part["text"] != ""] or parts
 
     messages = [{"role": role, "content": content(text)} for role, text in turns(sample)]
-    return {"prompt": messages[:-1], "completion": messages[-1:], "images": [sample["image"]]} | further(sample)
+    return {"prompt": messages[:-1], "completion": messages[-1:], "images": [sample["image"]]} | kind_of(sample)
 
 
 def question_and_answer(sample: dict) -> dict:
@@ -89,7 +87,7 @@ def question_and_answer(sample: dict) -> dict:
         "image": sample["image"],
         "question": question.replace(MARK, ""),
         "answer": answer,
-    } | further(sample)
+    } | kind_of(sample)
 
 
 FORMS = {"llava": dict, "sharegpt": sharegpt, "ms-swift": ms_swift, "trl": trl, "hf": question_and_answer}
@@ -142,9 +140,8 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
         trl: Features({"prompt": message, "completion": message, "images": List(Image())}),
         question_and_answer: Features({"id": text, "image": Image(), "question": text, "answer": text}),
     }[form]
-    for name, kind in (("weight", "float64"), ("kind", "string")):
-        if any(name in further(sample) for sample in samples):
-            features[name] = Value(kind)
+    if any(map(kind_of, samples)):
+        features["kind"] = text
 
     def embedded(path: str) -> dict:
         return {"bytes": read_file(path), "path": _unicode(Path(path).name)}

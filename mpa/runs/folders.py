@@ -171,9 +171,9 @@ def cell_of_train(stem: str, meta: dict) -> Cell | None:
     if not {"model_path_lvlm", "model_path_svlm"} <= meta.keys():
         return None
     models = [short_name(meta[f"model_path_{who}"]) for who in ("lvlm", "svlm")]
-    cells = [Cell(dataset, *models) for dataset in ([meta["dataset"]] if "dataset" in meta else DATASETS)]
-    fitting = (c for c in cells if "dataset" in meta or ending(stem, RunFiles(Path(), c).train.stem) is not None)
-    return next(fitting, None)
+    cells = [Cell(dataset, *models) for dataset in DATASETS]
+    fitting = (c for c in cells if ending(stem, RunFiles(Path(), c).train.stem) is not None)
+    return Cell(meta["dataset"], *models) if meta.get("dataset") in DATASETS else next(fitting, None)
 
 
 def _starts(stem: str) -> list[str]:
