@@ -62,25 +62,25 @@ def report(guard: Guard, variants: list[str]) -> None:
     print(
         f"\nGuard of {files.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM on {guard.questions}"
     )
-    print("\n".join(line(files.levelled(name).name, one) for name, one in found.items()))
+    print("\n".join(line(guard.model(name).name, one) for name, one in found.items()))
     for note in dict.fromkeys(note for one in found.values() for note in one.notes):
         print(f"  {note}")
     told = [name for name, one in found.items() if one.verdict != NONE]
     highest = max(told, key=lambda name: found[name].gain, default=next(iter(found)))
     for name in dict.fromkeys((next(iter(found)), highest)):
-        named = f"{files.levelled(name).name}: " if len(found) > 1 else ""
+        named = f"{guard.model(name).name}: " if len(found) > 1 else ""
         print("\n".join(f"  {named}{said}" for said in conclusion(found[name], guard.share)))
     best = recommended(found)
     print(
-        f"  Use {files.levelled(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one was found better'}."
+        f"  Use {guard.model(best) if best else f'the original S-VLM, {cell.svlm}: no levelled one was found better'}."
     )
     if [one.verdict for one in found.values()] == [WORSE]:
         print("  To try remedies: REMEDY=1 bash scripts/guard.sh, with the variables of the run.")
     models = {name: one.as_json() for name, one in found.items()}
-    recommends = best and files.levelled(best).name
+    recommends = best and guard.model(best).name
     records.write_json(files.guard, {"questions": guard.questions, "models": models, "recommended": recommends})
     next_command = (
-        f" Next: MODEL={files.levelled(best)} bash evaluate.sh" if best and DATASETS[cell.dataset].labelled else ""
+        f" Next: MODEL={guard.model(best)} bash evaluate.sh" if best and DATASETS[cell.dataset].labelled else ""
     )
     print(f"Wrote {files.guard}.{next_command}")
 

@@ -22,7 +22,8 @@ from mpa.files.printable import printable
 from mpa.files.records import InputError
 from mpa.runs.case import Case
 from mpa.runs.comparable import changes
-from mpa.runs.folders import add_selection, run_name, selected
+from mpa.runs.folders import add_selection, of_selected, run_name
+from mpa.runs.layout import Cell
 from mpa.stages import cli
 
 COLUMNS = 40  # width of an image in the terminal, in characters
@@ -88,14 +89,9 @@ def main(argv=None) -> None:
 
     console, what = Console(highlight=False), args.what or "kept"
     images = not args.no_images and console.is_terminal and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    broken = 0
-    for folder, cell in selected(args):
-        try:
-            found = chosen(Case(folder, cell), what)
-        except InputError as error:  # the others may be whole
-            print(printable(f"error: {error}"), file=sys.stderr)
-            broken += 1
-            continue
+
+    def show(folder: Path, cell: Cell) -> None:
+        found = chosen(Case(folder, cell), what)
         picked = random.Random(args.seed).sample(found, min(args.n, len(found)))
         title = (
             f"{run_name(folder)}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: {len(picked)} of {len(found)} {what}"
@@ -113,6 +109,8 @@ def main(argv=None) -> None:
                 except ImageError as error:
                     console.print(f"(no image: {error})", markup=False)
             console.print(table)
+
+    _, broken = of_selected(args, show)
     if broken:
         sys.exit(1)
 

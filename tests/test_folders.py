@@ -108,7 +108,12 @@ def test_a_training_with_an_odd_folder_is_known_by_the_trainers_meta_file(tmp_pa
     fake.write(
         tmp_path / "mine/train_meta.json", json.loads((tmp_path / "PL_big_small_textVQA/train_meta.json").read_text())
     )
-    fake.evaluation(tmp_path, str(tmp_path / "mine"), "textVQA", RIGHT["after"])
+    made = fake.evaluation(tmp_path, str(tmp_path / "mine"), "textVQA", RIGHT["after"])
+    guarded = RunFiles(tmp_path, cell).guard_answers("mine")
+    for beside in (lambda file: file, records.meta_path):
+        beside(guarded).write_bytes(beside(made).read_bytes())
+    assert Guard(tmp_path, cell).model("mine") == tmp_path / "mine" and Guard(tmp_path, cell).compare("mine").n == 80
+    assert CellContent(tmp_path, cell).evaluations["mine"][1] == "mine"
     assert sorted(t.variant for t in Runs([tmp_path]).trainings) == ["human", "mine", "mpa"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mpa.analysis.calibration import Reliability
-from mpa.analysis.table_formats import Estimate, Figure, Table
+from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
 from mpa.answers.agreement import wilson
 from mpa.answers.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 from mpa.data import DATASETS
@@ -60,13 +60,6 @@ def difference(row: dict, name: str, *evaluations: tuple[Evaluation, Evaluation]
     row[name] = points(*found)
     notes += [f"{name}: {note}" for note in dict.fromkeys(note for pairs in found for note in pairs.notes)]
     return found
-
-
-def names(cell: Cell) -> dict:
-    return {"dataset": cell.dataset, "L-VLM": cell.lvlm, "S-VLM": cell.svlm}
-
-
-NAMES = {"dataset": str, "L-VLM": str, "S-VLM": str}
 
 
 # --- inspection ------------------------------------------------------------------------------------------

@@ -127,12 +127,16 @@ class Guard:
         given = self.files.held_out_given.exists()
         return "given questions about held-out images" if given else "the L-VLM's own questions about held-out images"
 
+    def model(self, variant: str) -> Path:
+        """The folder of a levelled model."""
+        return self.files.folder / self.variants.get(variant, self.files.levelled(variant).name)
+
     def compare(self, variant: str) -> Comparison:
         return compare(*self.answers(variant), candidates=max(1, len(self.variants)))
 
     def answers(self, variant: str) -> tuple[Evaluation, Evaluation]:
         """(before PL, after). Raises InputError for a missing file, and for one with replies that are still to be asked again."""
-        return self._answers(self.cell.svlm), self._answers(self.files.levelled(variant).name)
+        return self._answers(self.cell.svlm), self._answers(self.model(variant).name)
 
     def _answers(self, model: str) -> Evaluation:
         """A model's answers to the held-out questions."""

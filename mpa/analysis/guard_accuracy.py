@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa.analysis.check_tables import NAMES, names, points
+from mpa.analysis.check_tables import points
 from mpa.analysis.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, compare
-from mpa.analysis.table_formats import Estimate, Figure, Table
+from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
 from mpa.answers.agreement import Z, wilson
 from mpa.data.loading import train_labels
 from mpa.files.records import InputError

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mpa.analysis.run_summary import ROWS
-from mpa.analysis.table_formats import Figure, Interval, Table
+from mpa.analysis.table_formats import NAMES, Figure, Interval, Table, names
 from mpa.data import DATASETS
 from mpa.runs import comparable
 from mpa.runs.comparable import NotComparable
@@ -45,7 +45,7 @@ def over_seeds(values, scale: float = 1, **form) -> Figure | None:
 
 def main_row(group: SeedGroup) -> dict:
     """Before, after, gain, interval, n and parity samples of MPA."""
-    seeds, row, notes = group.seeds, _names(group.cell), []
+    seeds, row, notes = group.seeds, names(group.cell), []
     row["method"], row["settings"] = seeds[0].method, group.label
     if row["method"] != "MPA":
         row["settings"] = ", ".join(filter(None, (row["method"], group.label)))
@@ -84,7 +84,7 @@ def _compared(row: dict, seeds: list) -> list[str]:
 
 def main_table(runs: Runs, whole_matrix: bool = False) -> Table:
     """S-VLM x L-VLM x dataset: all combinations of those found, and with `whole_matrix` also the paper's."""
-    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "settings": str, "before": Figure, "after": Figure}
+    kinds = NAMES | {"settings": str, "before": Figure, "after": Figure}
     kinds |= {"gain": Figure, "95 % interval": Interval, "n": float, "parity samples": Figure, "seeds": float}
     rows = defaultdict(list)
     for group in runs.groups:
@@ -116,12 +116,8 @@ def _counts(counts: list[int]) -> Figure | str:
 
 def _without_run(runs: Runs, cell: Cell) -> dict:
     """A cell without an MPA training: what is known of the S-VLM before."""
-    row, before = _names(cell), runs.evaluation(cell.dataset, cell.svlm)
+    row, before = names(cell), runs.evaluation(cell.dataset, cell.svlm)
     return row | ({"before": Figure(100 * before.summary["score"])} if before and cell in runs.cells else {})
-
-
-def _names(cell: Cell) -> dict:
-    return {"dataset": cell.dataset, "L-VLM": cell.lvlm, "S-VLM": cell.svlm}
 
 
 def _product(cells: list[Cell]) -> list[Cell]:
@@ -149,7 +145,7 @@ def _published_gain(cell: Cell):
 
 def ablation_table(runs: Runs) -> Table:
     """Table 6: what PL trains on, its samples and the accuracy, for cells with more than MPA; then the paper's."""
-    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "training data": str, "settings": str, "samples": Figure}
+    kinds = NAMES | {"training data": str, "settings": str, "samples": Figure}
     kinds |= {"accuracy": Figure, "95 % interval": Interval, "n": float, "seeds": float}
     kinds |= {"samples, paper": str, "accuracy, paper": float}
     table = Table("ablation", "Table 6: training data of the S-VLM, accuracy in percent", kinds)
@@ -185,7 +181,7 @@ def _ablation_rows(runs: Runs, cell: Cell, groups: list[SeedGroup]) -> list[dict
     order = [*(v for v in TRAINED_ON if v != "lvlm"), *sorted(set(found) - set(TRAINED_ON)), "lvlm"]
     rows = [{"variant": variant} | row for variant in order for row in found.get(variant, ())]
     return [
-        _names(cell)
+        names(cell)
         | {"training data": row["method"] if row["variant"] == MPA else TRAINED_ON.get(row["variant"], row["variant"])}
         | row
         | _published_ablation(cell.dataset, row["variant"])

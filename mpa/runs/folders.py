@@ -8,12 +8,14 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mpa.data import DATASETS
+from mpa.files.printable import printable
 from mpa.files.records import InputError, meta_path, short_name
 from mpa.runs.evaluations import read_meta
 from mpa.runs.layout import (
@@ -28,6 +30,8 @@ from mpa.runs.layout import (
     parsed,
     train_meta,
 )
+
+T = TypeVar("T")
 
 
 class ParitySet(NamedTuple):
@@ -64,11 +68,6 @@ class RunFolder:
 
     def results(self, *stages: str) -> list[Path]:
         return [self.path / name for name in self.names if is_result(name, *stages)]
-
-    @cached_property
-    def evaluated(self) -> list[Path]:
-        """The Eval files that have a meta file."""
-        return [file for file in self.results("Eval") if meta_path(file).name in self.names]
 
     @cached_property
     def parity(self) -> dict[str, ParitySet]:
@@ -119,7 +118,7 @@ class RunFolder:
         known = {*told, *(file for of in own for file in (of.held_out, of.held_out_given))}
         found = lvlms | set(told.values())
         for file in (file for file in files if file not in known):
-            cell = _of_answers(file, metas.get(file, {}), lvlms) or parsed(file.stem, lvlms)
+            cell = _told(file, metas.get(file, {}), lvlms) or parsed(file.stem, lvlms)
             found |= {cell} if cell else set()
         whole = {cell[:2] for cell in found if cell.svlm}
         return sorted(cell for cell in found if cell.svlm or cell[:2] not in whole)
@@ -186,24 +185,16 @@ def _variant(model: str, cell: Cell) -> str | None:
     return ending(model, RunFiles(Path(), cell).levelled().name)
 
 
-def _told(file: Path, meta: dict) -> Cell | None:
-    """What the meta file of a result of PA or PI says, if it says all."""
-    dataset, path, lvlm = meta.get("settings", {}).get("dataset"), meta.get("model_path"), meta.get("model_path_lvlm")
-    if not path:
+def _told(file: Path, meta: dict, lvlms: Iterable[Cell] = ()) -> Cell | None:
+    """What the meta file of a result of PA or PI says. With older answers, their name tells which of the L-VLMs asked."""
+    settings, path = meta.get("settings", {}), meta.get("model_path")
+    if not path or settings.get("dataset") not in DATASETS:
         return cell_of_train(file.stem, meta)
-    if dataset not in DATASETS or not (lvlm or is_result(file.name, "PA")):
-        return None
-    model, lvlm = short_name(path), short_name(lvlm or path)
-    return Cell(dataset, lvlm, "" if model == lvlm or meta["settings"].get("scored") else model)
-
-
-def _of_answers(file: Path, meta: dict, lvlms: Iterable[Cell]) -> Cell | None:
-    """The cell of answers whose meta file, an older one, does not say which L-VLM asked."""
-    if "model_path" not in meta:
-        return None
-    model, dataset = short_name(meta["model_path"]), meta["settings"].get("dataset")
-    asked = [c for c in lvlms if c.dataset == dataset and RunFiles(file.parent, c).answers(model) == file]
-    return asked[0]._replace(svlm="" if model == asked[0].lvlm else model) if asked else None
+    model, asked = short_name(path), meta.get("model_path_lvlm") or (is_result(file.name, "PA") and path)
+    known = [Cell(settings["dataset"], short_name(asked))] if asked else lvlms
+    fitting = (c for c in known if asked or RunFiles(file.parent, c).answers(model) == file)
+    cell = next(fitting, None)
+    return cell and cell._replace(svlm="" if model == cell.lvlm or settings.get("scored") else model)
 
 
 def _holds_text(file: Path) -> bool:
@@ -258,3 +249,15 @@ def selected(args) -> list[tuple[Path, Cell]]:
     if not found:
         raise InputError(f"{args.results[0]}: no annotations of such models in it or below. Run PA.sh first.")
     return found
+
+
+def of_selected(args, make: Callable[[Path, Cell], T]) -> tuple[list[T], list[str]]:
+    """(what `make` gives for each of `selected`, why it gives nothing for others). That is also told, as the others may be whole."""
+    made, broken = [], []
+    for folder, cell in selected(args):
+        try:
+            made.append(make(folder, cell))
+        except InputError as error:
+            print(printable(f"error: {error}"), file=sys.stderr)
+            broken.append(str(error))
+    return made, broken

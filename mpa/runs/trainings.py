@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mpa.files.records import short_name
+from mpa.files.records import meta_path, short_name
 from mpa.method.presets import method_name
 from mpa.runs.evaluations import Evaluation
 from mpa.runs.folders import ParitySet, find
@@ -127,7 +127,8 @@ class Runs:
     def __init__(self, folders: Iterable[Path]):
         self.folders = {folder.path: folder for folder in find(folders)}
         found = self.folders.values()
-        self.evaluations = [Evaluation.read(file) for folder in found for file in folder.evaluated]
+        evaluated = [file for folder in found for file in folder.results("Eval") if meta_path(file).exists()]
+        self.evaluations = list(map(Evaluation.read, evaluated))
         self.parity = [one for folder in found for one in folder.parity.values()]
         self.ratings = [folder.path / name for folder in found for name in folder.names if is_ratings(name)]
 

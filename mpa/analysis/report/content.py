@@ -90,7 +90,7 @@ class CellContent:
         case, found_of = self.case, {}
         variants = self.attempt(lambda: case.run.variants(self.cell, case.files.evaluation(ANY)), {})
         names = ROWS | {MPA: self.method} | {variant: variant for variant in variants if variant not in ROWS}
-        models = {key: model_of(case, key) for key in names}
+        models = {key: model_of(case, key) if key in ROWS else variants[key] for key in names}
         for key in [key for key in names if key != "lvlm"] + ["lvlm"] * DATASETS[self.cell.dataset].labelled:
             if found := self._evaluation(models[key]):
                 found_of[key] = (names[key], models[key], found)
