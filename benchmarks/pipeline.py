@@ -41,6 +41,7 @@ from mpa.data.loading import load_samples
 from mpa.files import records
 from mpa.method.prompts import TASK_PROMPTS, answer_prompt, first_line, parse_annotation
 from mpa.models import loading
+from mpa.runs.layout import Cell, RunFiles
 
 ROOT = records.REPOSITORY
 
@@ -103,7 +104,7 @@ def stages(args, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(sys.stderr):
         pa = PA.main([*common, "--run", f"{run}/", "--tries", "0"])
         train = PI.main([*common, "--run", f"{run}/", "--model-path-svlm", args.svlm])
-        lvlm = Path(run) / f"PI_{records.short_name(args.lvlm)}_{records.short_name(args.lvlm)}_{args.dataset}.json"
+        lvlm = RunFiles(run, Cell(args.dataset, records.short_name(args.lvlm))).lvlm_answers
         annotations = [r for r in records.read_records(pa, "PA") if not r["left_out"]]
         return {
             "annotations": {
@@ -125,7 +126,7 @@ STAGES = {
     "PA": "scripts/PA.sh --limit 40 --temperature 1",
     "PI": "scripts/PI.sh",
     "PL": "PL/Qwen2-VL-Finetune/scripts/PL.sh",
-    "evaluate": "evaluate.sh --limit 40 --model-path {student} {run}/PL_teacher_student_easyVQA",
+    "evaluate": "evaluate.sh --limit 40 --model-path {student} {levelled}",
 }
 
 
@@ -136,18 +137,19 @@ def four_stages(checkout: Path) -> tuple[dict, dict]:
     settings |= {"BATCH_SIZE": 64, "PL_BATCH_SIZE": 16, "ACCUMULATION": 1, "LEARNING_RATE": 1.5e-4, "VISION_LR": 1.5e-4}
     settings |= {"MIN_PIXELS": 3136, "MAX_PIXELS": 3136, "HF_HUB_OFFLINE": 1}
     with tempfile.TemporaryDirectory() as run:
+        files = RunFiles(run, Cell("easyVQA", "teacher", "student"))
         environment = os.environ | {name: str(value) for name, value in {**settings, "RUN": f"{run}/"}.items()}
         for stage, command in STAGES.items():
-            words = command.format(student=mini / "student", run=run).split()
+            words = command.format(student=mini / "student", levelled=files.levelled()).split()
             before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             done = subprocess.run(["bash", *words], cwd=checkout, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
             after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
             took[stage] = seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        names = ("PI_teacher_train_teacher_student", "Eval_PL_teacher_student_easyVQA")
+        answers = files.evaluation(files.levelled().name)
         results = {
-            "parity": [str(r["id"]) for r in json.loads(Path(run, f"{names[0]}_easyVQA.json").read_text())],
-            "answers": [r["predictions"] for r in json.loads(Path(run, f"{names[1]}_easyVQA.json").read_text())],
+            "parity": [str(r["id"]) for r in json.loads(files.train.read_text())],
+            "answers": [r["predictions"] for r in json.loads(answers.read_text())],
         }
     return took, results
 

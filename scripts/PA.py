@@ -35,6 +35,7 @@ from mpa.files.image_files import fingerprints
 from mpa.files.journal import Journal, is_temporary
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import A_MARK, TASK_PROMPTS, Annotation, holds_mark, parse_annotation
+from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
 from mpa.stages.stage import AskedModel, Stage, counted
 
@@ -219,7 +220,8 @@ def main(argv=None) -> Path:
     model.check()
     samples = cli.selected(samples, args)
     images = fingerprints(s.image_path for s in samples)
-    out = args.out or records.run_folder(args.run) / f"PA_{records.short_name(model.path)}_{args.dataset}.json"
+    cell = Cell(args.dataset, records.short_name(model.path))
+    out = args.out or RunFiles(records.run_folder(args.run), cell).pa
     stage = Stage(
         model,
         out,

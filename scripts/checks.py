@@ -24,11 +24,10 @@ from mpa.analysis.guard_accuracy import guard_table
 from mpa.analysis.table_formats import FORMATS, Table
 from mpa.files import outputs
 from mpa.files.argument_types import number
-from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs import runs
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, selected
+from mpa.runs.case import Case
+from mpa.runs.folders import add_selection, of_selected
+from mpa.runs.trainings import Runs
 from mpa.stages import cli
 
 OF_ALL = {
@@ -40,23 +39,12 @@ OF_ALL = {
 }
 
 
-def of_cells(args) -> tuple[list[Table], list[str]]:
-    """(the tables of each run folder and pair of models, why others have none)."""
-    tables, broken = [], []
-    for folder, cell in selected(args):
-        try:
-            tables += of_case(args, Case(folder, cell))
-        except InputError as error:  # the others may be whole
-            broken.append(str(error))
-    return tables, broken
-
-
 def of_case(args, case: Case) -> list[Table]:
     if args.check == "coverage":
         return [check_tables.coverage_table(case, of) for of in ("answer", "question")]
     if args.check == "calibration":
         return [check_tables.calibration_table(case.cell, calibration.of_case(case))]
-    if not case.run.samples:
+    if not case.samples:
         return []
     return [check_tables.reasons_table(case), check_tables.inspection_table(case, args.n, args.seed)]
 
@@ -76,9 +64,11 @@ def main(argv=None) -> None:
         )
     if args.out:
         outputs.refuse_others(args.out, "checks")
-    tables, broken = ([OF_ALL[args.check](runs.find(args.results))], []) if args.check in OF_ALL else of_cells(args)
-    for why in broken:
-        print(printable(f"error: {why}"), file=sys.stderr)
+    if args.check in OF_ALL:
+        tables, broken = [OF_ALL[args.check](Runs(args.results))], []
+    else:
+        of_cells, broken = of_selected(args, lambda *place: of_case(args, Case(*place)))
+        tables = [table for tables in of_cells for table in tables]
     if broken and not tables:
         sys.exit(1)
     if not any(table.rows for table in tables):

@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa.analysis.diagnosis import diagnose, looked_at
 from mpa.files.printable import printable
-from mpa.files.records import InputError
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, run_name, selected
+from mpa.runs.case import Case
+from mpa.runs.folders import add_selection, of_selected, run_name
 from mpa.stages import cli
 
 
@@ -48,13 +47,7 @@ def main(argv=None) -> None:
     add_selection(p)
     p.add_argument("--short", action="store_true", help="one line for each cell")
     args = p.parse_args(argv)
-    broken = 0
-    for folder, cell in selected(args):
-        try:
-            report(folder, cell, args.short)
-        except InputError as error:  # the others may be whole
-            print(printable(f"error: {error}"), file=sys.stderr)
-            broken += 1
+    _, broken = of_selected(args, lambda folder, cell: report(folder, cell, args.short))
     if broken:
         sys.exit(1)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa.analysis.guard import SCORED_AS, answers_file
+from mpa.analysis.guard import SCORED_AS
 from mpa.answers.metrics import most_common
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
@@ -28,8 +28,9 @@ from mpa.engines import ENGINES
 from mpa.files import distributed, outputs, records
 from mpa.method import holdout
 from mpa.runs import comparable, interchange, scoring
-from mpa.runs.evaluations import Evaluation as Evaluated
-from mpa.runs.evaluations import read_meta
+from mpa.runs.evaluations import Evaluation, read_meta
+from mpa.runs.folders import RunFolder
+from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
 from mpa.stages.answering import Answers, Question, question_request
 from mpa.stages.stage import AskedModel, short_replies
@@ -73,7 +74,7 @@ def arguments(argv=None):
     return args
 
 
-class Evaluation(Answers):
+class ScoredAnswers(Answers):
     """A model's answers to the test questions, each with its scores. The meta file has the means."""
 
     def record(self, question: Question, reply: dict) -> dict:
@@ -96,17 +97,18 @@ class Evaluation(Answers):
 
     def summary(self, result: list[dict]) -> dict:
         few = scoring.few_answers_of(result, self.model.args.scored_as)
-        scores = {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
-        return scores | ({"few_answers": few} if few else {})
+        facts = {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
+        facts |= {"few_answers": few} if few else {}
+        return facts | (super().summary(result) if self.model.args.held_out else {})
 
 
-def evaluation(args, model: AskedModel, samples: list[Sample]) -> Evaluation:
-    name = records.short_name(model.path)
-    folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
-    file = (
-        answers_file(folder, lvlm, name, args.dataset) if args.held_out else folder / f"Eval_{name}_{args.dataset}.json"
-    )
-    out = args.out or file
+def files_of(args) -> RunFiles:
+    return RunFiles(records.run_folder(args.run), Cell(args.dataset, records.short_name(args.model_path_lvlm)))
+
+
+def evaluation(args, model: AskedModel, samples: list[Sample]) -> ScoredAnswers:
+    name, files = records.short_name(model.path), files_of(args)
+    out = args.out or (files.guard_answers(name) if args.held_out else files.evaluation(name))
     questions = []
     for s in samples:
         before = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
@@ -114,10 +116,10 @@ def evaluation(args, model: AskedModel, samples: list[Sample]) -> Evaluation:
         request = question_request(args, s.key, s.image_path, s.question)
         more = {name: value for name, value in s.more.items() if name != "image_hash"}
         questions.append(Question(request, before, {"answers": s.answers, **more}))
-    return Evaluation(model, out, f"evaluate {name}", "Eval", questions)
+    return ScoredAnswers(model, out, f"evaluate {name}", "Eval", questions)
 
 
-def lmms_eval_folder(stage: Evaluation, name: str) -> Path:
+def lmms_eval_folder(stage: ScoredAnswers, name: str) -> Path:
     return stage.out.parent / "lmms-eval" / name
 
 
@@ -183,7 +185,7 @@ def compare(args) -> dict:
     sides = []
     for path in args.compare:
         meta = read_meta(records.meta_path(path)) if records.meta_path(path).exists() else None
-        sides.append(Evaluated.of(path, read_predictions(args, path), args.dataset, args.preset, meta))
+        sides.append(Evaluation.of(path, read_predictions(args, path), args.dataset, args.preset, meta))
     found = comparable.compare(*sides, one_model=False)
     rows = found.by_metric(scoring.metric_names(args.dataset, args.preset))
     print(f"\n{args.compare[1].name} against {args.compare[0].name} on {args.dataset}")
@@ -210,11 +212,9 @@ def main(argv=None) -> None:
     cli.open_log(args)
     annotations = args.annotations
     if args.held_out and not annotations:
-        folder, lvlm = records.run_folder(args.run), records.short_name(args.model_path_lvlm)
-        name = f"PI_{{lvlm}}_heldout_{args.dataset}.json"
-        given = holdout.given_questions_file(folder, lvlm, args.dataset)
-        stage = "PI.sh with --hold-out 0.15"
-        annotations = given if given.exists() else records.find_input(folder, name, lvlm, "--annotations", stage)
+        files, stage = files_of(args), "PI.sh with --hold-out 0.15"
+        given = files.held_out_given
+        annotations = given if given.exists() else files.needed(files.held_out, "--annotations", stage)
     models = [AskedModel(args, path) for path in args.model_path]
     names = [records.short_name(model.path) for model in models]
     if len(set(names)) < len(names):
@@ -223,8 +223,8 @@ def main(argv=None) -> None:
     samples = cli.selected(samples, args)
     for model in models:
         model.check()
-    if args.held_out:
-        holdout.refuse_trained_on(samples, records.run_folder(args.run), args.dataset)
+    if args.held_out and (folder := records.run_folder(args.run)).is_dir():
+        holdout.refuse_trained_on(samples, RunFolder(folder).train_files(args.dataset))
     if args.dry_run:
         requests = [question_request(args, s.key, s.image_path, s.question) for s in samples]
         for name, model in zip(names, models, strict=True):

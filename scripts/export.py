@@ -162,7 +162,7 @@ def main(argv=None) -> None:
     if args.to in FOLDERS:
         folders = {os.path.dirname(os.path.abspath(s["image"])) for s in samples}
         print(f"It contains copies of the images below {os.path.commonpath(folders)}.")
-    if n := sum(bool(kind_of(sample)) for sample in samples):
+    if n := sum(map(bool, map(kind_of, samples))):
         print(f"{n} samples have a `kind`, which is in the export; a trainer does not need it.")
     left = Counter(name for sample in samples for name in sample.keys() - {"id", "image", "conversations", "kind"})
     if left and args.to != "llava":

@@ -21,7 +21,7 @@ from mpa.analysis.guard import NONE, WORSE, Comparison, Guard, conclusion, recom
 from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import InputError
-from mpa.runs.run_folders import add_selection, selected
+from mpa.runs.folders import add_selection, selected
 from mpa.stages import cli
 
 
@@ -58,9 +58,9 @@ def line(name: str, one: Comparison) -> str:
 
 
 def report(guard: Guard, variants: list[str]) -> None:
-    cell, found = guard.cell, compared(guard, variants)
+    cell, files, found = guard.cell, guard.files, compared(guard, variants)
     print(
-        f"\nGuard of {guard.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM on {guard.questions}"
+        f"\nGuard of {files.folder.name}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: agreement with the L-VLM on {guard.questions}"
     )
     print("\n".join(line(guard.model(name).name, one) for name, one in found.items()))
     for note in dict.fromkeys(note for one in found.values() for note in one.notes):
@@ -76,15 +76,13 @@ def report(guard: Guard, variants: list[str]) -> None:
     )
     if [one.verdict for one in found.values()] == [WORSE]:
         print("  To try remedies: REMEDY=1 bash scripts/guard.sh, with the variables of the run.")
-    out = guard.folder / f"guard_{cell.lvlm}_{cell.svlm}_{cell.dataset}.json"
     models = {name: one.as_json() for name, one in found.items()}
-    records.write_json(
-        out, {"questions": guard.questions, "models": models, "recommended": best and guard.model(best).name}
-    )
+    recommends = best and guard.model(best).name
+    records.write_json(files.guard, {"questions": guard.questions, "models": models, "recommended": recommends})
     next_command = (
         f" Next: MODEL={guard.model(best)} bash evaluate.sh" if best and DATASETS[cell.dataset].labelled else ""
     )
-    print(f"Wrote {out}.{next_command}")
+    print(f"Wrote {files.guard}.{next_command}")
 
 
 def main(argv=None) -> None:
@@ -106,7 +104,7 @@ def main(argv=None) -> None:
         if args.verdict:
             print(*(guard.compare(variant).verdict for variant in args.variant or ["mpa"]), sep="\n")
         else:
-            report(guard, args.variant or guard.variants)
+            report(guard, args.variant or list(guard.variants))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa.analysis.ratings import Item, Ratings, pools, ratings_file, select
+from mpa.analysis.ratings import Item, Ratings, pools, select
 from mpa.data import DATASETS
 from mpa.files import log_file, packages, records
 from mpa.files.image_files import ImageError, open_image
 from mpa.files.records import InputError
-from mpa.runs import runs
-from mpa.runs.runs import Cell, ParitySet
+from mpa.runs.folders import ParitySet, RunFolder
+from mpa.runs.layout import RunFiles
 from mpa.stages import cli
 
 
@@ -49,29 +49,27 @@ def arguments(argv=None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def parity_set(args) -> tuple[Cell, ParitySet]:
+def parity_set(args) -> ParitySet:
     """The parity set in the run folder that the arguments select. Raises InputError if it is not exactly one."""
-    folder = args.run.resolve()
     wanted = [args.dataset, *(model and records.short_name(model) for model in (args.lvlm, args.svlm))]
-    found = {
-        cell: one
-        for (place, cell, variant), one in runs.find([args.run]).parity.items()
-        if place == folder and variant == "mpa" and all(w in (None, name) for w, name in zip(wanted, cell, strict=True))
-    }
+    found = [
+        one
+        for one in RunFolder(args.run).parity.values()
+        if not one.ending and all(w in (None, name) for w, name in zip(wanted, one.cell, strict=True))
+    ]
     if len(found) != 1:
-        there = "; ".join(f"--dataset {c.dataset} --lvlm {c.lvlm} --svlm {c.svlm}" for c in found)
+        there = "; ".join(f"--dataset {c.dataset} --lvlm {c.lvlm} --svlm {c.svlm}" for c in (one.cell for one in found))
         raise InputError(
             f"{args.run}: holds {len(found)} parity sets; choose one: {there}."
             if found
             else f"{args.run}: no parity set with a meta file for these models and dataset. Run PI.sh first."
         )
-    return next(iter(found.items()))
+    return found[0]
 
 
-def selected(args, cell: Cell, parity: ParitySet) -> tuple[list[Item], dict[str, list[Item]]]:
+def selected(args, parity: ParitySet, files: RunFiles) -> tuple[list[Item], dict[str, list[Item]]]:
     """(the items to rate, all items of both sets). Raises InputError if a set is empty or an image cannot be opened."""
-    pattern = f"PA_{{lvlm}}_{cell.dataset}.json"
-    pa_json = args.pa_json or records.find_input(args.run, pattern, cell.lvlm, "--pa-json", "PA.sh")
+    pa_json = args.pa_json or files.needed(files.pa, "--pa-json", "PA.sh")
     held_out = set()
     if parity.meta.get("held_out"):
         held_out = {r["image_path"] for r in records.read_json(parity.file.parent / parity.meta["held_out"])}
@@ -107,11 +105,12 @@ def main(argv=None) -> None:
     packages.require("The rating page", "rating", "fastapi", "uvicorn")
     if not args.run.is_dir():
         raise InputError(f"{args.run}: no such folder; give a run folder.")
-    cell, parity = parity_set(args)
-    items, by_set = selected(args, cell, parity)
+    parity = parity_set(args)
+    files = RunFiles(args.run, parity.cell)
+    items, by_set = selected(args, parity, files)
     door = listen(args.port)
     log_file.open_log(args.run / "log.txt")
-    ratings = Ratings(ratings_file(args.run, cell), cell, items, by_set, args.samples, args.seed)
+    ratings = Ratings(files.ratings, parity.cell, items, by_set, args.samples, args.seed)
 
     import uvicorn
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpa.files import outputs
 from mpa.files.printable import as_size, printable
 from mpa.files.records import InputError
-from mpa.runs.run_folders import add_selection, selected
+from mpa.runs.folders import add_selection, of_selected
+from mpa.runs.layout import Cell
 from mpa.stages import cli
 
 
@@ -39,15 +40,13 @@ def main(argv=None) -> None:
     first = args.results[0]
     out = args.out or first / ("report.html" if args.single_file else "report")
     outputs.refuse_others(out if args.single_file else out / "index.html", "report", ours=page.ours)
-    contents, broken = [], []
-    for folder, cell in selected(args):
-        try:
-            content = CellContent(folder, cell)
-            content.case.run.samples, content.case.run.judge  # noqa: B018 - without these nothing can be shown
-            contents.append(content)
-        except InputError as error:  # the others may be whole
-            broken.append(str(error))
-            print(printable(f"error: {error}"), file=sys.stderr)
+
+    def content(folder: Path, cell: Cell) -> CellContent:
+        found = CellContent(folder, cell)
+        found.case.samples, found.case.judge  # noqa: B018 - without these nothing can be shown
+        return found
+
+    contents, broken = of_selected(args, content)
     if not contents:
         sys.exit(1)
     how = {"image_root": args.image_root, "redact": args.redact_paths, "broken": broken}
@@ -61,12 +60,12 @@ def main(argv=None) -> None:
     if hidden := sum(not shown for shown in images.values()):
         told += f", {hidden:,} of them not shown; the page says why"
     print(f"Wrote {out} ({as_size(out.stat().st_size)}): {told}. Open it in a browser.")
-    for content in contents:
-        for why in content.differing:
-            print(printable(f"warning: {content.title}: not compared: {why}"), file=sys.stderr)
-        for why in content.broken:
+    for one in contents:
+        for why in one.differing:
+            print(printable(f"warning: {one.title}: not compared: {why}"), file=sys.stderr)
+        for why in one.broken:
             print(printable(f"error: {why}"), file=sys.stderr)
-    if broken or any(content.broken for content in contents):
+    if broken or any(one.broken for one in contents):
         sys.exit(1)
 
 

@@ -20,10 +20,10 @@ from mpa.files.argument_types import number
 from mpa.files.image_files import ImageError, open_image
 from mpa.files.printable import printable
 from mpa.files.records import InputError
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import add_selection, run_name, selected
-from mpa.runs.run_samples import changes
-from mpa.runs.runs import model_name
+from mpa.runs.case import Case
+from mpa.runs.comparable import changes
+from mpa.runs.folders import add_selection, of_selected, run_name
+from mpa.runs.layout import Cell
 from mpa.stages import cli
 
 COLUMNS = 40  # width of an image in the terminal, in characters
@@ -59,8 +59,8 @@ def rows_of(sample, what: str) -> list[tuple[str, str | None]]:
 def chosen(case: Case, what: str) -> list:
     """The annotated samples that PI kept or rejected, or the test questions that changed."""
     if what in ("kept", "rejected"):
-        return [s for s in case.run.samples if (s.kept if what == "kept" else s.rejected)]
-    before, after = case.evaluation(case.cell.svlm), case.evaluation(model_name(case.cell))
+        return [s for s in case.samples if (s.kept if what == "kept" else s.rejected)]
+    before, after = case.evaluation(case.cell.svlm), case.evaluation(case.model)
     if not (before and after):
         raise InputError(
             f"{case.folder}: no evaluations before and after PL of {case.cell.svlm}. Run evaluate.sh first."
@@ -89,14 +89,9 @@ def main(argv=None) -> None:
 
     console, what = Console(highlight=False), args.what or "kept"
     images = not args.no_images and console.is_terminal and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    broken = 0
-    for folder, cell in selected(args):
-        try:
-            found = chosen(Case(folder, cell), what)
-        except InputError as error:  # the others may be whole
-            print(printable(f"error: {error}"), file=sys.stderr)
-            broken += 1
-            continue
+
+    def show(folder: Path, cell: Cell) -> None:
+        found = chosen(Case(folder, cell), what)
         picked = random.Random(args.seed).sample(found, min(args.n, len(found)))
         title = (
             f"{run_name(folder)}, {cell.dataset}, {cell.svlm} from {cell.lvlm}: {len(picked)} of {len(found)} {what}"
@@ -114,6 +109,8 @@ def main(argv=None) -> None:
                 except ImageError as error:
                     console.print(f"(no image: {error})", markup=False)
             console.print(table)
+
+    _, broken = of_selected(args, show)
     if broken:
         sys.exit(1)
 

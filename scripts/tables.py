@@ -27,13 +27,13 @@ from mpa.analysis.run_summary import summarise
 from mpa.analysis.table_formats import FORMATS, Table
 from mpa.data import DATASETS
 from mpa.files import outputs, records
-from mpa.runs import runs
+from mpa.runs.trainings import Runs
 from mpa.stages import cli
 
 TABLES = ("main", "ablation", "ratings", "claims")
 
 
-def paper_tables(found: runs.Runs, names: list[str], whole_matrix: bool) -> list[Table]:
+def paper_tables(found: Runs, names: list[str], whole_matrix: bool) -> list[Table]:
     main = main_table(found, whole_matrix)
     make = {
         "main": lambda: main,
@@ -67,7 +67,7 @@ def main(argv=None) -> None:
         p.error("--lvlm and --svlm need --dataset; without it, the tables show all models that they find")
     if args.out:
         outputs.refuse_others(args.out, "tables")
-    found = runs.find(args.results)
+    found = Runs(args.results)
     if not (found.evaluations or found.parity or found.ratings):
         raise records.InputError(
             f"{args.results[0]}: no result of a stage in these folders or below. Run a stage first."

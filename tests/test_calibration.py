@@ -10,10 +10,10 @@ import pytest
 from mpa.analysis import calibration
 from mpa.analysis.report import figures
 from mpa.files.records import InputError
-from mpa.runs import runs
-from mpa.runs.run_case import Case
+from mpa.runs.case import Case
+from mpa.runs.layout import Cell
 
-CELL = runs.Cell("easyVQA", "teacher", "student")
+CELL = Cell("easyVQA", "teacher", "student")
 
 
 def test_the_bins_and_the_error_are_those_of_a_count_by_hand():
@@ -40,7 +40,7 @@ def test_what_a_run_tells(easy_run, capsys):
     case = Case(Path(easy_run), CELL)
     own, tested = calibration.of_case(case)
     assert (own.model, tested.model) == ("teacher", "student")
-    answered = [s for s in case.run.samples if s.lvlm_answer is not None]
+    answered = [s for s in case.samples if s.lvlm_answer is not None]
     assert own.right.sum() == sum(s.lvlm_answer == s.annotation for s in answered) and len(own.right) == len(answered)
     assert len(tested.right) == 48 and tested.probabilities.max() <= 1 and tested.probabilities.min() > math.exp(-20)
     svg = figures.calibration([own, tested])

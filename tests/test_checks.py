@@ -12,14 +12,13 @@ from conftest import python
 from corrupt import corrupted
 
 from mpa.analysis import guard
-from mpa.analysis.guard import answers_file
 from mpa.analysis.guard_accuracy import told_by_train_labels
 from mpa.answers.matching import Match
 from mpa.data.loading import train_labels
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell, RunFiles
 
 SAMPLES = [*(sample(i) for i in range(20)), *(sample(i, svlm=word(i)) for i in range(20, 30))]
 SAMPLES += [sample(i, lvlm="else", svlm="x") for i in range(30, 40)]
@@ -153,7 +152,7 @@ def test_the_guards_verdicts_stand_beside_those_of_the_labels(tmp_path):
             made = fake.evaluation(
                 folder, model, "images", answers
             )  # the score of held-out questions is that of `images`
-            out = answers_file(folder, "big", Path(model).name, "okVQA")
+            out = RunFiles(folder, Cell("okVQA", "big")).guard_answers(Path(model).name)
             made.replace(out)
             records.meta_path(made).replace(records.meta_path(out))
         fake.evaluation(folder, "hub/small", "okVQA", before, seed)

@@ -22,11 +22,12 @@ from mpa.analysis.report.page import compare_section
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.models.identity import identity
-from mpa.runs import comparable, runs
+from mpa.runs import comparable
+from mpa.runs.case import Case
 from mpa.runs.comparable import NotComparable
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.run_case import Case
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell, RunFiles
+from mpa.runs.trainings import Runs
 
 ERROR = {"predictions": None, "left_out": "timed out"}
 CUT = {"finish_reason": "length"}
@@ -41,7 +42,7 @@ def changed(path: Path, change, places) -> None:
 
 
 def answers(folder: Path, model: str) -> Path:
-    return guard.answers_file(folder, "big", model, "okVQA")
+    return RunFiles(folder, CELL).guard_answers(model)
 
 
 def set_meta(path: Path, **settings) -> None:
@@ -202,7 +203,7 @@ def test_trainings_of_different_models_with_one_short_name_are_no_seeds_of_a_row
         fake.evaluation(tmp_path / f"d-{path}", "hub/small", "stVQA", [0, 1] * 20, seed, model=digest)
         fake.run(tmp_path / f"x-{path}", "chartVQA", "hub/big", "hub/small", [0, 1] * 20, [1] * 40, seed=seed)
     found = {}
-    for e in runs.find([tmp_path]).experiments:
+    for e in Runs([tmp_path]).groups:
         found.setdefault(e.cell.dataset, []).append((len(e.seeds), e.label))
     assert found["textVQA"] == [(1, "S-VLM one/small"), (1, "S-VLM two/small")]
     assert found["okVQA"] == [(1, "L-VLM one/big"), (1, "L-VLM two/big")]
@@ -214,7 +215,7 @@ def test_the_s_vlm_before_of_another_folder_must_be_the_one_that_was_trained(tmp
     fake.run(tmp_path / "a", "textVQA", "big", "one/small", HALF, HALF)
     fake.parity(tmp_path / "b", "textVQA", "big", "two/small", 10, 100)
     fake.trained(tmp_path / "b", "textVQA", "big", "two/small", HALF, 10, seed=1)
-    before = {t.after.path.parent.name: t.before for t in runs.find([tmp_path]).trainings}
+    before = {t.after.path.parent.name: t.before for t in Runs([tmp_path]).trainings}
     assert before["a"] and before["b"] is None
 
 

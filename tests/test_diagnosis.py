@@ -11,7 +11,8 @@ from answered_runs import CELL, sample, word
 from conftest import ROOT, python
 
 from mpa.analysis.diagnosis import diagnose, disagreement, looked_at
-from mpa.runs.run_case import Case, checked_against_labels
+from mpa.runs.case import Case, checked_against_labels
+from mpa.runs.folders import RunFolder
 
 OFFICIAL = ROOT.parent / "shared/reference/official"
 HEALTHY = [*(sample(i) for i in range(120)), *(sample(i, svlm=word(i)) for i in range(120, 240))]
@@ -178,10 +179,8 @@ def test_released_annotations(tmp_path):
 
 def test_labels_tell_which_kept_samples_are_wrong(easy_run):
     """The embedded teacher's annotations, against easy-VQA's labels of the same question and image."""
-    from mpa.runs.run_folders import cells_in
-
-    case = Case(easy_run, cells_in(easy_run)[0])
-    checked = checked_against_labels(case, [s for s in case.run.samples if s.annotation])
+    case = Case(easy_run, RunFolder(easy_run).cells[0])
+    checked = checked_against_labels(case, [s for s in case.samples if s.annotation])
     right = [right for s, right in checked if s.reason in ("parity", "both right")]
     assert len(checked) >= len(right) > 0 and all(right)
 

@@ -178,7 +178,7 @@ def test_a_click_that_does_not_fit_is_refused_whole_and_the_next_one_is_kept(tmp
     fastapi = pytest.importorskip("fastapi.testclient")
     from mpa.analysis.rating_app import application
     from mpa.analysis.ratings import Item, Ratings, latest
-    from mpa.runs.runs import Cell
+    from mpa.runs.layout import Cell
 
     file = tmp_path / "ratings_L_S_images.jsonl"
     items = [Item("1", "x.png", "q?", "a", "before"), Item("2", "y.png", "q?", "a", "after")]

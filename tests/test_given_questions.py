@@ -13,9 +13,8 @@ from PIL import Image
 from mpa.analysis.guard import Guard
 from mpa.files import image_files
 from mpa.files.records import InputError, read_json
-from mpa.method import holdout
-from mpa.runs import run_folders
-from mpa.runs.runs import Cell
+from mpa.runs.folders import RunFolder
+from mpa.runs.layout import Cell
 from mpa.stages import given_questions
 
 CELL = Cell("images", "big", "small")
@@ -45,7 +44,7 @@ def run(serve, copied_images, tmp_path):
 
 def test_they_are_about_held_out_images_and_asked_instead_of_the_l_vlms_own(run, capsys):
     train = read_json(run.pi())
-    given, own = read_json(run.folder / GIVEN), read_json(holdout.file_of(run.folder, "big", "images"))
+    given, own = read_json(run.folder / GIVEN), read_json(run.folder / "PI_big_heldout_images.json")
     hashes = {r["image_hash"] for r in given}
     assert hashes and {r["image_hash"] for r in own} <= hashes
     assert not hashes & {image_files.content_hash(r["image"]) for r in train}
@@ -65,7 +64,7 @@ def test_they_are_about_held_out_images_and_asked_instead_of_the_l_vlms_own(run,
     assert Guard(run.folder, CELL).compare("mpa").n == len(given)
     guard_script.main([str(run.folder), "--svlm", "small"])
     assert "on given questions about held-out images" in capsys.readouterr().out
-    assert {cell.svlm for cell in run_folders.cells_in(run.folder)} == {"small", "tiny"}
+    assert {cell.svlm for cell in RunFolder(run.folder).cells} == {"small", "tiny"}
 
 
 def test_the_l_vlms_half_asks_them_for_all_s_vlms(run):

@@ -20,8 +20,9 @@ from mpa.analysis.guard import Comparison, Guard
 from mpa.answers.agreement import Z, paired_difference
 from mpa.files import records
 from mpa.files.records import InputError
+from mpa.runs.case import Case
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell, RunFiles
 
 CELL = Cell("okVQA", "big", "small")
 
@@ -82,7 +83,7 @@ def held_out(folder: Path, right: dict[str, list[int]], cell: Cell = CELL, **met
     fake.write(folder / f"PI_{cell.lvlm}_train_{cell.lvlm}_{cell.svlm}_{cell.dataset}.json", [])
     for model, answers in right.items():
         made = fake.evaluation(folder, model, "images", answers)
-        out = guard.answers_file(folder, cell.lvlm, model, cell.dataset)
+        out = RunFiles(folder, cell).guard_answers(model)
         made.replace(out)
         content = json.loads(records.meta_path(made).read_text())
         records.meta_path(made).unlink()
@@ -116,7 +117,7 @@ def test_the_script_recommends_the_model_that_is_better(tmp_path, capsys):
     held_out(tmp_path, {"small": HALF, MODEL: [0, 1] * 40 + [0] * 20, f"{MODEL}_anchors-slow": [0, 1] * 40 + [1] * 20})
     script.main([str(tmp_path)])
     assert f"Use {tmp_path / MODEL}_anchors-slow." in capsys.readouterr().out
-    assert Guard(tmp_path, CELL).variants == ["mpa", "anchors-slow"]
+    assert Guard(tmp_path, CELL).variants == {"mpa": MODEL, "anchors-slow": f"{MODEL}_anchors-slow"}
 
 
 def test_what_cannot_be_told_is_an_error(tmp_path):
@@ -147,7 +148,7 @@ def test_a_labelled_datasets_held_out_answers_do_not_touch_its_evaluation(serve,
     evaluate.main(as_okvqa("--held-out", "--model-path", "small", MODEL))
     questions = json.loads((run / "PI_big_heldout_okVQA.json").read_text())
     for model in ("small", MODEL):
-        found = records.read_records(guard.answers_file(run, "big", model, "okVQA"), "Eval")
+        found = records.read_records(RunFiles(run, CELL).guard_answers(model), "Eval")
         assert [r["question_id"] for r in found] == [r["question_id"] for r in questions]
         assert set(found[0]["scores"]) >= {"exact"} and "vqa" not in found[0]["scores"]
     assert not list(run.glob("Eval_*"))
@@ -165,7 +166,7 @@ def test_the_summary_of_unlabelled_images_says_when_nothing_can_be_concluded(tmp
     fake.evaluation(tmp_path, "big", "images", [1] * 12)
     fake.write(tmp_path / "PL_big_small_images/train_meta.json", {"settings": {}, "samples": 80, "seconds": 1.0})
     fake.write(tmp_path / "PI_big_heldout_images.meta.json", {"settings": {"share": 0.15, "threshold": "1"}})
-    result = run_summary.summary(run_summary.Run(tmp_path, *cell))
+    result = run_summary.summary(Case(tmp_path, cell))
     assert list(result["rows"]) == ["base", "mpa"]
     low, high = result["gain"]["ci95"]
     assert low == pytest.approx(-high) and low < -0.2 and result["guard"]["verdict"] == "not told apart"

@@ -17,10 +17,10 @@ from mpa.analysis.report.content import CellContent
 from mpa.answers import paired
 from mpa.answers.metrics import bootstrap_interval
 from mpa.files import records
-from mpa.runs import runs
+from mpa.runs.case import Case
 from mpa.runs.comparable import compare
-from mpa.runs.run_case import Case
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell
+from mpa.runs.trainings import Runs
 
 CELL = Cell("textVQA", "big", "small")
 measured = runpy.run_path(str(ROOT / "benchmarks/guard.py"))["measured"]
@@ -36,13 +36,13 @@ def test_one_run_shows_one_interval_in_table_diagnosis_report_checks_and_compari
     files = [tmp_path / f"Eval_{model}_textVQA.json" for model in ("small", "PL_big_small_textVQA")]
     evaluate.main(["--compare", *map(str, files), "--out", str(tmp_path / "out.json")])
     of_comparison = json.loads((tmp_path / "out.json").read_text())["textvqa"]["ci95"]
-    (training,) = runs.find([tmp_path]).trainings
+    (training,) = Runs([tmp_path]).trainings
     estimate = points(compare(training.before, training.after))
     told = guard.compare(training.before, training.after).interval
-    run = run_summary.Run(tmp_path, *CELL)
+    run = Case(tmp_path, CELL)
     for found in (
         CellContent(tmp_path, CELL).gain()["ci95"],
-        run_summary._gain(run, run.evaluation("base"), run.evaluation("mpa"))["gain"]["ci95"],
+        run_summary.gain(run, run.evaluation("small"), run.evaluation(run.model))["gain"]["ci95"],
         told,
         (estimate.low / 100, estimate.high / 100),
     ):
@@ -107,7 +107,7 @@ def test_the_table_draws_an_image_with_its_questions_of_all_seeds(tmp_path):
         fake.evaluation(tmp_path / str(seed), "S", "textVQA", [0] * 200, seed, ids=ids)
         fake.trained(tmp_path / str(seed), "textVQA", "L", "S", after[first : first + 200], 10, seed, ids=ids)
         gains.append((after[first : first + 200], ids))
-    (experiment,) = runs.find([tmp_path]).experiments
+    (experiment,) = Runs([tmp_path]).groups
     found = [compare(t.before, t.after) for t in experiment.seeds]
     low, high = paired.interval(*gains)
     estimate = points(*found)
@@ -142,8 +142,10 @@ def test_a_run_of_the_preset_anchored_is_not_called_mpa(tmp_path):
     done = python("tables.py", tmp_path)
     assert "| anchored |" in done.stdout and "Not the paper's method" in done.stdout
     assert "+50.0" not in done.stdout.split("Headline claims")[1].split("mean gain")[0]
-    run = run_summary.Run(tmp_path, *CELL)
-    result = {"rows": {}, "method": run.method} | run_summary._gain(run, run.evaluation("base"), run.evaluation("mpa"))
+    run = Case(tmp_path, CELL)
+    result = {"rows": {}, "method": run.method} | run_summary.gain(
+        run, run.evaluation("small"), run.evaluation(run.model)
+    )
     assert "anchored gains +50.0 points" in run_summary.table(result, "accuracy")[-1]
     assert "anchored" in python("checks.py", "sweep", tmp_path).stdout
 

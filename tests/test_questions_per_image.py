@@ -10,7 +10,8 @@ from answered_by_rule import annotate, flags
 from fake_server import completion, text_of
 
 from mpa.files.records import read_json
-from mpa.runs import run_samples, runs
+from mpa.runs.case import Case
+from mpa.runs.layout import Cell
 
 QUESTIONS = ("What color is it?", "What shape is it?", "How large is it?")
 
@@ -40,7 +41,7 @@ def test_each_question_differs_from_those_before(serve, copied_images, tmp_path)
     assert re.search(r"The question must differ from these:\nWhat color is it\?\nWhat shape is it\?$", third)
     train = read_json(PI.main(flags(server, copied_images, run, "--hold-out", "0")))
     assert len(train) == 90 and len({r["id"] for r in train}) == 90
-    samples = run_samples.RunSamples(run, runs.Cell("images", "big", "small")).samples
+    samples = Case(run, Cell("images", "big", "small")).samples
     assert Counter(s.reason for s in samples) == {"parity": 90, "no usable annotation": 30}
     meta = read_json(run / "PI_big_train_big_small_images.meta.json")
     assert meta["funnel"]["pictures"] == 30 and meta["funnel"]["parsed"] == 90

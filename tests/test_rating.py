@@ -19,7 +19,7 @@ from PIL import Image
 
 from mpa.analysis import ratings
 from mpa.files import records
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell, RunFiles
 
 CELL = Cell("chartVQA", "L", "S_1")
 NAME = "L_S_1_chartVQA"
@@ -228,7 +228,7 @@ def test_the_selection_is_seeded_balanced_and_without_what_pa_left_out(run):
 def test_table_4_is_what_the_raters_said_with_kappa(run):
     by_set = ratings.pools(run / "PA_L_chartVQA.json", run / "PI_L_train_L_S_1_chartVQA.json", set(), {}, None)
     items = ratings.select(by_set, 4, 0)
-    store = ratings.Ratings(ratings.ratings_file(run, CELL), CELL, items, by_set, 4, 0)
+    store = ratings.Ratings(RunFiles(run, CELL).ratings, CELL, items, by_set, 4, 0)
     for i, item in enumerate(items):
         store.add("Ada", i, "correct", item.set == "before")
         store.add("Ada", i, "correct", item.set == "after")  # the last click counts
@@ -266,7 +266,7 @@ def test_table_4_is_what_the_raters_said_with_kappa(run):
 def test_a_stray_name_with_two_clicks_does_not_turn_the_agreement_of_the_others(run):
     by_set = ratings.pools(run / "PA_L_chartVQA.json", run / "PI_L_train_L_S_1_chartVQA.json", set(), {}, None)
     items = ratings.select(by_set, 4, 0)
-    store = ratings.Ratings(ratings.ratings_file(run, CELL), CELL, items, by_set, 4, 0)
+    store = ratings.Ratings(RunFiles(run, CELL).ratings, CELL, items, by_set, 4, 0)
 
     def agreement() -> dict:
         done = python("tables.py", run, "--table", "ratings", "--format", "csv")
@@ -288,7 +288,7 @@ def test_a_stray_name_with_two_clicks_does_not_turn_the_agreement_of_the_others(
 
 def test_ratings_of_another_selection_are_not_mixed_and_choices_are_asked_for(run):
     by_set = ratings.pools(run / "PA_L_chartVQA.json", run / "PI_L_train_L_S_1_chartVQA.json", set(), {}, None)
-    store = ratings.Ratings(ratings.ratings_file(run, CELL), CELL, ratings.select(by_set, 4, 0), by_set, 4, 0)
+    store = ratings.Ratings(RunFiles(run, CELL).ratings, CELL, ratings.select(by_set, 4, 0), by_set, 4, 0)
     store.add("Ada", 0, "human", True)
     with pytest.raises(records.InputError, match=r"another rate\.py serves"):
         rate.main([str(run), "--samples", "4", "--port", "0"])
@@ -307,7 +307,7 @@ def test_ratings_of_another_selection_are_not_mixed_and_choices_are_asked_for(ru
 
 
 def test_a_broken_ratings_file_is_named_by_its_line(run):
-    file = ratings.ratings_file(run, CELL)
+    file = RunFiles(run, CELL).ratings
     file.write_text('{"rater": "Ada", "question_id": "1", "set": "during", "aspect": "human", "value": true}\n')
     with pytest.raises(records.InputError, match=r"chartVQA.jsonl, line 1: not a rating"):
         ratings.latest(file)

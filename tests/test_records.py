@@ -4,7 +4,8 @@ import os
 import pytest
 from conftest import DATA
 
-from mpa.files.records import InputError, find_input, read_json, read_records, run_folder, short_name, write_json
+from mpa.files.records import InputError, read_json, read_records, run_folder, short_name, write_json
+from mpa.runs.layout import Cell, RunFiles
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def test_names():
 
 
 def test_the_released_name_of_the_lvlm_is_an_alias_when_reading():
-    found = find_input(DATA / "official", "PA_{lvlm}_textVQA.json", "Qwen2-VL-7B-Instruct", "--pa-json", "PA.sh")
-    assert found.name == "PA_Qwen2vl7b_textVQA.json"
+    files = RunFiles(DATA / "official", Cell("textVQA", "Qwen2-VL-7B-Instruct"))
+    assert files.needed(files.pa, "--pa-json", "PA.sh").name == "PA_Qwen2vl7b_textVQA.json"
+    files = RunFiles(DATA / "official", Cell("stVQA", "Qwen2-VL-7B-Instruct"))
     with pytest.raises(InputError, match=r"Run PA.sh first, or name the file with --pa-json"):
-        find_input(DATA / "official", "PA_{lvlm}_stVQA.json", "Qwen2-VL-7B-Instruct", "--pa-json", "PA.sh")
+        files.needed(files.pa, "--pa-json", "PA.sh")

@@ -20,13 +20,14 @@ from record_formats import read_record
 from mpa.analysis import run_summary
 from mpa.files import image_files
 from mpa.files.records import InputError, read_json, read_parity
-from mpa.method import holdout
 from mpa.method.rules import anchors
 from mpa.method.rules.caps import Caps
 from mpa.method.rules.sure import Sure, probability
 from mpa.method.rules.votes import Votes
-from mpa.runs import run_folders, run_samples, runs
+from mpa.runs.case import Case
+from mpa.runs.folders import RunFolder
 from mpa.runs.layout import Cell
+from mpa.runs.trainings import Runs, Training
 
 CELL = Cell("easyVQA", "teacher", "student")
 
@@ -137,15 +138,15 @@ def test_no_reader_takes_an_anchor_for_a_parity_sample(select, tmp_path):
         file.unlink()
     train = select("--anchors", "1")
     parity, found = read_parity(train), read_json(train)
-    run = run_samples.RunSamples(tmp_path, CELL)
+    run = Case(tmp_path, CELL)
     of_reason = Counter(s.reason for s in run.samples)
     assert of_reason["parity"] == len(parity)
     details = [s.reason for s in run.samples if s.detail.startswith("an anchor")]
     assert details == ["both right"] * (len(found) - len(parity))
     baselines.main(["--pa-json", str(tmp_path / "PA_teacher_easyVQA.json"), "--train-json", str(train)])
     assert len(read_json(train.with_name(f"{train.stem}_random_pseudo.json"))) == len(parity)
-    (of_folder,) = runs.find([tmp_path]).parity.values()
-    training = runs.Training(CELL, "mpa", None, None, {"samples": len(found)}, of_folder.meta, {})
+    (of_folder,) = Runs([tmp_path]).parity
+    training = Training(CELL, "mpa", None, None, {"samples": len(found)}, of_folder.meta, {})
     assert training.parity_samples == len(parity)
 
 
@@ -153,7 +154,7 @@ def test_held_out_images_are_no_anchors_either(serve, copied_images, tmp_path):
     server, run = serve(answers_by()), tmp_path / "run"
     annotate(server, copied_images, run)
     train = PI.main(flags(server, copied_images, run, "--hold-out", "0.3", "--anchors", "1"))
-    tested = {r["image_hash"] for r in read_json(holdout.file_of(run, "big", "images"))}
+    tested = {r["image_hash"] for r in read_json(run / "PI_big_heldout_images.json")}
     found = read_json(train)
     assert {r["kind"] for r in found} == {"parity", "anchor"}
     assert not tested & {image_files.content_hash(r["image"]) for r in found}
@@ -181,10 +182,10 @@ def test_what_a_cap_leaves_out_is_explained(select, tmp_path, capsys):
     answers = [r["conversations"][1]["value"] for r in kept]
     assert len(set(answers)) == len(answers) == meta["funnel"]["parity"]
     assert meta["settings"]["max_per_answer"] == 1 and meta["settings"]["seed"] == 0
-    reasons = Counter(s.reason for s in run_samples.RunSamples(tmp_path, CELL).samples)
+    reasons = Counter(s.reason for s in Case(tmp_path, CELL).samples)
     assert reasons["parity"] == len(kept) and reasons["over the limit"] > 0
     assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
-    shown = "".join(run_summary.examples(run_summary.Run(tmp_path, *CELL), 100))
+    shown = "".join(run_summary.examples(Case(tmp_path, CELL), 100))
     assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
 
 
@@ -195,7 +196,7 @@ def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
     train = select("--min-probability", "0.99")
     kept = [r["id"] for r in read_json(train)]
     assert kept and all(lvlm[key] >= math.log(0.99) for key in kept)
-    samples = run_samples.RunSamples(tmp_path, CELL).samples
+    samples = Case(tmp_path, CELL).samples
     assert [s.question_id for s in samples if s.kept] == list(map(str, kept))
     unsure = [s for s in samples if s.reason == "L-VLM unsure"]
     assert unsure and all(s.lvlm_logprob < math.log(0.99) and not s.consistent for s in unsure)
@@ -250,13 +251,13 @@ def test_questions_that_need_no_image_are_left_out(serve, copied_images, tmp_pat
     kept = [r for r in read_json(plain) if "what color" in r["conversations"][0]["value"]]
     assert read_json(train) == kept and 0 < len(kept) < len(asked)
     cell = Cell("images", "big", "small")
-    reasons = Counter(s.reason for s in run_samples.RunSamples(run, cell).samples)
+    reasons = Counter(s.reason for s in Case(run, cell).samples)
     assert reasons["parity"] == len(kept) and reasons["L-VLM needs no image"] == len(asked) - len(kept)
     n = server.number
     answers = ["--lvlm-json", run / "PI_big_big_images.json", "--svlm-json", run / "PI_big_small_images.json"]
     again = PI.main([*given[:-1], *map(str, [*answers, "--out", tmp_path / "again.json"])])
     assert again.read_bytes() == train.read_bytes() and server.number == n
-    assert run_folders.cells_in(run) == [cell]
+    assert RunFolder(run).cells == [cell]
 
 
 def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_path):
@@ -279,7 +280,7 @@ def test_votes_decide_instead_of_the_greedy_answer(serve, copied_images, tmp_pat
     shares = Counter(r["question_id"].rpartition("#")[0] for r in votes if r["predictions"] == "red")
     assert len(votes) == 4 * 30 and set(shares.values()) == {4} and 0 < len(shares) < 30
     assert {str(r["id"]) for r in read_json(train)} == set(shares)
-    samples = run_samples.RunSamples(run, Cell("images", "big", "small")).samples
+    samples = Case(run, Cell("images", "big", "small")).samples
     assert {s.reason for s in samples if s.question_id not in shares} == {"L-VLM disagrees"}
     assert "in 0% of the votes" in next(s.detail for s in samples if not s.kept)
     n, answers = server.number, ["--lvlm-json", run / "PI_big_big_images.json"]
@@ -295,7 +296,7 @@ def test_pi_stores_the_reason_of_each_sample_and_readers_take_it(select, tmp_pat
         file.unlink()
     train = select("--max-per-answer", "1", "--anchors", "1")
     stored = {str(r["question_id"]): r for r in read_json(train.with_name(f"{train.stem}.reasons.json"))}
-    run = run_samples.RunSamples(tmp_path, CELL)
+    run = Case(tmp_path, CELL)
     assert {s.question_id: (s.reason, s.detail) for s in run.samples if s.question_id in stored} == {
         key: (r["reason"], r["detail"]) for key, r in stored.items()
     }
@@ -304,4 +305,4 @@ def test_pi_stores_the_reason_of_each_sample_and_readers_take_it(select, tmp_pat
     assert told == {str(r["id"]) for r in read_json(train) if r["kind"] == "anchor"}
     # A file of reasons that is not of this train file is not believed.
     train.write_text(json.dumps(read_json(train)[1:]))
-    assert sum(s.kept for s in run_samples.RunSamples(tmp_path, CELL).samples) == len(read_parity(train))
+    assert sum(s.kept for s in Case(tmp_path, CELL).samples) == len(read_parity(train))

@@ -9,10 +9,11 @@ import synthetic_runs as fake
 from answered_runs import CELL, sample, word
 
 from mpa.files.records import InputError
+from mpa.runs.case import Case
+from mpa.runs.comparable import changes
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.run_folders import cells_in, run_folders
-from mpa.runs.run_samples import RunSamples, changes
-from mpa.runs.runs import Cell
+from mpa.runs.folders import RunFolder, find
+from mpa.runs.layout import Cell
 
 SAMPLES = [
     sample(0),
@@ -26,7 +27,7 @@ SAMPLES = [
 
 def test_each_sample_has_the_reason_of_its_verdict(tmp_path):
     answered_runs.write(tmp_path, SAMPLES)
-    found = RunSamples(tmp_path, CELL).samples
+    found = Case(tmp_path, CELL).samples
     assert [s.reason for s in found] == [
         "parity",
         "L-VLM disagrees",
@@ -42,18 +43,18 @@ def test_each_sample_has_the_reason_of_its_verdict(tmp_path):
 def test_held_out_samples_are_told(tmp_path):
     answered_runs.write(tmp_path, [sample(0), sample(1, svlm=None)], held_out="held.json")
     fake.write(tmp_path / "held.json", [{"question_id": 1}])
-    assert [s.reason for s in RunSamples(tmp_path, CELL).samples] == ["parity", "held out"]
+    assert [s.reason for s in Case(tmp_path, CELL).samples] == ["parity", "held out"]
 
 
 def test_an_unfinished_run_says_what_is_not_there(tmp_path):
     train = answered_runs.write(tmp_path, SAMPLES)
     train.unlink()
     (tmp_path / "PI_big_small_textVQA.json").unlink()
-    run = RunSamples(tmp_path, CELL)
+    run = Case(tmp_path, CELL)
     assert [path.name for path in run.missing] == ["PI_big_small_textVQA.json", train.name]
     assert run.samples[0].reason == "not reached yet" and run.samples[1].reason == "L-VLM disagrees"
     with pytest.raises(InputError, match=r"PA_other_textVQA.json: no such file. Run PA.sh first"):
-        RunSamples(tmp_path, Cell("textVQA", "other", "small"))
+        _ = Case(tmp_path, Cell("textVQA", "other", "small")).samples
 
 
 def test_cells_are_found_by_file_names_also_released_and_unfinished_ones(tmp_path):
@@ -62,9 +63,9 @@ def test_cells_are_found_by_file_names_also_released_and_unfinished_ones(tmp_pat
     for name in ("PA_Qwen2vl7b_okVQA", "PI_Qwen2vl7b_train_Qwen2-VL-7B-Instruct_tiny_chartVQA", "PA_new_textVQA"):
         fake.write(released / f"{name}.json", [])
     fake.write(tmp_path / "c/notes.json", [])
-    assert run_folders([tmp_path]) == [tmp_path / "a", released]
-    assert cells_in(tmp_path / "a") == [CELL]
-    assert cells_in(released) == [
+    assert [folder.path for folder in find([tmp_path]) if folder.cells] == [tmp_path / "a", released]
+    assert RunFolder(tmp_path / "a").cells == [CELL]
+    assert RunFolder(released).cells == [
         Cell("chartVQA", "Qwen2-VL-7B-Instruct", "tiny"),
         Cell("okVQA", "Qwen2-VL-7B-Instruct", ""),
         Cell("textVQA", "new", ""),
@@ -73,8 +74,8 @@ def test_cells_are_found_by_file_names_also_released_and_unfinished_ones(tmp_pat
 
 def test_verdicts_of_a_real_run_add_up_to_its_funnel(easy_run):
     folder = Path(easy_run)
-    (cell,) = cells_in(folder)
-    run = RunSamples(folder, cell)
+    (cell,) = RunFolder(folder).cells
+    run = Case(folder, cell)
     funnel = json.loads(run.train_json.with_suffix(".meta.json").read_text())["funnel"]
     assert sum(s.kept for s in run.samples) == funnel["parity"] > 0
     assert sum(s.reason in ("parity", "both right") for s in run.samples) == funnel["L-consistent"]

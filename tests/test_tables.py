@@ -12,7 +12,7 @@ from conftest import ROOT, python
 
 from mpa.analysis import run_summary
 from mpa.answers.paired import interval
-from mpa.runs import runs
+from mpa.runs.trainings import Runs
 
 
 def table(name: str, *folders, flags=()) -> list[dict]:
@@ -136,7 +136,7 @@ def test_a_variant_of_another_matcher_has_the_settings_of_its_own_parity_set(tmp
         for name, file in (("loose", own), ("loose_rejected", own.with_stem(f"{own.stem}_rejected"))):
             pl = {"data_path": [f"{file}:0.9", "old.json:0.1"]}
             fake.trained(folder, "textVQA", "L", "S", AFTER, 4, seed=seed, variant=name, pl=pl)
-    found = {e.variant: e for e in runs.find([tmp_path]).experiments}
+    found = {e.variant: e for e in Runs([tmp_path]).groups}
     assert {name: e.seeds[0].settings["match"] for name, e in found.items()} == {
         "mpa": "exact",
         "loose": "tolerant",
@@ -190,10 +190,10 @@ def test_scores_of_another_layout_are_read_as_json_and_hostile_answers_are_not_s
     content = json.loads(path.read_text())
     content[0]["predictions"] = '"scores": {\n            "textvqa": 1.0'
     fake.write(path, content)
-    evaluation = runs.find([tmp_path]).evaluation("textVQA", "S")
+    evaluation = Runs([tmp_path]).evaluation("textVQA", "S")
     assert evaluation.scores.tolist() == BEFORE
     path.write_text(json.dumps(content))
-    assert runs.find([tmp_path]).evaluation("textVQA", "S").scores.tolist() == BEFORE
+    assert Runs([tmp_path]).evaluation("textVQA", "S").scores.tolist() == BEFORE
 
 
 def test_a_model_evaluated_on_another_dataset_is_in_no_table(tmp_path):
@@ -262,5 +262,5 @@ def test_other_choices_of_pi_are_no_seeds_of_one_experiment(tmp_path, choice):
         folder = tmp_path / f"run-{seed}"
         fake.parity(folder, "textVQA", "hub/big", "hub/small", 10, 100, **changed)
         fake.trained(folder, "textVQA", "hub/big", "hub/small", [1, 0], 10, seed)
-    found = runs.find([tmp_path]).experiments
+    found = Runs([tmp_path]).groups
     assert len(found) == 2 and all(len(e.seeds) == 1 and next(iter(choice)) in e.label for e in found)

@@ -11,9 +11,7 @@ import numpy as np
 
 from mpa.answers.agreement import wilson
 from mpa.data import DATASETS
-from mpa.runs.run_case import Case
-from mpa.runs.run_samples import finite
-from mpa.runs.runs import model_name
+from mpa.runs.case import Case, finite
 
 BINS = 10
 
@@ -63,11 +61,11 @@ def _reliability(model: str, what: str, pairs) -> list[Reliability]:
 def of_case(case: Case) -> list[Reliability]:
     """What the files of a cell tell, in this order: the L-VLM's answers to its own questions, and all answers to the test
     questions."""
-    cell, match = case.cell, case.run.judge.match
+    cell, match = case.cell, case.judge.match
     repeats = [(s.lvlm_logprob, match(s.lvlm_answer, s.annotation)) for s in case.usable if s.lvlm_answer is not None]
     found = _reliability(cell.lvlm, "its answer is its annotation", repeats)
     right = "its test answer is right" if DATASETS[cell.dataset].labelled else "its test answer is the L-VLM's"
-    for model in (cell.svlm, model_name(cell), cell.lvlm):
+    for model in (cell.svlm, case.model, cell.lvlm):
         evaluation = case.evaluation(model)
         if evaluation:
             logprobs = [r.get("logprob") for r in evaluation.records]

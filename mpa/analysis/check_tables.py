@@ -3,7 +3,6 @@
 All intervals are 95 %: of shares by Wilson's score, of accuracies by a bootstrap over the questions, of differences by `mpa.answers.paired`.
 """
 
-import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -11,18 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from mpa.analysis.calibration import Reliability
-from mpa.analysis.table_formats import Estimate, Figure, Table
+from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
 from mpa.answers.agreement import wilson
 from mpa.answers.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 from mpa.data import DATASETS
 from mpa.files import records
-from mpa.method.verdict import NO_ANNOTATION, REASONS
+from mpa.method.verdict import NO_ANNOTATION, in_order
 from mpa.runs import comparable, scoring
+from mpa.runs.case import Case, checked_against_labels, inspected
 from mpa.runs.comparable import NotComparable, Pairs
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.run_case import Case, checked_against_labels
-from mpa.runs.run_samples import NOT_REACHED, inspected, task_of
-from mpa.runs.runs import Cell, Experiment, Runs, model_name
+from mpa.runs.folders import ParitySet
+from mpa.runs.layout import MPA, Cell, RunFiles
+from mpa.runs.trainings import Runs, SeedGroup, Training
 
 
 def percent(k: float, n: int) -> Estimate | str:
@@ -63,19 +63,12 @@ def difference(row: dict, name: str, *evaluations: tuple[Evaluation, Evaluation]
     return found
 
 
-def names(cell: Cell) -> dict:
-    return {"dataset": cell.dataset, "L-VLM": cell.lvlm, "S-VLM": cell.svlm}
-
-
-NAMES = {"dataset": str, "L-VLM": str, "S-VLM": str}
-
-
 # --- inspection ------------------------------------------------------------------------------------------
 
 
 def reasons_table(case: Case) -> Table:
     """How many annotations PI kept and rejected, by reason, and how many of those are right where a label tells."""
-    cell, samples, right = case.cell, case.run.samples, Counter()
+    cell, samples, right = case.cell, case.samples, Counter()
     checked = checked_against_labels(case, [s for s in samples if s.question and s.annotation])
     for sample, is_right in checked:
         right[sample.reason, is_right] += 1
@@ -84,12 +77,11 @@ def reasons_table(case: Case) -> Table:
         f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: PI's verdicts",
         {"reason": str, "samples": float, "share, %": Estimate, "with a label": float, "right annotation, %": Estimate},
     )
-    for reason in (*REASONS, NOT_REACHED):
-        n = sum(s.reason == reason for s in samples)
-        if n:
-            known = right[reason, True] + right[reason, False]
-            row = {"reason": reason, "samples": n, "share, %": percent(n, len(samples)), "with a label": known}
-            table.rows.append(row | {"right annotation, %": percent(right[reason, True], known)})
+    counts = Counter(s.reason for s in samples)
+    for reason in in_order(counts):
+        n, known = counts[reason], right[reason, True] + right[reason, False]
+        row = {"reason": reason, "samples": n, "share, %": percent(n, len(samples)), "with a label": known}
+        table.rows.append(row | {"right annotation, %": percent(right[reason, True], known)})
     table.notes.append("Right: equal (matcher tolerant) to the human answer to the same question about the same image.")
     return table
 
@@ -115,13 +107,13 @@ def inspection_table(case: Case, n: int, seed: int) -> Table:
     table = Table(
         "inspection", f"{cell.dataset}, {cell.svlm} from {cell.lvlm}: up to {n} kept and {n} rejected samples", columns
     )
-    for s in inspected(case.run.samples, n, seed):
+    for s in inspected(case.samples, n, seed):
         texts = [
             ("" if text is None else text[:200]) for text in (s.question, s.annotation, s.lvlm_answer, s.svlm_answer)
         ]
         row = dict(zip(columns, [s.reason, Path(s.image_path).name, *texts], strict=True))
         table.rows.append(row | {"notes": [s.detail[:200]] if s.reason == NO_ANNOTATION else []})
-    folders = sorted({str(Path(s.image_path).parent) for s in case.run.samples})
+    folders = sorted({str(Path(s.image_path).parent) for s in case.samples})
     table.notes.append(f"Drawn with seed {seed}. Images in {', '.join(folders[:3])}.")
     return table
 
@@ -137,11 +129,11 @@ def coverage_table(case: Case, of: str) -> Table:
     """D_PA, D_PI, human train questions and test questions by answer or question type (`of`: "answer" or "question")."""
     cell, task = case.cell, case.task
     kind = (lambda q, a: answer_type(a, task)) if of == "answer" else (lambda q, a: question_type(q))
-    samples = [s for s in case.run.samples if s.question and s.annotation]
+    samples = [s for s in case.samples if s.question and s.annotation]
     sets = {
         "D_PA": _by(kind, [(s.question, s.annotation) for s in samples]),
         "D_PI": _by(kind, [(s.question, s.annotation) for s in case.kept]),
-        "human": _by(kind, [(s.ground_truth_question, (s.ground_truth or [None])[0]) for s in case.run.samples]),
+        "human": _by(kind, [(s.ground_truth_question, (s.ground_truth or [None])[0]) for s in case.samples]),
     }
     before, after = case.evaluation(cell.svlm), case.evaluation(case.model)
     columns = {f"{of} type": str} | {f"{name}, %": Estimate for name in sets}
@@ -187,29 +179,32 @@ def overlap_table(runs: Runs) -> Table:
     columns |= {"same question": float, "same answer": float, "gains": str, "second minus first": Estimate}
     table = Table("overlap", "Two L-VLMs for one S-VLM", columns)
     by_place = {}
-    for folder, cell, variant in runs.parity:
-        if variant == "mpa":
-            by_place.setdefault((folder, cell.dataset, cell.svlm), []).append(cell)
-    for (folder, _, _), cells in sorted(by_place.items(), key=str):
-        for pair in combinations(sorted(cells), 2):
-            table.rows.append(_overlap(runs, folder, pair))
+    for one in runs.of_mpa:
+        by_place.setdefault((one.file.parent, one.cell.dataset, one.cell.svlm), []).append(one)
+    for _, found in sorted(by_place.items(), key=str):
+        for pair in combinations(sorted(found, key=lambda one: one.cell), 2):
+            table.rows.append(_overlap(runs, pair))
     table.notes.append(
         "Images in both: % of the smaller parity set. Gains: points of accuracy; the difference is paired."
     )
     return table
 
 
-def _overlap(runs: Runs, folder: Path, pair: tuple[Cell, Cell]) -> dict:
-    sets = [records.read_parity(runs.parity[folder, cell, "mpa"].file) for cell in pair]
+def _overlap(runs: Runs, pair: tuple[ParitySet, ParitySet]) -> dict:
+    sets, cells, folder = (
+        [records.read_parity(one.file) for one in pair],
+        [one.cell for one in pair],
+        pair[0].file.parent,
+    )
     by_image = [{r["image"]: tuple(turn["value"] for turn in r["conversations"][:2]) for r in found} for found in sets]
     both = by_image[0].keys() & by_image[1].keys()
     asked = [image for image in both if by_image[0][image][0] == by_image[1][image][0]]
-    row = {"dataset": pair[0].dataset, "S-VLM": pair[0].svlm, "run": folder.name}
-    row |= {"L-VLMs": " and ".join(cell.lvlm for cell in pair), "parity sets": " and ".join(str(len(s)) for s in sets)}
+    row = {"dataset": cells[0].dataset, "S-VLM": cells[0].svlm, "run": folder.name}
+    row |= {"L-VLMs": " and ".join(cell.lvlm for cell in cells), "parity sets": " and ".join(str(len(s)) for s in sets)}
     row |= {"images in both": percent(len(both), min(map(len, by_image))), "same question": len(asked)}
     row["same answer"] = sum(by_image[0][image] == by_image[1][image] for image in asked)
-    before = runs.evaluation(pair[0].dataset, pair[0].svlm, folder)
-    after = [runs.evaluation(cell.dataset, model_name(cell), folder) for cell in pair]
+    before = runs.evaluation(cells[0].dataset, cells[0].svlm, folder)
+    after = [runs.evaluation(cell.dataset, RunFiles(folder, cell).levelled().name, folder) for cell in cells]
     if before and all(after):
         both = [{}, {}]
         for one, e in zip(both, after, strict=True):
@@ -235,31 +230,28 @@ def degraded_table(runs: Runs) -> Table:
     columns |= {"others kept, %": Estimate, "parity samples": float, "accuracy": Estimate, "minus MPA's": Estimate}
     columns |= {"of this type": Estimate, "minus MPA's, of this type": Estimate}
     table = Table("degraded", "An L-VLM that is wrong about one type of answer", columns)
-    trained = {(t.after.path.parent, t.cell, t.variant): t for t in runs.trainings}
-    for (folder, cell, ending), (_, meta) in sorted(runs.parity.items(), key=str):
-        corrupt = meta["settings"].get("corrupt")
+    trainings = {(t.folder, t.cell, t.variant): t for t in runs.trainings}
+    for one in sorted(runs.parity, key=lambda one: (*one.cell, str(one.file.parent))):
+        corrupt, folder = one.meta["settings"].get("corrupt"), one.file.parent
         if not corrupt:
             continue
-        bad, others = (meta["survived"][name] for name in ("corrupted", "others"))
-        row = names(cell) | {"run": folder.name, "annotations": bad["n"], "parity samples": meta["n"]}
+        bad, others = (one.meta["survived"][name] for name in ("corrupted", "others"))
+        row = names(one.cell) | {"run": folder.name, "annotations": bad["n"], "parity samples": one.meta["n"]}
         row["corrupted"] = f"{100 * corrupt['share']:g} % of {corrupt['type']}, {corrupt['where']}"
         row["L-consistent, %"] = percent(bad["consistent"], bad["n"])
         row |= {"kept, %": percent(bad["parity"], bad["n"]), "others kept, %": percent(others["parity"], others["n"])}
-        for (place, of_cell, _), t in trained.items():
-            if (place, of_cell) == (folder, cell) and Path(_train_json(t)).stem.endswith(f"_{ending}"):
-                row |= _against_mpa(t.after, trained.get((folder, cell, "mpa")), corrupt["type"], task_of(cell))
+        for t in trainings.values():
+            if (t.folder, t.cell, t.pi) == (folder, one.cell, one.meta):
+                row |= _against_mpa(t.after, trainings.get((folder, one.cell, MPA)), corrupt["type"])
         table.rows.append(row)
     table.rows.sort(key=lambda row: [str(row[name]) for name in ("dataset", "L-VLM", "S-VLM", "run", "corrupted")])
     table.notes.append("both: the L-VLM repeats its wrong answer. annotation: it does not, so PI can see it.")
     return table
 
 
-def _train_json(training) -> str:
-    return re.sub(r":[\d.]+$", "", str((training.pl.get("settings", {}).get("data_path") or [""])[0]))
-
-
-def _against_mpa(after: Evaluation, mpa, kind: str, task: str) -> dict:
+def _against_mpa(after: Evaluation, mpa: Training | None, kind: str) -> dict:
     """Accuracy after a training, over all questions and over those of one answer type, and minus that after MPA's."""
+    task = DATASETS[after.dataset].task
     of_type = np.array([answer_type(scoring.answers_of(r)[0], task) == kind for r in after.records])
     row = {"accuracy": mean(after.scores), "of this type": mean(after.scores[of_type])}
     for pairs in difference(row, "minus MPA's", (mpa.after, after)) if mpa else ():
@@ -275,10 +267,11 @@ def transfer_table(runs: Runs) -> Table:
     datasets = [name for name in DATASETS if any(t.cell.dataset == name for t in runs.trainings)]
     columns = {"L-VLM": str, "S-VLM": str, "trained on": str, "variant": str, **dict.fromkeys(datasets, Estimate)}
     table = Table("transfer", "Gain on each dataset by the dataset of training, in points", columns)
-    for e in runs.experiments:
-        row = {"L-VLM": e.cell.lvlm, "S-VLM": e.cell.svlm, "trained on": e.cell.dataset, "variant": e.name}
+    for group in runs.groups:
+        row = {"L-VLM": group.cell.lvlm, "S-VLM": group.cell.svlm, "trained on": group.cell.dataset}
+        row["variant"] = group.name
         for dataset in datasets:
-            found = [_on(runs, t, dataset) for t in e.seeds]
+            found = [_on(runs, t, dataset) for t in group.seeds]
             if all(all(pair) for pair in found):
                 difference(row, dataset, *found)
         table.rows.append(row)
@@ -288,11 +281,10 @@ def transfer_table(runs: Runs) -> Table:
     return table
 
 
-def _on(runs: Runs, training, dataset: str) -> tuple[Evaluation | None, Evaluation | None]:
+def _on(runs: Runs, training: Training, dataset: str) -> tuple[Evaluation | None, Evaluation | None]:
     """The S-VLM's evaluations on a dataset before and after a training."""
-    folder = training.after.path.parent
-    after = runs.evaluation(dataset, training.after.model, folder)
-    return after and runs.evaluation(dataset, training.cell.svlm, folder, after.content), after
+    after = runs.evaluation(dataset, training.after.model, training.folder)
+    return after and runs.evaluation(dataset, training.cell.svlm, training.folder, after.content), after
 
 
 def sweep_table(runs: Runs) -> Table:
@@ -301,25 +293,25 @@ def sweep_table(runs: Runs) -> Table:
     columns |= {"minus MPA's": Estimate, "n": float}
     table = Table("sweep", "Variants of the training, in points of accuracy", columns)
     of_cell = {}
-    for e in runs.experiments:
-        of_cell.setdefault(e.cell, []).append(e)
-    for experiments in of_cell.values():
-        mpa = {t.after.path.parent: t for e in experiments if e.variant == "mpa" for t in e.seeds}
-        table.rows += [_sweep_row(e, mpa) for e in experiments]
+    for group in runs.groups:
+        of_cell.setdefault(group.cell, []).append(group)
+    for groups in of_cell.values():
+        mpa = {t.folder: t for group in groups if group.variant == MPA for t in group.seeds}
+        table.rows += [_sweep_row(group, mpa) for group in groups]
     table.notes.append(
         "Over several seeds the mean of their differences; the interval is over the images with their questions."
     )
     return table
 
 
-def _sweep_row(e: Experiment, mpa: dict) -> dict:
-    row = names(e.cell) | {"variant": e.title}
-    row |= {"seeds": len(e.seeds), "n": e.seeds[0].after.summary["n"]}
-    samples = [t.samples for t in e.seeds if t.samples is not None]
+def _sweep_row(group: SeedGroup, mpa: dict[Path, Training]) -> dict:
+    row, seeds = names(group.cell) | {"variant": group.title}, group.seeds
+    row |= {"seeds": len(seeds), "n": seeds[0].after.summary["n"]}
+    samples = [t.samples for t in seeds if t.samples is not None]
     row["samples"] = Figure(float(np.mean(samples)), digits=0) if samples else None
-    if all(t.before for t in e.seeds):
-        row["before"] = mean(e.seeds[0].before.scores)
-        difference(row, "gain", *((t.before, t.after) for t in e.seeds))
-    if e.variant != "mpa" and all(t.after.path.parent in mpa for t in e.seeds):
-        difference(row, "minus MPA's", *((mpa[t.after.path.parent].after, t.after) for t in e.seeds))
+    if all(t.before for t in seeds):
+        row["before"] = mean(seeds[0].before.scores)
+        difference(row, "gain", *((t.before, t.after) for t in seeds))
+    if group.variant != MPA and all(t.folder in mpa for t in seeds):
+        difference(row, "minus MPA's", *((mpa[t.folder].after, t.after) for t in seeds))
     return row

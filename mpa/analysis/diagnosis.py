@@ -16,9 +16,8 @@ from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
 from mpa.method.verdict import BOTH_RIGHT, LVLM_FAILED, NO_ANNOTATION, PARITY, SVLM_FAILED
 from mpa.runs import comparable, scoring
+from mpa.runs.case import Case, checked_against_labels
 from mpa.runs.comparable import NotComparable
-from mpa.runs.evaluations import read_meta
-from mpa.runs.run_case import Case, checked_against_labels
 
 # Thresholds, with their reasons.
 FEW_SAMPLES = 100  # the paper trains on about 2,000; below this, one epoch is a handful of steps
@@ -58,20 +57,20 @@ def share(k: int, n: int) -> str:
 
 
 def few_samples(case: Case):
-    if case.run.train_json.exists() and len(case.kept) < FEW_SAMPLES:
+    if case.train_json.exists() and len(case.kept) < FEW_SAMPLES:
         yield Finding(
             "small parity set",
             "warning",
-            f"{len(case.kept):,} samples from {len(case.run.samples):,} annotated images",
+            f"{len(case.kept):,} samples from {len(case.samples):,} annotated images",
             "So few samples teach little, and the gain depends on chance.",
             "Annotate more images"
-            + ("." if case.used.get("temperature") else ", or sample the questions with PA's --temperature 1."),
+            + ("." if case.settings.get("temperature") else ", or sample the questions with PA's --temperature 1."),
         )
 
 
 def small_gap(case: Case):
-    asked = [s for s in case.run.samples if s.reason in (PARITY, BOTH_RIGHT)]
-    if case.run.train_json.exists() and len(asked) >= FEW_CHECKED and len(case.kept) < SMALL_GAP * len(asked):
+    asked = [s for s in case.samples if s.reason in (PARITY, BOTH_RIGHT)]
+    if case.train_json.exists() and len(asked) >= FEW_CHECKED and len(case.kept) < SMALL_GAP * len(asked):
         yield Finding(
             "no gap",
             "warning",
@@ -110,7 +109,7 @@ def low_consistency(case: Case):
             "Look at the samples (scripts/checks.py inspect)."
             + (
                 " If answers differ in form: --match anls or tolerant."
-                if case.used.get("match", "exact") == "exact"
+                if case.settings.get("match", "exact") == "exact"
                 else ""
             ),
         )
@@ -130,7 +129,7 @@ def wrong_targets(case: Case):
 
 
 def duplicates(case: Case):
-    samples, what = (case.kept, "parity samples") if case.run.train_json.exists() else (case.annotated, "annotations")
+    samples, what = (case.kept, "parity samples") if case.train_json.exists() else (case.annotated, "annotations")
     n = len(samples)
     if n < FEW_CHECKED:
         return
@@ -147,7 +146,7 @@ def duplicates(case: Case):
             f"the most frequent question with the same answer {same:,} times",
             "They cover fewer things than their number suggests.",
             "Ask for variety in --prompt-file."
-            if case.used.get("temperature")
+            if case.settings.get("temperature")
             else "Sample the questions with PA's --temperature 1, or ask for variety in --prompt-file.",
         )
 
@@ -166,7 +165,11 @@ def yes_no(case: Case):
             "is the opposite of what the S-VLM says",
             "The S-VLM can learn to contradict itself instead of looking (docs/no-harm.md).",
             "Ask open questions (--prompt-file)"
-            + ("." if case.anchored else ", or add samples that it answers right (PI's --anchors; docs/no-harm.md)."),
+            + (
+                "."
+                if case.settings.get("anchors")
+                else ", or add samples that it answers right (PI's --anchors; docs/no-harm.md)."
+            ),
         )
 
 
@@ -203,10 +206,10 @@ def missing_types(case: Case):
 
 
 def left_out(case: Case):
-    n = len(case.run.samples)
+    n = len(case.samples)
     reasons = Counter(
         (s.detail or s.reason).split(":")[0][:80]
-        for s in case.run.samples
+        for s in case.samples
         if s.reason in (NO_ANNOTATION, LVLM_FAILED, SVLM_FAILED)
     )
     if n and reasons.total() > LOST * n:
@@ -236,8 +239,7 @@ def truncated(case: Case):
 
 
 def training(case: Case):
-    path = case.folder / case.model / "train_meta.json"
-    steps = read_meta(path).get("steps") if path.exists() else None
+    steps = case.trained().get("steps")
     if isinstance(steps, int) and steps < FEW_STEPS:
         yield Finding(
             "few training steps",
@@ -291,7 +293,7 @@ def no_gain(case: Case):
                 figure,
                 "The levelled S-VLM is worse than before.",
                 "Keep the S-VLM from before. Then try a lower LEARNING_RATE"
-                + (" (docs/no-harm.md)." if case.anchored else ", or PI's --anchors (docs/no-harm.md).")
+                + (" (docs/no-harm.md)." if case.settings.get("anchors") else ", or PI's --anchors (docs/no-harm.md).")
                 if own
                 else "Mix in other data with a share: DATA='parity.json:0.9 other.json:0.1'.",
             )
@@ -335,7 +337,7 @@ def looked_at(case: Case) -> str:
     """The figures of a run in one line, also what is not there yet."""
     cell = case.cell
     parts = [
-        f"{len(case.run.samples):,} images",
+        f"{len(case.samples):,} images",
         f"L-VLM repeats {len(case.consistent):,} of {len(case.usable):,}",
         f"parity set {len(case.kept):,}",
     ]
@@ -347,7 +349,8 @@ def looked_at(case: Case) -> str:
             parts.append(f"{100 * found['score']:+.1f} points [{low:+.1f}, {high:+.1f}], n = {found['n']:,}")
         except NotComparable:  # a finding says why
             parts.append("gain unknown")
-    missing = [path.name for path in case.run.missing]
+    missing = [path.name for path in case.missing]
     if cell.svlm:
-        missing += [f"Eval_{m}_{cell.dataset}.json" for m, e in ((cell.svlm, before), (case.model, after)) if not e]
+        evaluations = ((cell.svlm, before), (case.model, after))
+        missing += [case.files.evaluation(model).name for model, found in evaluations if not found]
     return "; ".join(parts) + (f". Not there: {', '.join(missing)}" if missing else "")

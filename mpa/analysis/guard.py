@@ -5,8 +5,6 @@ S-VLM answered right and wrong, in their natural share. An answer counts as righ
 """
 
 import math
-import os
-import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +12,13 @@ from statistics import NormalDist
 
 from mpa.answers import paired
 from mpa.answers.agreement import Z, wilson
-from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method import holdout
 from mpa.runs import comparable
 from mpa.runs.evaluations import Evaluation, read_meta
-from mpa.runs.runs import Cell, model_name
+from mpa.runs.folders import RunFolder
+from mpa.runs.layout import ANY, Cell, RunFiles
 
 BETTER, WORSE, OPEN, NONE = "better", "worse", "not told apart", "no verdict"
 SCORED_AS = "images"  # the dataset whose metrics measure agreement
@@ -108,40 +106,31 @@ def compare(before: Evaluation, after: Evaluation, candidates: int = 1) -> Compa
     return Comparison(*counts, candidates, pairs.no_verdict, tuple(pairs.notes), (gains, pairs.images))
 
 
-def answers_file(folder: Path, lvlm: str, model: str, dataset: str) -> Path:
-    """A model's answers to the held-out questions. For unlabelled images these are the evaluation itself."""
-    labelled = DATASETS[dataset].labelled
-    return folder / (f"Heldout_{lvlm}_{model}_{dataset}.json" if labelled else f"Eval_{model}_{dataset}.json")
-
-
 class Guard:
     """The held-out answers of one cell of a run: the S-VLM's before PL, and those of its levelled models, by variant."""
 
     def __init__(self, folder: Path, cell: Cell):
-        self.folder, self.cell = folder, cell
+        self.files, self.cell = RunFiles(folder, cell), cell
 
-    @property
-    def variants(self) -> list[str]:
-        """The levelled models that were asked the held-out questions, MPA's first."""
-        file = answers_file(self.folder, self.cell.lvlm, model_name(self.cell), self.cell.dataset)
-        end = f"_{self.cell.dataset}.json"
-        pattern = re.compile(f"{re.escape(file.name.removesuffix(end))}(?:_(.+))?{re.escape(end)}")
-        found = filter(None, map(pattern.fullmatch, os.listdir(self.folder)))
-        return sorted((m[1] or "mpa" for m in found), key=lambda name: (name != "mpa", name))
+    @cached_property
+    def variants(self) -> dict[str, str]:
+        """{variant: model} of the levelled models that were asked the held-out questions, MPA's first."""
+        return RunFolder(self.files.folder).variants(self.cell, self.files.guard_answers(ANY))
 
     @property
     def share(self) -> float:
         """Of the images that are held out."""
-        return holdout.share_of(holdout.file_of(self.folder, self.cell.lvlm, self.cell.dataset))
+        return holdout.share_of(self.files.held_out)
 
     @property
     def questions(self) -> str:
         """Whose questions are asked about the held-out images."""
-        given = holdout.given_questions_file(self.folder, self.cell.lvlm, self.cell.dataset).exists()
+        given = self.files.held_out_given.exists()
         return "given questions about held-out images" if given else "the L-VLM's own questions about held-out images"
 
     def model(self, variant: str) -> Path:
-        return self.folder / (model_name(self.cell) + ("" if variant == "mpa" else f"_{variant}"))
+        """The folder of a levelled model."""
+        return self.files.folder / self.variants.get(variant, self.files.levelled(variant).name)
 
     def compare(self, variant: str) -> Comparison:
         return compare(*self.answers(variant), candidates=max(1, len(self.variants)))
@@ -152,15 +141,15 @@ class Guard:
 
     def _answers(self, model: str) -> Evaluation:
         """A model's answers to the held-out questions."""
-        path = answers_file(self.folder, self.cell.lvlm, model, self.cell.dataset)
+        path = self.files.guard_answers(model)
         if not path.exists():
             raise InputError(
                 f"{path}: no such file. Ask the model first: scripts/evaluate.py --held-out, or scripts/guard.sh."
             )
         meta = read_meta(records.meta_path(path))
-        if meta.get("unfinished"):
+        if unfinished := meta.get("unfinished"):
             raise InputError(
-                f"{path}: {meta['unfinished']} replies failed with a temporary error, so nothing can be told yet. "
+                f"{path}: {unfinished} replies failed with a temporary error, so nothing can be told yet. "
                 "The same command of evaluate asks them again."
             )
         return Evaluation.of(path, records.read_records(path, "Eval"), SCORED_AS, meta["settings"]["preset"], meta)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mpa.analysis.check_tables import NAMES, names, points
-from mpa.analysis.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, answers_file, compare
-from mpa.analysis.table_formats import Estimate, Figure, Table
+from mpa.analysis.check_tables import points
+from mpa.analysis.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, compare
+from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
 from mpa.answers.agreement import Z, wilson
 from mpa.data.loading import train_labels
 from mpa.files.records import InputError
 from mpa.runs import comparable
 from mpa.runs.comparable import Pairs
 from mpa.runs.evaluations import Evaluation
-from mpa.runs.runs import Experiment, Runs, Training
+from mpa.runs.layout import RunFiles
+from mpa.runs.trainings import Runs, SeedGroup, Training
 from mpa.stages import given_questions
 
 VERDICTS = (BETTER, OPEN, WORSE)
@@ -66,12 +67,12 @@ def guard_table(runs: Runs) -> Table:
     columns |= {"guard": str, "test": str, "held-out n": Figure, "test n": float}
     table = Table("guard", "The guard's verdicts and those of the labelled test, in points", columns)
     everything = []
-    for e in runs.experiments:
+    for group in runs.groups:
         notes = []
-        found = [one for t in e.seeds if t.before and _asked(t) and (one := _checked(t, notes))]
+        found = [one for t in group.seeds if t.before and _asked(t) and (one := _checked(t, notes))]
         everything += found
         if found or notes:
-            table.rows.append(_row(e, found) | {"notes": notes})
+            table.rows.append(_row(group, found) | {"notes": notes})
     table.notes.append("guard, test: better / not told apart / worse, as numbers of trainings.")
     if everything:
         table.notes += _summary(everything)
@@ -79,14 +80,14 @@ def guard_table(runs: Runs) -> Table:
 
 
 def _asked(t: Training) -> bool:
-    models = (t.cell.svlm, t.after.model)
-    return all(answers_file(t.after.path.parent, t.cell.lvlm, model, t.cell.dataset).exists() for model in models)
+    files = RunFiles(t.folder, t.cell)
+    return all(files.guard_answers(model).exists() for model in (t.cell.svlm, t.after.model))
 
 
 def _checked(t: Training, notes: list[str]) -> Checked | None:
     """None, with a note, if the guard or the test can say nothing about it."""
     try:
-        answers = Guard(t.after.path.parent, t.cell).answers(t.variant)
+        answers = Guard(t.folder, t.cell).answers(t.variant)
         found = Checked(
             compare(*answers), comparable.compare(t.before, t.after), told_by_train_labels(*answers, t.cell.dataset)
         )
@@ -99,8 +100,8 @@ def _checked(t: Training, notes: list[str]) -> Checked | None:
     return found
 
 
-def _row(e: Experiment, found: list[Checked]) -> dict:
-    row = names(e.cell) | {"variant": e.title, "seeds": len(found)}
+def _row(group: SeedGroup, found: list[Checked]) -> dict:
+    row = names(group.cell) | {"variant": group.title, "seeds": len(found)}
     if not found:
         return row
     verdicts = [one.verdicts for one in found]

@@ -1,4 +1,4 @@
-"""The paper's tables from what `mpa.runs.runs` found, ours beside the paper's. A cell without a run stays empty.
+"""The paper's tables from the trainings that `mpa.runs.trainings` finds, ours beside the paper's. A cell without a run stays empty.
 
 Means, their intervals and n are those of the evaluations' meta files; samples those of the training's and PI's. Only a gain needs
 the records: their scores, which evaluate.py wrote, are not computed anew.
@@ -10,11 +10,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from mpa.analysis.run_summary import ROWS
-from mpa.analysis.table_formats import Figure, Interval, Table
+from mpa.analysis.table_formats import NAMES, Figure, Interval, Table, names
 from mpa.data import DATASETS
 from mpa.runs import comparable
 from mpa.runs.comparable import NotComparable
-from mpa.runs.runs import Cell, Experiment, Runs
+from mpa.runs.layout import MPA, Cell
+from mpa.runs.trainings import Runs, SeedGroup
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 UNKNOWN = "not published"
@@ -42,12 +43,12 @@ def over_seeds(values, scale: float = 1, **form) -> Figure | None:
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, **form)
 
 
-def main_row(experiment: Experiment) -> dict:
-    """Before, after, gain, interval, n and parity samples of MPA in one experiment."""
-    seeds, row, notes = experiment.seeds, _names(experiment.cell), []
-    row["method"], row["settings"] = seeds[0].method, experiment.label
+def main_row(group: SeedGroup) -> dict:
+    """Before, after, gain, interval, n and parity samples of MPA."""
+    seeds, row, notes = group.seeds, names(group.cell), []
+    row["method"], row["settings"] = seeds[0].method, group.label
     if row["method"] != "MPA":
-        row["settings"] = ", ".join(filter(None, (row["method"], experiment.label)))
+        row["settings"] = ", ".join(filter(None, (row["method"], group.label)))
     row["after"] = over_seeds((t.after.summary["score"] for t in seeds), 100)
     row["seeds"] = Figure(len(seeds), digits=0)
     row["parity samples"] = over_seeds((t.parity_samples for t in seeds), digits=0)
@@ -83,12 +84,12 @@ def _compared(row: dict, seeds: list) -> list[str]:
 
 def main_table(runs: Runs, whole_matrix: bool = False) -> Table:
     """S-VLM x L-VLM x dataset: all combinations of those found, and with `whole_matrix` also the paper's."""
-    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "settings": str, "before": Figure, "after": Figure}
+    kinds = NAMES | {"settings": str, "before": Figure, "after": Figure}
     kinds |= {"gain": Figure, "95 % interval": Interval, "n": float, "parity samples": Figure, "seeds": float}
     rows = defaultdict(list)
-    for experiment in runs.experiments:
-        if experiment.variant == "mpa":
-            rows[experiment.cell].append(main_row(experiment))
+    for group in runs.groups:
+        if group.variant == MPA:
+            rows[group.cell].append(main_row(group))
     cells = dict.fromkeys([*_product(runs.cells), *(_paper_matrix(runs.cells) if whole_matrix else ())])
     table = Table("main", "S-VLMs before and after MPA, accuracy in percent", kinds | {"gain, paper": float})
     for cell in cells:
@@ -115,12 +116,8 @@ def _counts(counts: list[int]) -> Figure | str:
 
 def _without_run(runs: Runs, cell: Cell) -> dict:
     """A cell without an MPA training: what is known of the S-VLM before."""
-    row, before = _names(cell), runs.evaluation(cell.dataset, cell.svlm)
+    row, before = names(cell), runs.evaluation(cell.dataset, cell.svlm)
     return row | ({"before": Figure(100 * before.summary["score"])} if before and cell in runs.cells else {})
-
-
-def _names(cell: Cell) -> dict:
-    return {"dataset": cell.dataset, "L-VLM": cell.lvlm, "S-VLM": cell.svlm}
 
 
 def _product(cells: list[Cell]) -> list[Cell]:
@@ -148,16 +145,16 @@ def _published_gain(cell: Cell):
 
 def ablation_table(runs: Runs) -> Table:
     """Table 6: what PL trains on, its samples and the accuracy, for cells with more than MPA; then the paper's."""
-    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "training data": str, "settings": str, "samples": Figure}
+    kinds = NAMES | {"training data": str, "settings": str, "samples": Figure}
     kinds |= {"accuracy": Figure, "95 % interval": Interval, "n": float, "seeds": float}
     kinds |= {"samples, paper": str, "accuracy, paper": float}
     table = Table("ablation", "Table 6: training data of the S-VLM, accuracy in percent", kinds)
     by_cell = defaultdict(list)
-    for experiment in runs.experiments:
-        by_cell[experiment.cell].append(experiment)
-    for cell, experiments in by_cell.items():
-        if {e.variant for e in experiments} != {"mpa"}:
-            table.rows += _ablation_rows(runs, cell, experiments)
+    for group in runs.groups:
+        by_cell[group.cell].append(group)
+    for cell, groups in by_cell.items():
+        if {group.variant for group in groups} != {MPA}:
+            table.rows += _ablation_rows(runs, cell, groups)
     shown = {(row["dataset"], row["variant"]) for row in table.rows}
     for entry in PAPER["table6"]:
         if (entry["dataset"], entry["variant"]) not in shown:
@@ -170,31 +167,22 @@ def ablation_table(runs: Runs) -> Table:
     return table
 
 
-def _ablation_rows(runs: Runs, cell: Cell, experiments: list[Experiment]) -> list[dict]:
+def _ablation_rows(runs: Runs, cell: Cell, groups: list[SeedGroup]) -> list[dict]:
     """The rows of one cell in the order of the demo's table, other variants before the L-VLM."""
     found = defaultdict(list)
-    for e in experiments:
-        found[e.variant].append(
-            {
-                "settings": e.label,
-                "method": e.seeds[0].method,
-                "samples": over_seeds((t.samples for t in e.seeds), digits=0),
-                **_accuracy([t.after for t in e.seeds]),
-            }
-        )
-    folder, content = experiments[0].seeds[0].after.path.parent, experiments[0].seeds[0].after.content
+    for group in groups:
+        samples = over_seeds((t.samples for t in group.seeds), digits=0)
+        row = {"settings": group.label, "method": group.seeds[0].method, "samples": samples}
+        found[group.variant].append(row | _accuracy([t.after for t in group.seeds]))
+    first = groups[0].seeds[0]
     for variant, model in (("base", cell.svlm), ("lvlm", cell.lvlm)):
-        if evaluation := runs.evaluation(cell.dataset, model, folder, content):
+        if evaluation := runs.evaluation(cell.dataset, model, first.folder, first.after.content):
             found[variant].append({"samples": None, **_accuracy([evaluation])})
     order = [*(v for v in TRAINED_ON if v != "lvlm"), *sorted(set(found) - set(TRAINED_ON)), "lvlm"]
     rows = [{"variant": variant} | row for variant in order for row in found.get(variant, ())]
     return [
-        _names(cell)
-        | {
-            "training data": row["method"]
-            if row["variant"] == "mpa"
-            else TRAINED_ON.get(row["variant"], row["variant"])
-        }
+        names(cell)
+        | {"training data": row["method"] if row["variant"] == MPA else TRAINED_ON.get(row["variant"], row["variant"])}
         | row
         | _published_ablation(cell.dataset, row["variant"])
         for row in rows
@@ -261,7 +249,7 @@ def _count(rows: list, what: str) -> str:
 
 def _ratio(runs: Runs) -> dict:
     """D_PA over D_PI, all parity sets together, and its range."""
-    funnels = [found.meta.get("funnel") or {} for (_, _, variant), found in runs.parity.items() if variant == "mpa"]
+    funnels = [one.meta.get("funnel") or {} for one in runs.of_mpa]
     pairs = [(f["parsed"], f["parity"]) for f in funnels if f.get("parsed") and "parity" in f]
     pa, pi = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
     if not pi:

@@ -7,9 +7,10 @@ import numpy as np
 
 from mpa.analysis import ratings
 from mpa.analysis.paper_tables import PAPER, SOURCE, UNKNOWN
-from mpa.analysis.table_formats import Estimate, Figure, Table
+from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
 from mpa.answers.agreement import alpha, combined, interval, kappa
-from mpa.runs.runs import Runs
+from mpa.runs.layout import Cell
+from mpa.runs.trainings import Runs
 
 LABELS = {"answerable": "answerable", "correct": "answer correct", "human": "reads as written by a person"}
 NOTES = [
@@ -23,7 +24,7 @@ NOTES = [
 
 def ratings_table(runs: Runs) -> Table:
     """One row for each ratings file and aspect; without a file, the paper's figures alone."""
-    kinds = {"dataset": str, "L-VLM": str, "S-VLM": str, "rated": str, "not kept by PI": Estimate}
+    kinds = NAMES | {"rated": str, "not kept by PI": Estimate}
     kinds |= {
         "D_PA, before PI": Estimate,
         "D_PI, after PI": Estimate,
@@ -41,8 +42,8 @@ def ratings_table(runs: Runs) -> Table:
     table = Table("ratings", "Table 4: human ratings of pseudo labels before and after PI", kinds, notes=NOTES)
     for file in runs.ratings:
         meta, found = ratings.read_meta(file), ratings.latest(file)
-        names = {"dataset": meta["dataset"], "L-VLM": meta["lvlm"], "S-VLM": meta["svlm"]}
-        table.rows += [names | row(aspect, found, meta["sizes"]) for aspect in ratings.ASPECTS]
+        cell = names(Cell(*(meta[name] for name in Cell._fields)))
+        table.rows += [cell | row(aspect, found, meta["sizes"]) for aspect in ratings.ASPECTS]
     if not table.rows:
         table.rows = [row(aspect, {}, {}) for aspect in ratings.ASPECTS]
     return table

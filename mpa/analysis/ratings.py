@@ -1,6 +1,6 @@
 """Human ratings of pseudo labels: which samples are rated, and the file that keeps every click.
 
-ratings_<lvlm>_<svlm>_<dataset>.jsonl in the run folder has one line for each click; the last one of a rater about an item
+The file (`mpa.runs.layout`) is in the run folder. It has one line for each click; the last one of a rater about an item
 and an aspect counts, and null takes it back:
 
     {"rater": "Ada", "question_id": "17", "set": "before", "aspect": "correct", "value": true, "time": "2026-…"}
@@ -23,7 +23,7 @@ from pathlib import Path
 from mpa.data.paths import locate
 from mpa.files import disk_errors, records
 from mpa.files.records import InputError
-from mpa.runs.runs import Cell
+from mpa.runs.layout import Cell
 
 ASPECTS = ("answerable", "correct", "human")
 SETS = ("before", "after")
@@ -78,10 +78,6 @@ def select(by_set: dict[str, list[Item]], samples: int, seed: int) -> list[Item]
         chosen += rng.sample(items, min(samples, len(items)))
     rng.shuffle(chosen)
     return chosen
-
-
-def ratings_file(folder: Path, cell: Cell) -> Path:
-    return folder / f"ratings_{cell.lvlm}_{cell.svlm}_{cell.dataset}.jsonl"
 
 
 class Ratings:

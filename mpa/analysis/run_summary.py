@@ -11,14 +11,12 @@ from mpa.data import DATASETS
 from mpa.files import log_file, records
 from mpa.files.outputs import refuse_others
 from mpa.files.records import funnel_line
-from mpa.method.presets import method_name
-from mpa.method.rules.caps import Caps
 from mpa.method.verdict import BOTH_RIGHT, HELD_OUT, LVLM_FAILED, PARITY, SVLM_FAILED
-from mpa.runs import comparable, scoring
+from mpa.runs import comparable
+from mpa.runs.case import Case
 from mpa.runs.comparable import NotComparable
 from mpa.runs.evaluations import Evaluation, read_meta
-from mpa.runs.run_samples import RunSamples
-from mpa.runs.runs import Cell
+from mpa.runs.layout import MPA, Cell
 
 ROWS = {
     "base": "S-VLM before",
@@ -32,94 +30,62 @@ ROWS = {
 
 # PI's verdicts (`verdict.REASONS`) in the summary's words, where these differ.
 VERDICTS = {PARITY: "parity sample", BOTH_RIGHT: "S-VLM answers correctly", HELD_OUT: "held out for evaluation"}
-VERDICTS |= {Caps.reason: "not chosen"}
 
 FEW_QUESTIONS, FEW_SAMPLES = 30, 50  # below which the summary warns
 
 
-class Run:
-    """The files of one run folder, for one dataset and one pair of models."""
-
-    def __init__(self, folder: Path, dataset: str, lvlm: str, svlm: str):
-        self.folder, self.dataset, self.lvlm, self.svlm = folder, dataset, lvlm, svlm
-        self.pa = folder / f"PA_{lvlm}_{dataset}.json"
-        self.train = folder / f"PI_{lvlm}_train_{lvlm}_{svlm}_{dataset}.json"
-        self.meta = read_meta(records.meta_path(self.train))
-
-    def answers(self, model: str) -> Path:
-        return self.folder / f"PI_{self.lvlm}_{model}_{self.dataset}.json"
-
-    def model(self, row: str) -> str:
-        """The short name of the model whose accuracy a row shows."""
-        if row in ("base", "lvlm"):
-            return self.svlm if row == "base" else self.lvlm
-        return f"PL_{self.lvlm}_{self.svlm}_{self.dataset}" + ("" if row == "mpa" else f"_{row}")
-
-    @property
-    def preset(self) -> str:
-        return self.meta["settings"].get("preset", "paper")
-
-    @property
-    def method(self) -> str:
-        return method_name(self.meta["settings"].get("anchors"))
-
-    def evaluation(self, row: str) -> Evaluation | None:
-        """The evaluation of a row, scored anew; None if there is none."""
-        path = self.folder / f"Eval_{self.model(row)}_{self.dataset}.json"
-        if not path.exists():
-            return None
-        meta = read_meta(records.meta_path(path)) if records.meta_path(path).exists() else None
-        return Evaluation.of(path, records.read_records(path, "Eval"), self.dataset, self.preset, meta)
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per stage. Training and evaluation of the baselines are counted separately."""
-
-        def of(path: Path) -> float:
-            return (read_meta(path).get("seconds") or 0.0) if path.exists() else 0.0
-
-        training = {row: of(self.folder / self.model(row) / "train_meta.json") for row in ROWS}
-        evaluation = {row: of(self.folder / f"Eval_{self.model(row)}_{self.dataset}.meta.json") for row in ROWS}
-        main = ("base", "mpa", "lvlm")
-        return {
-            "PA": of(records.meta_path(self.pa)),
-            "PI": round(sum(of(records.meta_path(self.answers(m))) for m in (self.lvlm, self.svlm)), 1),
-            "PL": training["mpa"],
-            "evaluate": round(sum(evaluation[row] for row in main), 1),
-            "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),
-        }
+def model_of(case: Case, row: str) -> str:
+    """The short name of the model whose accuracy a row shows."""
+    return {"base": case.cell.svlm, "lvlm": case.cell.lvlm}.get(row) or case.files.levelled(row).name
 
 
-def summary(run: Run) -> dict:
-    rows, evaluated = {}, {row: run.evaluation(row) for row in ROWS}
+def seconds(case: Case) -> dict[str, float]:
+    """Seconds per stage. Training and evaluation of the baselines are counted separately."""
+
+    def of(file: Path) -> float:
+        return case.run.meta(file).get("seconds") or 0.0
+
+    training = {row: of(case.files.levelled(row)) for row in ROWS}
+    evaluation = {row: of(case.files.evaluation(model_of(case, row))) for row in ROWS}
+    main = ("base", MPA, "lvlm")
+    return {
+        "PA": of(case.pa_json),
+        "PI": round(sum(map(of, case.answers_json.values())), 1),
+        "PL": training[MPA],
+        "evaluate": round(sum(evaluation[row] for row in main), 1),
+        "baselines": round(sum(training[r] + evaluation[r] for r in ROWS if r not in main), 1),
+    }
+
+
+def summary(case: Case) -> dict:
+    rows, evaluated = {}, {row: case.evaluation(model_of(case, row)) for row in ROWS}
     for row, found in evaluated.items():
         # The L-VLM's agreement with itself is why a question is held out.
-        if not found or not found.records or (row == "lvlm" and not DATASETS[run.dataset].labelled):
+        if not found or not found.records or (row == "lvlm" and not DATASETS[case.cell.dataset].labelled):
             continue
-        meta = run.folder / run.model(row) / "train_meta.json"
-        mean = scoring.summary(found.scores.tolist())
         rows[row] = {
-            "accuracy": mean["score"],
-            "n": mean["n"],
-            "ci95": mean["ci95"],
-            "train_samples": (read_meta(meta).get("samples") or 0) if meta.exists() else 0,
+            "accuracy": found.summary["score"],
+            "n": found.summary["n"],
+            "ci95": found.summary["ci95"],
+            "train_samples": case.trained(row).get("samples") or 0,
             "lost": found.lost,
         }
-    result = {"rows": rows, "method": run.method, "funnel": run.meta.get("funnel") or {}, "seconds": run.seconds()}
-    if evaluated["base"] and evaluated["mpa"]:
+    result = {"rows": rows, "method": case.method, "funnel": case.meta.get("funnel") or {}, "seconds": seconds(case)}
+    if evaluated["base"] and evaluated[MPA]:
         try:
-            result |= _gain(run, evaluated["base"], evaluated["mpa"])
+            result |= gain(case, evaluated["base"], evaluated[MPA])
         except NotComparable as error:  # the rest of the summary is as it is
             result["no_gain"] = str(error)
     return result
 
 
-def _gain(run: Run, before: Evaluation, after: Evaluation) -> dict:
+def gain(case: Case, before: Evaluation, after: Evaluation) -> dict:
     """{"gain"}, and for unlabelled images also {"guard"}: its figures and conclusion. Raises NotComparable."""
-    if DATASETS[run.dataset].labelled:
+    if DATASETS[case.cell.dataset].labelled:
         pairs = comparable.compare(before, after)
         found = pairs.summary()
         return {"gain": {"accuracy": found["score"], "ci95": found["ci95"], "n": found["n"], "notes": pairs.notes}}
-    of_run = guard.Guard(run.folder, Cell(run.dataset, run.lvlm, run.svlm))
+    of_run = guard.Guard(case.folder, case.cell)
     found = guard.compare(before, after, max(1, len(of_run.variants)))
     told = {"guard": found.as_json() | {"conclusion": guard.conclusion(found, of_run.share)}}
     if found.no_verdict:
@@ -127,10 +93,10 @@ def _gain(run: Run, before: Evaluation, after: Evaluation) -> dict:
     return told | {"gain": {"accuracy": found.gain, "ci95": found.interval, "n": found.n, "notes": list(found.notes)}}
 
 
-def examples(run: Run, n: int = 6) -> list[str]:
+def examples(case: Case, n: int = 6) -> list[str]:
     """A few annotated images and their verdicts, as text: the first of each verdict, then the first of all."""
     lines, first = [], {}
-    for place, s in enumerate(RunSamples(run.folder, Cell(run.dataset, run.lvlm, run.svlm)).samples):
+    for place, s in enumerate(case.samples):
         name = Path(s.image_path).name
         if s.lvlm_answer is None:
             why = "left out"
@@ -205,20 +171,23 @@ def summarise(folders: list[Path], dataset: str, lvlm: str, svlm: str) -> None:
     `lvlm` and `svlm` are the models' paths. What is printed goes to the first folder's log.txt, too.
     """
     what = "accuracy" if DATASETS[dataset].labelled else "agreement"
-    runs = [Run(folder, dataset, records.short_name(lvlm), records.short_name(svlm)) for folder in folders]
-    results = [summary(run) for run in runs]
-    for folder in folders:
-        refuse_others(folder / "summary.json", "summary", ours=lambda path: True)  # it has no meta file
+    cell = Cell(dataset, records.short_name(lvlm), records.short_name(svlm))
+    cases = [Case(folder, cell) for folder in folders]
+    for case in cases:
+        read_meta(records.meta_path(case.train_json))  # it must be there
+    results = list(map(summary, cases))
+    for case in cases:
+        refuse_others(case.files.summary, "summary", ours=lambda path: True)  # it has no meta file
     log_file.open_log(folders[0] / "log.txt")
-    for folder, run, result in zip(folders, runs, results, strict=True):
-        records.write_json(folder / "summary.json", result)
-        print(f"\n{folder}: " + funnel_line(result["funnel"]))
-        print("\n".join(["Examples:", *examples(run), ""]))
+    for case, result in zip(cases, results, strict=True):
+        records.write_json(case.files.summary, result)
+        print(f"\n{case.folder}: " + funnel_line(result["funnel"]))
+        print("\n".join(["Examples:", *examples(case), ""]))
         print("\n".join([*table(result, what), *cautions(result)]))
         if not DATASETS[dataset].labelled:
             print("  Agreement with the L-VLM on the held-out set. It is not accuracy: the L-VLM also makes errors.")
         print("  Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result["seconds"].items() if s))
-        print(f"Wrote {folder / 'summary.json'}.")
+        print(f"Wrote {case.files.summary}.")
     if len(results) > 1:
         print(f"\nOver {len(results)} runs, mean ± standard deviation:")
         print("\n".join(over_runs(results, what)))

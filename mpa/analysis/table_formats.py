@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mpa.files.printable import printable
+from mpa.runs.layout import Cell
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{Figure(self.value, None, self.digits, self.sign)} ({Interval(self.low, self.high, self.sign, self.digits)})"
+
+
+NAMES = {"dataset": str, "L-VLM": str, "S-VLM": str}  # the first columns of many tables
+
+
+def names(cell: Cell) -> dict[str, str]:
+    return dict(zip(NAMES, cell, strict=True))
 
 
 CSV_NAMES = {Figure: ("", " sd"), Interval: (" low", " high"), Estimate: ("", " low", " high")}

@@ -346,15 +346,6 @@ def run_folder(run: str) -> Path:
     return Path(run) if os.sep in run else REPOSITORY / "results" / run
 
 
-def find_input(folder: Path, pattern: str, lvlm: str, flag: str, stage: str) -> Path:
-    """The previous stage's file in `folder`: `pattern` with the L-VLM's name or its alias."""
-    names = [pattern.format(lvlm=name) for name in (lvlm, RELEASED_ALIAS.get(lvlm)) if name]
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise InputError(f"{folder / names[0]}: no such file. Run {stage} first, or name the file with {flag}.")
-
-
 def train_record(question_id, image_path: str, prompt: str, answer: str) -> dict:
     """One sample for the Parity Leveler, in the LLaVA format that Qwen2-VL-Finetune reads."""
     conversations = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]

@@ -5,20 +5,11 @@ images that are added later do not move others, and the S-VLM has no influence. 
 of PI_<lvlm>_heldout_<dataset>.json, the held-out set.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mpa.files import image_files, records
-from mpa.files.outputs import kind_of
 from mpa.files.records import InputError
-
-
-def file_of(folder: Path, lvlm: str, dataset: str) -> Path:
-    return folder / f"PI_{lvlm}_heldout_{dataset}.json"
-
-
-def given_questions_file(folder: Path, lvlm: str, dataset: str) -> Path:
-    """The held-out set of given questions (PI's --held-out-questions); where it is there, it is asked instead."""
-    return folder / f"PI_{lvlm}_heldout-given_{dataset}.json"
 
 
 def hashes(paths) -> dict[str, str]:
@@ -101,12 +92,10 @@ def share_of(file: Path) -> float:
     return share
 
 
-def refuse_trained_on(test: list, folder: Path, dataset: str) -> None:
-    """Raises InputError if a train file in `folder` shares a question or an image with `test`, a list of `Sample`s."""
+def refuse_trained_on(test: list, train_files: Iterable[Path]) -> None:
+    """Raises InputError if a train file shares a question or an image with `test`, a list of `Sample`s."""
     ids, paths = {s.key for s in test}, {s.image_path for s in test}
-    for train_json in sorted(folder.glob(f"PI_*_train_*_{dataset}*.json")):
-        if train_json.name.endswith((".meta.json", ".reasons.json")) or str(kind_of(train_json)).startswith("export"):
-            continue
+    for train_json in train_files:
         shared = [
             r["id"] for r in records.read_records(train_json, "train") if str(r["id"]) in ids or r["image"] in paths
         ]

@@ -6,6 +6,7 @@ I is an image, Q and A are its annotation, Ã and Â the answers of L-VLM and S-
 second finds what the S-VLM lacks. All that reads or counts verdicts takes them from here.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ REASONS = (
 )
 # Those of samples on which the L-VLM agrees with itself: Ã = A.
 CONSISTENT = {PARITY, BOTH_RIGHT, HELD_OUT, NOT_ASKED, SVLM_FAILED, *rules.reasons(of_consistent=True)}
+
+
+def in_order(items: Iterable, reason: Callable = str) -> list:
+    """The items in the order of their reasons; those of a rule that is no longer there come last."""
+    return sorted(items, key=lambda item: REASONS.index(reason(item)) if reason(item) in REASONS else len(REASONS))
 
 
 class Verdict(NamedTuple):
@@ -88,6 +94,12 @@ class Judge:
         if svlm.get("left_out"):
             return Verdict(SVLM_FAILED, svlm["left_out"])
         return Verdict(BOTH_RIGHT if self.match(svlm["predictions"], annotation.answer) else PARITY)
+
+    @property
+    def not_chosen(self) -> Verdict:
+        """On a parity sample that is not in the parity set: by the rule that selects."""
+        by_rule = next((rule.reason for rule in self.rules if rule.of_consistent and rule.reason), None)
+        return Verdict(by_rule) if by_rule else Verdict(SVLM_FAILED, "not in the parity set")
 
     def _doubt(self, answer: str | None, lvlm: dict) -> Verdict | None:
         """Why the L-VLM does not agree with itself; None where it does: Ã = A, and no rule leaves the sample out."""

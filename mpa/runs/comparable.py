@@ -212,3 +212,41 @@ def _told(answers: list[str]) -> str:
     """The answers for a message: ten equal ones are one answer given ten times."""
     counts = Counter(answers).most_common()
     return ", ".join(f"{answer[:40]} ({n} times)" if n > 1 else answer[:40] for answer, n in counts[:3])
+
+
+@dataclass(frozen=True)
+class Change:
+    """One test question before and after."""
+
+    question_id: str
+    image_path: str
+    question: str
+    answers: list[str]
+    before: str | None
+    after: str | None
+    score_before: float
+    score_after: float
+    usable: bool = True  # both replies
+
+    @property
+    def kind(self) -> str:
+        """Right is a score above 0.5."""
+        if not self.usable:
+            return "no usable reply"
+        if self.score_before > 0.5:
+            return "still right" if self.score_after > 0.5 else "broken"
+        return "fixed" if self.score_after > 0.5 else "still wrong"
+
+
+def changes(before: Evaluation, after: Evaluation) -> list[Change]:
+    """Each question that both were asked, with its scores by the headline metric. Raises as `same_questions`."""
+    places, _ = same_questions(before, after)
+    found = []
+    for i, j in zip(*places, strict=True):
+        was, now = before.records[i], after.records[j]
+        answers = was.get("answers") or [was["GT_answer"]]
+        said, scores = (was["predictions"], now["predictions"]), (float(before.scores[i]), float(after.scores[j]))
+        usable = bool(before.usable[i] and after.usable[j])
+        image, question = was["image_path"] or "", was["GT_question"] or ""
+        found.append(Change(str(was["question_id"]), image, question, answers, *said, *scores, usable))
+    return found

@@ -43,7 +43,8 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """Read the meta file of an Eval file. Raises InputError if it is broken or without scores."""
-        found, file = cls(path, read_meta(records.meta_path(path))), records.meta_path(path)
+        file = records.meta_path(path)
+        found = cls(path, read_meta(file))
         settings = found.meta["settings"]
         known = settings.get("dataset") in DATASETS and settings.get("preset") in PRESETS
         if not known or not all(isinstance(settings.get(name), str) for name in ("model", "content")):
@@ -157,9 +158,12 @@ class Evaluation:
 
 
 def read_meta(file: Path) -> dict:
-    """The content of a meta file or a train_meta.json. Raises InputError if it has no settings, or counts that are none."""
+    """The content of a meta file or a train_meta.json. Raises InputError if it has no settings, or counts that are none.
+
+    That of another command's result, such as an export, has a `kind` and may have no settings.
+    """
     meta = records.read_json(file)
-    if not isinstance(meta, dict) or not isinstance(meta.get("settings"), dict):
+    if not isinstance(meta, dict) or not isinstance(meta.get("settings", {} if "kind" in meta else None), dict):
         raise InputError(f"{file}: not a stage's meta file; run the stage again, or move it away.")
     funnel = meta.get("funnel") or {}
     counts = {name: meta.get(name) for name in ("seconds", "samples", "steps", "n", "unfinished")}

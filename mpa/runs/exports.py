@@ -43,11 +43,11 @@ def turns(sample: dict) -> list[tuple[str, str]]:
 
 
 def kind_of(sample: dict) -> dict:
-    """The sample's `kind`, which PI's --anchors adds, if it has one: every format keeps it. Raises ValueError for another type."""
+    """{"kind"} of a sample from PI's --anchors, "parity" or "anchor": every format keeps it. Raises ValueError if it is no text."""
     kind = sample.get("kind")
     if not isinstance(kind, str | None):
         raise ValueError(f"'kind' should be text: {str(kind)[:80]}")
-    return {"kind": kind} if kind is not None else {}
+    return {} if kind is None else {"kind": kind}
 
 
 def sharegpt(sample: dict) -> dict:
@@ -139,7 +139,7 @@ def write_folder(folder: Path, samples: list[dict], form: Callable, card: Callab
         trl: Features({"prompt": message, "completion": message, "images": List(Image())}),
         question_and_answer: Features({"id": text, "image": Image(), "question": text, "answer": text}),
     }[form]
-    if any(kind_of(sample) for sample in samples):
+    if any(map(kind_of, samples)):
         features["kind"] = text
 
     def embedded(path: str) -> dict:

@@ -1,23 +1,31 @@
-"""The names of a run folder's files, made and read here alone, for Python and for bash.
+"""The names of a run folder's files, made and parsed here alone, for Python and for bash.
 
     python -m mpa.runs.layout --run RUN --dataset textVQA --lvlm BIG --svlm SMALL levelled train       # a path on each line
 
-A name only finds a file. What a file is about is in its meta file.
+A name only finds a file: what a file is about is in its meta file. Names are parsed where there is none.
 """
 
 import argparse
 import os
+import re
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from mpa.files.records import InputError, run_folder, short_name
+from mpa.data import DATASETS
+from mpa.files.records import RELEASED_ALIAS, InputError, run_folder, short_name
 
 # What a run is about, where nobody says otherwise.
 DATASET = "textVQA"
 LVLM = "Qwen/Qwen2-VL-7B-Instruct"
 SVLM = "Qwen/Qwen2-VL-2B-Instruct"
 MPA = "mpa"  # the variant of a model that was trained on the parity set itself
+_DATASET = "|".join(map(re.escape, DATASETS))
+_UNLABELLED = {name for name, dataset in DATASETS.items() if not dataset.labelled}
+ANY = "\0"  # a model's name in a file's name, for `models_of`
+_NO_RESULT = (".meta.json", ".reasons.json")
+_FURTHER = re.compile(r"heldout|heldout-given|blind|votes|given|scored-.*")  # in the place of an S-VLM's name
 
 
 class Cell(NamedTuple):
@@ -79,11 +87,14 @@ class RunFiles:
         ending = "" if variant == MPA else f"_{variant}"
         return self._file("PL", self.cell.lvlm, self.cell.svlm, suffix=ending)
 
-    def evaluation(self, model: str) -> Path:
-        return self._file("Eval", model)
+    def evaluation(self, model: str, dataset: str | None = None) -> Path:
+        """A model's answers to the test questions, of this or of another dataset."""
+        return self.folder / f"Eval_{model}_{dataset or self.cell.dataset}.json"
 
     def guard_answers(self, model: str) -> Path:
-        """A model's answers to the held-out questions of a labelled dataset."""
+        """A model's answers to the held-out questions. For unlabelled images these are the evaluation itself."""
+        if self.cell.dataset in _UNLABELLED:
+            return self.evaluation(model)
         return self._file("Heldout", self.cell.lvlm, model)
 
     @property
@@ -98,10 +109,76 @@ class RunFiles:
     def summary(self) -> Path:
         return self.folder / "summary.json"
 
+    def there(self, file: Path) -> Path:
+        """`file`; where it is not there, the released code's one in its place, which has an alias for the L-VLM's name."""
+        alias = RELEASED_ALIAS.get(self.cell.lvlm)
+        released = file.with_name(file.name.replace(f"_{self.cell.lvlm}_", f"_{alias}_", 1))
+        return released if alias and not file.exists() and released.exists() else file
+
+    def needed(self, file: Path, flag: str, stage: str) -> Path:
+        """`there(file)`. Raises InputError if it is not: `stage` makes it, and `flag` names another."""
+        if not (found := self.there(file)).exists():
+            raise InputError(f"{file}: no such file. Run {stage} first, or name the file with {flag}.")
+        return found
+
+
+def train_meta(model: Path) -> Path:
+    """What the trainer says of the model in this folder. It is written last: where it is there, the training is complete."""
+    return model / "train_meta.json"
+
 
 def reasons_path(train: Path) -> Path:
     """The reason of each sample, beside the train file for which PI has judged it."""
     return train.with_name(f"{train.stem}.reasons.json")
+
+
+def ending(name: str, start: str) -> str | None:
+    """What comes after `start` and a `_` in a name, "" if nothing does. None for a name that does not begin so."""
+    return "" if name == start else name.removeprefix(f"{start}_") if name.startswith(f"{start}_") else None
+
+
+def models_of(names: Iterable[str], template: Path) -> list[str]:
+    """The models of which a file is among `names`. `template` is such a file of the model ANY."""
+    start, end = template.name.split(ANY)
+    fitting = (n for n in names if n.startswith(start) and n.endswith(end) and len(n) > len(start + end))
+    return [n[len(start) : -len(end)] for n in fitting]
+
+
+def is_result(name: str, *stages: str) -> bool:
+    """Is this the name of a result of one of these stages: "PA", "PI", "Eval"?"""
+    begins = name.startswith(tuple(f"{stage}_" for stage in stages))
+    return begins and name.endswith(".json") and not name.endswith(_NO_RESULT)
+
+
+def is_ratings(name: str) -> bool:
+    return name.startswith("ratings_") and name.endswith(".jsonl")
+
+
+def may_be_levelled(name: str) -> bool:
+    """Can this be the name of a trained S-VLM's folder, by what PL.sh calls it?"""
+    return name.startswith("PL_")
+
+
+def may_be_train(name: str) -> bool:
+    """Can this be the name of a train file, or of answers of an oddly named model?"""
+    return is_result(name, "PI") and "_train_" in name
+
+
+def parsed(stem: str, lvlms: Iterable[Cell] = ()) -> Cell | None:
+    """What the name of a result of PA or PI says, for one without a meta file; None if nothing.
+
+    Names may hold any `_`. An S-VLM's answers are told by the L-VLMs of the folder.
+    """
+    for name, alias in RELEASED_ALIAS.items():
+        stem = re.sub(rf"^(PA|PI)_{alias}_", rf"\1_{name}_", stem)
+    if found := re.fullmatch(rf"PA_(.+)_({_DATASET})", stem):
+        return Cell(found[2], found[1])
+    if found := re.fullmatch(rf"PI_(.+)_train_\1_(.+)_({_DATASET})", stem):
+        return Cell(found[3], found[1], found[2])
+    for cell in sorted(lvlms, key=lambda cell: len(cell.lvlm), reverse=True):
+        for model in models_of([f"{stem}.json"], RunFiles(Path(), cell).answers(ANY)):
+            return cell._replace(svlm="" if model == cell.lvlm or _FURTHER.fullmatch(model) else model)
+    return None
 
 
 def default_run() -> str:

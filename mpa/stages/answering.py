@@ -75,8 +75,8 @@ class Answers(Stage):
         return record if reason == "stop" else record | {"finish_reason": reason}
 
     def summary(self, result: list[dict]) -> dict:
-        """Additional fields for the meta file."""
-        return {}
+        """Additional fields for the meta file: whose questions these are."""
+        return {"model_path_lvlm": self.model.args.model_path_lvlm}
 
     def ask(self, ready: dict[str, dict] | None = None) -> list[dict]:
         """The records: those of the finished result, else asked for now, which may take hours. `ready`: replies by key that need no request."""

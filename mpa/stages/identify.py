@@ -45,8 +45,7 @@ class Annotated(NamedTuple):
 def read_annotations(args) -> Annotated:
     """Raises InputError if none can be used, and if an image is not there."""
     files = run_files(args)
-    name = f"PA_{{lvlm}}_{args.dataset}.json"
-    pa_json = args.pa_json or records.find_input(files.folder, name, files.cell.lvlm, "--pa-json", "PA.sh")
+    pa_json = args.pa_json or files.needed(files.pa, "--pa-json", "PA.sh")
     annotations = cli.selected(records.read_records(pa_json, "PA"), args)
     usable, left_out = usable_annotations(annotations, args, AskedModel(args, args.model_path_lvlm).marks)
     if left_out:

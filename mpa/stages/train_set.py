@@ -67,11 +67,10 @@ def reasons(samples: list[Judged], chosen: Selection, judge: Judge) -> list[dict
     """Each sample with both answers and its reason, for people and for what reads a run."""
     kept = {str(r["question_id"]) for r in chosen.parity}
     anchors = {str(r["question_id"]) for r in chosen.anchors or ()}
-    capping = next((rule.reason for rule in judge.rules if rule.of_consistent and rule.reason), "")
     found = []
     for s in samples:
         if s.verdict.reason == PARITY and s.key not in kept:
-            s = s._replace(verdict=Verdict(capping))
+            s = s._replace(verdict=judge.not_chosen)
         elif s.key in anchors:
             s = s._replace(verdict=Verdict(s.verdict.reason, "an anchor: PL also trains on it"))
         found.append(s.as_record())
@@ -99,8 +98,7 @@ class TrainFile:
         asked = [s.svlm for s in samples if s.svlm]
         deciding = [s.svlm for s in samples if s.svlm and s.verdict.reason in CONSISTENT]
         before = records.digest(json.dumps([lvlm, deciding]))
-        meta = records.read_json(records.meta_path(self.path)) if records.meta_path(self.path).exists() else {}
-        there = meta.get("settings", {}).get("content") if isinstance(meta, dict) else None
+        there = (_meta_of(self.path).get("settings") or {}).get("content")
         return before if there == before else records.digest(json.dumps([lvlm, asked]))
 
     def check(self, samples: list[Judged] | None = None) -> bool:
@@ -124,18 +122,21 @@ class TrainFile:
             return
         if self.path.exists() and not self.args.restart:
             print(f"PI: {self.path} was made from other answers; it is made anew.")
-        if not self.args.lvlm_json:
-            facts |= {"model_path_lvlm": self.args.model_path_lvlm, "model_path_svlm": self.args.model_path_svlm}
-        facts |= self._limits()
+        facts |= {"dataset": self.args.dataset} | self._models() | self._limits()
         if self.files.held_out.exists():
             facts["held_out"] = os.path.relpath(self.files.held_out, self.path.parent)
         records.write_result(self.path, train_records(chosen, self.args.preset), self._settings(samples), **facts)
 
+    def _models(self) -> dict:
+        """{"model_path_lvlm", "model_path_svlm"} as far as they are known."""
+        if not self.args.lvlm_json:
+            return {name: getattr(self.args, name) for name in ("model_path_lvlm", "model_path_svlm")}
+        found = {"model_path_lvlm": _meta_of(self.args.lvlm_json), "model_path_svlm": _meta_of(self.args.svlm_json)}
+        return {name: meta["model_path"] for name, meta in found.items() if isinstance(meta.get("model_path"), str)}
+
     def _limits(self) -> dict:
         """The limits of an image with which the S-VLM was asked, {} if its answers do not say: what trains on the set needs them."""
-        file = records.meta_path(self.args.svlm_json or self.files.svlm_answers)
-        meta = records.read_json(file) if file.exists() else {}
-        settings = meta.get("settings") if isinstance(meta, dict) else None
+        settings = _meta_of(self.args.svlm_json or self.files.svlm_answers).get("settings")
         return {name: settings[name] for name in LIMITS if name in settings} if isinstance(settings, dict) else {}
 
 
@@ -148,6 +149,13 @@ def matched_within_words(samples: list[Judged], judge: Judge, preset: str) -> di
         who: sum(judge.match.only_unwrapped(r["predictions"], r["PA_answer"]) for r in found)
         for who, found in answers.items()
     }
+
+
+def _meta_of(result: Path) -> dict:
+    """The content of a result's meta file, {} if there is none that can be read."""
+    file = records.meta_path(result)
+    meta = records.read_json(file) if file.exists() else {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def _is_of_reasons(path: Path) -> bool:

@@ -10,21 +10,19 @@ from mpa.analysis.calibration import Reliability
 from mpa.analysis.check_tables import coverage_table, reasons_table
 from mpa.analysis.diagnosis import Finding, diagnose
 from mpa.analysis.report.texts import shortened
-from mpa.analysis.run_summary import ROWS
+from mpa.analysis.run_summary import ROWS, model_of
 from mpa.answers.kinds import answer_type, question_type
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
 from mpa.files import records
 from mpa.files.records import InputError
-from mpa.method.presets import method_name
-from mpa.method.verdict import REASONS
+from mpa.method.verdict import in_order
 from mpa.runs import comparable
-from mpa.runs.comparable import NotComparable
-from mpa.runs.evaluations import Evaluation, read_meta
-from mpa.runs.run_case import Case
-from mpa.runs.run_folders import run_name
-from mpa.runs.run_samples import NOT_REACHED, changes, finite
-from mpa.runs.runs import Cell, model_name
+from mpa.runs.case import Case, finite
+from mpa.runs.comparable import NotComparable, changes
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.folders import run_name
+from mpa.runs.layout import ANY, MPA, Cell, train_meta
 
 
 class CellContent:
@@ -36,7 +34,7 @@ class CellContent:
         self.what = "accuracy" if DATASETS[cell.dataset].labelled else "agreement with the L-VLM"
         self.broken: list[str] = []  # why files are not in the report
         self.differing: list[str] = []  # why evaluations are not compared
-        self.before, self.after = (self._evaluation(model) for model in (cell.svlm, model_name(cell)))
+        self.before, self.after = (self._evaluation(model) for model in (cell.svlm, self.case.model))
 
     def attempt(self, make: Callable, without=None):
         """`make()`; `without`, and a line in `broken` or `differing`, where files do not allow that."""
@@ -53,68 +51,57 @@ class CellContent:
         return found if found and self.attempt(lambda: found.usable) is not None else None
 
     def _meta(self, file: Path) -> dict:
-        """A meta file; {} if it is not there."""
-        return self.attempt(lambda: read_meta(file), {}) if file.exists() else {}
+        """The meta file of a result or of a model's folder; {} if it is not there."""
+        return self.attempt(lambda: self.case.run.meta(file), {})
 
     @property
     def method(self) -> str:
-        return method_name(self._metas["PI"].get("settings", {}).get("anchors"))
+        return self.attempt(lambda: self.case.method, "MPA")
 
     # --- overview ---
 
     @property
     def missing(self) -> list[str]:
         """The names of the files that later stages will write."""
-        names = [path.name for path in self.case.run.missing]
+        names = [path.name for path in self.case.missing]
         names += [] if self.cell.svlm else ["the S-VLM's answers", "the parity set"]
         if self.cell.svlm:
-            folder = model_name(self.cell)
-            names += [] if (self.folder / folder / "train_meta.json").exists() else [f"{folder}/"]
-            for model in (self.cell.svlm, folder):
-                file = self.folder / f"Eval_{model}_{self.cell.dataset}.json"
+            files, model = self.case.files, self.case.model
+            names += [] if train_meta(files.levelled()).exists() else [f"{model}/"]
+            for file in map(files.evaluation, (self.cell.svlm, model)):
                 names += [path.name for path in (file, records.meta_path(file)) if not path.exists()][:1]
         return names
 
     def funnel(self) -> list[tuple[str, int]]:
-        case, steps = self.case, [("images", len(self.case.run.samples)), ("annotated", len(self.case.annotated))]
+        case, steps = self.case, [("images", len(self.case.samples)), ("annotated", len(self.case.annotated))]
         if case.usable:
             steps.append(("L-VLM repeats itself", len(case.consistent)))
-        if case.run.train_json.exists():
+        if case.train_json.exists():
             steps.append(("parity set", len(case.kept)))
         return steps
 
     def losses(self) -> list[tuple[str, int]]:
         """What is not in the parity set, by cause, in the order in which PI finds it."""
-        counts = Counter(s.reason for s in self.case.run.samples if not s.kept)
-        return [(reason, counts[reason]) for reason in (*REASONS, NOT_REACHED) if counts[reason]]
+        counts = Counter(s.reason for s in self.case.samples if not s.kept)
+        return [(reason, counts[reason]) for reason in in_order(counts)]
 
     @cached_property
     def evaluations(self) -> dict[str, tuple[str, str, Evaluation]]:
         """{key: (row name, model, evaluation)} of the S-VLM before PL, after it on each train set, and of the L-VLM."""
-        found_of, trained = {}, model_name(self.cell)
-        others = [
-            path.stem for path in sorted(self.folder.glob("Eval_PL_*.json")) if path.stem.startswith(f"Eval_{trained}_")
-        ]
-        variants = [stem.removeprefix(f"Eval_{trained}_").removesuffix(f"_{self.cell.dataset}") for stem in others]
-        shown = (
-            ROWS
-            | {"mpa": self.method}
-            | {v: v for v in variants if v not in ROWS and v != self.cell.dataset and not v.endswith(".meta")}
-        )
-        shown = {key: name for key, name in shown.items() if key != "lvlm"} | {"lvlm": ROWS["lvlm"]}
-        for key, name in shown.items():
-            own = trained + ("" if key == "mpa" else f"_{key}")
-            model = {"base": self.cell.svlm, "lvlm": self.cell.lvlm}.get(key, own)
-            found = self._evaluation(model)
-            if found and not (key == "lvlm" and not DATASETS[self.cell.dataset].labelled):
-                found_of[key] = (name, model, found)
+        case, found_of = self.case, {}
+        variants = self.attempt(lambda: case.run.variants(self.cell, case.files.evaluation(ANY)), {})
+        names = ROWS | {MPA: self.method} | {variant: variant for variant in variants if variant not in ROWS}
+        models = {key: model_of(case, key) if key in ROWS else variants[key] for key in names}
+        for key in [key for key in names if key != "lvlm"] + ["lvlm"] * DATASETS[self.cell.dataset].labelled:
+            if found := self._evaluation(models[key]):
+                found_of[key] = (names[key], models[key], found)
         return found_of
 
     def results(self) -> list[dict]:
         """key, name, train samples, what was lost, and `score`, `ci95` and `n`, by evaluation."""
         rows = []
         for key, (name, model, found) in self.evaluations.items():
-            samples = self._meta(self.folder / model / "train_meta.json").get("samples")
+            samples = self._meta(self.folder / model).get("samples")
             rows.append({"key": key, "name": name, "samples": samples, "lost": found.lost} | found.summary)
         return rows
 
@@ -122,7 +109,7 @@ class CellContent:
         """(what tells it from others, evaluation) of the S-VLM after PL: by MPA first, then on the other train sets."""
         cell = self.cell
         of = [(k, name, found) for k, (name, _, found) in self.evaluations.items() if k not in ("base", "lvlm")]
-        of.sort(key=lambda one: one[0] != "mpa")
+        of.sort(key=lambda one: one[0] != MPA)
         run = [run_name(self.folder), cell.dataset, f"{cell.svlm} from {cell.lvlm}"]
         return [([*run, name], found) for _, name, found in of]
 
@@ -158,15 +145,13 @@ class CellContent:
 
     @cached_property
     def _metas(self) -> dict[str, dict]:
-        files = {"PA": self.case.run.pa_json, "PI": self.case.run.train_json}
-        metas = {stage: self._meta(records.meta_path(path)) for stage, path in files.items()}
-        metas["PL"] = self._meta(self.folder / model_name(self.cell) / "train_meta.json")
-        metas["evaluate"] = self.after.meta if self.after else {}
-        return metas
+        files = {"PA": self.case.pa_json, "PI": self.case.train_json, "PL": self.case.files.levelled()}
+        metas = {stage: self._meta(file) for stage, file in files.items()}
+        return metas | {"evaluate": self.after.meta if self.after else {}}
 
     def seconds(self) -> dict[str, float]:
         """Of each stage; PI's are those of both models' answers, evaluate's those of before and after."""
-        answers = [self._meta(records.meta_path(path)) for path in self.case.run.answers_json.values()]
+        answers = list(map(self._meta, self.case.answers_json.values()))
         parts = {"PA": [self._metas["PA"]], "PI": answers, "PL": [self._metas["PL"]]}
         parts["evaluate"] = [e.meta for e in (self.before, self.after) if e]
         found = {stage: sum(m.get("seconds") or 0 for m in of) for stage, of in parts.items()}
@@ -202,7 +187,7 @@ class CellContent:
 
         An image is its content where PA recorded its hash, else its path.
         """
-        hashes = {str(r["question_id"]): r.get("image_hash") for r in self.case.run.annotations}
+        hashes = {str(r["question_id"]): r.get("image_hash") for r in self.case.annotations}
         found = []
         for name, samples in (("D_PA", self.case.annotated), ("parity set", self.case.kept)):
             questions = [normalise(s.question) for s in samples]
@@ -231,7 +216,7 @@ class CellContent:
         return self.attempt(lambda: self.case.history, [])
 
     def training_facts(self) -> list[tuple[str, str]]:
-        meta = self._meta(self.folder / model_name(self.cell) / "train_meta.json")
+        meta = self._metas["PL"]
         names = ("samples", "tokens", "steps", "loss", "seconds")
         facts = [(name, meta[name]) for name in names if meta.get(name) is not None]
         last = next((e for e in reversed(self.history()) if "loss" in e), {})
@@ -262,7 +247,7 @@ class CellContent:
 
     def records(self) -> list[dict]:
         """The samples of the gallery: annotated images, then test questions. `image` is a path."""
-        task = DATASETS[self.cell.dataset].task
+        task = self.case.task
         found = [
             {
                 "source": "annotated",
@@ -278,7 +263,7 @@ class CellContent:
                 "answerType": answer_type(s.annotation or "", task),
                 "questionType": question_type(s.question or ""),
             }
-            for s in self.case.run.samples
+            for s in self.case.samples
         ]
         return found + self.attempt(lambda: self._tested(task), [])
 

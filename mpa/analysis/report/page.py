@@ -15,7 +15,7 @@ from mpa.analysis.report.content import CellContent, compared
 from mpa.analysis.report.texts import as_json, plain, redacted, without_folders
 from mpa.analysis.table_formats import Estimate, Figure, Interval, Table
 from mpa.files import records
-from mpa.runs.run_samples import inspected
+from mpa.runs.case import inspected
 
 HERE = Path(__file__).parent
 INSPECTED = 50  # kept, and rejected, samples of the inspection view
@@ -176,7 +176,7 @@ def flips_table(pair: dict) -> Table:
 
 def inspection(content: CellContent) -> list[int]:
     """The places of the samples of the inspection view."""
-    samples = content.case.run.samples
+    samples = content.case.samples
     places = {s.question_id: i for i, s in enumerate(samples)}
     return [places[s.question_id] for s in inspected(samples, INSPECTED, seed=0)]
 
@@ -297,7 +297,7 @@ def runs_table(contents: list[CellContent]) -> Table:
         scores, gain = {row["key"]: Figure(100 * row["score"]) for row in content.results()}, content.gain()
         found = ", ".join(f"{f.level}: {f.name}" for f in content.findings if f.level != "note") or "none"
         paired = (percent(gain, sign=True), gain["n"]) if gain else (None, None)
-        counts = (len(content.case.kept), len(content.case.run.samples))
+        counts = (len(content.case.kept), len(content.case.samples))
         cells = (content.title, scores.get("base"), scores.get("mpa"), *paired, *counts, found)
         table.rows.append(dict(zip(columns, cells, strict=True)))
     table.notes = ["Before, after: the dataset's main metric; for images without labels, agreement with the L-VLM."]

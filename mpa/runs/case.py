@@ -1,5 +1,6 @@
-"""The annotated samples of a run with PI's verdict on each, and what changed between two evaluations."""
+"""One cell in one run folder: its samples by PI's verdict, evaluations, training log, and what labels say."""
 
+import contextlib
 import math
 import random
 from dataclasses import dataclass, replace
@@ -7,35 +8,35 @@ from functools import cached_property
 from pathlib import Path
 
 from mpa.answers.finish_reasons import canonical
-from mpa.answers.matching import MATCHERS
+from mpa.answers.matching import MATCHERS, Match
+from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
+from mpa.data.loading import train_labels
 from mpa.files import records
 from mpa.files.records import RELEASED_ALIAS, InputError
-from mpa.method.presets import PRESETS
+from mpa.method.presets import PRESETS, method_name
 from mpa.method.prompts import Annotation
-from mpa.method.rules.caps import Caps
 from mpa.method.verdict import (
     HELD_OUT,
     LVLM_FAILED,
+    NO_ANNOTATION,
     NOT_ASKED,
     PARITY,
-    REASONS,
-    SVLM_FAILED,
     Judge,
     Verdict,
+    in_order,
 )
-from mpa.runs import comparable
-from mpa.runs.evaluations import Evaluation, read_meta
+from mpa.runs.evaluations import Evaluation
+from mpa.runs.folders import RunFolder
 from mpa.runs.judging import annotation_of, judge_of
-from mpa.runs.layout import Cell, RunFiles, reasons_path
+from mpa.runs.layout import MPA, Cell, RunFiles, reasons_path
 
 NOT_REACHED = "not reached yet"  # of a run that is not finished
-CHANGES = ("fixed", "broken", "still wrong", "still right", "no usable reply")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An annotated image. ``reason` is PI's verdict, one of `verdict.REASONS` or NOT_REACHED; `detail` says more. Answers not given are None.
+class JudgedSample:
+    """An annotated image. `reason` is PI's verdict, one of `verdict.REASONS` or NOT_REACHED; `detail` says more. Answers not given are None.
 
     `consistent`: does the L-VLM agree with itself? None if it was not asked. `cut`: was its answer truncated?
     """
@@ -66,39 +67,84 @@ class Sample:
         return self.reason not in (PARITY, HELD_OUT, NOT_REACHED)
 
 
-class RunSamples:
-    """The files of one cell in a run folder; those that do not exist yet are empty.
+class Case:
+    """The files of one cell in a run folder; those that do not exist yet are empty or None. Raises InputError for a broken one."""
 
-    Raises InputError if there is no PA file and no answers of the L-VLM, or if a file is broken.
-    """
-
-    def __init__(self, folder: Path, cell: Cell, ending: str = ""):
-        """`ending` is that of another parity set of the cell, such as `_anls`."""
-        self.folder, self.cell = folder, cell
-        lvlm, svlm, dataset = cell.lvlm, cell.svlm, cell.dataset
-        self.pa_json = self._file("PA_", f"_{dataset}.json")
-        self.train_json = self._file("PI_", f"_train_{lvlm}_{svlm}_{dataset}{ending}.json")
-        self.answers_json = {model: self._file("PI_", f"_{model}_{dataset}.json") for model in (lvlm, svlm)}
-        if not self.pa_json.exists() and not self.answers_json[lvlm].exists():
-            raise InputError(f"{self.pa_json}: no such file. Run PA.sh first, or name another run.")
-
-    def _file(self, stage: str, rest: str) -> Path:
-        """A stage's file with the L-VLM's name, or with the alias that the released files have for it."""
-        names = [self.cell.lvlm, RELEASED_ALIAS.get(self.cell.lvlm, self.cell.lvlm)]
-        files = [self.folder / f"{stage}{name}{rest}" for name in names]
-        return files[0] if files[0].exists() else files[1] if files[1].exists() else files[0]
+    def __init__(self, folder: Path, cell: Cell):
+        self.folder, self.cell, self.files = folder, cell, RunFiles(folder, cell)
+        self.task, self.model = DATASETS[cell.dataset].task, self.files.levelled().name
+        there, models = self.files.there, (cell.lvlm, cell.svlm)
+        self.pa_json, self.train_json = there(self.files.pa), there(self.files.train)
+        self.answers_json = {model: there(self.files.answers(model)) for model in models}
 
     @cached_property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
     def meta(self) -> dict:
         """The parity set's meta file, {} without one."""
-        file = records.meta_path(self.train_json)
-        return read_meta(file) if file.exists() else {}
+        return self.run.meta(self.train_json)
+
+    @cached_property
+    def settings(self) -> dict:
+        """Those of PA, and over them of PI, as far as they are known."""
+        found = {}
+        for file in (self.pa_json, self.train_json):
+            with contextlib.suppress(InputError):  # what needs it says so
+                found |= self.run.meta(file).get("settings", {})
+        return found
+
+    @property
+    def method(self) -> str:
+        """MPA, or another name if PI added anchors."""
+        return method_name(self.meta.get("settings", {}).get("anchors"))
 
     @property
     def missing(self) -> list[Path]:
         """The files of PA and PI that are not there."""
         files = (self.pa_json, *self.answers_json.values(), self.train_json)
         return [f for f in files[: 4 if self.cell.svlm else 2] if not f.exists()]
+
+    def evaluation(self, model: str, dataset: str | None = None) -> Evaluation | None:
+        path = self.files.evaluation(model, dataset)
+        return Evaluation.read(path) if path.exists() and records.meta_path(path).exists() else None
+
+    def trained(self, variant: str = MPA) -> dict:
+        """What the trainer says of a levelled model, {} if it is not there."""
+        return self.run.meta(self.files.levelled(variant))
+
+    @cached_property
+    def history(self) -> list[dict]:
+        """What the trainer logged, by step; [] if it has not trained or the file is of another kind."""
+        path = self.files.levelled() / "trainer_state.json"
+        content = records.read_json(path, finite=False) if path.exists() else {}  # transformers writes it
+        history = content.get("log_history") if isinstance(content, dict) else None
+        history = history if isinstance(history, list) else []
+        return [e for e in history if isinstance(e, dict) and isinstance(e.get("step"), int | float)]
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.history if isinstance(entry.get("loss"), int | float)]
+
+    @cached_property
+    def kept(self) -> list[JudgedSample]:
+        return [s for s in self.samples if s.kept]
+
+    @cached_property
+    def annotated(self) -> list[JudgedSample]:
+        """The samples with a question and an answer."""
+        return [s for s in self.samples if s.question and s.annotation and s.reason != NO_ANNOTATION]
+
+    @cached_property
+    def usable(self) -> list[JudgedSample]:
+        """Those that the L-VLM has answered."""
+        return [s for s in self.samples if s.consistent is not None]
+
+    @cached_property
+    def consistent(self) -> list[JudgedSample]:
+        """Those on which the L-VLM agrees with itself."""
+        return [s for s in self.samples if s.consistent]
 
     @cached_property
     def judge(self) -> Judge:
@@ -109,7 +155,7 @@ class RunSamples:
         match = settings.get("match", PRESETS[preset].match if preset in PRESETS else None)
         if preset not in PRESETS or match not in MATCHERS:
             raise InputError(f"{records.meta_path(self.train_json)}: unknown preset {preset!r} or matcher {match!r}.")
-        return judge_of(settings | {"match": match, "preset": preset}, RunFiles(self.folder, self.cell))
+        return judge_of(settings | {"match": match, "preset": preset}, self.files)
 
     @cached_property
     def _stored(self) -> dict[str, Verdict]:
@@ -132,9 +178,11 @@ class RunSamples:
 
     @cached_property
     def annotations(self) -> list[dict]:
-        """PA's records; without a PA file, those that PI's answers hold."""
+        """PA's records; without a PA file, those that PI's answers hold. Raises InputError if there is neither."""
         if self.pa_json.exists():
             return records.read_records(self.pa_json, "PA")
+        if not self.answers_json[self.cell.lvlm].exists():
+            raise InputError(f"{self.pa_json}: no such file. Run PA.sh first, or name another run.")
         return [
             {**r, "predicted_question": r["PA_question"], "predicted_answer": r["PA_answer"]}
             for r in self._answers(self.cell.lvlm).values()
@@ -147,7 +195,7 @@ class RunSamples:
         return {str(r["question_id"]) for r in records.read_json(self.folder / name)} if name else set()
 
     @cached_property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[JudgedSample]:
         """One for each record of PA, in its order."""
         lvlm, svlm = (self._answers(model) for model in (self.cell.lvlm, self.cell.svlm))
         found = []
@@ -161,7 +209,7 @@ class RunSamples:
                 for part in ("question", "answer")
             )
             found.append(
-                Sample(
+                JudgedSample(
                     key,
                     asked.get("image_path") or r["image_path"] or "",
                     question,
@@ -193,10 +241,7 @@ class RunSamples:
             return Verdict(NOT_REACHED, verdict.reason) if to_come else verdict
         if str(pa["question_id"]) in self._kept:
             return Verdict(PARITY)
-        if verdict.reason == PARITY:
-            capped = {"max_per_question", "max_per_answer"} & self.meta.get("settings", {}).keys()
-            return Verdict(Caps.reason) if capped else Verdict(SVLM_FAILED, "not in the parity set")
-        return verdict
+        return self.judge.not_chosen if verdict.reason == PARITY else verdict
 
 
 def read_reasons(file: Path) -> list[dict]:
@@ -216,47 +261,26 @@ def inspected(samples: list, n: int, seed: int) -> list:
     """n random kept and n random rejected samples, as the paper's analysis looks at; the rejected by their reasons."""
     rng, chosen = random.Random(seed), []
     for of_kind in ([s for s in samples if s.kept], [s for s in samples if s.rejected]):
-        chosen += sorted(rng.sample(of_kind, min(n, len(of_kind))), key=lambda s: REASONS.index(s.reason))
+        chosen += in_order(rng.sample(of_kind, min(n, len(of_kind))), lambda s: s.reason)
     return chosen
 
 
-def task_of(cell: Cell) -> str:
-    return DATASETS[cell.dataset].task
+def _labelled(case: Case) -> dict[tuple[str, str], list[str]]:
+    """{(image's file name, normalised question): answers} of the dataset's train questions, and of the PA file's."""
+    labels = train_labels(case.cell.dataset)
+    known = {(Path(s.image_path).name, normalise(s.question)): list(s.answers) for s in labels}
+    for s in case.samples:
+        if s.ground_truth_question and s.ground_truth:
+            known[Path(s.image_path).name, normalise(s.ground_truth_question)] = s.ground_truth
+    return known
 
 
-@dataclass(frozen=True)
-class Change:
-    """One test question before and after. `kind` is one of CHANGES; right is a score above 0.5."""
-
-    question_id: str
-    image_path: str
-    question: str
-    answers: list[str]
-    before: str | None
-    after: str | None
-    score_before: float
-    score_after: float
-    usable: bool = True  # both replies
-
-    @property
-    def kind(self) -> str:
-        if not self.usable:
-            return "no usable reply"
-        right = (self.score_before > 0.5, self.score_after > 0.5)
-        return {(False, True): "fixed", (True, False): "broken", (False, False): "still wrong"}.get(
-            right, "still right"
-        )
-
-
-def changes(before: Evaluation, after: Evaluation) -> list[Change]:
-    """Each question that both were asked, with its scores by the headline metric. Raises as `comparable.same_questions`."""
-    places, _ = comparable.same_questions(before, after)
+def checked_against_labels(case: Case, samples: list[JudgedSample]) -> list[tuple[JudgedSample, bool]]:
+    """(sample, whether its annotation is right) for those whose question a label of the same image answers."""
+    known, match = _labelled(case), Match("tolerant")
     found = []
-    for i, j in zip(*places, strict=True):
-        was, now = before.records[i], after.records[j]
-        answers = was.get("answers") or [was["GT_answer"]]
-        said, scores = (was["predictions"], now["predictions"]), (float(before.scores[i]), float(after.scores[j]))
-        usable = bool(before.usable[i] and after.usable[j])
-        image, question = was["image_path"] or "", was["GT_question"] or ""
-        found.append(Change(str(was["question_id"]), image, question, answers, *said, *scores, usable))
+    for s in samples:
+        answers = known.get((Path(s.image_path).name, normalise(s.question)))
+        if answers:
+            found.append((s, any(match(s.annotation, answer) for answer in answers)))
     return found
