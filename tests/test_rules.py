@@ -186,7 +186,7 @@ def test_what_a_cap_leaves_out_is_explained(select, tmp_path, capsys):
     assert reasons["parity"] == len(kept) and reasons["over the limit"] > 0
     assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
     shown = "".join(run_summary.examples(Case(tmp_path, CELL), 100))
-    assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
+    assert shown.count("→ parity sample") == len(kept) and shown.count("→ over the limit") == reasons["over the limit"]
 
 
 def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
@@ -306,3 +306,30 @@ def test_pi_stores_the_reason_of_each_sample_and_readers_take_it(select, tmp_pat
     # A file of reasons that is not of this train file is not believed.
     train.write_text(json.dumps(read_json(train)[1:]))
     assert sum(s.kept for s in Case(tmp_path, CELL).samples) == len(read_parity(train))
+
+
+def test_stored_reasons_are_those_of_the_answers_that_are_there(serve, copied_images, tmp_path):
+    server, run = serve(answers_by()), tmp_path / "run"
+    annotate(server, copied_images, run)
+    given = flags(server, copied_images, run, "--hold-out", "0", "--max-per-answer", "3")
+    train = PI.main(given)
+    file = train.with_name(f"{train.stem}.reasons.json")
+    made, kept = file.read_bytes(), train.read_bytes()
+    file.write_text(json.dumps([r | {"detail": "edited"} for r in read_json(file)]))
+    PI.main(given)
+    assert file.read_bytes() == made and train.read_bytes() == kept
+    file.write_text('[{"reason": 5}]')
+    with pytest.raises(InputError, match=r"reasons.json: exists, and no meta file says that this command made it"):
+        PI.main(given)
+    assert file.read_text() == '[{"reason": 5}]'
+
+
+def test_samples_keep_the_order_of_the_s_vlms_answers_and_the_type_of_their_ids(select, tmp_path):
+    plain = read_json(select("--out", tmp_path / "plain.json"))
+    answers = tmp_path / "PI_teacher_student_easyVQA.json"
+    turned = read_json(answers)[::-1]
+    answers.unlink()
+    answers.write_text(json.dumps(turned))
+    assert read_json(select("--out", tmp_path / "turned.json")) == plain[::-1] != plain
+    ids = {r["question_id"] for r in read_json(tmp_path / "PI_teacher_teacher_easyVQA.json")}
+    assert {r["question_id"] for r in read_json(tmp_path / "turned.reasons.json")} == ids
