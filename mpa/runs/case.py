@@ -247,8 +247,11 @@ class Case:
 def read_reasons(file: Path) -> list[dict]:
     """The records that PI wrote beside a train file. Raises InputError for another file."""
     found = records.read_json(file)
-    fields = ("question_id", "reason", "detail")
-    if not isinstance(found, list) or not all(isinstance(r, dict) and set(fields) <= r.keys() for r in found):
+    fields = ("reason", "detail")
+    if not isinstance(found, list) or not all(
+        isinstance(r, dict) and "question_id" in r and all(isinstance(r.get(name), str) for name in fields)
+        for r in found
+    ):
         raise InputError(f"{file}: not the reasons that PI writes; run PI.sh again, or remove it.")
     return found
 

@@ -171,7 +171,7 @@ class Asking:
                 annotation = annotation_of(of_lvlm)
             image = (of_lvlm or r)["image_path"]
             verdict = self.judge(annotation, of_lvlm, svlm.get(key), image in held)
-            samples.append(Judged(key, image, annotation, of_lvlm, svlm.get(key), verdict))
+            samples.append(Judged(r["question_id"], image, annotation, of_lvlm, svlm.get(key), verdict))
         return samples
 
     def _refuse(self, usable: list[dict], consistent: list[dict], held: held_out.HeldOut) -> None:
@@ -212,15 +212,16 @@ def read(args, train: TrainFile) -> Found:
         r = svlm.get(key) or lvlm[key]
         return judge(annotation_of(r), lvlm.get(key), svlm.get(key), held)
 
-    keys = list(dict.fromkeys([*lvlm, *svlm]))
-    consistent = [key for key in keys if key in svlm and key in lvlm and verdict(key, True).consistent]
+    keys, places = list(dict.fromkeys([*lvlm, *svlm])), {key: place for place, key in enumerate(svlm)}
+    consistent = [key for key in svlm if key in lvlm and verdict(key, True).consistent]
     held = held_out.decide(args, [svlm[key] for key in consistent])
     samples = []
     for key in keys:
         r = svlm.get(key) or lvlm[key]
-        is_held = r["image_path"] in held
-        of_svlm = None if is_held else svlm.get(key)
-        samples.append(Judged(key, r["image_path"], annotation_of(r), lvlm.get(key), of_svlm, verdict(key, is_held)))
+        is_held, annotation = r["image_path"] in held, annotation_of(r)
+        both = lvlm.get(key), None if is_held else svlm.get(key)
+        told, place = verdict(key, is_held), places.get(key, 0)
+        samples.append(Judged(r["question_id"], r["image_path"], annotation, *both, told, place))
     train.check(samples)
     held_out.write(args, [svlm[key] for key in consistent], held)
     funnel = {"L-consistent": sum(bool(verdict(key, False).consistent) for key in keys if key in lvlm)}

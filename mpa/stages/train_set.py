@@ -1,5 +1,6 @@
 """The train set that PI writes: the judged samples, which of them are trained on, and why the others are not."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import NamedTuple
 
 from mpa.files import distributed, outputs, records
 from mpa.files.journal import finished
+from mpa.files.records import InputError
 from mpa.method.presets import PRESETS
 from mpa.method.prompts import Annotation, train_prompt
 from mpa.method.rules.rule import Selection
 from mpa.method.verdict import BOTH_RIGHT, CONSISTENT, PARITY, Judge, Verdict
+from mpa.runs.case import read_reasons
 from mpa.runs.layout import reasons_path
 from mpa.stages import cli
 from mpa.stages.stage import run_files
@@ -19,29 +22,39 @@ LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 
 
 class Judged(NamedTuple):
-    """One sample: its annotation, the models' PI records (None: has not answered), and the verdict."""
+    """One sample: its annotation, the models' PI records (None: has not answered), and the verdict.
 
-    key: str
+    `place` is that of the S-VLM's answer, where a file of existing answers has another order than the L-VLM's.
+    """
+
+    question_id: str | int
     image_path: str
     annotation: Annotation
     lvlm: dict | None
     svlm: dict | None
     verdict: Verdict
+    place: int = 0
+
+    @property
+    def key(self) -> str:
+        return str(self.question_id)
 
     def as_record(self) -> dict:
         said = {who: (r or {}).get("predictions") for who, r in (("lvlm", self.lvlm), ("svlm", self.svlm))}
         annotation = {"PA_question": self.annotation.question, "PA_answer": self.annotation.answer}
-        record = {
-            "question_id": (self.svlm or self.lvlm or {}).get("question_id", self.key),
-            "image_path": self.image_path,
-        }
+        record = {"question_id": self.question_id, "image_path": self.image_path}
         answers = {f"{who}_answer": text for who, text in said.items()}
         return record | annotation | answers | {"reason": self.verdict.reason, "detail": self.verdict.detail}
 
 
+def _answered(samples: list[Judged]) -> list[Judged]:
+    """Those that the S-VLM has answered, in the order of its answers."""
+    return sorted((s for s in samples if s.svlm), key=lambda s: s.place)
+
+
 def select(samples: list[Judged], judge: Judge) -> Selection:
     """What is trained on: the parity samples, and what rules change about them."""
-    of = {reason: [s.svlm for s in samples if s.verdict.reason == reason] for reason in (PARITY, BOTH_RIGHT)}
+    of = {reason: [s.svlm for s in _answered(samples) if s.verdict.reason == reason] for reason in (PARITY, BOTH_RIGHT)}
     chosen = Selection(of[PARITY], of[BOTH_RIGHT])
     for rule in judge.rules:
         chosen = rule.select(chosen)
@@ -95,8 +108,8 @@ class TrainFile:
     def _content(self, samples: list[Judged]) -> str:
         """The digest of the answers; of those that decide the parity set alone, where it was selected before --answer-all asked the rest."""
         lvlm = [s.lvlm for s in samples if s.lvlm]
-        asked = [s.svlm for s in samples if s.svlm]
-        deciding = [s.svlm for s in samples if s.svlm and s.verdict.reason in CONSISTENT]
+        asked = [s.svlm for s in _answered(samples)]
+        deciding = [s.svlm for s in _answered(samples) if s.verdict.reason in CONSISTENT]
         before = records.digest(json.dumps([lvlm, deciding]))
         there = (_meta_of(self.path).get("settings") or {}).get("content")
         return before if there == before else records.digest(json.dumps([lvlm, asked]))
@@ -111,13 +124,13 @@ class TrainFile:
 
     def write(self, samples: list[Judged], chosen: Selection, judge: Judge, **facts) -> None:
         """Write the file, unless it is there. `facts` go to its meta file."""
-        there = self.check(samples)
-        reasons_file = reasons_path(self.path)
-        if there and reasons_file.exists():
+        there, file, found = self.check(samples), reasons_path(self.path), reasons(samples, chosen, judge)
+        told = file.exists() and records.read_json(file) == found
+        if there and told:
             return
         cli.open_log(self.args, writes=True)
-        if distributed.FIRST:
-            records.write_json(reasons_file, reasons(samples, chosen, judge))
+        if distributed.FIRST and not told:
+            records.write_json(file, found)
         if there:
             return
         if self.path.exists() and not self.args.restart:
@@ -159,5 +172,7 @@ def _meta_of(result: Path) -> dict:
 
 
 def _is_of_reasons(path: Path) -> bool:
-    content = records.read_json(path)
-    return isinstance(content, list) and all(isinstance(r, dict) and "reason" in r for r in content)
+    with contextlib.suppress(InputError):
+        read_reasons(path)
+        return True
+    return False

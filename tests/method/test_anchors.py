@@ -122,20 +122,3 @@ def test_held_out_images_are_no_anchors_either(serve, copied_images, tmp_path):
     found = read_json(train)
     assert {r["kind"] for r in found} == {"parity", "anchor"}
     assert not tested & {image_files.content_hash(r["image"]) for r in found}
-
-
-def test_pi_stores_the_reason_of_each_sample_and_readers_take_it(select, tmp_path):
-    for file in tmp_path.glob("*_train_*"):
-        file.unlink()
-    train = select("--max-per-answer", "1", "--anchors", "1")
-    stored = {str(r["question_id"]): r for r in read_json(train.with_name(f"{train.stem}.reasons.json"))}
-    run = Case(tmp_path, CELL)
-    assert {s.question_id: (s.reason, s.detail) for s in run.samples if s.question_id in stored} == {
-        key: (r["reason"], r["detail"]) for key, r in stored.items()
-    }
-    assert {r["reason"] for r in stored.values()} >= {"parity", "both right", "over the limit", "L-VLM disagrees"}
-    told = {key for key, r in stored.items() if r["detail"].startswith("an anchor")}
-    assert told == {str(r["id"]) for r in read_json(train) if r["kind"] == "anchor"}
-    # A file of reasons that is not of this train file is not believed.
-    train.write_text(json.dumps(read_json(train)[1:]))
-    assert sum(s.kept for s in Case(tmp_path, CELL).samples) == len(read_parity(train))

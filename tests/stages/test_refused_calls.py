@@ -7,6 +7,7 @@ import pytest
 from answered_by_rule import annotate, answers_by, flags
 from conftest import MINI, STUDENT, TEACHER, python, snapshot
 from easy_run import EASY
+from fake_server import completion
 
 from mpa.files.records import read_json
 
@@ -66,6 +67,38 @@ def test_a_refused_call_of_pi_leaves_the_run_as_it_is(serve, module_images, tmp_
     assert refused.returncode == 1, refused.stdout + refused.stderr
     assert "Traceback" not in refused.stderr
     assert snapshot(run) == before
+    assert server.number == asked
+
+
+def test_what_no_rule_can_use_is_not_paid_for(serve, module_images, tmp_path):
+    """This server gives no log-probability: that is seen before the votes are asked."""
+    server, run = serve(answers_by()), tmp_path / "run"
+    annotate(server, module_images, run)
+    asked = server.number
+    refused = python("PI.py", *flags(server, module_images, run, "--votes", 3, "--min-probability", 0.5))
+    assert refused.returncode == 1 and "--min-probability cannot be used" in refused.stderr
+    assert server.number == asked and not list(run.glob("*votes*"))
+
+
+def test_the_grey_image_is_made_only_when_it_is_asked_about(serve, module_images, tmp_path):
+    server, run = serve(answers_by()), tmp_path / "run"
+    annotate(server, module_images, run)
+    shown = [body["messages"][0]["content"][0] for body in server.bodies]
+    answer = server.rule
+    server.rule = lambda body, _: (
+        answer(body) if body["messages"][0]["content"][0] in shown else (200, completion("grey"))
+    )
+    given = ["PI.py", *flags(server, module_images, run, "--blind")]
+    before = snapshot(run)
+    assert python(*given, "--dry-run").returncode == 0
+    before["spending.json"] = snapshot(run)["spending.json"]  # the trial is paid
+    assert snapshot(run) == before
+    assert python(*given).returncode == 0
+    (run / "grey.png").unlink()
+    before, asked = snapshot(run), server.number
+    assert python(*given, "--seed", 1).returncode == 1 and snapshot(run) == before
+    again = python(*given)
+    assert again.returncode == 0 and snapshot(run) | {"grey.png": 0} == before | {"grey.png": 0}
     assert server.number == asked
 
 

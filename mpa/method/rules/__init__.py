@@ -34,13 +34,8 @@ def of(settings: dict) -> tuple[Rule, ...]:
 
 def deciding_consistency(settings: dict) -> dict:
     """Those of the settings that decide which questions the S-VLM is asked."""
-    of_selection = {name for rule in RULES if rule.of_consistent for name in rule.NAMES}
-    return {
-        name: value
-        for rule in RULES
-        for name, value in settings.items()
-        if name in rule.NAMES and name not in of_selection
-    }
+    names = (name for rule in RULES if not rule.of_consistent for name in rule.NAMES)
+    return {name: settings[name] for name in names if name in settings}
 
 
 def reasons(of_consistent: bool) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from PIL import Image
 from mpa.files import atomic, distributed
 from mpa.method.rules.rule import Rule
 
+GREY = "grey.png"
+
 
 class Blind(Rule):
     NAMES = ("blind",)
@@ -27,14 +29,15 @@ class Blind(Rule):
             help="leave out what the L-VLM answers as annotated when it sees a grey image instead; it is asked once more",
         )
 
-    def questions(self, questions, folder: Path) -> list:
-        """Each question about a grey image, which is made in the run folder."""
-        grey = folder / "grey.png"
-        if distributed.FIRST and not grey.exists():
-            with atomic.replacing(grey) as file:
+    def prepare(self, folder: Path) -> None:
+        if distributed.FIRST and not (folder / GREY).exists():
+            with atomic.replacing(folder / GREY) as file:
                 Image.new("RGB", (448, 448), (128, 128, 128)).save(file, "PNG")
         distributed.wait()
-        shown = {"image_path": str(grey)}
+
+    def questions(self, questions, folder: Path) -> list:
+        """Each question about the grey image of the run folder."""
+        shown = {"image_path": str(folder / GREY)}
         return [replace(q, request=replace(q.request, **shown), before=q.before | shown) for q in questions]
 
     def see(self, answers: list[dict]) -> None:

@@ -43,6 +43,9 @@ class Rule:
     def in_use(cls, settings: dict) -> bool:
         return bool(settings.get(cls.NAMES[0]))
 
+    def prepare(self, folder) -> None:
+        """Make the images in the run folder that `questions` are about, before they are asked."""
+
     def questions(self, questions: Sequence, folder) -> list:
         """What the L-VLM is asked further: copies of `questions` (dataclasses with `request` and `before`) with other requests."""
         return []
