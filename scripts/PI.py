@@ -122,11 +122,12 @@ def main(argv=None) -> Path:
             return stage.lvlm.out
         samples, judge, funnel = stage.ask_svlm(lvlm_answers)  # Â
 
-    chosen = select(samples, judge)  # D_PI
-    funnel |= {"parity": len(chosen.parity)} | ({} if chosen.anchors is None else {"anchors": len(chosen.anchors)})
+    samples, selection = select(samples, judge)  # D_PI
+    funnel |= {"parity": len(selection.parity)}
+    funnel |= {} if selection.anchors is None else {"anchors": len(selection.anchors)}
     within_words = matched_within_words(samples, judge, args.preset)
     facts = {"matched_within_words": within_words} if within_words else {}
-    train.write(samples, chosen, judge, funnel=funnel, **facts)
+    train.write(samples, selection, funnel=funnel, **facts)
 
     print("PI: " + funnel_line(funnel))
     if any(within_words.values()):
@@ -135,7 +136,7 @@ def main(argv=None) -> Path:
     answers = [r for s in samples for r in (s.lvlm, s.svlm) if r]
     if left_out := counted(r["left_out"] for r in answers if r.get("left_out")):
         print(f"PI: {left_out}")
-    if not chosen.parity:
+    if not selection.parity:
         print("PI: the parity set is empty: the S-VLM already answers all that the L-VLM answers.", file=sys.stderr)
     print(f"The parity set is {train.path}. Next: PL/Qwen2-VL-Finetune/scripts/PL.sh with the same RUN and DATASET.")
     return train.path

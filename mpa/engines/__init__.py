@@ -120,20 +120,20 @@ class Engine:
     packages: tuple[str, ...] = ()
 
 
-_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
+LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 ENGINES = {
     "hf": Engine(
         "mpa.engines.hf:HFEngine",
         (
             *("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code"),
-            *("quantization", "device_map", *_LIMITS),
+            *("quantization", "device_map", *LIMITS),
         ),
     ),
     "vllm": Engine(
         "mpa.engines.vllm:VLLMEngine",
         (
             *("dtype", "trust_remote_code", "tensor_parallel_size", "pipeline_parallel_size"),
-            *("gpu_memory_utilization", "max_model_len", *_LIMITS),
+            *("gpu_memory_utilization", "max_model_len", *LIMITS),
         ),
     ),
     "openai": Engine(

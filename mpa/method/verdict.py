@@ -21,27 +21,28 @@ PARITY = "parity"  # Ã = A and Â ≠ A
 BOTH_RIGHT = "both right"  # Ã = A and Â = A
 DISAGREES = "L-VLM disagrees"  # Ã ≠ A
 CUT = "L-VLM's reply cut"
-HELD_OUT = "held out"
+HELD_OUT = "held out"  # said only of samples on which the L-VLM agrees with itself: the others are of no use there
 NOT_ASKED = "S-VLM not asked"
 NO_ANNOTATION = "no usable annotation"
 LVLM_FAILED = "no answer of the L-VLM"
 SVLM_FAILED = "no answer of the S-VLM"
 
+# All reasons, in the order of tables and reports.
 REASONS = (
     PARITY,
     NO_ANNOTATION,
     LVLM_FAILED,
     CUT,
-    *rules.reasons(of_consistent=False),
+    *rules.reasons(selects=False),
     DISAGREES,
     BOTH_RIGHT,
-    *rules.reasons(of_consistent=True),
+    *rules.reasons(selects=True),
     NOT_ASKED,
     HELD_OUT,
     SVLM_FAILED,
 )
-# Those of samples on which the L-VLM agrees with itself: Ã = A.
-CONSISTENT = {PARITY, BOTH_RIGHT, HELD_OUT, NOT_ASKED, SVLM_FAILED, *rules.reasons(of_consistent=True)}
+# Those of consistent samples: Ã = A, the reply is whole, and no rule leaves the sample out.
+CONSISTENT = {PARITY, BOTH_RIGHT, HELD_OUT, NOT_ASKED, SVLM_FAILED, *rules.reasons(selects=True)}
 
 
 def in_order(items: Iterable, reason: Callable = str) -> list:
@@ -96,18 +97,17 @@ class Judge:
         return Verdict(BOTH_RIGHT if self.match(svlm["predictions"], annotation.answer) else PARITY)
 
     @property
-    def not_chosen(self) -> Verdict:
-        """On a parity sample that is not in the parity set: by the rule that selects."""
-        by_rule = next((rule.reason for rule in self.rules if rule.of_consistent and rule.reason), None)
+    def not_selected(self) -> Verdict:
+        """On a parity sample that is not in a train file whose reasons are not known: by the rule that selects."""
+        by_rule = next((rule.reason for rule in self.rules if rule.selects and rule.reason), None)
         return Verdict(by_rule) if by_rule else Verdict(SVLM_FAILED, "not in the parity set")
 
     def _doubt(self, answer: str | None, lvlm: dict) -> Verdict | None:
-        """Why the L-VLM does not agree with itself; None where it does: Ã = A, and no rule leaves the sample out."""
-        told = [rule.agrees(lvlm, answer, self.match) for rule in self.rules]
-        decided = next((verdict for verdict in told if verdict is not None), None)
-        agrees, detail = decided or (self.match(lvlm["predictions"], answer), "")
+        """Why the sample is not consistent; None where it is: Ã = A, no rule leaves it out, and the reply is whole."""
+        by_rules = (rule.agrees(lvlm, answer, self.match) for rule in self.rules)
+        agrees, more = next(filter(None, by_rules), (self.match(lvlm["predictions"], answer), ""))
         if not agrees:
-            return Verdict(DISAGREES, f"it answers {lvlm['predictions']!r}{detail}")
+            return Verdict(DISAGREES, f"it answers {lvlm['predictions']!r}{more}")
         for rule in self.rules:
             if detail := rule.leaves_out(lvlm, answer, self.match):
                 return Verdict(rule.reason, detail)

@@ -241,7 +241,7 @@ class Case:
             return Verdict(NOT_REACHED, verdict.reason) if to_come else verdict
         if str(pa["question_id"]) in self._kept:
             return Verdict(PARITY)
-        return self.judge.not_chosen if verdict.reason == PARITY else verdict
+        return self.judge.not_selected if verdict.reason == PARITY else verdict
 
 
 def read_reasons(file: Path) -> list[dict]:

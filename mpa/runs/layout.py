@@ -1,4 +1,4 @@
-"""The names of a run folder's files, made and parsed here alone, for Python and for bash.
+"""The names of a run folder's results, made and parsed here alone, for Python and for bash.
 
     python -m mpa.runs.layout --run RUN --dataset textVQA --lvlm BIG --svlm SMALL levelled train       # a path on each line
 
@@ -25,7 +25,6 @@ _DATASET = "|".join(map(re.escape, DATASETS))
 _UNLABELLED = {name for name, dataset in DATASETS.items() if not dataset.labelled}
 ANY = "\0"  # a model's name in a file's name, for `models_of`
 _NO_RESULT = (".meta.json", ".reasons.json")
-_FURTHER = re.compile(r"heldout|heldout-given|blind|votes|given|scored-.*")  # in the place of an S-VLM's name
 
 
 class Cell(NamedTuple):
@@ -62,7 +61,7 @@ class RunFiles:
         return self.answers(self.cell.svlm)
 
     def further(self, how: str) -> Path:
-        """Further answers that a rule asks for: "votes", "blind", "given", "scored-SVLM"."""
+        """Further answers of the L-VLM, which a rule asks for: "votes", "blind"; and "given"."""
         return self.answers(how)
 
     @property
@@ -164,6 +163,14 @@ def may_be_train(name: str) -> bool:
     return is_result(name, "PI") and "_train_" in name
 
 
+def _is_no_model(name: str) -> bool:
+    """Does this stand in the place of an S-VLM's name, in a file of the L-VLM's further answers or of held-out questions?"""
+    from mpa.method import rules  # not above: bash asks this module for names, and waits
+
+    asked = {rule.asks for rule in rules.RULES}
+    return name in {"heldout", "heldout-given", "given", *asked} or name.startswith("scored-")  # of earlier versions
+
+
 def parsed(stem: str, lvlms: Iterable[Cell] = ()) -> Cell | None:
     """What the name of a result of PA or PI says, for one without a meta file; None if nothing.
 
@@ -177,7 +184,7 @@ def parsed(stem: str, lvlms: Iterable[Cell] = ()) -> Cell | None:
         return Cell(found[3], found[1], found[2])
     for cell in sorted(lvlms, key=lambda cell: len(cell.lvlm), reverse=True):
         for model in models_of([f"{stem}.json"], RunFiles(Path(), cell).answers(ANY)):
-            return cell._replace(svlm="" if model == cell.lvlm or _FURTHER.fullmatch(model) else model)
+            return cell._replace(svlm="" if model == cell.lvlm or _is_no_model(model) else model)
     return None
 
 

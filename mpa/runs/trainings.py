@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mpa.files.records import meta_path, short_name
+from mpa.method import rules
 from mpa.method.presets import method_name
 from mpa.runs.evaluations import Evaluation
 from mpa.runs.folders import ParitySet, find
@@ -24,10 +25,7 @@ def _as_they_are(names: str) -> dict[str, str]:
 TELLING = {
     "PA": {"limit": "images", "sample": "sampled images"}
     | _as_they_are("temperature top_p keep_refusals questions_per_image"),
-    "PI": _as_they_are(
-        "preset match hold_out anchors max_per_question max_per_answer min_probability blind votes min_agreement "
-        "max_svlm_probability"
-    ),
+    "PI": _as_they_are(" ".join(["preset match hold_out", *rules.names()])),
     "PL": _as_they_are(
         "num_train_epochs max_steps learning_rate vision_lr merger_lr lr_scheduler_type samples_per_step optim lora_enable "
         "lora_rank freeze_vision_tower freeze_llm freeze_merger"

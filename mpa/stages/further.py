@@ -1,6 +1,7 @@
 """What PI asks the L-VLM beyond its answers, each in a file of its own: for the rules in use (`mpa.method.rules`), and given questions."""
 
 import os
+from pathlib import Path
 
 from mpa.files.records import InputError
 from mpa.method.rules import Rule
@@ -38,15 +39,21 @@ def ask(args, chosen: tuple[Rule, ...], questions: list[Question], lvlm_answers:
 
     Those that ask nothing come first: what they refuse is not paid for.
     """
-    for rule in sorted(chosen, key=lambda rule: bool(rule.asks)):
-        seen = lvlm_answers
+    tell(chosen, lvlm_answers, run_files(args).lvlm_answers)
+    for rule in chosen:
         if rule.asks:
             rule.prepare(run_files(args).folder)
-            seen = _stage(args, rule, _questions(args, rule, questions)[0]).ask()
-        try:
-            rule.see(seen)
-        except InputError as error:
-            raise InputError(f"{run_files(args).lvlm_answers}: {error}") from None
+            rule.see(_stage(args, rule, _questions(args, rule, questions)[0]).ask())
+
+
+def tell(chosen: tuple[Rule, ...], lvlm_answers: list[dict], file: Path) -> None:
+    """Tell the rules that ask nothing the L-VLM's answers, which are in `file`. Raises InputError if they lack what a rule needs."""
+    try:
+        for rule in chosen:
+            if not rule.asks:
+                rule.see(lvlm_answers)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def dry_run(args, chosen: tuple[Rule, ...], questions: list[Question]) -> None:

@@ -1,6 +1,7 @@
 """How PI comes to judged samples: it asks both models, or reads their answers."""
 
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from mpa.answers.finish_reasons import why_cut
@@ -18,7 +19,7 @@ from mpa.stages.answering import Answers, Question, question_request
 from mpa.stages.stage import AskedModel, counted, run_files, short_replies
 from mpa.stages.train_set import Judged, TrainFile
 
-A_MARK = "a mark of the S-VLM’s prompt format"
+SVLMS_MARK = "a mark of the S-VLM’s prompt format"
 
 
 class Found(NamedTuple):
@@ -32,7 +33,7 @@ class Found(NamedTuple):
 class Annotated(NamedTuple):
     """D_PA: PA's records, those that can be used, and why others cannot, by id."""
 
-    path: object
+    path: Path
     everything: list[dict]
     usable: list[dict]
     left_out: dict[str, str]
@@ -65,7 +66,7 @@ class Asking:
         self.args, self.train, self.files = args, train, run_files(args)
         self.annotated = read_annotations(args)
         self.given = given_questions.of(args)
-        self.rules = rules.of(train.chosen)
+        self.rules = rules.of(train.rule_settings)
         self.judge = Judge.of(vars(args), self.rules)
         self.models = {who: AskedModel(args, getattr(args, f"model_path_{who}")) for who in ("lvlm", "svlm")}
         for who in ("lvlm",) if args.only_lvlm else self.models:
@@ -94,7 +95,7 @@ class Asking:
     def _of_svlm(self, questions: list[Question], needed: set[str]) -> Answers:
         """The S-VLM's answers to those questions that are `needed`, see `answer_all.of_svlm`."""
         choices = {"match": self.args.match, "hold_out": self.args.hold_out} | rules.deciding_consistency(
-            self.train.chosen
+            self.train.rule_settings
         )
         label = f"PI S-VLM {self.files.cell.svlm}"
         return answer_all.of_svlm(self.args, self.files.svlm_answers, label, questions, needed, **choices)
@@ -123,7 +124,7 @@ class Asking:
         consistent = [r for r in lvlm_answers if self.judge(annotation_of(r), r).reason == NOT_ASKED]
         return consistent, held_out.decide(self.args, consistent)
 
-    def write_held_out(self, consistent: list[dict], held: held_out.HeldOut, svlm: Answers | None = None) -> None:
+    def write_held_out(self, consistent: list[dict], held: held_out.HeldOut) -> None:
         """Write the held-out set, once nothing can be refused any more; ask the L-VLM the given questions about it."""
         if self.given:
             chosen, of_given = given_questions.about(self.args, self.given, held.threshold)
@@ -142,7 +143,7 @@ class Asking:
         if not (questions if self.args.answer_all else any(q.request.key in needed for q in questions)):
             self._refuse(usable, consistent, held)
         svlm = self._of_svlm(questions, needed)
-        there = svlm.ask() if svlm.check() else None  # nothing is asked, nothing is written
+        there = svlm.ask() if svlm.check() else None  # where the answers are there, this only reads them
         self.train.check(self._judged(lvlm_answers, there, held, marked) if there is not None else None)
         self.write_held_out(consistent, held)
         samples = self._judged(lvlm_answers, svlm.ask() if there is None else there, held, marked)
@@ -156,7 +157,7 @@ class Asking:
             str(r["question_id"]) for r in lvlm_answers if holds_mark(f"{r['PA_question']}\n{r['PA_answer']}", marks)
         }
         if marked:
-            print(f"PI: {counted([A_MARK] * len(marked))}", file=sys.stderr)
+            print(f"PI: {counted([SVLMS_MARK] * len(marked))}", file=sys.stderr)
         return [r for r in lvlm_answers if str(r["question_id"]) not in marked], marked
 
     def _judged(self, lvlm_answers: list[dict], svlm_answers: list[dict], held, marked: set[str]) -> list[Judged]:
@@ -164,7 +165,7 @@ class Asking:
         samples = []
         for r in self.annotated.everything:
             key = str(r["question_id"])
-            left_out = self.annotated.left_out.get(key) or (A_MARK if key in marked else r.get("left_out"))
+            left_out = self.annotated.left_out.get(key) or (SVLMS_MARK if key in marked else r.get("left_out"))
             of_lvlm = None if key in marked else lvlm.get(key)
             annotation = Annotation(r["predicted_question"], r["predicted_answer"], left_out)
             if of_lvlm:
@@ -205,13 +206,14 @@ def read(args, train: TrainFile) -> Found:
     svlm = {str(r["question_id"]): r | {"image_path": path} for r, path in zip(svlm_answers, paths, strict=True)}
     lvlm = {str(r["question_id"]): r for r in lvlm_answers}
     files = run_files(args)
-    settings = {"match": args.match, "preset": args.preset} | train.chosen
+    settings = {"match": args.match, "preset": args.preset} | train.rule_settings
     judge = judge_of(settings, type(files)(args.lvlm_json.parent, files.cell))
 
     def verdict(key: str, held: bool) -> Verdict:
         r = svlm.get(key) or lvlm[key]
         return judge(annotation_of(r), lvlm.get(key), svlm.get(key), held)
 
+    further.tell(judge.rules, lvlm_answers, args.lvlm_json)
     keys, places = list(dict.fromkeys([*lvlm, *svlm])), {key: place for place, key in enumerate(svlm)}
     consistent = [key for key in svlm if key in lvlm and verdict(key, True).consistent]
     held = held_out.decide(args, [svlm[key] for key in consistent])

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from mpa.engines import LIMITS
 from mpa.files import distributed, outputs, records
 from mpa.files.journal import finished
 from mpa.files.records import InputError
@@ -17,8 +18,6 @@ from mpa.runs.case import read_reasons
 from mpa.runs.layout import reasons_path
 from mpa.stages import cli
 from mpa.stages.stage import run_files
-
-LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 
 
 class Judged(NamedTuple):
@@ -52,16 +51,21 @@ def _answered(samples: list[Judged]) -> list[Judged]:
     return sorted((s for s in samples if s.svlm), key=lambda s: s.place)
 
 
-def select(samples: list[Judged], judge: Judge) -> Selection:
-    """What is trained on: the parity samples, and what rules change about them."""
+def select(samples: list[Judged], judge: Judge) -> tuple[list[Judged], Selection]:
+    """(the samples with the verdicts of the rules that select, what is trained on)."""
     of = {reason: [s.svlm for s in _answered(samples) if s.verdict.reason == reason] for reason in (PARITY, BOTH_RIGHT)}
-    chosen = Selection(of[PARITY], of[BOTH_RIGHT])
+    selection, verdicts = Selection(of[PARITY], of[BOTH_RIGHT]), {}
     for rule in judge.rules:
-        chosen = rule.select(chosen)
-    return chosen
+        before, selection = selection, rule.select(selection)
+        kept = {str(r["question_id"]) for r in selection.parity}
+        left = {str(r["question_id"]) for r in before.parity} - kept
+        verdicts |= dict.fromkeys(left, Verdict(rule.reason))
+    for r in selection.anchors or ():
+        verdicts[str(r["question_id"])] = Verdict(BOTH_RIGHT, "an anchor: PL also trains on it")
+    return [s._replace(verdict=verdicts.get(s.key, s.verdict)) for s in samples], selection
 
 
-def train_records(chosen: Selection, preset: str) -> list[dict]:
+def train_records(selection: Selection, preset: str) -> list[dict]:
     """The records of the train file. With anchors, each says in `kind` whether it is a parity sample or an anchor."""
 
     def of(r: dict) -> dict:
@@ -69,44 +73,31 @@ def train_records(chosen: Selection, preset: str) -> list[dict]:
             r["question_id"], r["image_path"], train_prompt(r["PA_question"], preset), r["PA_answer"]
         )
 
-    if chosen.anchors is None:
-        return [of(r) for r in chosen.parity]
+    if selection.anchors is None:
+        return [of(r) for r in selection.parity]
     return [
-        of(r) | {"kind": kind} for kind, found in (("parity", chosen.parity), ("anchor", chosen.anchors)) for r in found
+        of(r) | {"kind": kind}
+        for kind, found in (("parity", selection.parity), ("anchor", selection.anchors))
+        for r in found
     ]
-
-
-def reasons(samples: list[Judged], chosen: Selection, judge: Judge) -> list[dict]:
-    """Each sample with both answers and its reason, for people and for what reads a run."""
-    kept = {str(r["question_id"]) for r in chosen.parity}
-    anchors = {str(r["question_id"]) for r in chosen.anchors or ()}
-    found = []
-    for s in samples:
-        if s.verdict.reason == PARITY and s.key not in kept:
-            s = s._replace(verdict=judge.not_chosen)
-        elif s.key in anchors:
-            s = s._replace(verdict=Verdict(s.verdict.reason, "an anchor: PL also trains on it"))
-        found.append(s.as_record())
-    return found
 
 
 class TrainFile:
     """The train file of a run, with its meta file and its reasons."""
 
-    def __init__(self, args, chosen: dict):
-        """`chosen` are the settings of the rules in use."""
-        self.args, self.chosen, self.files = args, chosen, run_files(args)
+    def __init__(self, args, rule_settings: dict):
+        self.args, self.rule_settings, self.files = args, rule_settings, run_files(args)
         self.path: Path = args.out or self.files.train
 
     def _settings(self, samples: list[Judged] | None) -> dict:
-        """Those that decide the file; without the samples, what is known before."""
+        """The settings that decide the file; without `samples`, those that are known before the models are asked."""
         settings = {name: getattr(self.args, name) for name in ("preset", "match", "hold_out")}
         if self.args.lvlm_json:
             settings |= {"lvlm_json": str(self.args.lvlm_json), "svlm_json": str(self.args.svlm_json)}
-        return settings | self.chosen | ({} if samples is None else {"content": self._content(samples)})
+        return settings | self.rule_settings | ({} if samples is None else {"content": self._content(samples)})
 
     def _content(self, samples: list[Judged]) -> str:
-        """The digest of the answers; of those that decide the parity set alone, where it was selected before --answer-all asked the rest."""
+        """The digest of the answers. Where the file is there and was made before --answer-all asked the rest: of those it was made from."""
         lvlm = [s.lvlm for s in samples if s.lvlm]
         asked = [s.svlm for s in _answered(samples)]
         deciding = [s.svlm for s in _answered(samples) if s.verdict.reason in CONSISTENT]
@@ -119,12 +110,12 @@ class TrainFile:
         inputs = [*outputs.inputs_of(self.args), self.files.lvlm_answers]
         outputs.refuse_others(self.path, "train", inputs)
         outputs.refuse_others(reasons_path(self.path), "reasons", inputs, ours=_is_of_reasons)
-        # It is derived from the answers: from others it is made anew.
+        # A train file of a run is made anew when its answers have changed; one of --lvlm-json and --svlm-json is refused.
         return finished(self.path, self._settings(samples), self.args.restart, lambda: not self.args.lvlm_json)
 
-    def write(self, samples: list[Judged], chosen: Selection, judge: Judge, **facts) -> None:
-        """Write the file, unless it is there. `facts` go to its meta file."""
-        there, file, found = self.check(samples), reasons_path(self.path), reasons(samples, chosen, judge)
+    def write(self, samples: list[Judged], selection: Selection, **facts) -> None:
+        """Write the file and its reasons, unless they are there. `samples` are those of `select`; `facts` go to the meta file."""
+        there, file, found = self.check(samples), reasons_path(self.path), [s.as_record() for s in samples]
         told = file.exists() and records.read_json(file) == found
         if there and told:
             return
@@ -138,7 +129,7 @@ class TrainFile:
         facts |= {"dataset": self.args.dataset} | self._models() | self._limits()
         if self.files.held_out.exists():
             facts["held_out"] = os.path.relpath(self.files.held_out, self.path.parent)
-        records.write_result(self.path, train_records(chosen, self.args.preset), self._settings(samples), **facts)
+        records.write_result(self.path, train_records(selection, self.args.preset), self._settings(samples), **facts)
 
     def _models(self) -> dict:
         """{"model_path_lvlm", "model_path_svlm"} as far as they are known."""

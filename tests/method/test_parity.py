@@ -114,7 +114,7 @@ def test_the_reasons_of_consistent_samples_are_those_where_the_l_vlm_repeats_its
         "no answer of the L-VLM",
     }
     assert {reason for reason, consistent in of.items() if consistent} == CONSISTENT
-    disagreeing = {"L-VLM disagrees", "L-VLM's reply cut", "L-VLM unsure", "L-VLM needs no image"}
+    disagreeing = {"L-VLM disagrees", "L-VLM's reply cut", *rules.reasons(selects=False)}
     assert {reason for reason, consistent in of.items() if consistent is False} == disagreeing
     assert len(set(REASONS)) == len(REASONS)
 

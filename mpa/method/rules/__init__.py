@@ -1,7 +1,6 @@
-"""The rules beyond the paper. Each is one file and one row of RULES; neither the stages nor the paper's preset know them.
+"""The rules beyond the paper. Each is one file and one row of RULES; no stage knows one by its name.
 
-A rule is in use where its flag is given: PI then stores its settings in the train file's meta file, from which all readers make
-it again.
+A rule is in use where its flag is given. PI stores its settings in the train file's meta file, from which readers make the rule again.
 """
 
 from mpa.method.rules.anchors import Anchors
@@ -28,16 +27,21 @@ def settings_of(args) -> dict:
 
 
 def of(settings: dict) -> tuple[Rule, ...]:
-    """The rules that these settings of a train file select; they have not been told yet what the models answered."""
+    """The rules that these settings of a train file select; `see` must still tell them the answers that they need."""
     return tuple(rule(settings) for rule in RULES if rule.in_use(settings))
 
 
 def deciding_consistency(settings: dict) -> dict:
     """Those of the settings that decide which questions the S-VLM is asked."""
-    names = (name for rule in RULES if not rule.of_consistent for name in rule.NAMES)
+    names = (name for rule in RULES if not rule.selects for name in rule.NAMES)
     return {name: settings[name] for name in names if name in settings}
 
 
-def reasons(of_consistent: bool) -> tuple[str, ...]:
-    """The reasons of samples that a rule leaves out, on which the L-VLM agrees with itself, or does not."""
-    return tuple(rule.reason for rule in RULES if rule.reason and rule.of_consistent == of_consistent)
+def reasons(selects: bool) -> tuple[str, ...]:
+    """The reasons of the rules that select, or of the others."""
+    return tuple(rule.reason for rule in RULES if rule.reason and rule.selects == selects)
+
+
+def names() -> list[str]:
+    """The settings of all rules."""
+    return [name for rule in RULES for name in rule.NAMES]

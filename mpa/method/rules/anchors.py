@@ -23,7 +23,7 @@ RARE = 5  # rarer answers to one kind of question are one group: a few samples s
 
 class Anchors(Rule):
     NAMES = ("anchors",)  # "1 by answer"
-    of_consistent = True
+    selects = True
 
     @staticmethod
     def add_flags(parser) -> None:

@@ -1,4 +1,4 @@
-"""Blind answers: a question that the L-VLM answers as annotated when it sees a grey image needs no image, and is left out."""
+"""Blind answers: the L-VLM also answers about a grey image. A question that it answers as annotated needs no image, and is left out."""
 
 from dataclasses import replace
 from pathlib import Path

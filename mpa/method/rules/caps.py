@@ -1,4 +1,7 @@
-"""Caps: at most so many samples of one question and of one answer. In 9,009 released annotations of OK-VQA one question stands 150 times."""
+"""Caps: at most so many samples of one question and of one answer.
+
+In 9,009 released annotations of OK-VQA one question stands 150 times.
+"""
 
 import random
 from collections import Counter
@@ -12,7 +15,7 @@ from mpa.method.rules.rule import Rule, Selection
 class Caps(Rule):
     NAMES = ("max_per_question", "max_per_answer")
     reason = "over the limit"
-    of_consistent = True
+    selects = True
 
     @staticmethod
     def add_flags(parser) -> None:

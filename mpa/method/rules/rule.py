@@ -16,15 +16,16 @@ class Selection:
 
 
 class Rule:
-    """A rule that changes nothing. One of its own is a subclass in a file of this folder, and a row of the registry.
+    """A rule that changes nothing. A rule is a subclass, in a file of this folder, and a row of the registry.
 
-    `settings` are those of a train file, as its meta file stores them; `NAMES` are this rule's among them, and its flags.
+    `settings` are those of a train file, as its meta file stores them. `NAMES` are the rule's own settings and flags. Below, `lvlm`
+    is the L-VLM's PI record of a sample: `PA_question`, `PA_answer`, `predictions`, `logprob` …; `answer` is the annotated answer.
     """
 
     NAMES: tuple[str, ...] = ()
-    reason = ""  # of the samples that it leaves out
-    of_consistent = False  # whether these are samples on which the L-VLM agrees with itself
-    asks = ""  # what it asks the L-VLM further, as the name of the file with the answers; "": nothing
+    reason = ""  # why a sample is left out, as reports call it
+    selects = False  # it chooses among samples that both models have answered (`select`), after all verdicts
+    asks = ""  # where it asks the L-VLM further: its flag, and the name of the file with the answers
     per_question = 0  # how many further requests for each question
 
     def __init__(self, settings: dict):
@@ -32,7 +33,7 @@ class Rule:
 
     @staticmethod
     def add_flags(parser) -> None:
-        """Add the rule's flags, unset by default."""
+        """Add the rule's flags; by default the rule is not in use."""
 
     @classmethod
     def settings_of(cls, args) -> dict:
@@ -57,7 +58,7 @@ class Rule:
         """
 
     def agrees(self, lvlm: dict, answer: str | None, match: Match) -> tuple[bool, str] | None:
-        """Instead of Ã = A: does the L-VLM repeat its annotation, and what is told of it? None: as in the paper."""
+        """Instead of Ã = A: does the L-VLM repeat its annotation, and what the verdict's detail adds? None: as in the paper."""
 
     def leaves_out(self, lvlm: dict, answer: str | None, match: Match) -> str:
         """Why a sample on which the L-VLM agrees with itself is left out all the same; "" if it is not."""

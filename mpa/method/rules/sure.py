@@ -1,4 +1,4 @@
-"""The L-VLM must be sure: its answer has a least probability, the product over its tokens."""
+"""The L-VLM must be sure: the probability of its answer, the product over its tokens, has a minimum."""
 
 import math
 
