@@ -118,14 +118,16 @@ class TrainFile:
         """Whether the file is there. Raises InputError if it was made with other settings, or is another command's."""
         inputs = [*outputs.inputs_of(self.args), self.files.lvlm_answers]
         outputs.refuse_others(self.path, "train", inputs)
-        outputs.refuse_others(reasons_path(self.path), "reasons", inputs, ours=_is_of_reasons)
+        outputs.refuse_others(
+            reasons_path(self.path), "reasons", inputs, ours=lambda path: _stored_reasons(path) is not None
+        )
         # It is derived from the answers: from others it is made anew.
         return finished(self.path, self._settings(samples), self.args.restart, lambda: not self.args.lvlm_json)
 
     def write(self, samples: list[Judged], chosen: Selection, judge: Judge, **facts) -> None:
         """Write the file, unless it is there. `facts` go to its meta file."""
         there, file, found = self.check(samples), reasons_path(self.path), reasons(samples, chosen, judge)
-        told = file.exists() and records.read_json(file) == found
+        told = _stored_reasons(file) == found
         if there and told:
             return
         cli.open_log(self.args, writes=True)
@@ -171,8 +173,8 @@ def _meta_of(result: Path) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_of_reasons(path: Path) -> bool:
+def _stored_reasons(file: Path) -> list[dict] | None:
+    """None where there is no file of reasons, or another."""
     with contextlib.suppress(InputError):
-        read_reasons(path)
-        return True
-    return False
+        return read_reasons(file)
+    return None
