@@ -22,6 +22,7 @@ from mpa.method.verdict import (
     NO_ANNOTATION,
     NOT_ASKED,
     PARITY,
+    REASONS,
     Judge,
     Verdict,
     in_order,
@@ -202,7 +203,11 @@ class Case:
         for r in self.annotations:
             key = str(r["question_id"])
             of_lvlm, of_svlm = lvlm.get(key), svlm.get(key)
-            verdict = self._stored.get(key) or self._verdict(r, of_lvlm, of_svlm)
+            stored = self._stored.get(key)
+            # The reason of a rule that is no longer there does not say whether the L-VLM agrees with itself.
+            known = stored and stored.reason in REASONS
+            judged = stored if known else self._judged(r, of_lvlm, of_svlm)
+            verdict = stored or self._told(key, judged)
             truth, asked = r.get("ground_truth_answer"), of_svlm or of_lvlm or {}
             question, annotation = (
                 r[f"predicted_{part}"] or asked.get(f"PA_{part}") or ("" if verdict.reason == PARITY else None)
@@ -217,7 +222,7 @@ class Case:
                     (of_lvlm or {}).get("predictions"),
                     (of_svlm or {}).get("predictions"),
                     *verdict,
-                    None if of_lvlm is None else self._judged(r, of_lvlm, of_svlm).consistent,
+                    None if of_lvlm is None else judged.consistent,
                     canonical((of_lvlm or {}).get("finish_reason")) == "length",
                     r.get("ground_truth_question"),
                     None if truth is None else [truth],
@@ -233,13 +238,12 @@ class Case:
         held_out = str(pa["question_id"]) in self.held_out
         return self.judge(replace(annotation, left_out=pa.get("left_out")), lvlm, svlm, held_out)
 
-    def _verdict(self, pa: dict, lvlm: dict | None, svlm: dict | None) -> Verdict:
+    def _told(self, key: str, verdict: Verdict) -> Verdict:
         """Where PI has stored none: what it would say, or has said by the train file that is there."""
-        verdict = self._judged(pa, lvlm, svlm)
         if self._kept is None:
             to_come = verdict == Verdict(LVLM_FAILED) or verdict.reason in (NOT_ASKED, PARITY)
             return Verdict(NOT_REACHED, verdict.reason) if to_come else verdict
-        if str(pa["question_id"]) in self._kept:
+        if key in self._kept:
             return Verdict(PARITY)
         return self.judge.not_selected if verdict.reason == PARITY else verdict
 

@@ -98,7 +98,9 @@ def annotate_all(
     """The records of all images, by image. A further question is asked only where the one before could be used."""
     found = {s.key: [] for s in samples}
     for place in range(1, stage.model.args.questions_per_image + 1):
-        asked = [s for s in samples if len(found[s.key]) == place - 1 and not any(r["left_out"] for r in found[s.key])]
+        asked = [
+            s for s in samples if len(found[s.key]) == place - 1 and all(r["predicted_question"] for r in found[s.key])
+        ]
         if not asked:
             break
         earlier = {another(s, place).key: [r["predicted_question"] for r in found[s.key]] for s in asked}

@@ -109,14 +109,16 @@ class TrainFile:
         """Whether the file is there. Raises InputError if it was made with other settings, or is another command's."""
         inputs = [*outputs.inputs_of(self.args), self.files.lvlm_answers]
         outputs.refuse_others(self.path, "train", inputs)
-        outputs.refuse_others(reasons_path(self.path), "reasons", inputs, ours=_is_of_reasons)
+        outputs.refuse_others(
+            reasons_path(self.path), "reasons", inputs, ours=lambda path: _stored_reasons(path) is not None
+        )
         # A train file of a run is made anew when its answers have changed; one of --lvlm-json and --svlm-json is refused.
         return finished(self.path, self._settings(samples), self.args.restart, lambda: not self.args.lvlm_json)
 
     def write(self, samples: list[Judged], selection: Selection, **facts) -> None:
         """Write the file and its reasons, unless they are there. `samples` are those of `select`; `facts` go to the meta file."""
         there, file, found = self.check(samples), reasons_path(self.path), [s.as_record() for s in samples]
-        told = file.exists() and records.read_json(file) == found
+        told = _stored_reasons(file) == found
         if there and told:
             return
         cli.open_log(self.args, writes=True)
@@ -162,8 +164,8 @@ def _meta_of(result: Path) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_of_reasons(path: Path) -> bool:
+def _stored_reasons(file: Path) -> list[dict] | None:
+    """None where there is no file of reasons, or another."""
     with contextlib.suppress(InputError):
-        read_reasons(path)
-        return True
-    return False
+        return read_reasons(file)
+    return None

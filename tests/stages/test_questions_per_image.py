@@ -47,6 +47,14 @@ def test_each_question_differs_from_those_before(serve, copied_images, tmp_path)
     assert meta["funnel"]["pictures"] == 30 and meta["funnel"]["parsed"] == 90
 
 
+def test_an_image_without_a_first_question_is_not_asked_for_another(serve, copied_images, tmp_path):
+    """Under `released` a reply that cannot be parsed is written with null, and is not left out."""
+    server = serve(lambda body, _: (200, completion("A drawing.")))
+    more = ("--questions-per-image", "2", "--preset", "released")
+    pa = read_json(annotate(server, copied_images, tmp_path / "run", *more))
+    assert len(pa) == 30 and {r["predicted_question"] for r in pa} == {None}
+
+
 def test_what_failed_for_a_time_goes_on_with_the_same_questions(serve, copied_images, tmp_path, monkeypatch):
     monkeypatch.setattr("mpa.engines.pacing.MAX_BACKOFF", 0.001)
     more = ("--questions-per-image", "3")

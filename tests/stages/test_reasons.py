@@ -37,9 +37,10 @@ def test_stored_reasons_are_those_of_the_answers_that_are_there(serve, copied_im
     train = PI.main(given)
     file = train.with_name(f"{train.stem}.reasons.json")
     made, kept = file.read_bytes(), train.read_bytes()
-    file.write_text(json.dumps([r | {"detail": "edited"} for r in read_json(file)]))
-    PI.main(given)
-    assert file.read_bytes() == made and train.read_bytes() == kept
+    for other in (json.dumps([r | {"detail": "edited"} for r in read_json(file)]), ""):
+        file.write_text(other)
+        PI.main(given)
+        assert file.read_bytes() == made and train.read_bytes() == kept
     file.write_text('[{"reason": 5}]')
     with pytest.raises(InputError, match=r"reasons.json: exists, and no meta file says that this command made it"):
         PI.main(given)
