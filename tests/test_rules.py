@@ -186,7 +186,7 @@ def test_what_a_cap_leaves_out_is_explained(select, tmp_path, capsys):
     assert reasons["parity"] == len(kept) and reasons["over the limit"] > 0
     assert f"{reasons['over the limit']} parity samples are over" in capsys.readouterr().out
     shown = "".join(run_summary.examples(Case(tmp_path, CELL), 100))
-    assert shown.count("→ parity sample") == len(kept) and shown.count("→ not chosen") == reasons["over the limit"]
+    assert shown.count("→ parity sample") == len(kept) and shown.count("→ over the limit") == reasons["over the limit"]
 
 
 def test_an_unsure_lvlm_does_not_agree_with_itself(select, tmp_path):
