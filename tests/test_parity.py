@@ -157,3 +157,10 @@ def test_a_rule_can_decide_what_agreement_is_but_not_for_a_failed_reply(agrees):
 
 def test_no_rule_is_in_use_under_the_papers_preset():
     assert rules.of({"match": "exact", "preset": "paper", "hold_out": 0.15, "seed": 1}) == ()
+
+
+def test_every_rule_holds_the_settings_that_select_it():
+    chosen = {"votes": 3, "min_agreement": 0.5, "min_probability": 0.9, "blind": True, "max_per_answer": 1}
+    settings = {"preset": "paper", **chosen, "anchors": "1 by answer", "seed": 0}
+    found = rules.of(settings)
+    assert tuple(map(type, found)) == rules.RULES and all(rule.settings == settings for rule in found)
