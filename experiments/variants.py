@@ -15,7 +15,7 @@ from pydantic import (
 
 from experiments.flags import OfTrainer
 from experiments.yaml_file import Fault, Section
-from mpa.answers.kinds import ANSWER_TYPES
+from mpa.answers.answer_types import ANSWER_TYPES
 from mpa.answers.matching import MATCHERS
 from mpa.files.records import REPOSITORY
 from mpa.method.rules.anchors import ANCHOR_BY
@@ -103,7 +103,7 @@ def variables(of: Section, stage: str) -> dict[str, str]:
 
 
 class Corruption(Section):
-    """The L-VLM's answers of one type (mpa.answers.kinds) are replaced at a share; `where`: "both" or "annotation"."""
+    """The L-VLM's answers of one type (mpa.answers.answer_types) are replaced at a share; `where`: "both" or "annotation"."""
 
     type: Literal[ANSWER_TYPES]
     share: Share

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpa.answers.kinds import ANSWER_TYPES, answer_type
+from mpa.answers.answer_types import ANSWER_TYPES, answer_type
 from mpa.answers.matching import Match
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS

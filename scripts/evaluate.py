@@ -19,21 +19,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpa.analysis.guard import SCORED_AS
-from mpa.answers.metrics import most_common
-from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
-from mpa.data.loading import labelled, load_samples
-from mpa.data.protocol import Sample
+from mpa.data.loading import load_samples
 from mpa.engines import ENGINES
 from mpa.files import distributed, outputs, records
 from mpa.method import holdout
 from mpa.runs import comparable, interchange, scoring
 from mpa.runs.evaluations import Evaluation, read_meta
 from mpa.runs.folders import RunFolder
-from mpa.runs.layout import Cell, RunFiles
 from mpa.stages import cli
-from mpa.stages.answering import Answers, Question, question_request
-from mpa.stages.stage import AskedModel, short_replies
+from mpa.stages.answering import question_request
+from mpa.stages.predictions import read_predictions
+from mpa.stages.scored_answers import ScoredAnswers, evaluation
+from mpa.stages.stage import AskedModel, run_files, short_replies
 
 
 def arguments(argv=None):
@@ -74,94 +72,8 @@ def arguments(argv=None):
     return args
 
 
-class ScoredAnswers(Answers):
-    """A model's answers to the test questions, each with its scores. The meta file has the means."""
-
-    def record(self, question: Question, reply: dict) -> dict:
-        record = super().record(question, reply)
-        names = scoring.metric_names(self.model.args.scored_as, self.preset)
-        image = self.prints[question.request.image_path]
-        record["image_hash"] = image and image[1]
-        return record | {"scores": {name: scoring.values([record], name)[0] for name in names}}
-
-    def changed(self, samples: list[Sample]) -> dict[str, dict]:
-        """A reply for each question whose image is another one than the held-out set was made from: it cannot be answered."""
-        error = {"error": "the image has changed since PI", "permanent": True}
-        known = {s.key: s.more.get("image_hash") for s in samples}
-        found = {}
-        for request in (q.request for q in self.questions):
-            image = self.prints[request.image_path]
-            if image and known[request.key] not in (None, image[1]):
-                found[request.key] = {"key": request.key, **error}
-        return found
-
-    def summary(self, result: list[dict]) -> dict:
-        few = scoring.few_answers_of(result, self.model.args.scored_as)
-        facts = {"scores": scoring.score(result, self.model.args.scored_as, self.preset)}
-        facts |= {"few_answers": few} if few else {}
-        return facts | (super().summary(result) if self.model.args.held_out else {})
-
-
-def files_of(args) -> RunFiles:
-    return RunFiles(records.run_folder(args.run), Cell(args.dataset, records.short_name(args.model_path_lvlm)))
-
-
-def evaluation(args, model: AskedModel, samples: list[Sample]) -> ScoredAnswers:
-    name, files = records.short_name(model.path), files_of(args)
-    out = args.out or (files.guard_answers(name) if args.held_out else files.evaluation(name))
-    questions = []
-    for s in samples:
-        before = {"question_id": s.question_id, "image_path": s.image_path, "GT_question": s.question}
-        before["GT_answer"] = most_common(s.answers)
-        request = question_request(args, s.key, s.image_path, s.question)
-        more = {name: value for name, value in s.more.items() if name != "image_hash"}
-        questions.append(Question(request, before, {"answers": s.answers, **more}))
-    return ScoredAnswers(model, out, f"evaluate {name}", "Eval", questions)
-
-
 def lmms_eval_folder(stage: ScoredAnswers, name: str) -> Path:
     return stage.out.parent / "lmms-eval" / name
-
-
-def read_predictions(args, path: Path) -> list[dict]:
-    """A result file's records, with the answers of --annotations if given."""
-    samples = None
-    if args.annotations:
-        samples = load_samples(args.dataset, "test", args.annotations, args.image_root, images=False)
-    lines = records.read_json(path)
-    if interchange.is_lmms_eval(lines):
-        result = interchange.read_lmms_eval(path, lines, samples)
-    else:
-        result = records.read_records(path, "Eval")
-        if samples:
-            result = with_answers(path, result, samples)
-    if not result:
-        raise records.InputError(f"{path}: contains no records.")
-    without = [i for i, r in enumerate(result) if not labelled(r.get("answers") or [r["GT_answer"] or ""])]
-    if without:
-        raise records.InputError(
-            f"{path}, record {without[0]}: no answer to score against; {len(without) - 1} more of {len(result)} have "
-            "none. Name the annotation file with --annotations."
-        )
-    return cli.selected(result, args)
-
-
-def with_answers(path: Path, result: list[dict], samples: list) -> list[dict]:
-    """The records, with the answers from the annotation file."""
-    known = {s.key: s for s in samples}
-    pairs = [(r, known[str(r["question_id"])]) for r in result if str(r["question_id"]) in known]
-    for r, s in pairs:  # ids are numbers from 0 in many files
-        if normalise(r["GT_question"]) != normalise(s.question):
-            raise records.InputError(
-                f"{path}: question {r['question_id']!r} is {r['GT_question']!r} in it and {s.question!r} in the annotation file: "
-                "these are not the same questions."
-            )
-    if len(pairs) < len(result):
-        raise records.InputError(
-            f"{path}: only {len(pairs)} of its {len(result)} questions are in the annotation file. "
-            "Is it of another dataset or split?"
-        )
-    return [r | {k: v for k, v in s.more.items() if k != "image_hash"} | {"answers": s.answers} for r, s in pairs]
 
 
 def report(args, what: str, result: list[dict]) -> dict:
@@ -212,7 +124,7 @@ def main(argv=None) -> None:
     cli.open_log(args)
     annotations = args.annotations
     if args.held_out and not annotations:
-        files, stage = files_of(args), "PI.sh with --hold-out 0.15"
+        files, stage = run_files(args), "PI.sh with --hold-out 0.15"
         given = files.held_out_given
         annotations = given if given.exists() else files.needed(files.held_out, "--annotations", stage)
     models = [AskedModel(args, path) for path in args.model_path]

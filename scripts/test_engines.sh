@@ -9,6 +9,6 @@ run bash scripts/setup.sh vllm
 run bash scripts/setup.sh dev
 run bash scripts/setup.sh ray
 CODE=0
-run "$VLLM_VENV/bin/python" -m pytest "$@" tests/test_vllm*.py || CODE=$?
-run python -m pytest "$@" tests/test_ray.py || CODE=$?
+run "$VLLM_VENV/bin/python" -m pytest "$@" tests/engines/test_vllm*.py || CODE=$?
+run python -m pytest "$@" tests/engines/test_ray.py || CODE=$?
 exit "$CODE"

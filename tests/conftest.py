@@ -186,3 +186,20 @@ def serve(monkeypatch):
     for server in started:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def select(easy_run, tmp_path):
+    """PI from the existing answers of `easy_run`, in a run folder of its own with links to its files."""
+    for file in Path(easy_run).glob("P*"):
+        (tmp_path / file.name).symlink_to(file)
+
+    def select(*more) -> Path:
+        answers = ["--lvlm-json", tmp_path / "PI_teacher_teacher_easyVQA.json"]
+        answers += ["--svlm-json", tmp_path / "PI_teacher_student_easyVQA.json"]
+        models = ["--model-path-lvlm", TEACHER, "--model-path-svlm", STUDENT]
+        import PI
+
+        return PI.main([*map(str, [*answers, *models, *MINI, "--run", f"{tmp_path}/", *more])])
+
+    return select

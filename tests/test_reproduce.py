@@ -178,7 +178,7 @@ def test_held_out_questions_are_asked_before_and_after_each_training(repository,
 
 
 def test_a_variant_with_another_matcher_is_added_to_a_finished_experiment(repository):
-    """The S-VLM's stage is called again, with --answer-all; tests/test_answer_all.py shows that it asks only the rest."""
+    """The S-VLM's stage is called again, with --answer-all; tests/stages/test_answer_all.py shows that it asks only the rest."""
     few = EXPERIMENT.replace("[0, 1]", "[0]").replace("  loose:", "#")
     (repository / "experiments/fake.yaml").write_text(few)
     assert reproduce(repository)[0] == 0

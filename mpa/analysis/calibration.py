@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpa.answers.agreement import wilson
+from mpa.answers.intervals import wilson
 from mpa.data import DATASETS
 from mpa.runs.case import Case, finite
 

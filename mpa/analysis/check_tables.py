@@ -11,8 +11,8 @@ import numpy as np
 
 from mpa.analysis.calibration import Reliability
 from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
-from mpa.answers.agreement import wilson
-from mpa.answers.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
+from mpa.answers.answer_types import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
+from mpa.answers.intervals import wilson
 from mpa.data import DATASETS
 from mpa.files import records
 from mpa.method.verdict import NO_ANNOTATION, in_order

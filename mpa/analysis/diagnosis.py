@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpa.answers.agreement import wilson
-from mpa.answers.kinds import answer_type, question_type
+from mpa.answers.answer_types import answer_type, question_type
+from mpa.answers.intervals import wilson
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
 from mpa.method.verdict import BOTH_RIGHT, LVLM_FAILED, NO_ANNOTATION, PARITY, SVLM_FAILED

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from mpa.answers import paired
-from mpa.answers.agreement import Z, wilson
+from mpa.answers.intervals import Z, wilson
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.method import holdout

@@ -11,7 +11,7 @@ import numpy as np
 from mpa.analysis.check_tables import points
 from mpa.analysis.guard import BETTER, OPEN, SCORED_AS, WORSE, Comparison, Guard, compare
 from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
-from mpa.answers.agreement import Z, wilson
+from mpa.answers.intervals import Z, wilson
 from mpa.data.loading import train_labels
 from mpa.files.records import InputError
 from mpa.runs import comparable

@@ -8,7 +8,8 @@ import numpy as np
 from mpa.analysis import ratings
 from mpa.analysis.paper_tables import PAPER, SOURCE, UNKNOWN
 from mpa.analysis.table_formats import NAMES, Estimate, Figure, Table, names
-from mpa.answers.agreement import alpha, combined, interval, kappa
+from mpa.answers.intervals import combined
+from mpa.answers.raters import alpha, interval, kappa
 from mpa.runs.layout import Cell
 from mpa.runs.trainings import Runs
 

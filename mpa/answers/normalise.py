@@ -2,7 +2,7 @@
 
 The paper normalises to lower case and removes white space and non-word characters. Implemented literally, as in the
 released code (`metrics.squeeze`), this makes -5 equal to 5, C++ to C, and दिन to दान. This version does the same but
-keeps every sign that carries meaning. tests/test_normalise.py has a table of equal and unequal pairs.
+keeps every sign that carries meaning. tests/answers/test_normalise.py has a table of equal and unequal pairs.
 """
 
 import re

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from mpa.answers.agreement import paired_difference
+from mpa.answers.intervals import paired_difference
 
 ENOUGH = 30  # images whose difference is not the most frequent one; the bootstrap of fewer is too narrow
 RESAMPLES = 2000
@@ -26,7 +26,7 @@ def interval(*seeds: Part, level: float = 0.95) -> tuple[float, float]:
 
     With at least ENOUGH images whose difference is not the most frequent one it is the percentile bootstrap. With fewer, most
     resamples look alike, and if no answer changed all do. Then it is Tango's score interval of a paired difference
-    (`agreement.paired_difference`), which has a width there and is near its level from a dozen questions on. It is computed
+    (`intervals.paired_difference`), which has a width there and is near its level from a dozen questions on. It is computed
     from the sums of the positive and of the negative differences per image, as for answers that are right or wrong: differences
     between -1 and 1 vary less, so it is at least as wide as needed. Images with unequal numbers of questions count as
     (sum of weights)² / sum of weights² equal ones (Kish 1965), and as so few that the images with a difference are not more than

@@ -11,7 +11,7 @@ from mpa.analysis.check_tables import coverage_table, reasons_table
 from mpa.analysis.diagnosis import Finding, diagnose
 from mpa.analysis.report.texts import shortened
 from mpa.analysis.run_summary import ROWS, model_of
-from mpa.answers.kinds import answer_type, question_type
+from mpa.answers.answer_types import answer_type, question_type
 from mpa.answers.normalise import normalise
 from mpa.data import DATASETS
 from mpa.files import records

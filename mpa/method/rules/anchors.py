@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpa.answers.kinds import question_type
+from mpa.answers.answer_types import question_type
 from mpa.answers.normalise import normalise
 from mpa.files.argument_types import number
 from mpa.method.rules.rule import Rule, Selection

@@ -14,6 +14,7 @@ from test_interchange import OFFICIAL, RESULT
 from mpa.files.records import InputError, read_json, read_records
 from mpa.runs import comparable
 from mpa.runs.evaluations import Evaluation
+from mpa.stages.predictions import read_predictions
 
 
 def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_path):
@@ -26,14 +27,14 @@ def test_a_released_result_file_takes_all_ten_answers_from_the_annotations(tmp_p
     (tmp_path / "val.json").write_text(json.dumps({"data": data}))
     args = evaluate.arguments(["--predictions", str(eval_file), "--annotations", str(tmp_path / "val.json")])
     assert args.dataset == "textVQA"
-    assert all(r["answers"][-1] == "!" for r in evaluate.read_predictions(args, eval_file))
+    assert all(r["answers"][-1] == "!" for r in read_predictions(args, eval_file))
     data[0]["question"] = "what else?"
     (tmp_path / "val.json").write_text(json.dumps({"data": data}))
     with pytest.raises(InputError, match="these are not the same questions"):
-        evaluate.read_predictions(args, eval_file)
+        read_predictions(args, eval_file)
     (tmp_path / "val.json").write_text(json.dumps({"data": data[1:]}))
     with pytest.raises(InputError, match=r"questions are in the annotation file\. Is it of another dataset"):
-        evaluate.read_predictions(args, eval_file)
+        read_predictions(args, eval_file)
 
 
 def test_files_of_other_questions_with_the_same_ids_are_not_compared():
@@ -71,7 +72,7 @@ def test_result_files_without_labels_are_refused_with_their_count(tmp_path):
     file.write_text(json.dumps([RESULT[0], *({**r, "answers": [""] * 10, "GT_answer": ""} for r in RESULT[1:])]))
     args = evaluate.arguments(["--predictions", str(file)])
     with pytest.raises(InputError, match="record 1: no answer to score against; 2 more of 4"):
-        evaluate.read_predictions(args, file)
+        read_predictions(args, file)
 
 
 @pytest.mark.parametrize(

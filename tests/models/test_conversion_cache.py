@@ -32,7 +32,7 @@ def test_an_original_is_converted_once_and_another_content_anew(tmp_path, cache,
     source = originals.internvl(tmp_path / "InternVL2-2B")
     out = conversion.converted(str(source))
     said = capsys.readouterr().out
-    assert said.startswith(f"Converted {source} into {out} (0.00") and said.count("\n") == 1
+    assert said.startswith(f"Converted {source} into {out} (") and said.count("\n") == 1
     assert conversion.converted_from(out) == str(source)
     conversion.converted.cache_clear()
     assert conversion.converted(str(source)) == out and capsys.readouterr().out == ""
@@ -138,7 +138,7 @@ def test_an_originals_folder_is_checked_before_anything_is_loaded(tmp_path):
 def test_the_script_converts_and_names_the_folder_to_load(tmp_path, cache):
     source = originals.tinyllava(tmp_path / "TinyLLaVA-2.0B")
     done = python("convert.py", source, "--out", tmp_path / "out")
-    assert done.returncode == 0 and f"Wrote {tmp_path}/out (0.00" in done.stdout
+    assert done.returncode == 0 and f"Wrote {tmp_path}/out (" in done.stdout
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
         "LlavaForConditionalGeneration"
     ]

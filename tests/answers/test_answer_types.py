@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpa.answers.kinds import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
+from mpa.answers.answer_types import ANSWER_TYPES, QUESTION_TYPES, answer_type, question_type
 
 
 @pytest.mark.parametrize(

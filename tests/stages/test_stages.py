@@ -16,7 +16,7 @@ from mpa.files.journal import Journal
 from mpa.method import holdout
 from mpa.method.prompts import TASK_PROMPTS
 from mpa.models import loading
-from mpa.stages import stage
+from mpa.stages import annotate, stage
 from mpa.stages.annotations import answers_of_pa
 from mpa.stages.stage import AskedModel, Stage, counted
 
@@ -213,7 +213,7 @@ def test_an_unreadable_reply_is_asked_for_again_by_sampling_and_then_left_out(tm
     )
     stage = Stage(AskedModel(args, str(TEACHER)), tmp_path / "PA.json", "PA", [])
     stage.journal = Journal(stage.out, {})
-    result = PA.annotate_all(samples, 2, engine, stage, frozenset(), {})
+    result = annotate.annotate_all(samples, 2, engine, stage, frozenset(), {})
     assert [(r["predicted_answer"], r["left_out"], r["tries"]) for r in result] == [
         ("a cat", None, 1),
         ("a cat", None, 2),

