@@ -4,8 +4,8 @@
     python benchmarks/mutants.py --n 10 --seed 3 mpa/method/verdict.py
 
 A line is a statement of one line that is no import, docstring or definition. The default tests run until one fails: first those
-of files that import the module, then those that import what imports it, then all others. What fails is run again without the
-deletion: a test that fails there too ends the run, for it notices nothing.
+of files that import the module or have its name, then those that import what imports it, then all others. What fails is run again
+without the deletion: a test that fails there too ends the run, for it notices nothing.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def waves(module: str) -> list[list[str]]:
     helpers = {p.stem: p for p in (ROOT / "tests").rglob("*.py") if not p.stem.startswith("test_")}
     imports = {name: imported(path) for name, path in (modules | scripts | helpers).items()}
     tests = {path: imported(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    near, found, left = {module}, [], dict(tests)
+    near, found, left, own = {module}, [], dict(tests), f"test_{module.rpartition('.')[2]}"
     for _ in range(3):
-        wave = [path for path, of in left.items() if of & near]
+        wave = [path for path, of in left.items() if of & near or path.stem == own]
         found.append([str(path.relative_to(ROOT)) for path in wave])
         left = {path: of for path, of in left.items() if path not in wave}
         near |= {name for name, of in imports.items() if of & near}
