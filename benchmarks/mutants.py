@@ -4,7 +4,8 @@
     python benchmarks/mutants.py --n 10 --seed 3 mpa/method/verdict.py
 
 A line is a statement of one line that is no import, docstring or definition. The default tests run until one fails: first those
-of files that import the module, then those that import what imports it, then all others. They must pass without a deletion.
+of files that import the module or have its name, then those that import what imports it, then all others. What fails is run again
+without the deletion: a test that fails there too ends the run, for it notices nothing.
 """
 
 import argparse
@@ -53,33 +54,47 @@ def imported(file: Path) -> set[str]:
     return found
 
 
+def module_name(file: Path) -> str:
+    """As it is imported: `mpa.method.rules` for mpa/method/rules/__init__.py."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def waves(module: str) -> list[list[str]]:
     """The test files in the order in which they run: by how near they are to the module."""
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "mpa").rglob("*.py")}
-    helpers = {p.stem: p for p in (ROOT / "tests").glob("*.py") if not p.stem.startswith("test_")}
+    modules = {module_name(path): path for path in (ROOT / "mpa").rglob("*.py")}
+    helpers = {p.stem: p for p in (ROOT / "tests").rglob("*.py") if not p.stem.startswith("test_")}
     imports = {name: imported(path) for name, path in (modules | scripts | helpers).items()}
     tests = {path: imported(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    near, found, left = {module}, [], dict(tests)
+    near, found, left, own = {module}, [], dict(tests), f"test_{module.rpartition('.')[2]}"
     for _ in range(3):
-        wave = [path for path, of in left.items() if of & near]
+        wave = [path for path, of in left.items() if of & near or path.stem == own]
         found.append([str(path.relative_to(ROOT)) for path in wave])
         left = {path: of for path, of in left.items() if path not in wave}
         near |= {name for name, of in imports.items() if of & near}
     return [*found, [str(path.relative_to(ROOT)) for path in left]]
 
 
-def is_noticed(copy: Path, tests: list[list[str]], seconds: float) -> str:
-    """The wave whose tests fail, as text; "" if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    for number, wave in enumerate(tests, 1):
-        if wave:
-            try:
-                done = subprocess.run([*command, *wave], cwd=copy, capture_output=True, text=True, timeout=seconds)
-            except subprocess.TimeoutExpired:
-                return f"wave {number}, no end"
-            if done.returncode not in (0, 5):  # 5: none of these is a default test
-                return f"wave {number}"
+def fails(copy: Path, tests: list[str], seconds: float, *flags: str) -> str:
+    """How these default tests fail in a copy; "" if they pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *flags, *tests]
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"no end in {seconds:.0f} s"
+    return "" if done.returncode in (0, 5) else done.stdout[-2000:]  # 5: none of these is a default test
+
+
+def noticed(copy: Path, name: Path, number: int, seconds: float) -> str:
+    """The wave whose tests fail without the line, as text; "" if all pass. Raises SystemExit if they fail with it, too."""
+    for place, wave in enumerate(waves(module_name(ROOT / name)), 1):
+        (copy / name).write_text(without(ROOT / name, number), encoding="utf-8")
+        failing = wave and fails(copy, wave, seconds, "--cache-clear")
+        shutil.copyfile(ROOT / name, copy / name)
+        if failing:
+            if said := fails(copy, wave, seconds, "--last-failed"):
+                sys.exit(f"The tests fail without a deletion, too; mend them first, or raise --timeout:\n{said}")
+            return f"wave {place}"
     return ""
 
 
@@ -100,17 +115,16 @@ def main() -> None:
     candidates = [(file, number) for file in files for number in lines_of(file)]
     missed, started = [], time.perf_counter()
     chosen = random.Random(args.seed).sample(candidates, min(args.n, len(candidates)))
-    for place, (file, number) in enumerate(chosen, 1):
-        name = file.relative_to(ROOT)
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*KEPT_OUT), symlinks=True)
-            (copy / ".venv").symlink_to((ROOT / ".venv").resolve())
-            (copy / name).write_text(without(file, number), encoding="utf-8")
-            noticed = is_noticed(copy, waves(".".join(name.with_suffix("").parts)), args.timeout)
-        line = file.read_text(encoding="utf-8").split("\n")[number - 1].strip()
-        missed += [] if noticed else [f"{name}:{number}: {line}"]
-        print(f"{place}/{len(chosen)} {name}:{number}: {noticed or 'NOT NOTICED'}: {line[:100]}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*KEPT_OUT), symlinks=True)
+        (copy / ".venv").symlink_to((ROOT / ".venv").resolve())
+        for place, (file, number) in enumerate(chosen, 1):
+            name = file.relative_to(ROOT)
+            wave = noticed(copy, name, number, args.timeout)
+            line = file.read_text(encoding="utf-8").split("\n")[number - 1].strip()
+            missed += [] if wave else [f"{name}:{number}: {line}"]
+            print(f"{place}/{len(chosen)} {name}:{number}: {wave or 'NOT NOTICED'}: {line[:100]}", flush=True)
     seconds = round(time.perf_counter() - started)
     print(
         json.dumps({"lines": len(chosen), "noticed": len(chosen) - len(missed), "missed": missed, "seconds": seconds})

@@ -268,6 +268,23 @@ def test_a_missing_result_is_an_input_error(tmp_path):
         evaluate.main(["--compare", *map(str, (tmp_path / "Eval_a_textVQA.json", tmp_path / "Eval_b_textVQA.json"))])
 
 
+@pytest.mark.parametrize("settings", [{"dataset": "otherVQA"}, {"preset": "own"}, {"model": None}, {"content": 7}])
+def test_a_meta_file_that_is_not_an_evaluations_is_named(tmp_path, settings):
+    file = fake.evaluation(tmp_path, "hub/small", "textVQA", [1])
+    set_meta(file, **settings)
+    with pytest.raises(InputError, match=r"Eval_small_textVQA\.meta\.json: not the meta file of an evaluation"):
+        Evaluation.read(file)
+
+
+@pytest.mark.parametrize("scores", [None, {}, {"score": 1.0}, {"score": None, "n": 1, "ci95": [1, 1]}])
+def test_an_evaluation_without_its_score_is_named(tmp_path, scores):
+    file = fake.evaluation(tmp_path, "hub/small", "textVQA", [1])
+    meta = records.read_json(records.meta_path(file))
+    fake.write(records.meta_path(file), meta | {"scores": {"textvqa": scores}})
+    with pytest.raises(InputError, match=r"Eval_small_textVQA\.meta\.json: has no score by 'textvqa'"):
+        Evaluation.read(file)
+
+
 def test_the_report_names_what_it_does_not_compare(tmp_path):
     cells = []
     for name, ids in (("a", range(40)), ("b", range(20, 60))):

@@ -98,6 +98,19 @@ def test_tolerant_reads_as_a_person_does(prediction, answer, passes):
     assert METRICS["tolerant"](prediction, [answer]) == passes
 
 
+def test_parts_by_type_and_raw_answers_have_a_row_each():
+    parts = [("race", "a"), ("racing", "b"), ("racing", "b")]
+    found = [{"predictions": said, "type": kind, "answers": ["race"] * 10} for said, kind in parts]
+    rows = scoring.score([r | {"raw_answers": ["racing"] * 10} for r in found], "okVQA")
+    assert {name: (round(row["score"], 3), row["n"]) for name, row in rows.items() if name.startswith("vqa")} == {
+        "vqa": (0.333, 3),
+        "vqa, a": (1, 1),
+        "vqa, b": (0, 2),
+        "vqa, raw answers": (0.667, 3),
+    }
+    assert "vqa, raw answers" not in scoring.score(found, "okVQA")
+
+
 def test_a_comparison_lists_the_questions_that_changed():
     def record(key, reply):
         return {

@@ -2,7 +2,7 @@ import pytest
 from linear import LONG, in_time
 
 from mpa.answers.refusals import is_refusal
-from mpa.answers.replies import bare, first_line, opened_reasoning, strip_reasoning
+from mpa.answers.replies import bare, first_line, opened_reasoning, strip_reasoning, undecorated
 from mpa.method.prompts import STOPS, parse_annotation
 
 PAIR = "Question: What is it?\nAnswer: a cat"
@@ -116,6 +116,11 @@ def test_the_short_answer_is_the_first_line_that_says_something(reply, line):
 )
 def test_what_decorates_an_answer_goes(text, inner):
     assert bare(text) == inner
+
+
+@pytest.mark.parametrize("text", ["**", "***", "[ ]", "<br>", "A*", "-5", "- 5"])
+def test_what_is_decoration_alone_or_may_be_meant_stays(text):
+    assert undecorated(text) == text
 
 
 REFUSALS = """

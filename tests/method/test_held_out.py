@@ -9,7 +9,7 @@ import PI
 import pytest
 from answered_by_rule import annotate, answers_by, flags
 
-from mpa.files import image_files
+from mpa.files import image_files, records
 from mpa.files.records import InputError, read_json
 from mpa.method import holdout
 
@@ -64,3 +64,18 @@ def test_more_images_do_not_move_those_that_were_there(tmp_path):
     threshold = holdout.decide(file, first, 0.2)
     holdout.write(file, [], 0.2, threshold)
     assert holdout.decide(file, of, 0.2) == threshold
+
+
+def test_a_held_out_set_that_does_not_say_what_it_holds_is_named(tmp_path):
+    file, train = tmp_path / "PI_a_heldout_images.json", tmp_path / "PI_a_train_a_b_images.json"
+    records.write_json(records.meta_path(file), {"settings": {}})
+    records.write_json(records.meta_path(train), {"held_out": file.name})
+    for read, argument in (
+        (lambda held_out: holdout.decide(held_out, {}, 0.2), file),
+        (holdout.share_of, file),
+        (holdout.threshold_of, train),
+    ):
+        with pytest.raises(
+            InputError, match=r"heldout_images\.meta\.json: does not say (what is|which images are) held out"
+        ):
+            read(argument)

@@ -155,5 +155,18 @@ def test_a_rule_can_decide_what_agreement_is_but_not_for_a_failed_reply(agrees):
     assert judge(RED, said("red", left_out="timeout"), said("green")).reason == "no answer of the L-VLM"
 
 
+def test_a_parity_sample_that_is_not_in_the_parity_set_was_left_out_by_the_rule_that_selects():
+    judge = replace(PAPER, rules=rules.of({"blind": True, "max_per_answer": 1, "seed": 0}))
+    assert judge.not_chosen == Verdict("over the limit")
+    assert PAPER.not_chosen == Verdict("no answer of the S-VLM", "not in the parity set")
+
+
 def test_no_rule_is_in_use_under_the_papers_preset():
     assert rules.of({"match": "exact", "preset": "paper", "hold_out": 0.15, "seed": 1}) == ()
+
+
+def test_every_rule_holds_the_settings_that_select_it():
+    chosen = {"votes": 3, "min_agreement": 0.5, "min_probability": 0.9, "blind": True, "max_per_answer": 1}
+    settings = {"preset": "paper", **chosen, "anchors": "1 by answer", "seed": 0}
+    found = rules.of(settings)
+    assert tuple(map(type, found)) == rules.RULES and all(rule.settings == settings for rule in found)
