@@ -123,6 +123,7 @@ Path(sys.argv[sys.argv.index("--out") + 1]).write_text(" ".join(sys.argv[sys.arg
 """
 
 
+@pytest.mark.slow
 def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
     (repository / "experiments/fake.yaml").write_text(MORE)
     (repository / "scripts/corrupt.py").write_text(CORRUPT)
@@ -145,6 +146,7 @@ def test_transfer_replay_corruption_some_seeds_and_made_data(repository):
     assert other == f"{run}/PI_big_train_big_small_chartVQA.json:0.2"
 
 
+@pytest.mark.slow
 def test_models_that_a_script_makes_are_made_once(repository):
     (repository / "make_models.py").write_text(
         "import sys; from pathlib import Path\n"
@@ -160,6 +162,7 @@ def test_models_that_a_script_makes_are_made_once(repository):
     assert calls(repository)["PA paper-0/PA_big_easyVQA.json"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["flags:\n  PI: --hold-out 0.15\n", "presets: [anchored]\n"])
 def test_held_out_questions_are_asked_before_and_after_each_training(repository, more):
     held_out, run = EXPERIMENT.replace("[0, 1]", "[0]") + more, f"{'anchored' if 'anchored' in more else 'paper'}-0"
@@ -177,6 +180,7 @@ def test_held_out_questions_are_asked_before_and_after_each_training(repository,
     }
 
 
+@pytest.mark.slow
 def test_a_variant_with_another_matcher_is_added_to_a_finished_experiment(repository):
     """The S-VLM's stage is called again, with --answer-all; tests/stages/test_answer_all.py shows that it asks only the rest."""
     few = EXPERIMENT.replace("[0, 1]", "[0]").replace("  loose:", "#")
@@ -246,6 +250,7 @@ def test_where_no_results_can_be_made_nothing_of_the_callers_folder_is_touched(r
     assert sorted(home.rglob("*")) == before and not (repository / "calls.txt").exists()
 
 
+@pytest.mark.slow
 def test_only_the_commands_of_failed_jobs_are_removed_and_only_by_a_run(repository, tmp_path):
     (repository / "experiments/fake.yaml").write_text(EXPERIMENT.replace("[0, 1]", "[0]"))
     (tmp_path / "failed/paper-0").mkdir(parents=True)
@@ -263,6 +268,7 @@ def test_only_the_commands_of_failed_jobs_are_removed_and_only_by_a_run(reposito
     assert left == ["failed/notes.txt", "failed/paper-0/notes.json"]
 
 
+@pytest.mark.slow
 def test_a_target_is_taken_as_such_whatever_stands_before_it(repository, tmp_path):
     target = "paper-0/PA_big_easyVQA.json"
     for how in ({}, {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": tmp_path}):
@@ -274,6 +280,7 @@ def test_a_target_is_taken_as_such_whatever_stands_before_it(repository, tmp_pat
     assert code == 1 and "error: --config: reproduce.sh sets this flag itself" in said
 
 
+@pytest.mark.slow
 def test_results_in_a_folder_of_any_name_through_a_link_and_with_CDPATH(repository, tmp_path):
     (repository / "experiments/fake.yaml").write_text(EXPERIMENT.replace("[0, 1]", "[0]"))
     odd, link = tmp_path / "-a {b} 'c' $d", tmp_path / "elsewhere/reproduce"
@@ -333,6 +340,7 @@ def test_two_runners_of_one_experiment_do_not_run_at_once(repository):
     assert code == 1 and "another reproduce.sh is running it" in said
 
 
+@pytest.mark.slow
 def test_each_job_has_gpus_of_its_own(repository):
     """Five GPUs; a training needs two."""
     file = repository / "experiments/fake.yaml"

@@ -1,6 +1,7 @@
 """The rooms of `mpa/`: imports point down the list only, and there is no circle."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 
 import pytest
@@ -24,6 +25,7 @@ def imported(path) -> set[str]:
     return found
 
 
+@cache
 def modules() -> dict[str, set[str]]:
     files = (ROOT / "mpa").rglob("*.py")
     name_of = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}

@@ -157,8 +157,8 @@ def test_a_rule_can_decide_what_agreement_is_but_not_for_a_failed_reply(agrees):
 
 def test_a_parity_sample_that_is_not_in_the_parity_set_was_left_out_by_the_rule_that_selects():
     judge = replace(PAPER, rules=rules.of({"blind": True, "max_per_answer": 1, "seed": 0}))
-    assert judge.not_chosen == Verdict("over the limit")
-    assert PAPER.not_chosen == Verdict("no answer of the S-VLM", "not in the parity set")
+    assert judge.not_selected == Verdict("over the limit")
+    assert PAPER.not_selected == Verdict("no answer of the S-VLM", "not in the parity set")
 
 
 def test_no_rule_is_in_use_under_the_papers_preset():

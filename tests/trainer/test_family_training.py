@@ -21,7 +21,16 @@ from mpa.models import loading
 STEPS = "--per_device_train_batch_size 4 --num_train_epochs 4 --save_strategy no --lr_scheduler_type constant".split()
 
 
-@pytest.fixture(scope="module", params=miniatures.FAMILIES)
+FAST = (
+    "qwen2_vl",
+    "internvl",
+    "llava",
+    "smolvlm",
+)  # those of the paper's models; the others are trained in the slow tests
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in miniatures.FAMILIES if name not in FAST]
+
+
+@pytest.fixture(scope="module", params=[*FAST, *OTHERS])
 def checkpoint(request, tmp_path_factory):
     return miniatures.make(request.param, tmp_path_factory.mktemp(request.param))
 
