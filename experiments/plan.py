@@ -18,9 +18,11 @@ from experiments.definition import Experiment, Model, read
 from experiments.flags import stage_arguments
 from mpa.data import DATASETS
 from mpa.data.loading import load_samples
+from mpa.files import records
 from mpa.files.printable import as_size
 from mpa.files.records import REPOSITORY, InputError
 from mpa.method import rules
+from mpa.runs.layout import Cell, RunFiles, may_be_train, train_meta
 from mpa.stages import cli
 
 NOT_KNOWN = "–"
@@ -130,15 +132,16 @@ def hours(results: Path, of: list[Work]) -> float | None:
 def seconds_each(results: Path, work: Work) -> float | None:
     """Seconds of a request or train sample, from results of this model and dataset, else from a --dry-run."""
     seconds = n = 0
-    end = f"_{work.dataset}.meta.json"
-    names = {
-        "PA": f"*/PA_{work.model}{end}",
-        "PI": f"*/PI_*_{work.model}{end}",
-        "evaluate": f"*/Eval_{work.model}{end}",
-        "PL": f"*/PL_*_{work.model}_{work.dataset}*/train_meta.json",
+    of_lvlm = RunFiles(Path("*"), Cell(work.dataset, work.model))
+    of_svlm = RunFiles(Path("*"), Cell(work.dataset, "*", work.model))
+    metas = {
+        "PA": records.meta_path(of_lvlm.pa),
+        "PI": records.meta_path(of_svlm.svlm_answers),
+        "evaluate": records.meta_path(of_lvlm.evaluation(work.model)),
+        "PL": train_meta(Path(f"{of_svlm.levelled()}*")),
     }
-    for path in results.glob(names[work.stage]):
-        if "_train_" not in path.name or work.stage == "PL":
+    for path in results.glob(str(metas[work.stage])):
+        if work.stage == "PL" or not may_be_train(path.name.replace(".meta", "")):
             meta = json.loads(path.read_text())
             seconds, n = seconds + meta["seconds"], n + (meta.get("n") or meta.get("samples") or 0)
     if n:

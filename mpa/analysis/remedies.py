@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mpa.files.records import read_json
 from mpa.method.presets import ANCHORED
+from mpa.runs.layout import train_meta
 from mpa.stages import cli
 
 RATES = {"LEARNING_RATE": "learning_rate", "MERGER_LR": "merger_lr", "VISION_LR": "vision_lr"}
@@ -32,7 +33,7 @@ def main() -> None:
     p.add_argument("levelled", type=Path, help="the folder of the levelled S-VLM")
     p.add_argument("--preset", help="that of the run")
     args = p.parse_args()
-    settings = read_json(args.levelled / "train_meta.json")["settings"]
+    settings = read_json(train_meta(args.levelled))["settings"]
     for name, variables in remedies(settings, args.preset == ANCHORED).items():
         print(name, *(f"{variable}={value}" for variable, value in variables.items()))
 
