@@ -11,11 +11,13 @@ from pathlib import Path
 
 import params
 import train
-from conftest import ROOT, STUDENT
+from conftest import ROOT, STUDENT, close
 from PIL import Image
 from trainer import Leveler
 from transformers import AutoModelForImageTextToText
 
+from mpa.engines import Request
+from mpa.engines.hf import HFEngine
 from mpa.files.records import train_record
 
 MINI = "--use_cpu True --image_min_pixels 3136 --image_max_pixels 3136 --report_to none --logging_steps 1".split()
@@ -113,3 +115,15 @@ TWO = "--per_device_train_batch_size 2 --save_steps 3 --num_train_epochs 2 --lea
 
 def zero(name: str) -> list[str]:
     return ["--deepspeed", str(TRAINER / f"scripts/{name}.json")]
+
+
+def answers(model: Path, folder: Path) -> tuple[list[str], list[float]]:
+    """Texts and log-probabilities."""
+    asked = [Request(str(i), str(folder / f"{i}.png"), "what color is the shape?", 8) for i in range(6)]
+    with HFEngine(str(model), min_pixels=3136, max_pixels=3136, dtype="float32") as engine:
+        replies = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+    return [replies[r.key]["text"] for r in asked], [replies[r.key]["logprob"] for r in asked]
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return one[0] == other[0] and close(one[1], other[1], 1e-3, least=1)  # nat

@@ -5,10 +5,8 @@ determine the result; a journal with other settings is refused.
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +21,7 @@ from mpa.files.earlier_replies import (
     journals_of,
     same_but_content,
 )
-from mpa.files.records import InputError, dumps, loads, meta_path, read_json
+from mpa.files.records import InputError, dumps, loads, meta_path, read_json, take_lock
 
 
 def differences(old: dict, new: dict) -> str:
@@ -122,17 +120,7 @@ class Journal:
             distributed.wait()  # until rank 0 has removed the old files, or kept their replies
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(f"{self.path}: another process is writing it; wait for it or stop it.") from None
-        except OSError as error:
-            print(
-                f"warning: {self.path}: cannot be locked on this file system ({error.strerror}). Make sure that no other "
-                "process writes to this run.",
-                file=sys.stderr,
-            )
+        take_lock(self._file, self.path)  # the kernel releases it when the process dies
         self.earlier = EarlierReplies(self.result, settings, restart) if asked else None
         self._waits = "restart" if restart and late and distributed.WORLD == 1 else ""  # for the first reply
         if self._waits:

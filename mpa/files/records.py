@@ -282,20 +282,30 @@ def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
         file.close()
 
 
+def take_lock(file: BinaryIO, path: Path, wait: bool = False) -> bool:
+    """Lock an open file for the writing of `path`. False, with a warning, where the file system has no locks.
+
+    Raises InputError, and closes the file, if another process holds it and `wait` is False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another process is writing it; wait for it or stop it.") from None
+    except OSError as error:
+        print(
+            f"warning: {path}: cannot be locked on this file system ({error.strerror}). Make sure that no other "
+            "process writes to this run.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
 def _locked_file(path: Path, lock: Path, wait: bool) -> BinaryIO:
     while True:
         file = open(lock, "ab")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            raise InputError(f"{path}: another process is writing it; wait for it or stop it.") from None
-        except OSError as error:
-            print(
-                f"warning: {path}: cannot be locked on this file system ({error.strerror}). Make sure that no other "
-                "process writes to this run.",
-                file=sys.stderr,
-            )
+        if not take_lock(file, path, wait):
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):

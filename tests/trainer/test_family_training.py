@@ -1,7 +1,6 @@
 """Every family is trained: the loss falls, the model is saved and loads again, and LoRA adapters answer as merged."""
 
 import json
-from pathlib import Path
 
 import merge_lora
 import miniatures
@@ -9,12 +8,9 @@ import param_groups
 import pytest
 import torch
 import train
-from conftest import close
-from training import arguments, conversation, losses, write
+from training import answers, arguments, conversation, losses, same, write
 from transformers import AutoModelForImageTextToText
 
-from mpa.engines import Request
-from mpa.engines.hf import HFEngine
 from mpa.files.records import InputError
 from mpa.models import loading
 
@@ -33,18 +29,6 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in miniatures.FAMI
 @pytest.fixture(scope="module", params=[*FAST, *OTHERS])
 def checkpoint(request, tmp_path_factory):
     return miniatures.make(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def answers(model: Path, folder: Path) -> tuple[list[str], list[float]]:
-    """Texts and log-probabilities."""
-    asked = [Request(str(i), str(folder / f"{i}.png"), "what color is the shape?", 8) for i in range(6)]
-    with HFEngine(str(model), min_pixels=3136, max_pixels=3136, dtype="float32") as engine:
-        replies = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
-    return [replies[r.key]["text"] for r in asked], [replies[r.key]["logprob"] for r in asked]
-
-
-def same(one: tuple, other: tuple) -> bool:
-    return one[0] == other[0] and close(one[1], other[1], 1e-3, least=1)  # nat
 
 
 def test_training_lowers_the_loss_and_what_is_saved_loads_again(checkpoint, tmp_path):

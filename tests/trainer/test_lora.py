@@ -14,30 +14,16 @@ import pytest
 import resume_settings
 import torch
 import train
-from conftest import ROOT, STUDENT, close
+from conftest import ROOT, STUDENT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training import arguments, weights, write
+from training import answers, arguments, same, weights, write
 from transformers import AutoModelForImageTextToText
 
-from mpa.engines import Request
-from mpa.engines.hf import HFEngine
 from mpa.files.records import InputError
 from mpa.models import identity, loading
 
 QUICK = "--lora_enable True --per_device_train_batch_size 2 --learning_rate 1e-2 --save_steps 2".split()
-
-
-def answers(model: Path, folder: Path) -> tuple[list[str], list[float]]:
-    """Texts and log-probabilities."""
-    asked = [Request(str(i), str(folder / f"{i}.png"), "what color is the shape?", 8) for i in range(6)]
-    with HFEngine(str(model), min_pixels=3136, max_pixels=3136, dtype="float32") as engine:
-        replies = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
-    return [replies[r.key]["text"] for r in asked], [replies[r.key]["logprob"] for r in asked]
-
-
-def same(one: tuple, other: tuple) -> bool:
-    return one[0] == other[0] and close(one[1], other[1], 1e-3, least=1)  # nat
 
 
 @pytest.mark.parametrize("flags", ["", "--vision_lora True --freeze_vision_tower True --freeze_merger True"])

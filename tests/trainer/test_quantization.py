@@ -11,8 +11,7 @@ import torch
 import train
 import training_memory
 from conftest import MINI, STUDENT, TEACHER, python
-from test_lora import answers
-from training import arguments, build, losses, weights, write
+from training import answers, arguments, build, losses, weights, write
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mpa.engines import Request
