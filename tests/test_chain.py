@@ -102,7 +102,7 @@ def test_from_the_download_to_the_levelled_model_on_each_of_the_four(prepared, t
         summary = read_json(folder / "summary.json")
         assert set(summary["rows"]) == {"base", "mpa", "lvlm"}
         assert summary["funnel"]["parity"] > 0
-        files = [file for file in folder.glob("*_*.json") if not file.name.endswith(".meta.json")]
+        files = [f for f in folder.glob("*_*.json") if not f.name.endswith((".meta.json", ".reasons.json"))]
         read_back = {}
         for file in files:
             kind = "train" if "_train_" in file.name else file.name.split("_")[0]
