@@ -25,7 +25,7 @@ from mpa.files import records
 from mpa.files.argument_types import number
 from mpa.files.records import InputError, funnel_line
 from mpa.method import rules
-from mpa.method.presets import ANCHORED_DEFAULTS, PRESETS
+from mpa.method.presets import ANCHORED_DEFAULTS, HOLD_OUT, PRESETS
 from mpa.stages import cli
 from mpa.stages.identify import Asking, read
 from mpa.stages.stage import counted
@@ -46,7 +46,7 @@ def arguments(argv=None):
         "--hold-out",
         type=number(0, 0.99, float),
         metavar="SHARE",
-        help="share of the images in the held-out set (default: 0.15 for the dataset `images` and --preset anchored, else 0)",
+        help=f"share of the images in the held-out set (default: {HOLD_OUT} for the dataset `images` and --preset anchored, else 0)",
     )
     asked = p.topic("what is asked")
     asked.add_argument(
@@ -95,12 +95,12 @@ def arguments(argv=None):
         raise InputError(f"L-VLM and S-VLM have the same name, {lvlm!r}, and would share files. Rename a folder.")
     args.pa_json = args.pa_json or (Path(args.annotations) if args.annotations else None)
     args.match = args.match or PRESETS[args.preset].match
-    defaults = {"hold_out": 0.0 if DATASETS[args.dataset].labelled else 0.15}
+    defaults = {"hold_out": 0.0 if DATASETS[args.dataset].labelled else HOLD_OUT}
     for name, value in (defaults | ANCHORED_DEFAULTS if args.anchored else defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.held_out_questions and not args.hold_out:
-        p.error("--held-out-questions needs a held-out set: --hold-out 0.15")
+        p.error(f"--held-out-questions needs a held-out set: --hold-out {HOLD_OUT}")
     return args
 
 

@@ -45,7 +45,8 @@ PRESETS = {
 
 # The preset `anchored`: all stages ask and compare as in `paper`, so that their results can be shared, and these are PI's defaults.
 ANCHORED = "anchored"
-ANCHORED_DEFAULTS = {"anchors": 100.0, "hold_out": 0.15}
+HOLD_OUT = 0.15  # the share of the images, where some are held out
+ANCHORED_DEFAULTS = {"anchors": 100.0, "hold_out": HOLD_OUT}
 
 
 def method_name(anchors: str | None) -> str:

@@ -13,6 +13,7 @@ from mpa.method.presets import PRESETS
 from mpa.method.prompts import Annotation, holds_mark
 from mpa.method.verdict import NOT_ASKED, Judge, Verdict
 from mpa.runs.judging import annotation_of, judge_of
+from mpa.runs.layout import RunFiles
 from mpa.stages import answer_all, cli, further, given_questions, held_out
 from mpa.stages.annotations import answers_of_pa, usable_annotations
 from mpa.stages.answering import Answers, Question, question_request
@@ -205,9 +206,8 @@ def read(args, train: TrainFile) -> Found:
     paths = locate([r["image_path"] for r in svlm_answers], args.path_map, args.image_root)
     svlm = {str(r["question_id"]): r | {"image_path": path} for r, path in zip(svlm_answers, paths, strict=True)}
     lvlm = {str(r["question_id"]): r for r in lvlm_answers}
-    files = run_files(args)
     settings = {"match": args.match, "preset": args.preset} | train.rule_settings
-    judge = judge_of(settings, type(files)(args.lvlm_json.parent, files.cell))
+    judge = judge_of(settings, RunFiles(args.lvlm_json.parent, run_files(args).cell))
 
     def verdict(key: str, held: bool) -> Verdict:
         r = svlm.get(key) or lvlm[key]
@@ -226,5 +226,5 @@ def read(args, train: TrainFile) -> Found:
         samples.append(Judged(r["question_id"], r["image_path"], annotation, *both, told, place))
     train.check(samples)
     held_out.write(args, [svlm[key] for key in consistent], held)
-    funnel = {"L-consistent": sum(bool(verdict(key, False).consistent) for key in keys if key in lvlm)}
+    funnel = {"L-consistent": sum(bool(s.verdict.consistent) for s in samples)}
     return Found(samples, judge, funnel | ({"held out": held.images} if held.images else {}))
