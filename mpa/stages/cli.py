@@ -328,6 +328,7 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
         finally:
             sys.stdout.flush()  # now, where it can still be said that nobody reads
     except InputError as error:
+        distributed.leave(f"error: {error}")
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         if not _unread(sys.stdout):
@@ -335,11 +336,18 @@ def run(main, remedy: str = "Choose another --run or --out.") -> None:
         sys.exit(128 + signal.SIGPIPE)  # quietly, as other programs end before `head`
     except OSError as error:
         if line := disk_line(error, remedy):
+            distributed.leave(line)
             sys.exit(line)
+        distributed.leave()
         raise
     except KeyboardInterrupt:
-        print("stopped. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(128 + (signals.Heard.signal or signal.SIGINT))
+        said, code = "stopped. Run the same command again to go on.", 128 + (signals.Heard.signal or signal.SIGINT)
+        distributed.leave(said, code)
+        print(said, file=sys.stderr)
+        sys.exit(code)
+    except Exception:
+        distributed.leave()
+        raise
     finally:
         signals.Heard.signal = 0
         signal.signal(signal.SIGINT, before)

@@ -4,9 +4,9 @@
     python src/launch.py --standalone --nproc-per-node 2 -- scripts/PA.py …    torchrun
 
 A training runs on all GPUs or, where there is none, in one process on the CPU: this one. Else each rank is a process
-of torchrun, or of DeepSpeed with --hostfile; $ZERO is DeepSpeed's configuration. The exit code is the training's, without
-torchrun's error report if a rank exits normally. SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is the time
-that the ranks have to save a checkpoint.
+of torchrun, or of DeepSpeed with --hostfile; $ZERO is DeepSpeed's configuration. The exit code is that of the rank that ended
+first, which says why (`ranks`), without torchrun's error report. SIGTERM and Ctrl-C reach every rank once. --shutdown-timeout is
+the time that the ranks have to save a checkpoint, as long as none fails.
 """
 
 import gc
@@ -42,11 +42,14 @@ def train(machines: list[str], flags: list[str]) -> int:
         processes = "gpu"
     else:
         precision, environment["DS_ACCELERATOR"] = "--use_cpu", "cpu"
-        if not environment.get("OMP_NUM_THREADS"):
-            threads = max(1, len(os.sched_getaffinity(0)) // int(processes))
-            environment["OMP_NUM_THREADS"] = str(threads)  # of the ranks
-            torch.set_num_threads(threads)  # of this process
     processes, flags = environment.get("NPROC_PER_NODE") or processes, [precision, "True", *flags]
+    if not environment.get(
+        "OMP_NUM_THREADS"
+    ):  # torchrun gives each rank one thread, also for the optimizer that is offloaded
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // (int(processes) if processes.isdigit() else gpus or cores))
+        environment["OMP_NUM_THREADS"] = str(threads)  # of the ranks
+        torch.set_num_threads(threads)  # of this process
     with_deepspeed = gpus or processes != "1" or any(flag.partition("=")[0] == "--deepspeed" for flag in flags)
     if machines[0] == "--standalone" and not with_deepspeed:
         sys.argv = [TRAINER, *flags]
@@ -67,12 +70,15 @@ def _refuse(why: str) -> int:
 def run_ranks() -> int:
     """torchrun with the flags in sys.argv. Returns the exit code of the rank that failed first."""
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which a rank sees that this process has been killed
+    from ranks import Ranks
+    from torch.distributed.elastic import multiprocessing
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    multiprocessing.SubprocessContext = Ranks
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank reports its own error
+    logging.disable(logging.ERROR)  # each rank reports its own error
     try:
         torchrun()
     except SignalException as stopped:
@@ -81,16 +87,8 @@ def run_ranks() -> int:
         print("stopped before the first step. The same command starts again.", file=sys.stderr)
         return 130
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        if first.exitcode > 0:
-            return first.exitcode
-        print(
-            f"error: rank {rank} was ended by signal {-first.exitcode}"
-            f"{', most likely because memory ran out' if first.exitcode == -signal.SIGKILL else ''}. "
-            "The same command resumes from the last checkpoint.",
-            file=sys.stderr,
-        )
-        return 128 - first.exitcode
+        _, first = failed.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 
 

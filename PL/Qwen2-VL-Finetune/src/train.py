@@ -48,7 +48,7 @@ from trainer import Leveler
 from turns import refuse_dropped_turns
 
 from data import Samples, check_all, encode, read_samples, refuse_special_tokens
-from mpa.files import disk_errors, signals
+from mpa.files import disk_errors, distributed, signals
 from mpa.files.log_file import detail
 from mpa.files.records import InputError
 from mpa.models import conversion, model_files
@@ -205,20 +205,29 @@ def run() -> int:
         process_group.destroy()
         return code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _ended(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("stopped before the first step. The same command starts again.", file=sys.stderr)
-        return 128 + (signals.Heard.signal or signal.SIGINT)
+        code = 128 + (signals.Heard.signal or signal.SIGINT)
+        return _ended("stopped before the first step. The same command starts again.", code)
     except OSError as error:
         if not (what := disk_errors.cause(error)):
+            distributed.leave()
             raise
-        print(
+        return _ended(
             f"error: {error.filename or 'the output folder'}: {what}. Free disk space or choose another "
             "--output_dir; the same command resumes from the last complete checkpoint.",
-            file=sys.stderr,
+            1,
         )
-        return 1
+    except Exception:
+        distributed.leave()
+        raise
+
+
+def _ended(text: str, code: int) -> int:
+    """Say why the training ends. Returns the exit code; one of several ranks ends here."""
+    distributed.leave(text, code)
+    print(text, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
