@@ -215,17 +215,17 @@ class Sharding:
 def states(model, itemsize: int, shards: Sharding, bits: int | None = None, state: int = 8) -> dict[str, int]:
     """Bytes by purpose of weights, gradients and optimizer state on each device; "offloaded" is in the machine's memory.
 
-    `itemsize` is that of the compute dtype. Without ZeRO, weights and gradients are float32. DeepSpeed keeps them in the
-    compute dtype, with a float32 copy of the weights in the optimizer (its estimate_zero2_ and
-    estimate_zero3_model_states_mem_needs; their float32 gradients exist only in the optimizer's step). `state` are the
-    optimizer's own bytes per trained weight: 8 for Adam.
+    `itemsize` is that of the compute dtype. Without ZeRO, weights and gradients are float32. DeepSpeed keeps the weights in the
+    compute dtype, with a float32 copy in the optimizer, and adds up the gradients in float32 (its estimate_zero2_ and
+    estimate_zero3_model_states_mem_needs, with gradients of 4 bytes). `state` are the optimizer's own bytes per trained
+    weight: 8 for Adam.
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if not shards.stage:
         return {"weights": weight_bytes(model, 4, bits), "gradients": 4 * trained, "optimizer state": state * trained}
     whole = shards.stage == 3
     weights = weight_bytes(model, itemsize, bits) / (shards.world if whole else 1)
-    gradients, optimizer = itemsize * trained / shards.world, (4 + state) * trained / shards.world
+    gradients, optimizer = 4 * trained / shards.world, (4 + state) * trained / shards.world
     offloaded = (gradients + optimizer) * shards.optimizer_offloaded + weights * shards.weights_offloaded
     gradients, optimizer = (0, 0) if shards.optimizer_offloaded else (gradients, optimizer)
     weights = 0 if shards.weights_offloaded else weights

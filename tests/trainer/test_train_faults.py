@@ -6,15 +6,30 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 import train
-from conftest import STUDENT
+from conftest import ROOT, STUDENT
 from safetensors.torch import load_file, save_file
-from training import ONE, TWO, arguments, build, launch, losses, weights, write, zero
+from training import (
+    ONE,
+    TWO,
+    arguments,
+    build,
+    conversation,
+    free_port,
+    launch,
+    losses,
+    weights,
+    write,
+    write_records,
+    zero,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mpa.files.records import InputError
@@ -308,3 +323,29 @@ def test_a_manifest_names_every_file(tmp_path):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert set(manifest) == {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
     assert checkpoints.fault(checkpoint) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero2_offload"])
+def test_in_bfloat16_eight_micro_batches_add_up_to_the_exact_gradient(tmp_path, stage):
+    """Eight times the same sample, of which each is an eighth of the loss, have exactly the gradient of one."""
+    gradients = []
+    for n in (1, 8):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        same = conversation("a.png", "<image>\nwhat color is the shape?", "a red one")
+        write_records(folder, *[same | {"id": i} for i in range(n)])
+        flags = (
+            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {n} --max_grad_norm 0 --bf16 True".split()
+        )
+        places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, ROOT / "tests/accumulated_gradients.py", folder / "gradients.pt"]
+        done = subprocess.run(
+            [*command, *arguments(folder, *flags, *zero(stage))],
+            env={**os.environ, **places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        gradients.append(torch.cat([part.flatten() for part in torch.load(folder / "gradients.pt")]))
+    assert gradients[0].any() and torch.equal(*gradients)

@@ -64,8 +64,10 @@ def flag_value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched):
-    new, old = launched(), launched(bf16=False)
+def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    new, old = launched(environ=(environ := {}), gpus=2), launched(bf16=False)
+    assert environ["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert ("--bf16" in new, "--fp16" in new) == (True, False)
     assert ("--bf16" in old, "--fp16" in old) == (False, True)
     assert flag_value(old, "--fp16") == "True"

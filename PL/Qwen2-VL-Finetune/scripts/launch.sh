@@ -5,7 +5,8 @@
 #   several         NNODES=2 NODE_RANK=0 MASTER_ADDR=… MASTER_PORT=…: the same command on each (torchrun)
 #                   HOSTFILE=hosts or --hostfile hosts: one command; DeepSpeed reaches the others by ssh
 #
-# SIGTERM and Ctrl-C save a checkpoint and stop. DeepSpeed's launcher (with a hostfile) allows 30 seconds for that.
+# SIGTERM and Ctrl-C save a checkpoint and stop, within SHUTDOWN_TIMEOUT seconds (3600). DeepSpeed's launcher (with a hostfile) allows
+# 30 seconds for that.
 HERE=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 source "$HERE/../../../scripts/environment.sh"
 

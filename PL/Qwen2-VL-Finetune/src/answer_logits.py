@@ -36,9 +36,12 @@ class AnswerLogits:
             module.register_forward_pre_hook(self._gather)
             module.register_forward_hook(self._scatter)
 
-    def select(self, mask: torch.Tensor | None) -> None:
-        """Select the positions where `mask` [B, T] is True, for the following passes; None selects all."""
-        self.positions, self.shape = (None, None) if mask is None else (mask.flatten().nonzero()[:, 0], mask.shape)
+    def select(self, mask: torch.Tensor | None, device: torch.device | None = None) -> None:
+        """Select the positions where `mask` [B, T] is True, for the following passes on the device; None selects all."""
+        self.positions, self.shape = None, None
+        if mask is not None:
+            positions = mask.flatten().nonzero()[:, 0]
+            self.positions, self.shape = positions.to(device or mask.device, non_blocking=True), mask.shape
 
     def _gather(self, _, inputs):
         """Hidden states [B, T, H] -> [1, N, H]."""

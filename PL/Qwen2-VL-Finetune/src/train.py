@@ -191,6 +191,11 @@ def finish(trainer: Leveler, result, model_args: ModelArguments, current: dict, 
     model_files.write_manifest(out, model_files.files_of(out))
     model_files.write_json(out / META, meta)
     size = sum(file.stat().st_size for file in model_files.weight_files(out)) / 1e9
+    if trainer.skipped_steps:
+        print(
+            f"PL: {trainer.skipped_steps} of {result.global_step} steps were skipped, as their gradients overflowed float16, and their "
+            "samples not learned. --bf16 True or float32 does not overflow."
+        )
     dtype = str(trainer.save_dtype or torch.float32).removeprefix("torch.")
     print(f"PL: {len(samples)} samples, {result.global_step} steps, mean loss {result.training_loss:.3f}.")
     print(f"Wrote {out} ({size:.3g} GB, {dtype}). Next: evaluate.sh with MODEL={out}.")

@@ -83,6 +83,7 @@ class Leveler(CheckpointingTrainer):
         self.answer_logits = AnswerLogits(core)
         self.max_loss = DIVERGED * torch.tensor(float(core.config.get_text_config().vocab_size)).log().item()
         self.flops_per_token, self.peak_flops, self.train_seconds = None, None, 0.0
+        self.first_step, self.updates = 0, 0  # the step that this call began at, and its steps that changed the weights
         # This rank's samples and tokens in the timed steps: so far, and at the last log; and the time of that log.
         self.timed, self.logged, self.logged_at = Counter(), Counter(), None
 
@@ -95,10 +96,21 @@ class Leveler(CheckpointingTrainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
     # --- step and loss ------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """The batch on the device. The labels stay here, where it is known without waiting for the device what they select."""
+        return super()._prepare_inputs(inputs) | {name: inputs[name] for name in ("labels",) if name in inputs}
+
+    def _prepare_input(self, data):
+        if isinstance(data, torch.Tensor) and data.device != self.args.device:
+            data = data.to(self.args.device, non_blocking=True)  # the loader has pinned it
+        return super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ids = [sample for sample in inputs["samples"] if sample is not None]
@@ -108,6 +120,7 @@ class Leveler(CheckpointingTrainer):
         if self.logged_at is None:
             self.logged_at = time.perf_counter()
         if self.flops_per_token is None:
+            self.first_step = self.state.global_step
             if not self.answer_logits.tested:
                 first_sample.check(self, model)
             self._set_activation_policy()
@@ -135,11 +148,11 @@ class Leveler(CheckpointingTrainer):
         ids, labels = inputs.pop("samples"), inputs.pop("labels")
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         mask = next_labels != IGNORE
-        self.answer_logits.select(mask)
+        self.answer_logits.select(mask, self.args.device)
         if "position_ids" in inputs and self.rope_index:
             inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
         logits = self.answer_logits.of(model(**inputs, use_cache=False).logits).float()  # [N, V]
-        targets, smoothing = next_labels[mask], self.args.label_smoothing_factor
+        targets, smoothing = next_labels[mask].to(logits.device, non_blocking=True), self.args.label_smoothing_factor
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         mean = loss.item() / max(1, len(targets))
         if not mean < self.max_loss:  # NaN fails this comparison too
@@ -166,7 +179,7 @@ class Leveler(CheckpointingTrainer):
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         if self.is_deepspeed_enabled:  # which allocates the averages at its start
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            sizes = (getattr(weight, "ds_numel", weight.numel()) * weight.itemsize for weight in weights)
+            sizes = (getattr(weight, "ds_numel", weight.numel()) * 4 for weight in weights)  # float32
             return 0 if "offload_optimizer" in config else sum(sizes) // self.args.world_size
         averages = 0 if self.optimizer.state else 8
         return sum(weight.numel() * (weight.itemsize + averages) for weight in weights)
@@ -219,6 +232,12 @@ class Leveler(CheckpointingTrainer):
         if bad:
             raise self._gradient_divergence()
         self.last_step_ids, self.step_ids = self.step_ids, []
+        self.updates += 1
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this call that changed nothing: in float16, where a gradient overflows, the loss scale is lowered instead."""
+        return self.state.global_step - self.first_step - self.updates if self.args.fp16 else 0
 
     def _gradient_divergence(self) -> InputError:
         """The error for a non-finite gradient, with the step's sample ids of all ranks. Collective."""

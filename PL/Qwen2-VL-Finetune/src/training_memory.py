@@ -107,8 +107,8 @@ def estimate(
         activations += memory_estimate.weight_bytes(model, itemsize)
     if not args.deepspeed and sampler.micro_batches == 1:  # in the backward pass, gradients come as activations go
         activations = max(0, activations - sizes["gradients"])
-    if args.deepspeed:  # in the optimizer's step, which has no activations, gradients become float32
-        activations = max(activations, int(sizes.get("gradients", 0) * 4 / itemsize))
+    if args.deepspeed:  # the optimizer's step, which has no activations, copies the gradients
+        activations = max(activations, sizes.get("gradients", 0))
     return {**sizes, "activations": activations}
 
 
