@@ -1,8 +1,6 @@
 """Worker processes of the `hf` engine: forked copies of the engine that work ahead of it."""
 
-import ctypes
 import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from mpa.files.records import InputError
-from mpa.files.signals import signals_held
+from mpa.files.signals import follow_parent, signals_held
 
 BATCHES_AHEAD = 2  # per worker
 
@@ -60,9 +58,7 @@ def _start_worker(engine) -> None:
     global _engine
     _engine = engine
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent handles them
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent, however it ends
+    follow_parent()
 
 
 def _call(method: Callable, batch: list):

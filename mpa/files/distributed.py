@@ -49,7 +49,7 @@ def leave(text: str = "", code: int = 1) -> None:
     """
     if WORLD == 1:
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # of a loader's worker, too
         signal.signal(number, signal.SIG_IGN)
     if not text:
         text = traceback.format_exc().rstrip()

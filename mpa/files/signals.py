@@ -16,6 +16,14 @@ def end_with_launcher() -> None:
             sys.exit(128 + signal.SIGTERM)  # the launcher was killed before this
 
 
+def follow_parent(*_) -> None:
+    """In a worker process: its parent handles the signals that ask to stop, and the worker ends with it, however it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Heard:
     """The last signal that asked this process to stop; 0: none."""
 

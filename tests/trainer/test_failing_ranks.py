@@ -134,7 +134,7 @@ def test_a_training_of_which_one_rank_fails_ends_and_says_once_why(tmp_path, fau
 )
 def test_a_training_that_is_told_to_stop_saves_and_does_not_wait_for_a_dead_rank(tmp_path, faults, saved):
     write(tmp_path, 12)
-    flags = [*arguments(tmp_path, *TWO, *zero("zero2")), "--save_steps", "100"]
+    flags = [*arguments(tmp_path, *TWO, *zero("zero2")), "--save_steps", "100", "--dataloader_num_workers", "1"]
     file = str(tmp_path / "failed_at")
     process = start(ROOT / "tests/failing_training.py", *faults, "--", *flags, DS_ACCELERATOR="cpu", FAILED_AT=file)
     code, said, _ = ended(process, tell_at="step 1 of")

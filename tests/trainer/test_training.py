@@ -43,7 +43,8 @@ def test_a_training_is_complete_and_repeatable(whole):
 
 
 def test_on_sigterm_it_saves_and_resumes_exactly(whole, capsys):
-    stopped = launch(whole, *ONE, out="stopped", stop_at=4, with_signal=signal.SIGTERM)
+    workers = ["--dataloader_num_workers", "1"]  # which get the signal, too
+    stopped = launch(whole, *ONE, *workers, out="stopped", stop_at=4, with_signal=signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stdout
     assert "stopped at step" in stopped.stdout
     assert train.main(arguments(whole, *ONE, out="stopped")) == 0

@@ -220,7 +220,14 @@ def check_all(samples: list[dict], processor, max_length: int, on_too_long: str,
     own = range(rank, len(samples), world)
     workers = workers if len(own) > 64 else 0
     check = _Check(samples, processor)
-    loader = torch.utils.data.DataLoader(check, batch_size=None, sampler=own, num_workers=workers, collate_fn=_same)
+    loader = torch.utils.data.DataLoader(
+        check,
+        batch_size=None,
+        sampler=own,
+        num_workers=workers,
+        collate_fn=_same,
+        worker_init_fn=signals.follow_parent,
+    )
     with signals.signals_held():  # the workers start here
         checked = iter(loader)
     results = []

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data import IGNORE, Samples
+from mpa.files import signals
 from mpa.files.log_file import detail
 from mpa.files.records import InputError
 
@@ -96,6 +97,7 @@ class Leveler(CheckpointingTrainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
+            worker_init_fn=signals.follow_parent,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             prefetch_factor=args.dataloader_prefetch_factor,
