@@ -349,3 +349,25 @@ def test_in_bfloat16_eight_micro_batches_add_up_to_the_exact_gradient(tmp_path, 
         assert done.returncode == 0, done.stderr
         gradients.append(torch.cat([part.flatten() for part in torch.load(folder / "gradients.pt")]))
     assert gradients[0].any() and torch.equal(*gradients)
+
+
+def test_steps_that_float16_skipped_are_counted(tmp_path):
+    write(tmp_path, 4)
+    trainer = build(tmp_path)
+    trainer.state.global_step, trainer.first_step, trainer.updates = 9, 4, 3  # resumed at step 4
+    assert trainer.skipped_steps == 0
+    trainer.args.fp16 = True
+    assert trainer.skipped_steps == 2
+
+
+def test_the_loaders_flags_reach_it_and_the_labels_stay_on_the_host(tmp_path):
+    write(tmp_path, 4)
+    flags = "--dataloader_num_workers 1 --dataloader_multiprocessing_context forkserver --dataloader_in_order False"
+    trainer = build(tmp_path, *flags.split())
+    loader = trainer.get_train_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "forkserver" and not loader.in_order
+    trainer.args.__dict__["_setup_devices"] = torch.device("meta")  # `args.device`
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    assert {name for name, value in batch.items() if torch.is_tensor(value) and value.device.type == "cpu"} == {
+        "labels"
+    }
