@@ -27,7 +27,7 @@ take_gpus() {
     fi
     locks=$(realpath -m -- "${TMPDIR:-/tmp}")/mpa-gpus-$UID
     mkdir -p "$locks" 2>>"$LOG" || true
-    if [[ ! -O $locks || ! -w $locks ]]; then
+    if [[ ! -d $locks || ! -O $locks || ! -w $locks ]]; then
         echo "error: $locks: is no folder of yours for the locks of GPUs. Name another place with TMPDIR=DIR." >>"$LOG"
         failed 'no locks'
     fi
