@@ -124,6 +124,16 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(launched, capsys
     assert "error: 8 processes take a GPU each, and 4 can be used here" in capsys.readouterr().err
 
 
+def test_a_stage_in_more_processes_than_gpus_is_refused_with_both_numbers(monkeypatch, capsys):
+    """`GPUS=8 bash scripts/PA.sh` calls this; without a GPU the processes share the CPU."""
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--standalone", "--nproc-per-node", "8", "--", "scripts/PA.py"])
+    monkeypatch.setattr(launch, "run_ranks", lambda: 0)
+    for gpus, code in ((4, 2), (8, 0), (0, 0)):
+        monkeypatch.setattr(launch.gpus, "usable", lambda gpus=gpus: (Gpu("T4", "GPU-1", (7, 5)),) * gpus)
+        assert launch.main() == code
+    assert "error: 8 processes take a GPU each, and 4 can be used here" in capsys.readouterr().err
+
+
 def test_the_script_takes_its_paths_from_the_environment(launched):
     words = launched(TRAIN_JSON="/a b/train.json", OUTPUT_DIR="/a b/out")
     assert flag_value(words, "--data_path") == "/a b/train.json"
