@@ -209,6 +209,12 @@ class Experiment(Section):
         """GPUs of a job; 0 for a model behind a server."""
         return (model.gpus or getattr(self.gpus, stage)) if model.local else 0
 
+    @property
+    def most_gpus(self) -> int:
+        """GPUs of the job that has the most."""
+        asked = {"PA": self.lvlms, "PI": self.lvlms | self.svlms, "PL": self.svlms, "evaluate": self.lvlms | self.svlms}
+        return max(self.gpus_of(stage, model) for stage, models in asked.items() for model in models.values())
+
 
 # --- reading and checking --------------------------------------------------------------------------------
 

@@ -6,22 +6,41 @@ FOLDER=$1 RESULT=$2 GPUS=$3
 shift 3
 LOG=${FOLDER:?}/logs/${RESULT:?}.log FAILED=$FOLDER/failed/$RESULT
 mkdir -p "$(dirname "$LOG")" "$(dirname "$FAILED")"
+COMMAND=("$@")
+if [[ $GPUS -gt 1 ]]; then COMMAND=(env GPUS="$GPUS" "$@"); fi
 
-# Take GPUS of the visible GPUs. The kernel frees a GPU's lock when the job ends, however it ends.
+failed() { # failed WHY
+    printf '%s\n' "$(printf ' %q' "${COMMAND[@]}")" | cut -c2- >"$FAILED"
+    printf '%(%T)T  %s: FAILED (%s). The end of %s:\n' -1 "$RESULT" "$1" "$LOG"
+    tail -n 5 "$LOG" | sed 's/^/    /'
+    exit 1
+}
+
+# Take GPUS of those in MPA_GPUS, "NAME=UUID …" with names for CUDA_VISIBLE_DEVICES. A lock has the UUID's name, which is the same in all
+# containers and differs between nodes. The kernel frees it when the job ends, however it ends. Other users have locks of their own.
 take_gpus() {
-    local gpu lock taken held locks visible=${CUDA_VISIBLE_DEVICES:-}
-    [[ $visible ]] || visible=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)
+    local gpu uuid lock taken held locks visible
+    read -ra visible <<<"$MPA_GPUS"
+    if ((GPUS > ${#visible[@]})); then
+        echo "error: it needs $GPUS GPUs, and ${#visible[@]} are visible: ${visible[*]%%=*}." >>"$LOG"
+        failed 'too few GPUs'
+    fi
     locks=$(realpath -m -- "${TMPDIR:-/tmp}")/mpa-gpus-$UID
-    mkdir -p "$locks"
+    mkdir -p "$locks" 2>>"$LOG" || true
+    if [[ ! -d $locks || ! -O $locks || ! -w $locks ]]; then
+        echo "error: $locks: is no folder of yours for the locks of GPUs. Name another place with TMPDIR=DIR." >>"$LOG"
+        failed 'no locks'
+    fi
     while true; do
         taken='' held=()
-        for gpu in ${visible//,/ }; do
-            exec {lock}>>"$locks/${gpu//\//_}"
+        for gpu in "${visible[@]}"; do
+            uuid=${gpu#*=}
+            exec {lock}>>"$locks/${uuid//\//_}"
             if ! flock --nonblock "$lock"; then
                 exec {lock}>&-
                 continue
             fi
-            taken+=${taken:+,}$gpu held+=("$lock")
+            taken+=${taken:+,}${gpu%%=*} held+=("$lock")
             if [[ ${#held[@]} == "$GPUS" ]]; then
                 export CUDA_VISIBLE_DEVICES=$taken
                 return
@@ -32,22 +51,15 @@ take_gpus() {
     done
 }
 
-# A cluster's scheduler has already given its job GPUs.
-if [[ $GPUS -gt 0 && ! ${SLURM_JOB_ID:-} ]]; then take_gpus; fi
-if [[ $GPUS -gt 1 ]]; then set -- env GPUS="$GPUS" "$@"; fi
+# Without MPA_GPUS a cluster's scheduler has given this job its GPUs. Inside salloc and sbatch jobs of one reproduce.sh share them.
+if [[ $GPUS -gt 0 && ${MPA_GPUS:-} ]]; then take_gpus; fi
 printf '%(%T)T  %s …\n' -1 "$RESULT"
 CODE=0 SECONDS=0
-"$@" >>"$LOG" 2>&1 </dev/null || CODE=$?
+"${COMMAND[@]}" >>"$LOG" 2>&1 </dev/null || CODE=$?
 META=$FOLDER/${RESULT%.json}.meta.json
 if [[ $CODE == 0 && -f $META ]] && grep -q '"unfinished": [1-9]' "$META"; then
     CODE='temporary errors' # the command asks these again
 fi
 [[ $CODE != 0 || -f $FOLDER/$RESULT || $RESULT == pace/* ]] || CODE='it wrote no such file'
-if [[ $CODE == 0 ]]; then
-    printf '%(%T)T  %s: done in %d s\n' -1 "$RESULT" "$SECONDS"
-    exit
-fi
-printf '%s\n' "$(printf ' %q' "$@")" | cut -c2- >"$FAILED"
-printf '%(%T)T  %s: FAILED (%s). The end of %s:\n' -1 "$RESULT" "$CODE" "$LOG"
-tail -n 5 "$LOG" | sed 's/^/    /'
-exit 1
+[[ $CODE == 0 ]] || failed "$CODE"
+printf '%(%T)T  %s: done in %d s\n' -1 "$RESULT" "$SECONDS"

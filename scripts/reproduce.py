@@ -1,8 +1,8 @@
 """Run the jobs of an experiment file with Snakemake, then list what failed. `scripts/reproduce.sh` prepares and calls this.
 
-    python scripts/reproduce.py RESULTS FLAGS… -- FLAGS AND TARGETS OF THE USER…
+    python scripts/reproduce.py RESULTS EXPERIMENT_FILE FLAGS AND TARGETS OF SNAKEMAKE…
 
-Reads  experiments/Snakefile, and the experiment file that `--config experiment=FILE` names.
+Reads  experiments/Snakefile, the experiment file, and $GPUS and $JOBS.
 Writes RESULTS/<preset>-<seed>/, with the stages' files; logs/, what each job printed; failed/, the commands of failed jobs;
        snakemake.log, what Snakemake printed.
 """
@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import definition
 from mpa.files.records import REPOSITORY as ROOT
+from mpa.files.records import InputError
+from mpa.models import gpus
 from mpa.stages import cli
 
 ALWAYS = [
@@ -32,6 +34,34 @@ ROOM = 2**16  # bytes; with fewer Snakemake cannot keep its records
 # Flags of the user with which Snakemake only prints (-n also among others, as in -np), and those that are not the user's.
 SHOWN = re.compile("-[a-zA-Z]*n[a-zA-Z]*|-h|--(dry-?run|help|dag|rulegraph|summary)")
 OWN = re.compile("-[Cds].*|--(config|directory|snakefile)(=.*)?")
+
+
+def places(experiment: definition.Experiment, given: list[str]) -> tuple[int, list[str]]:
+    """(GPUs, Snakemake's flags that say how many jobs run at once), from $GPUS, $JOBS and what is visible.
+
+    Jobs of this machine find its GPUs in $MPA_GPUS, of which scripts/cell.sh takes some for each; those of another executor get theirs
+    from a cluster's scheduler. Raises InputError for more GPUs than are visible.
+    """
+    from snakemake.cli import parse_args
+
+    asked = os.environ.get("GPUS")
+    os.environ.pop("MPA_GPUS", None)
+    if parse_args(given)[1].executor not in (None, "local"):
+        return int(asked or 1), []
+    if asked == "0":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # by which nvidia-smi counts
+    visible = gpus.visible()
+    if shutil.which("nvidia-smi"):
+        gpus.usable()  # an old driver would end each job
+    n = int(asked or len(visible))
+    if n > len(visible):
+        raise InputError(f"GPUS is {n}, and {len(visible)} GPUs are visible: {', '.join(visible) or 'none'}.")
+    if 0 < n < experiment.most_gpus:  # Snakemake would give it fewer, and a training other results
+        here = f"GPUS is {n}" if asked else f"{n} are visible: {', '.join(visible)}"
+        raise InputError(f"a job of this experiment has {experiment.most_gpus} GPUs, and {here}.")
+    os.environ["MPA_GPUS"] = " ".join(f"{name}={uuid}" for name, uuid in visible.items())
+    return n, ["--resources", f"gpu={n}", "--cores", str(n or os.environ.get("JOBS") or 1)]
 
 
 def failures(results: Path) -> list[Path]:
@@ -76,15 +106,17 @@ def report_failures(results: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    between = argv.index("--")
-    results, own, given = Path(argv[0]), argv[1:between], argv[between + 1 :]
-    file = next(flag.removeprefix("experiment=") for flag in own if flag.startswith("experiment="))
+    results, file, given = Path(argv[0]), argv[1], argv[2:]
     if taken := list(filter(OWN.fullmatch, given)):
         sys.exit(f"error: {taken[0]}: reproduce.sh sets this flag itself. Leave it out.")
     shown = any(map(SHOWN.fullmatch, given))
-    if data := definition.read(file).data:
-        os.environ["MPA_DATA"] = str(data.folder)
-    code = snakemake(results, [*own, *given], shown)
+    experiment = definition.read(file)
+    if experiment.data:
+        os.environ["MPA_DATA"] = str(experiment.data.folder)
+    n, flags = places(experiment, given)
+    own = ["--config", f"experiment={file}", f"gpus={n}", *flags]
+    # The last flag takes one value, so that what follows it may be a target.
+    code = snakemake(results, [*own, "--local-cores", "4", *given], shown)
     failed = report_failures(results)
     if code and shutil.disk_usage(results).free < ROOM:
         full = OSError(errno.ENOSPC, "", str(results))
@@ -109,6 +141,8 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         if line := cli.disk_line(error, "Choose another RESULTS."):
             sys.exit(line)

@@ -5,7 +5,7 @@
 #   … pace             first measure the time with --dry-run of the stages; --plan then shows hours
 #   … --dry-run, --executor slurm --jobs 20 --default-resources slurm_partition=gpu, …: flags of Snakemake
 # The same command continues what was stopped or killed, and tries failed jobs again. Ctrl-C stops the jobs; SIGTERM lets those
-# that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs); on a CPU JOBS (1) run at once.
+# that run finish. Each GPU has a job (GPUS=N or $CUDA_VISIBLE_DEVICES: not all GPUs; GPUS=0: the CPU); on a CPU JOBS (1) run at once.
 # RESULTS=DIR is another folder for the results. It ends with an HTML report; REPORT=0 leaves it out.
 set -euo pipefail
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
@@ -44,12 +44,4 @@ left() { grep -lsxzF "MPA_RESULTS=$RESULTS" /proc/[0-9]*/environ | cut -d/ -f3 |
 while [[ $(left) ]]; do sleep 1; done
 export MPA_RESULTS=$RESULTS
 
-MANY=()
-if [[ " $* " != *" --executor"* ]]; then
-    VISIBLE=$(nvidia-smi -L 2>/dev/null || true)
-    [[ ! ${CUDA_VISIBLE_DEVICES:-} ]] || VISIBLE=${CUDA_VISIBLE_DEVICES//,/$'\n'}
-    GPUS=${GPUS:-$(grep -c . <<<"$VISIBLE" || true)}
-    MANY=(--resources gpu="$GPUS" --cores "$((GPUS > 0 ? GPUS : ${JOBS:-1}))")
-fi
-# The last of these takes one value, so that what follows it may be a target.
-exec python "$ROOT/scripts/reproduce.py" "$RESULTS" --config experiment="$FILE" gpus="${GPUS:-1}" "${MANY[@]}" --local-cores 4 -- "$@"
+exec python "$ROOT/scripts/reproduce.py" "$RESULTS" "$FILE" "$@"

@@ -3,7 +3,8 @@
 #   bash scripts/setup.sh         .venv, for the stages and the demo
 #   bash scripts/setup.sh NAME    also install requirements/NAME.txt into .venv: export, openai, quantization, rating, reproduce, ray, dev
 #   bash scripts/setup.sh vllm    .venv-vllm, for --engine vllm: vLLM pins its own torch and transformers
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without CUDA: 0.2 GB instead of about 5 GB.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without CUDA: 0.2 GB instead of about 5 GB. …/whl/cu126 is for drivers
+# older than 580 and cards older than Turing. It takes effect in a new environment: remove .venv first.
 set -euo pipefail
 ROOT=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 fail() {
@@ -58,3 +59,5 @@ else
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${INDEX[@]}" -r "$FILE"
 fi
 wanted >"$STAMP"
+# Say now, not at the first stage, if torch cannot use this machine's GPUs.
+PYTHONPATH=$ROOT "$VENV/bin/python" -P -m mpa.models.gpus

@@ -1,5 +1,6 @@
 """scripts/reproduce.sh: the real engine on a copy of the repository, with a shell script in place of the four stages."""
 
+import fcntl
 import json
 import os
 import random
@@ -8,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import reproduce as runner
 from conftest import ROOT, STUDENT
+from fake_gpus import OLD, nvidia_smi, uuid
 
+from experiments import definition
 from experiments.variants import STAGES
+from mpa.files.records import InputError
 
 pytest.importorskip("snakemake")
 EXPERIMENT = """
@@ -338,6 +344,127 @@ def test_two_runners_of_one_experiment_do_not_run_at_once(repository):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert code == 1 and "another reproduce.sh is running it" in said
+
+
+@pytest.fixture
+def four_gpus(tmp_path, monkeypatch) -> dict:
+    """nvidia-smi lists four GPUs, which torch is taken to be able to use. The variables that say so."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return {"PATH": f"{nvidia_smi(tmp_path / 'bin', 4)}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "of_a_job", "said"),
+    [
+        ({"GPUS": "8"}, 1, r"GPUS is 8, and 4 GPUs are visible: 0, 1, 2, 3\."),
+        ({"GPUS": "2", "CUDA_VISIBLE_DEVICES": "3"}, 1, r"GPUS is 2, and 1 GPUs are visible: 3\."),
+        ({"GPUS": "1", "CUDA_VISIBLE_DEVICES": "-1"}, 1, r"GPUS is 1, and 0 GPUs are visible: none\."),
+        ({"CUDA_VISIBLE_DEVICES": "0,4"}, 1, "CUDA_VISIBLE_DEVICES=0,4: there is no GPU 4; nvidia-smi has 0, 1, 2, 3"),
+        ({}, 6, "a job of this experiment has 6 GPUs, and 4 are visible: 0, 1, 2, 3"),
+        ({"GPUS": "1"}, 2, r"a job of this experiment has 2 GPUs, and GPUS is 1\."),
+    ],
+)
+def test_more_gpus_than_there_are_is_an_error_with_both_numbers(environment, of_a_job, said, four_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    monkeypatch.setattr(runner.gpus, "usable", lambda: ())
+    for name, value in (four_gpus | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=said):
+        runner.places(types.SimpleNamespace(most_gpus=of_a_job), [])
+
+
+def test_an_old_driver_ends_it_before_any_job(repository, tmp_path):
+    """The real torch finds no driver that it can use."""
+    code, said = reproduce(repository, PATH=f"{nvidia_smi(tmp_path / 'bin', 4, OLD)}:{os.environ['PATH']}")
+    assert code == 1 and said.startswith("error: torch ") and "(4 x NVIDIA A100, driver 535.104.05)" in said
+    assert said.count("\n") == 1 and not (repository / "calls.txt").exists()
+
+
+def test_the_job_with_the_most_gpus_is_known(repository):
+    file = repository / "experiments/more.yaml"
+    for models, shares, most in (("data/mini/student", "{PL: 3}", 3), ("{model: data/mini/student, gpus: 2}", "1", 2)):
+        text = f"datasets: [easyVQA]\nlvlms: [data/mini/teacher]\nsvlms: [{models}]\ngpus: {shares}\n"
+        file.write_text(text)
+        assert definition.read(file).most_gpus == most
+
+
+def test_inside_an_allocation_jobs_do_not_share_a_gpu(repository, four_gpus, tmp_path):
+    """As in salloc and sbatch; jobs of another runner of this user hold three of the four GPUs."""
+    file = repository / "mpa/models/gpus.py"  # torch can use them
+    file.write_text(file.read_text().replace("def usable()", "def usable(): return ()\ndef _usable()"))
+    locks = tmp_path / f"mpa-gpus-{os.getuid()}"
+    locks.mkdir()
+    held = [(locks / uuid(i)).open("a") for i in (0, 1, 3)]
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    target = "paper-0/PA_big_easyVQA.json"
+    code, said = reproduce(repository, target, **four_gpus, SLURM_JOB_ID="1")
+    assert code == 0, said
+    assert [line.split()[1] for line in (repository / "calls.txt.gpus").read_text().splitlines()] == ["2"]
+
+
+@pytest.mark.parametrize("flags", [["--executor", "slurm"], ["-e", "slurm"], ["--profile", "PROFILE"]])
+def test_only_another_executor_leaves_the_gpus_to_its_scheduler(flags, tmp_path, monkeypatch):
+    (tmp_path / "PROFILE").mkdir()
+    (tmp_path / "PROFILE/config.yaml").write_text("executor: slurm\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("MPA_GPUS", "of another runner")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")  # put back after the test
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.delenv("GPUS", raising=False)
+    one = types.SimpleNamespace(most_gpus=1)
+    assert runner.places(one, ["--jobs", "3", *flags]) == (1, []) and "MPA_GPUS" not in os.environ
+    assert "CUDA_DEVICE_ORDER" not in os.environ
+    assert runner.places(one, ["--executor", "local"]) == (2, ["--resources", "gpu=2", "--cores", "2"])
+    assert os.environ["MPA_GPUS"] == "0=0 1=1" and os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("GPUS", "0")
+    monkeypatch.setenv("JOBS", "3")
+    assert runner.places(one, []) == (0, ["--resources", "gpu=0", "--cores", "3"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # else all jobs would take the first GPU
+
+
+def cell(folder: Path, gpus: int, **environment) -> subprocess.CompletedProcess:
+    """A job that prints the GPUs that it has."""
+    command = [
+        "bash",
+        ROOT / "scripts/cell.sh",
+        folder,
+        "pace/a",
+        str(gpus),
+        "sh",
+        "-c",
+        "echo has $CUDA_VISIBLE_DEVICES",
+    ]
+    environment = {**os.environ, "TMPDIR": str(folder), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+
+
+OLD_MIG = "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "has"),
+    [
+        ("0=GPU-a 1=GPU-b", 2, "0,1"),
+        (f"{OLD_MIG}/1/0={OLD_MIG}/1/0 {OLD_MIG}/2/0={OLD_MIG}/2/0", 2, f"{OLD_MIG}/1/0,{OLD_MIG}/2/0"),
+        ("3=GPU-a", 0, "none"),  # a job that needs no GPU
+        ("", 2, "none"),  # the scheduler's
+    ],
+)
+def test_a_job_takes_its_gpus_by_any_name(given, gpus, has, tmp_path):
+    done = cell(tmp_path, gpus, MPA_GPUS=given, CUDA_VISIBLE_DEVICES="none", SLURM_JOB_ID="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "logs/pace/a.log").read_text() == f"has {has}\n"
+
+
+def test_a_job_that_can_have_no_gpus_says_so_and_waits_for_none(tmp_path):
+    done = cell(tmp_path, 8, MPA_GPUS="0=GPU-a 2=GPU-b")
+    assert done.returncode == 1 and "error: it needs 8 GPUs, and 2 are visible: 0 2." in done.stdout
+    assert (tmp_path / "failed/pace/a").read_text().startswith("env GPUS=8 sh -c ")
+    (tmp_path / f"mpa-gpus-{os.getuid()}").write_text("of somebody else")
+    done = cell(tmp_path, 1, MPA_GPUS="0=GPU-a")
+    assert done.returncode == 1 and "is no folder of yours for the locks of GPUs" in done.stdout
 
 
 @pytest.mark.slow

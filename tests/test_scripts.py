@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MINI, ROOT, STUDENT, TEACHER, bash, python
+from fake_gpus import OLD, nvidia_smi
 from fake_server import annotate_or_answer
 from training import MINI as TRAINER_FLAGS
 from training import write
@@ -162,6 +163,30 @@ def test_vllm_runs_in_its_own_environment_and_the_rest_in_the_other(tmp_path):
     missing = start("scripts/PA.sh", "--engine", "vllm", **{**places, "VLLM_VENV": tmp_path / "none"})
     said, _ = missing.communicate()
     assert missing.returncode == 1 and "error:" in said and "bash scripts/setup.sh vllm" in said
+
+
+@pytest.mark.parametrize("script", ["scripts/PA.sh", "PL/Qwen2-VL-Finetune/scripts/PL.sh"])
+def test_an_old_driver_ends_a_stage_before_it_writes(script, tmp_path):
+    """nvidia-smi lists two GPUs, and the real torch finds no driver that it can use."""
+    places = {"PATH": f"{nvidia_smi(tmp_path / 'bin', 2, OLD)}:{os.environ['PATH']}", "RUN": f"{tmp_path}/run/"}
+    done = bash(script, **SETTINGS | places)
+    assert done.returncode != 0 and done.stderr.startswith("error: torch ") and "Traceback" not in done.stderr
+    assert "(2 x NVIDIA A100, driver 535.104.05)" in done.stderr
+    assert {path.name for path in tmp_path.glob("run/*")} <= {"log.txt"}
+
+
+def test_setup_says_at_once_that_torch_cannot_use_the_gpus(tmp_path):
+    """uv installs nothing here; the environment's Python is that of the tests."""
+    binaries = nvidia_smi(tmp_path / "bin", 2, OLD)
+    (binaries / "uv").write_text("#!/bin/bash\n")
+    (binaries / "uv").chmod(0o755)
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (tmp_path / "venv/bin/python").chmod(0o755)
+    places = {"VENV": tmp_path / "venv", "PATH": f"{binaries}:{os.environ['PATH']}"}
+    done = bash("scripts/setup.sh", **places)
+    assert done.returncode == 0 and "warning: torch " in done.stderr and "driver 535.104.05" in done.stderr, done.stderr
+    assert bash("scripts/setup.sh", **places).stderr == ""  # nothing to install
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The free memory of a GPU, or of a CPU within the limits of its container; and how a lack of it is recognised."""
 
-import os
-import subprocess
 from pathlib import Path
+
+from mpa.models import gpus
 
 
 def available_bytes(device: str, root: Path = Path("/")) -> int | None:
@@ -59,10 +59,6 @@ def _free_on_gpu(index: int) -> int | None:
 
     if torch.cuda.is_initialized():
         return torch.cuda.mem_get_info(index)[0]
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    name = visible[index] if index < len(visible) else str(index)
-    query = ["nvidia-smi", "-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        return int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    found = gpus.usable()
+    rows, _ = gpus.nvidia_smi("memory.free", gpu=found[index].uuid) if index < len(found) else ([], "")
+    return int(rows[0][0]) * 2**20 if rows and rows[0][0].isdigit() else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpa.files import distributed
 from mpa.files.records import InputError, read_json
-from mpa.models import conversion, families, model_files
+from mpa.models import conversion, families, gpus, model_files
 from mpa.models.identity import adapted
 from mpa.models.loading_errors import explained
 from mpa.models.memory_estimate import meta_model, stored_bits, unquantised
@@ -73,7 +73,7 @@ def model_type(path: str) -> str | None:
 def pick_device(device: str = "auto") -> str:
     """The device. "auto": this process's CUDA GPU (by local rank), else Apple's GPU, else the CPU.
 
-    Raises InputError if the device does not exist.
+    Raises InputError if the device does not exist, or the machine has GPUs that torch cannot use. CUDA is not initialised.
     """
     import mpa.files.light_imports  # noqa: F401  isort: skip
     import torch
@@ -83,12 +83,12 @@ def pick_device(device: str = "auto") -> str:
             requested = torch.device(device)
         except RuntimeError as error:
             raise InputError(f"--device {device}: {_first_line(error)}") from None
-        # Only count devices: CUDA must not be initialised before the worker processes are forked.
-        available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if (requested.index or 0) >= available.get(requested.type, sys.maxsize):
+        counts = {"cuda": lambda: len(gpus.usable()), "mps": lambda: int(torch.backends.mps.is_available())}
+        if requested.type in counts and (requested.index or 0) >= counts[requested.type]():
             raise InputError(f"--device {device}: no such device; use auto to select an available one.")
         return device
-    if torch.cuda.is_available():
+    if gpus.usable():
+        gpus.refuse_more(distributed.LOCAL_WORLD)
         return f"cuda:{distributed.LOCAL_RANK}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -101,11 +101,9 @@ def resolved_dtype(dtype: str, device: str = "auto") -> str:
     """
     if dtype != "auto":
         return dtype
-    import torch
-
     device = pick_device(device)
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return "bfloat16" if gpus.usable()[int(device.partition(":")[2] or 0)].has_bfloat16 else "float16"
     return "float32"
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import bash
 
+from mpa.models.gpus import Gpu
+
 
 @pytest.fixture
 def launched(tmp_path, monkeypatch):
@@ -42,15 +44,13 @@ def launched(tmp_path, monkeypatch):
         configuration, *command = done.stdout.splitlines()
         environ = {} if environ is None else environ  # of the launcher, which changes it
         environ |= {**os.environ, **{key: str(value) for key, value in variables.items()}, "ZERO": configuration}
+        seen.clear()
         with monkeypatch.context() as mocked, pytest.raises(SystemExit):
             mocked.setattr(launch.runpy, "run_path", started("here"))
             mocked.setattr(launch, "run_ranks", started("torchrun"))
             mocked.setattr(os, "execvp", deepspeed)
             mocked.setattr(os, "environ", environ)
-            mocked.setattr(torch.cuda, "device_count", lambda: gpus)
-            mocked.setattr(
-                torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
-            )
+            mocked.setattr(launch.gpus, "usable", lambda: (Gpu("T4", "GPU-1", (8 if bf16 else 7, 5)),) * gpus)
             mocked.setattr(torch, "set_num_threads", lambda count: None)
             mocked.setattr(sys, "argv", command)
             sys.exit(launch.main())
@@ -118,6 +118,22 @@ def test_one_process_on_a_cpu_trains_without_deepspeed_and_several_with_it(launc
 def test_a_wrong_number_of_processes_or_configuration_is_named(variables, why):
     done = bash("PL/Qwen2-VL-Finetune/scripts/PL.sh", **variables)
     assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(launched, capsys):
+    assert flag_value(launched(gpus=4, NPROC_PER_NODE=4), "--nproc_per_node") == "4"
+    assert launched(gpus=4, NPROC_PER_NODE=8) == []
+    assert "error: 8 processes take a GPU each, and 4 can be used here" in capsys.readouterr().err
+
+
+def test_a_stage_in_more_processes_than_gpus_is_refused_with_both_numbers(monkeypatch, capsys):
+    """`GPUS=8 bash scripts/PA.sh` calls this; without a GPU the processes share the CPU."""
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--standalone", "--nproc-per-node", "8", "--", "scripts/PA.py"])
+    monkeypatch.setattr(launch, "run_ranks", lambda: 0)
+    for gpus, code in ((4, 2), (8, 0), (0, 0)):
+        monkeypatch.setattr(launch.gpus, "usable", lambda gpus=gpus: (Gpu("T4", "GPU-1", (7, 5)),) * gpus)
+        assert launch.main() == code
+    assert "error: 8 processes take a GPU each, and 4 can be used here" in capsys.readouterr().err
 
 
 def test_the_script_takes_its_paths_from_the_environment(launched):

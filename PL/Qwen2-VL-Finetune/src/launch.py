@@ -17,15 +17,24 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, for mpa
+
+from mpa.files.records import InputError
+from mpa.models import gpus
+
 TRAINER = str(Path(__file__).resolve().with_name("train.py"))
 
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds
-    if sys.argv[1:2] == ["train"]:
-        rest = sys.argv[2:]
-        return train(rest[: rest.index("--")], rest[rest.index("--") + 1 :])
-    return run_ranks()
+    try:
+        if sys.argv[1:2] == ["train"]:
+            rest = sys.argv[2:]
+            return train(rest[: rest.index("--")], rest[rest.index("--") + 1 :])
+        gpus.refuse_more(int(sys.argv[sys.argv.index("--nproc-per-node") + 1]))
+        return run_ranks()
+    except InputError as error:
+        return _refuse(str(error))
 
 
 def train(machines: list[str], flags: list[str]) -> int:
@@ -33,24 +42,24 @@ def train(machines: list[str], flags: list[str]) -> int:
     gc.disable()  # until `light_imports`
     import torch
 
-    environment, gpus = os.environ, torch.cuda.device_count()
+    environment, found = os.environ, gpus.usable()
     configuration, processes = environment["ZERO"], environment.get("CPU_PROCESSES") or "1"
     if not Path(configuration).is_file():
         return _refuse(f"{configuration}: no such configuration of DeepSpeed; ZERO names one of those in scripts/.")
-    if gpus:  # float16 on GPUs that only emulate bfloat16
-        precision = "--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16"
+    if found:  # float16 on GPUs that only emulate bfloat16
+        precision = "--bf16" if all(gpu.has_bfloat16 for gpu in found) else "--fp16"
         processes = "gpu"
     else:
         precision, environment["DS_ACCELERATOR"] = "--use_cpu", "cpu"
     processes, flags = environment.get("NPROC_PER_NODE") or processes, [precision, "True", *flags]
-    if not environment.get(
-        "OMP_NUM_THREADS"
-    ):  # torchrun gives each rank one thread, also for the optimizer that is offloaded
-        cores = len(os.sched_getaffinity(0))
-        threads = max(1, cores // (int(processes) if processes.isdigit() else gpus or cores))
+    if processes.isdigit():
+        gpus.refuse_more(int(processes))
+    if not environment.get("OMP_NUM_THREADS"):  # torchrun gives each rank one thread, also for an optimizer on the CPU
+        ranks = int(processes) if processes.isdigit() else len(found) or 1
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment["OMP_NUM_THREADS"] = str(threads)  # of the ranks
         torch.set_num_threads(threads)  # of this process
-    with_deepspeed = gpus or processes != "1" or any(flag.partition("=")[0] == "--deepspeed" for flag in flags)
+    with_deepspeed = found or processes != "1" or any(flag.partition("=")[0] == "--deepspeed" for flag in flags)
     if machines[0] == "--standalone" and not with_deepspeed:
         sys.argv = [TRAINER, *flags]
         runpy.run_path(TRAINER, run_name="__main__")  # it ends with sys.exit

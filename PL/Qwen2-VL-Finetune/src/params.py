@@ -13,12 +13,12 @@ from typing import NoReturn
 
 import flags
 import process_group
-import torch
 import transformers
 from activations import PRODUCTS
 from transformers.hf_argparser import string_to_bool
 
 from mpa.files.records import InputError
+from mpa.models import gpus
 from mpa.models.families import MAX_PIXELS, MIN_PIXELS
 
 # Older spelling -> current spelling. A command may use only one of them.
@@ -182,9 +182,10 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         self.vision_lr = self.learning_rate if self.vision_lr is None else self.vision_lr
         self.merger_lr = self.learning_rate if self.merger_lr is None else self.merger_lr
+        on_gpu = not self.use_cpu and bool(gpus.usable())  # an error where torch cannot use the GPU
         if self.dataloader_num_workers < 0:
             cores = len(os.sched_getaffinity(0)) // process_group.local_world_size()
-            self.dataloader_num_workers = min(4, cores - 1) if torch.cuda.is_available() and not self.use_cpu else 0
+            self.dataloader_num_workers = min(4, cores - 1) if on_gpu else 0
         if self.deepspeed and self.use_cpu:
             process_group.use_gloo()
         super().__post_init__()
