@@ -16,23 +16,20 @@ import math
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-import openai
 from tqdm import tqdm
 
 from mpa.engines import Request, submitted
-from mpa.engines.batch_file import URL, Result, input_line, read_results
+from mpa.engines.batch_calls import BatchCalls
+from mpa.engines.batch_file import Result, input_line, read_results
 from mpa.engines.chat_request import encode_image
 from mpa.engines.costs import BATCH_PRICE, Reservation
 from mpa.engines.end_of_run import Stopped
-from mpa.engines.openai import OpenAIEngine
-from mpa.engines.pacing import backoff
-from mpa.engines.responses import Refused, Retryable, Unsupported, decoded
-from mpa.engines.server_errors import classify_error
+from mpa.engines.responses import Refused, Retryable, Unsupported
 from mpa.engines.submitted import Line, Submitted
 from mpa.files import atomic
 from mpa.files.image_files import ImageError
@@ -45,12 +42,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds between two looks at the open 
 QUEUE_PAUSE = 300.0  # seconds before the next batch, where the queue is full and no batch of ours is in it
 LISTED_AFTER = 30.0  # seconds after which a submitted batch is surely in the server's list
 MAX_ROUNDS = 3  # of a request that fails
-PATIENCE = 1800.0  # seconds in which a call may fail, before the run ends
 ENDED = ("completed", "failed", "expired", "cancelled")
 _QUEUE_LIMIT = re.compile(r"limit: ([\d,]+)", re.IGNORECASE)
 
 
-class BatchEngine(OpenAIEngine):
+class BatchEngine(BatchCalls):
     """As OpenAIEngine, with the batch interface. Prices are those of single requests; `ledger` is needed."""
 
     def __init__(self, model_path: str, ledger: Path, price_in: float = 0.0, price_out: float = 0.0, **settings):
@@ -72,17 +68,9 @@ class BatchEngine(OpenAIEngine):
         self.pause = FIRST_PAUSE
 
     def __enter__(self):
-        with self._connected() as runner:
-            runner.run(self._check())
+        with self._connected() as runner, contextlib.suppress(Stopped):
+            runner.run(self.check())
         return self
-
-    async def _check(self) -> None:
-        try:
-            await self._call(self.client.batches.with_raw_response.list, limit=1)
-        except Refused as error:
-            raise InputError(f"{self.server} has no batch interface ({error}). Leave --batch out.") from None
-        except Stopped:
-            return
 
     def status(self) -> str:
         return f"cost {self.budget.spent():.2f}" if any(self.costs.prices) else ""
@@ -104,6 +92,20 @@ class BatchEngine(OpenAIEngine):
                         self.read.pop().remove()
             finally:
                 self._say_what_goes_on()
+
+    def _say_what_goes_on(self) -> None:
+        """What the run leaves at the server, where it ends early."""
+        going = [batch for batch in self.open if batch.posted]
+        if not going:
+            return
+        n, most = sum(len(batch.lines) for batch in going), sum(batch.amount for batch in going)
+        cost = f" and may cost up to {most:.2f}" if most else ""
+        ids = " ".join(batch.id or f"(metadata mpa={batch.token})" for batch in going[:20])
+        self._note(
+            f"{len(going)} batches with {n:,} requests go on at {self.server}{cost}. The same command picks them up. To cancel "
+            f'one: curl -X POST -H "Authorization: Bearer $OPENAI_API_KEY" {without_secrets(self.endpoint.url)}/batches/ID/cancel, '
+            f"then the same command reads what was finished. ID: {ids}"
+        )
 
     def _find(self, requests: list[Request], done: Container[str]) -> None:
         """Attend to the batches that earlier calls of the stage submitted; what is in none of them waits to be submitted.
@@ -217,58 +219,25 @@ class BatchEngine(OpenAIEngine):
         self._attend(batch, needed=True)
         try:
             if self.budget.reserve(batch.amount, batch.owner):  # else another process has spent it meanwhile
-                batch.file = await self._upload(batch, file)
+                batch.file = await self.upload(f"mpa-{batch.token}.jsonl", file)
                 batch.posted = time.time()
                 batch.write()
         finally:
             if not batch.posted:
                 self._give_back(batch)
         if batch.posted:
-            await self._post(batch)
+            await self._create(batch)
 
-    async def _upload(self, batch: Submitted, file: BinaryIO) -> str:
-        """The id of the uploaded file."""
-        size = file.tell()
-
-        async def upload():
-            file.seek(0)
-            return await self.client.files.with_raw_response.create(
-                file=(f"mpa-{batch.token}.jsonl", file), purpose="batch"
-            )
-
-        def whole(raw) -> str:
-            document = self._document(raw)
-            if document.get("bytes", size) != size:
-                raise Retryable(f"{document.get('bytes')} of {size} bytes were uploaded")
-            return _id(document)
-
-        try:
-            return await self._call(upload, read=whole)
-        except Refused as error:
-            raise InputError(f"{self.server} does not take the file of a batch: {error}.") from None
-
-    async def _post(self, batch: Submitted) -> None:
+    async def _create(self, batch: Submitted) -> None:
         """Submit the uploaded file."""
-        create = self.client.batches.with_raw_response.create
-        what = {
-            "input_file_id": batch.file,
-            "endpoint": URL,
-            "completion_window": "24h",
-            "metadata": {"mpa": batch.token},
-        }
-        for tries in range(4):  # a file may not be known everywhere at once
-            try:
-                batch.id = await self._call(create, read=lambda raw: _id(self._document(raw)), again=False, **what)
-                break
-            except Retryable:  # it may have arrived
-                await self._recover(batch)
-                return
-            except (Refused, InputError) as error:
-                if isinstance(error, Refused) and tries < 3:
-                    await self.end.sleep(backoff(tries + 2, None))
-                    continue
-                self._give_back(batch)
-                raise InputError(f"{self.model}: {self.server} does not take the batch: {error}.") from None
+        try:
+            batch.id = await self.create(batch.file, batch.token)
+        except Retryable:  # it may have arrived
+            await self._recover(batch)
+            return
+        except InputError:
+            self._give_back(batch)
+            raise
         batch.write()
         most = f", which may cost {batch.amount:.2f}" if batch.amount else ""
         detail(f"batch {batch.id}: {len(batch.lines):,} requests submitted{most}.")
@@ -281,28 +250,14 @@ class BatchEngine(OpenAIEngine):
         """Find out whether the batch was submitted. If not, delete its file, so that no late call can submit it."""
         if (early := batch.posted + LISTED_AFTER - time.time()) > 0:
             await self.end.sleep(early)
-        batch.id = await self._listed(batch.token)
+        batch.id = await self.listed(batch.token)
         if not batch.id:
-            with contextlib.suppress(Refused):  # it is gone already
-                await self._call(self.client.files.with_raw_response.delete, batch.file)
-            batch.id = await self._listed(batch.token)
+            await self.delete(batch.file)
+            batch.id = await self.listed(batch.token)
         if batch.id:
             batch.write()
         else:
             self._give_back(batch)
-
-    async def _listed(self, token: str) -> str:
-        """The id of the server's batch with this token, or ""."""
-        after = {}
-        while True:
-            page = await self._call(self.client.batches.with_raw_response.list, limit=100, **after)
-            batches = [b for b in page.get("data") or () if isinstance(b, dict)]
-            for found in batches:
-                if (found.get("metadata") or {}).get("mpa") == token:
-                    return _id(found)
-            if not (page.get("has_more") and batches):
-                return ""
-            after = {"after": _id(batches[-1])}
 
     def _give_back(self, batch: Submitted) -> None:
         """The batch is not at the server, or failed there unpaid: its requests wait again."""
@@ -321,8 +276,10 @@ class BatchEngine(OpenAIEngine):
                 await self._recover(batch)
                 continue
             try:
-                document = await self._call(self.client.batches.with_raw_response.retrieve, batch.id)
+                document = await self.look(batch.id)
             except Refused as error:
+                if batch.token in self.foreign:
+                    continue
                 raise InputError(
                     f"{self.server} does not know batch {batch.id} ({error}). Use the key that it was submitted with. To forget "
                     f"it, delete {batch.path}; its replies may have to be paid."
@@ -348,10 +305,13 @@ class BatchEngine(OpenAIEngine):
         """The replies of an ended batch; all that it cost is charged."""
         status = document["status"]
         if status == "failed":
-            self._failed(batch, document)
+            self._give_back(batch)
+            self._look_soon()
+            if batch.token not in self.foreign:
+                self._failed(batch, document)
             return []
         files = [document.get(name) for name in ("output_file_id", "error_file_id")]
-        contents = [await self._content(batch, file) for file in files if file]
+        contents = [await self.content(file) for file in files if file]
         results, damaged = read_results(
             (line for c in contents for line in (c or b"").split(b"\n")), self.endpoint.redact
         )
@@ -384,18 +344,9 @@ class BatchEngine(OpenAIEngine):
             self.end.fail(
                 InputError(f"batch {batch.id} was cancelled at {self.server}. To ask the rest, run the same command.")
             )
-        with contextlib.suppress(Refused, Retryable, InputError):
-            await self._call(self.client.files.with_raw_response.delete, batch.file, again=False)
+        with contextlib.suppress(Retryable, InputError):
+            await self.delete(batch.file, again=False)
         return replies
-
-    async def _content(self, batch: Submitted, file: str) -> bytes | None:
-        """A file's content; None where it is gone."""
-        try:
-            content = self.client.files.with_raw_response.content
-            return await self._call(content, file, read=lambda raw: raw.http_response.content)
-        except Refused as error:
-            self._note(f"batch {batch.id}: its file {file} cannot be read ({error}).")
-            return None
 
     def _outcome(self, name: str, line: Line, result: Result) -> tuple[dict | None, dict]:
         """(the reply, or None where there is none or the request waits again; what it adds to the account)."""
@@ -445,8 +396,6 @@ class BatchEngine(OpenAIEngine):
         """The server has refused a batch as a whole, which costs nothing. Raises InputError unless its queue is full."""
         errors = (document.get("errors") or {}).get("data") or [{}]
         code, message = (str(errors[0].get(name) or "") for name in ("code", "message"))
-        self._give_back(batch)
-        self._look_soon()
         if code != "token_limit_exceeded":
             place = f", line {errors[0]['line']}" if errors[0].get("line") else ""
             why = self.endpoint.redact(without_secrets(message or code or "no reason given"))[:500]
@@ -457,67 +406,6 @@ class BatchEngine(OpenAIEngine):
         self.most_tokens = min(self.most_tokens, limit if limit < tokens + others else others or tokens / 2)
         self.hold_until = math.inf if self.open else time.monotonic() + QUEUE_PAUSE
         self._note(f"the queue for {self.model} at {self.server} is full: further batches wait.")
-
-    # --- calls ------------------------------------------------------------------------------------
-
-    async def _call(self, send: Callable, *arguments, read: Callable | None = None, again: bool = True, **options):
-        """What `read` (default: a JSON object) finds in the response; failures that may pass are tried again.
-
-        Raises Refused, InputError and Stopped. Without `again` also Retryable, unless the server has certainly done nothing.
-        """
-        tries, since = 0, time.monotonic()
-        while True:
-            try:
-                return (read or self._document)(await send(*arguments, **options))
-            except openai.APIStatusError as error:
-                response = error.response
-                failure = classify_error(error.status_code, response.headers, response.text, {}, self.endpoint.redact)
-                if error.status_code == 501:  # not implemented
-                    failure = Refused(str(failure))
-            except Retryable as error:
-                failure = error
-            except Exception as error:  # connections, time-outs
-                failure = Retryable(self._says(error))
-            if isinstance(failure, InputError):
-                raise InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
-            if not isinstance(failure, Retryable) or not (again or failure.rate_limit):
-                raise failure
-            if time.monotonic() - since > PATIENCE:
-                raise InputError(
-                    f"{self.server}: keeps failing: {failure}. Finished replies are kept; run again later."
-                )
-            self._tell_of_first(failure)
-            await self.end.sleep(backoff(min(tries, 10), failure.retry_after))
-            tries += 1
-
-    def _document(self, raw) -> dict:
-        try:
-            document = decoded(raw.http_response.text, self.endpoint.redact)
-        except ValueError as error:
-            raise Retryable(str(error)) from None
-        if not isinstance(document, dict):
-            raise Retryable(f"no object, but {str(document)[:80]!r}")
-        return document
-
-    def _say_what_goes_on(self) -> None:
-        """What the run leaves at the server, where it ends early."""
-        going = [batch for batch in self.open if batch.posted]
-        if not going:
-            return
-        n, most = sum(len(batch.lines) for batch in going), sum(batch.amount for batch in going)
-        cost = f" and may cost up to {most:.2f}" if most else ""
-        ids = " ".join(batch.id or f"(metadata mpa={batch.token})" for batch in going[:20])
-        self._note(
-            f"{len(going)} batches with {n:,} requests go on at {self.server}{cost}. The same command picks them up. To cancel "
-            f'one: curl -X POST -H "Authorization: Bearer $OPENAI_API_KEY" {without_secrets(self.endpoint.url)}/batches/ID/cancel, '
-            f"then the same command reads what was finished. ID: {ids}"
-        )
-
-
-def _id(document: dict) -> str:
-    if not (isinstance(document.get("id"), str) and document["id"]):
-        raise Retryable(f"no id, but {str(document)[:80]!r}")
-    return document["id"]
 
 
 def _counts(document: dict) -> dict[str, int]:

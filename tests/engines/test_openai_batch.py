@@ -80,6 +80,7 @@ FAULTS = [
     *[("upload", fault) for fault in ("lost", "cut", "short", (429, {"message": "slow"}), (500, {"message": "oops"}))],
     *[("create", fault) for fault in ("lost", "cut", (429, {"message": "slow"}), (503, {"message": "oops"}))],
     ("create", (400, {"message": "Cannot find file file-0"})),
+    *[(what, (404, {"message": "not known yet"})) for what in ("look", "content")],
     *[
         ("look", fault)
         for fault in ("lost", (429, {"message": "slow"}, {"Retry-After": "0.1"}), (502, {"message": "oops"}))
@@ -153,7 +154,7 @@ def test_an_expired_batch_gives_what_it_has_and_the_rest_is_asked_again(images, 
     server.end = lambda number: "expired" if number == 0 else "completed"
     if gone:
         server.fault = lambda what, number: (
-            (404, {"message": "no such file"}) if (what, number) == ("content", 1) else None
+            (404, {"message": "no such file"}) if what == "content" and number <= 4 else None
         )
     found, _, facts = collect(server, asked(images, 6), ledger)
     assert len(found) == 6 and all(reply["text"] == ANNOTATION for reply in found.values())
