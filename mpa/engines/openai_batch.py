@@ -102,7 +102,7 @@ class BatchEngine(BatchCalls):
         cost = f" and may cost up to {most:.2f}" if most else ""
         ids = " ".join(batch.id or f"(metadata mpa={batch.token})" for batch in going[:20])
         self._note(
-            f"{len(going)} batches with {n:,} requests go on at {self.server}{cost}. The same command picks them up. To cancel "
+            f"{len(going)} {'batch goes' if len(going) == 1 else 'batches go'} on with {n:,} requests at {self.server}{cost}. The same command picks them up. To cancel "
             f'one: curl -X POST -H "Authorization: Bearer $OPENAI_API_KEY" {without_secrets(self.endpoint.url)}/batches/ID/cancel, '
             f"then the same command reads what was finished. ID: {ids}"
         )
@@ -296,7 +296,7 @@ class BatchEngine(BatchCalls):
             total, done = sum(len(b.lines) for b in self.open), sum(self.progress.get(b.token, 0) for b in self.open)
             since = timedelta(seconds=round(time.time() - min(b.posted for b in self.open)))
             self.bar.set_description_str(
-                f"batches: {done:,} of {total:,} requests finished, {len(self.open)} submitted since {since}"
+                f"batches: {done:,} of {total:,} requests finished, {len(self.open)} open, {since} since submission"
             )
 
     # --- an ended batch ---------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from conftest import python, snapshot
+from conftest import ROOT, python, snapshot
 from fake_batches import BatchServer
 from fake_server import ANNOTATION, annotate_or_answer, completion
 from server_requests import asked, stage_flags
@@ -318,6 +320,15 @@ def test_a_killed_call_is_taken_up_by_the_next(images, batches, tmp_path, what, 
     check_account(server, ledger, facts)
 
 
+def test_a_batch_is_found_on_a_later_page_of_the_list(images, batches, tmp_path, monkeypatch):
+    server = batches()
+    killed(server, asked(images, 6), tmp_path / "a/spending.json", "create", after=True)
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 2)
+    collect(server, asked(images, 8), tmp_path / "b/spending.json")
+    collect(server, asked(images, 6), tmp_path / "a/spending.json")
+    assert len(server.batches) == 5 and server.calls["list"] >= 5
+
+
 def test_the_batches_of_another_folder_model_or_request_are_left_alone(images, batches, tmp_path):
     server = batches()
     killed(server, asked(images, 6), tmp_path / "a/spending.json", "look", after=True)
@@ -370,6 +381,14 @@ def test_a_batch_that_the_server_does_not_know_is_named(images, batches, tmp_pat
     server.batches.clear()
     _, failure, _ = collect(server, asked(images, 6), ledger)
     assert "does not know batch batch_0" in str(failure) and "batches/" in str(failure)
+
+
+@pytest.mark.slow
+def test_whenever_pa_and_pi_are_killed_nothing_is_lost_or_paid_for_twice():
+    """A short version of benchmarks/batch.py, which has 200 kills."""
+    command = [sys.executable, ROOT / "benchmarks/batch.py", "--kills", "8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- stages ---
@@ -442,7 +461,7 @@ def test_a_signal_leaves_the_batches_and_says_how_to_cancel_them(images, batches
     server.fault = lambda what, number: os.kill(os.getpid(), signal.SIGINT) if (what, number) == ("look", 2) else None
     done = python(*command)
     assert done.returncode == 130
-    assert "1 batches with 12 requests go on at" in done.stderr and "may cost up to 0.0" in done.stderr
+    assert "1 batch goes on with 12 requests at" in done.stderr and "may cost up to 0.0" in done.stderr
     assert "The same command picks them up" in done.stderr and "/batches/ID/cancel" in done.stderr
     server.fault, server.batches["batch_0"]["until"] = lambda *_: None, 0.0
     done = python(*command)
