@@ -1,5 +1,6 @@
 """The openai engine with --batch against a server with files and batches: nothing is lost, submitted twice or paid for twice."""
 
+import io
 import json
 import os
 import signal
@@ -381,6 +382,15 @@ def test_a_batch_that_the_server_does_not_know_is_named(images, batches, tmp_pat
     server.batches.clear()
     _, failure, _ = collect(server, asked(images, 6), ledger)
     assert "does not know batch batch_0" in str(failure) and "batches/" in str(failure)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_shows_how_far_the_batches_are(images, batches, tmp_path, monkeypatch, terminal):
+    server, shown = batches(takes=0.3), io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    collect(server, asked(images, 6), tmp_path / "spending.json")
+    assert ("batches: 0 of 6 requests finished, 1 open, 0:00:00 since submission" in shown.getvalue()) == terminal
 
 
 @pytest.mark.slow
