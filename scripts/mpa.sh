@@ -33,6 +33,8 @@ EVALUATE_FLAGS=${EVALUATE_FLAGS:-}  # and evaluate
 if [[ $GUARD$REMEDY != 00 && $DATASET != images ]]; then PI_FLAGS="--hold-out 0.15 $PI_FLAGS"; fi
 L=$(basename -- "$LVLM") S=$(basename -- "$SVLM")
 SVLM_FLAGS="${ENGINE:+--engine $ENGINE} $SERVER_FLAGS"
+ALONE_FLAGS="${ENGINE:+--engine $ENGINE}" # where the S-VLM alone is asked, which may be no server
+if [[ $ENGINE == openai || $ENGINE == ray ]]; then ALONE_FLAGS=$SVLM_FLAGS; fi
 LVLM_FLAGS="${LVLM_ENGINE:+--engine-lvlm $LVLM_ENGINE} ${QUANTIZATION:+--quantization $QUANTIZATION}"
 CELL=("$RUN" --dataset "$DATASET" --lvlm "$LVLM" --svlm "$SVLM")
 
@@ -50,8 +52,8 @@ PYTHONPATH=$ROOT run python -P -m mpa.models "${LOCAL[@]}"
     run bash "$ROOT/PL/Qwen2-VL-Finetune/scripts/PL.sh" $PL_FLAGS
     if [[ $DATASET == images ]]; then # the held-out set is what the L-VLM agrees with, so only the S-VLM is asked
         title "evaluate: before and after"
-        SVLM_FLAGS+=" $EVALUATE_FLAGS"
-        run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" --model-path-lvlm "$LVLM" $SVLM_FLAGS
+        ALONE_FLAGS+=" $EVALUATE_FLAGS"
+        run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" --model-path-lvlm "$LVLM" $ALONE_FLAGS
     else
         title "evaluate: before, after, and the L-VLM"
         run bash "$ROOT/evaluate.sh" --model-path "$SVLM" "$LEVELLED" "$LVLM" --model-path-lvlm "$LVLM" $SVLM_FLAGS \
@@ -59,7 +61,7 @@ PYTHONPATH=$ROOT run python -P -m mpa.models "${LOCAL[@]}"
     fi
     if [[ $GUARD$REMEDY != 00 ]]; then
         title "guard: is the levelled $S worse on held-out questions?"
-        run bash "$ROOT/scripts/guard.sh" $SVLM_FLAGS
+        run bash "$ROOT/scripts/guard.sh" $ALONE_FLAGS
     fi
 }
 run python "$ROOT/scripts/tables.py" "${CELL[@]}"

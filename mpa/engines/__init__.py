@@ -111,13 +111,14 @@ class Engine:
     """Where an engine is (module:class), and which of the stages' arguments it takes besides `model_path`.
 
     `local`: the model is a folder or a hub id whose files are read here; else a name that a server knows. `packages`: a
-    requirements file, by its group, and the packages of it that must be installed.
+    requirements file, by its group, and the packages of it that must be installed. `batch`: where the engine with `batch` is.
     """
 
     where: str
     settings: tuple[str, ...]
     local: bool = True
     packages: tuple[str, ...] = ()
+    batch: str = ""
 
 
 LIMITS = ("min_pixels", "max_pixels", "max_tiles")
@@ -140,10 +141,11 @@ ENGINES = {
         "mpa.engines.openai:OpenAIEngine",
         (
             *("base_url", "request_json", "concurrency", "max_cost", "price_in", "price_out", "image_detail"),
-            *("max_pixels", "ledger"),
+            *("max_pixels", "ledger", "batch"),
         ),
         local=False,
         packages=("openai", "openai"),
+        batch="mpa.engines.openai_batch:BatchEngine",
     ),
 }
 # Runs one of these in its actors, and takes the arguments of all.
@@ -151,9 +153,9 @@ _ALL_SETTINGS = dict.fromkeys(name for engine in ENGINES.values() for name in en
 ENGINES["ray"] = Engine("mpa.engines.ray:RayEngine", ("ray_engine", "actors", *_ALL_SETTINGS), packages=("ray", "ray"))
 
 
-def open_engine(name: str, **settings):
-    """The engine called `name`. Its model is loaded with the first request."""
-    module, cls = ENGINES[name].where.split(":")
+def open_engine(name: str, batch: bool = False, **settings):
+    """The engine called `name`. Its model is loaded with the first request. `batch`: through a provider's batch interface."""
+    module, cls = (ENGINES[name].batch if batch else ENGINES[name].where).split(":")
     if ENGINES[name].packages:
         require(f"--engine {name}", *ENGINES[name].packages)
     return getattr(import_module(module), cls)(**settings)

@@ -2,11 +2,13 @@
 
 Money is reserved before a request is sent and charged when its reply arrives. So --max-cost is not exceeded, provided
 the reservation covers what the server bills. A killed process's reservations count as spent: the server may bill them.
+The reservation of a batch (`submitted.py`) belongs to the batch, and outlives the process that submitted it.
 """
 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -33,26 +35,53 @@ class Budget:
                     _add(ledger, LOST_REPLIES, cost=amount)
                     del ledger["reserved"][owner]
 
-    def reserve(self, amount: float) -> bool:
-        """Set `amount` aside; False where the run may not spend it any more."""
+    def reserve(self, amount: float, owner: str = "") -> bool:
+        """Set `amount` aside, for this process or another `owner`; False where the run may not spend it any more."""
+        owner = owner or self.owner
         with self._open() as ledger:
-            committed = _total_cost(ledger) + sum(ledger["reserved"].values())
-            if self.max_cost is not None and committed + amount > self.max_cost:
+            if self.max_cost is not None and _committed(ledger) + amount > self.max_cost:
                 return False
-            ledger["reserved"][self.owner] = ledger["reserved"].get(self.owner, 0.0) + amount
+            ledger["reserved"][owner] = ledger["reserved"].get(owner, 0.0) + amount
             return True
+
+    def settle(self, owner: str, peaks: dict | None = None, **spent) -> None:
+        """As `charge`, for all that is set aside for `owner`. Without a reservation nothing: it was settled before."""
+        with self._open() as ledger:
+            if owner in ledger["reserved"]:
+                del ledger["reserved"][owner]
+                self._spend(ledger, peaks, spent)
 
     def charge(self, reserved: float, peaks: dict | None = None, **spent) -> None:
         """Give a reservation back and add what was spent (fields of EMPTY_ACCOUNT). `peaks` are figures for `peak`."""
         with self._open() as ledger:
-            known = ledger.setdefault("most", {})
-            for name, value in (peaks or {}).items():
-                known[name] = max(value, known.get(name, 0))
             left = ledger["reserved"].get(self.owner, 0.0) - reserved
             ledger["reserved"][self.owner] = left
             if left <= 1e-12:
                 ledger["reserved"].pop(self.owner)
-            _add(ledger, self.stage, **spent)
+            self._spend(ledger, peaks, spent)
+
+    def _spend(self, ledger: dict, peaks: dict | None, spent: dict) -> None:
+        known = ledger.setdefault("most", {})
+        for name, value in (peaks or {}).items():
+            known[name] = max(value, known.get(name, 0))
+        _add(ledger, self.stage, **spent)
+
+    def holds(self, owner: str) -> bool:
+        """Whether something is set aside for `owner`."""
+        with self._open() as ledger:
+            return owner in ledger["reserved"]
+
+    def left(self) -> float:
+        """What may still be set aside."""
+        with self._open() as ledger:
+            return math.inf if self.max_cost is None else self.max_cost - _committed(ledger)
+
+    def refused(self, model: str, more: dict[str, str] | None = None) -> dict[str, str]:
+        """The parameters that a model does not take, as in `Parameters.dropped`, with `more` that a stage has found."""
+        with self._open() as ledger:
+            if more:
+                ledger.setdefault("refused", {}).setdefault(model, {}).update(more)
+            return dict(ledger.get("refused", {}).get(model, {}))
 
     def account(self) -> dict:
         """What this stage has asked for and spent, over all its calls."""
@@ -107,6 +136,10 @@ def _add(ledger: dict, stage: str, **spent) -> None:
     account = ledger["spent"].setdefault(stage, dict(EMPTY_ACCOUNT))
     for name, amount in spent.items():
         account[name] = round(account[name] + amount, 9) if isinstance(amount, float) else account[name] + amount
+
+
+def _committed(ledger: dict) -> float:
+    return _total_cost(ledger) + sum(ledger["reserved"].values())
 
 
 def _total_cost(ledger: dict) -> float:

@@ -11,6 +11,8 @@ from mpa.engines.budget import Budget
 IMAGE_TOKENS, PIXELS_PER_TOKEN = 1000, 300
 # A prompt of an image and a text has at least so many tokens: constant, one per so many pixels, and one per so many bytes.
 LEAST_TOKENS, MOST_PIXELS_PER_TOKEN, MOST_BYTES_PER_TOKEN = 8, 50_000, 12
+# The batch interface's price, as a share of the price of single requests (help.openai.com, "Batch API FAQ": 50 % discount).
+BATCH_PRICE = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,18 @@ class Costs:
 
     def upper_bound(self, request: Request, prompt_tokens: float) -> float:
         """The most that the request may cost."""
-        factor, max_prompt, max_reply = self.peaks.values()
-        tokens_in = max(1.25 * factor * prompt_tokens, max_prompt) if factor else prompt_tokens
-        return self._price(tokens_in, max(request.max_new_tokens, max_reply))
+        _, _, max_reply = self.peaks.values()
+        return self._price(self.tokens_in(prompt_tokens), max(request.max_new_tokens, max_reply))
+
+    def tokens_in(self, prompt_tokens: float) -> float:
+        """The most tokens that a prompt may have, by its estimate and by the replies so far."""
+        factor, max_prompt, _ = self.peaks.values()
+        return max(1.25 * factor * prompt_tokens, max_prompt) if factor else prompt_tokens
+
+    @property
+    def known(self) -> bool:
+        """Whether a reply has shown how many tokens the model counts for a prompt."""
+        return any(self.peaks.values())
 
     def charge(self, usage: tuple[int, int] | None, reservation: Reservation) -> dict:
         """What a billed request adds to the account: arguments of `Budget.charge`.

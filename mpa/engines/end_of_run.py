@@ -15,6 +15,8 @@ class Stopped(Exception):
 class EndOfRun:
     """Whether the run ends, and why. Then nothing new is sent. Requests under way are awaited, as they are paid."""
 
+    stopping = "waiting for the requests under way, which are paid for"  # what is said when a signal comes
+
     def __init__(self):
         self.failure: BaseException | None = None
         self.signal = 0
@@ -55,7 +57,7 @@ class EndOfRun:
                 os._exit(130)
             self.signal = number
             self.event.set()
-            print("stopping: waiting for the requests under way, which are paid for.", file=sys.stderr)
+            print(f"stopping: {self.stopping}.", file=sys.stderr)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread, not Unix

@@ -2,7 +2,7 @@
 
 The path of a request, in the order of the methods of OpenAIEngine:
 
-    generate           keeps as many requests under way as the server lets through
+    generate           keeps as many requests under way as the server lets through (with --batch, see `openai_batch.py`)
     _answer            one request: its image is encoded, its reply, its follow-up's reply attached
     _ask_with_retries  attempts until there is a reply, with money reserved before each
     _reserve           waits until the next attempt may be sent and paid
@@ -13,15 +13,16 @@ the quota, the budget) ends the run: nothing new is sent, requests under way are
 """
 
 import asyncio
+import contextlib
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import openai
 
 from mpa.answers.finish_reasons import is_known
-from mpa.engines import Request, follow_up_request
+from mpa.engines import Request, follow_up_request, submitted
 from mpa.engines.budget import Budget
 from mpa.engines.chat_request import EncodedImage, Parameters, encode_image
 from mpa.engines.costs import Costs, Reservation
@@ -73,6 +74,7 @@ class OpenAIEngine:
         self.endpoint = Endpoint(base_url, request_json)
         self.server = self.endpoint.server
         self.model, self.max_pixels, self.max_cost = model_path, max_pixels, max_cost
+        self.settings = model_path, self.server, max_pixels, image_detail, request_json  # of all requests
         self.budget = Budget(Path(ledger) if ledger else None, f"{Path(sys.argv[0]).stem} {model_path}", max_cost)
         self.costs = Costs(self.budget, model_path, (price_in, price_out), self._note, request_json)
         self.parameters = Parameters(model_path, image_detail, request_json, self._note)
@@ -117,24 +119,38 @@ class OpenAIEngine:
         """Replies as they come. Raises InputError when the server cannot be used or `max_cost` is reached, and
         KeyboardInterrupt after a signal; each after the requests under way were answered."""
         waiting, tasks = (r for r in requests if r.key not in done), set()
+        submitted.refuse_asked(self._batches(), requests, done, self.settings)
+        with self._connected() as runner:
+            loop = runner.get_loop()
+            self.pacer.start()
+            try:
+                while True:
+                    while not self.end and len(tasks) < self._max_tasks() and (request := next(waiting, None)):
+                        tasks.add(loop.create_task(self._answer(request)))
+                    if not tasks:
+                        break
+                    finished, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+                    replies = [reply for task in finished if (reply := task.result())]
+                    if replies:
+                        yield replies
+            finally:
+                if under_way := sum(task.cancel() for task in tasks):
+                    self._note(f"{under_way} requests were under way: their replies are lost, and may be billed.")
+
+    def _batches(self) -> list[submitted.Submitted]:
+        """The batches of this stage that are not read yet."""
+        return submitted.of(self.budget.path, self.budget.stage, self.server) if self.budget.path else []
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[asyncio.Runner]:
+        """A loop with the server's `client`, in which signals and failures end the run (`EndOfRun.watch`). Its time is recorded."""
         self.started = time.monotonic()
         with asyncio.Runner() as runner:
-            loop, self.client = runner.get_loop(), self._client()
-            self.pacer.start()
-            with self.end.watch(loop):
+            self.client = self._client()
+            with self.end.watch(runner.get_loop()):
                 try:
-                    while True:
-                        while not self.end and len(tasks) < self._max_tasks() and (request := next(waiting, None)):
-                            tasks.add(loop.create_task(self._answer(request)))
-                        if not tasks:
-                            break
-                        finished, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
-                        replies = [reply for task in finished if (reply := task.result())]
-                        if replies:
-                            yield replies
+                    yield runner
                 finally:
-                    if under_way := sum(task.cancel() for task in tasks):
-                        self._note(f"{under_way} requests were under way: their replies are lost, and may be billed.")
                     runner.run(self.client.close())
                     with self.end.failing():
                         self.budget.charge(0.0, seconds=time.monotonic() - self.started)
@@ -246,32 +262,42 @@ class OpenAIEngine:
                 self.pacer.in_flight += 1
                 return Reservation(amount, prompt_tokens, least)
             if not self.pacer.in_flight:
-                raise InputError(
-                    f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
-                    f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the "
-                    "same command."
-                )
+                raise self._nearly_spent(amount)
             await self.pacer.wait_for_change()  # a reply may cost less than was reserved for it
+
+    def _nearly_spent(self, amount: float) -> InputError:
+        return InputError(
+            f"--max-cost {self.max_cost:g} is nearly spent: this run has cost {self.budget.spent():.4f}, and "
+            f"the next request may cost {amount:.4f}. All replies are kept. To go on, raise it and run the "
+            "same command."
+        )
 
     async def _send(self, request: Request, image_url: str, left_out: set[str]) -> dict:
         """One call. Raises Retryable, Refused, Unsupported or InputError, by what the failure concerns."""
         arguments, sent = self.parameters.chat_completion(request, image_url, left_out)
-        redact = self.endpoint.redact
         try:
             raw = await self.client.chat.completions.with_raw_response.create(**arguments)
         except openai.APIStatusError as error:
             response = error.response
-            failure = classify_error(error.status_code, response.headers, response.text, sent, redact)
-            if isinstance(failure, Unsupported):
-                self.parameters.drop(failure, sent, left_out)
-            if isinstance(failure, Refused) and failure.billed:  # the limit was used up
-                self._note(THINKS.format(self.model))
-            if isinstance(failure, InputError):
-                failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
-            raise failure from None
+            raise self._failure(error.status_code, response.headers, response.text, sent, left_out) from None
         except Exception as error:  # connections, time-outs, redirections to nowhere, bodies that are no JSON
             raise Retryable(self._says(error), billed=may_have_arrived(error)) from None
-        reply = read_reply(raw.http_response.text, request.max_new_tokens, redact)
+        return self._reply(request, raw.http_response.text, sent)
+
+    def _failure(self, status: int, headers: Mapping, text: str, sent: dict, left_out: set[str]) -> Exception:
+        """What an error response means, see `classify_error`; a parameter that is not taken is left out from here on."""
+        failure = classify_error(status, headers, text, sent, self.endpoint.redact)
+        if isinstance(failure, Unsupported):
+            self.parameters.drop(failure, sent, left_out)
+        if isinstance(failure, Refused) and failure.billed:  # the limit was used up
+            self._note(THINKS.format(self.model))
+        if isinstance(failure, InputError):
+            failure = InputError(f"{self.model} at {self.server}: {failure}. Finished replies are kept.")
+        return failure
+
+    def _reply(self, request: Request, text: str, sent: dict) -> dict:
+        """The reply in the text of a chat completion, with its `usage`. Raises Retryable and Refused."""
+        reply = read_reply(text, request.max_new_tokens, self.endpoint.redact)
         tokens = reply["usage"][1] if reply["usage"] else None
         self.parameters.replied(sent, tokens)
         if reply.pop("thinks"):

@@ -228,7 +228,18 @@ def _server_flags(openai) -> None:
         metavar="MONEY",
         help="stop before the run costs more, all stages and calls together (default: no limit)",
     )
-    openai.add_argument("--price-in", type=number(0, kind=float), default=0.0, help="price of a million prompt tokens")
+    openai.add_argument(
+        "--batch",
+        action="store_true",
+        help="ask through the provider's batch interface: half the price, replies within a day; stopped or killed, the same command "
+        "picks up what was submitted",
+    )
+    openai.add_argument(
+        "--price-in",
+        type=number(0, kind=float),
+        default=0.0,
+        help="price of a million prompt tokens, of single requests",
+    )
     openai.add_argument("--price-out", type=number(0, kind=float), default=0.0, help="price of a million reply tokens")
     openai.add_argument(
         "--image-detail", choices=("auto", "low", "high"), default="auto", help="the API's image detail (default: auto)"
@@ -270,6 +281,11 @@ def parse(p: StageParser, argv, named_by: tuple[str, ...] = ()) -> argparse.Name
         args.dataset = of_file.pop() if of_file else DATASET
     if args.device_map and distributed.WORLD > 1:
         p.error("--device-map: one process takes all GPUs; leave GPUS out")
+    engines = {args.engine, getattr(args, "engine_lvlm", None)}
+    if args.batch and ("openai" not in engines or "ray" in engines):
+        p.error("--batch is for --engine openai or --engine-lvlm openai, without ray; leave it out")
+    if args.batch and distributed.WORLD > 1:
+        p.error("--batch: one process submits all; leave GPUS out")
     if args.min_pixels > args.max_pixels:
         p.error(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
     if args.out and args.out.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpa.answers.finish_reasons import why_cut
 from mpa.engines import ENGINES, Request, finite, open_engine
+from mpa.engines.costs import BATCH_PRICE
 from mpa.engines.endpoint import Endpoint
 from mpa.files import distributed, records, signals
 from mpa.files.earlier_replies import Asked, EarlierReplies, beside_content, journals_of
@@ -108,6 +109,7 @@ class AskedModel:
         self.say_limits()
         settings = {name: getattr(self.args, name) for name in ENGINES[self.engine_name].settings}
         settings |= {"quantization": self.quantization} if "quantization" in settings else {}
+        settings |= {"batch": False} if self.args.dry_run else {}  # a trial does not wait
         return open_engine(self.engine_name, model_path=self.folder, **settings)
 
     def deciding(self) -> dict:
@@ -148,7 +150,10 @@ class AskedModel:
         print(f"  time, by the pace of {n}: {timedelta(seconds=round(seconds * of_all))}")
         if "cost" in after:
             spent = after["cost"] - before["cost"]
-            print(f"  cost, by that of {n}: {spent * of_all:.2f} (this trial: {after['cost']:.4f})")
+            all_cost, trial = spent * of_all, after["cost"]
+            print(
+                f"  cost, by that of {n}: {all_cost:.2f}; with --batch {BATCH_PRICE * all_cost:.2f} (this trial: {trial:.4f})"
+            )
 
 
 class Stage:
