@@ -6,8 +6,8 @@ The path of a request, in the order of the methods of HFEngine:
     prepare          images are opened, and the processor turns them and the prompts into the model's inputs
     answer_prepared  the batch goes through the model, in halves where it does not fit into memory
     reply            first replies, then the follow-ups that they give rise to, each attached to its reply
-    _generate        transformers' generate; each row stops at the line that ends its answer
-    _cut_and_score   the tokens kept of each row, as text, with their log-probability
+    _generate        transformers' generate with the loop of `decoding`; each row stops at the line that ends its answer
+    _scored          each row's text and log-probability
 
 Of requests with an `answer` the model gives the log-probability in one pass, instead of a reply of its own (`_of_answers`).
 
@@ -26,11 +26,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache
 
 from mpa.engines import Request, first_request, follow_up_request, memory, not_finite
 from mpa.engines.batch_plan import BatchPlan
-from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
+from mpa.engines.decoding import Decoder, Replies, TokenSampler, decode, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumn, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
@@ -234,8 +234,7 @@ class HFEngine:
     @torch.inference_mode()
     def reply(self, requests: list[Request], inputs: dict) -> list[dict]:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
-        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
-        inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
         inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
         replies, cache = self._generate(requests, inputs, cache)
 
@@ -270,10 +269,11 @@ class HFEngine:
 
     def _generate(self, requests: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
         """Replies, and the key-values that they leave; `cache` holds the key-values of the inputs' first columns."""
-        prompt_length = inputs["input_ids"].shape[1]
-        sampler = TokenSampler(requests)
-        stopper = LineStopper(requests, self.decoder, self.line_breaks, prompt_length, self.preprocessor.reasoning_tag)
-        out = self.model.generate(
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        replies = Replies(requests, self.decoder, self.line_breaks, self.end_tokens, self.preprocessor.reasoning_tag)
+        sampler = TokenSampler(requests, self.device)
+        cache = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
             max_new_tokens=max(r.max_new_tokens for r in requests),
@@ -281,38 +281,32 @@ class HFEngine:
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stopper]),
-            return_dict_in_generate=True,
+            use_cache=True,
+            custom_generate=decode,
+            sampler=sampler,
+            replies=replies,
+            plain_attention=self.prefix_cache is not None,
         )
-        generated = out.sequences[:, prompt_length:]
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()  # [B, T]
-        return self._cut_and_score(requests, generated, logprobs, stopper), out.past_key_values
+        return self._scored(replies, logprobs), cache
 
-    def _cut_and_score(self, requests: list[Request], generated, logprobs, stopper: LineStopper) -> list[dict]:
-        """The reply in each row of `generated` [B, T]: cut behind its end token, or where `stopper` ended it.
+    def _scored(self, replies: Replies, logprobs) -> list[dict]:
+        """The replies with the sums of their tokens' `logprobs` [B, T].
 
-        The length counts the end token; what follows it is padding. One logit that is NaN or infinite makes its token's
-        log-probability NaN, so the sum [B] tells of all of them.
+        One logit that is NaN or infinite makes its token's log-probability NaN, so the sum tells of all of them.
         """
-        is_end = torch.isin(generated, torch.tensor(self.end_tokens, device=generated.device))
-        most = generated.shape[1]
-        end_at = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, most + 1).tolist()
-        replies = []
-        for row, request in enumerate(requests):
-            length = min(end_at[row], most, int(stopper.lengths[row]))
-            logprob = logprobs[row, :length].sum().item()
-            if error := not_finite(request.key, logprob, self.dtype):
-                replies.append(error)
-                continue
-            ended = stopper.complete[row] or end_at[row] <= length
-            replies.append(
-                {
+        scored = []
+        for row, request in enumerate(replies.requests):
+            tokens = len(replies.tokens[row])
+            logprob = logprobs[row, :tokens].sum().item()
+            scored.append(
+                not_finite(request.key, logprob, self.dtype)
+                or {
                     "key": request.key,
-                    "text": self.preprocessor.reasoning_tag + self.decoder(generated[row, :length]),
+                    "text": replies.text(row),
                     "logprob": round(logprob, 4),
-                    "tokens": length,
-                    "finish_reason": "stop" if ended else "length",
+                    "tokens": tokens,
+                    "finish_reason": "stop" if replies.complete[row] else "length",
                 }
             )
-        return replies
+        return scored
