@@ -3,9 +3,11 @@
 On a GPU, a step of the loop waits for the device once: for the step's tokens, in one copy.
 """
 
+import contextlib
 import random
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from mpa.answers.replies import is_reasoning_tag
 from mpa.engines import Request
@@ -111,15 +113,37 @@ class Replies:
         return bool(stop) and self.tokens[row][-1] in self.line_breaks and STOPS[stop](self.text(row))
 
 
-def decode(model, input_ids, logits_processor, generation_config, sampler, replies, plain_attention, **inputs):
-    """The loop within `model.generate(custom_generate=decode, …)`, for `replies`. Returns the key-values that it leaves.
+@contextlib.contextmanager
+def _padding_is_known():
+    """Within, transformers makes a step's mask without a look at whether there is padding, which would wait for the device.
 
-    `logits_processor` is what the checkpoint's own settings ask for. `plain_attention`: every token sees all before it. A
-    row that has ended goes on with the others, and what it writes is not read: only the tokens tell which rows end, and
-    they are the one thing that is awaited, after all that can be queued without them. transformers' own loop waits
-    for its end, and for a look at the padding.
+    `generate` has looked once: where no row has padding, it leaves the mask out.
+    """
+
+    def mask(*, q_length, attention_mask, allow_is_causal_skip=True, **more):
+        may_look = allow_is_causal_skip and (q_length > 1 or attention_mask is None)
+        return sdpa_mask(q_length=q_length, attention_mask=attention_mask, allow_is_causal_skip=may_look, **more)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@_padding_is_known()
+def decode(model, input_ids, logits_processor, generation_config, sampler, replies, static_steps, **inputs):
+    """The loop within `model.generate(custom_generate=decode, …)`, for `replies`. Returns the prompt's key-values.
+
+    `logits_processor` is what the checkpoint's own settings ask for. `static_steps`: what computes the steps behind the
+    prompt, or None: the model.
+
+    A row that has ended goes on with the others, and what it writes is not read. So only the tokens tell what to do next,
+    and they are the one thing that is awaited, after all that can be queued without them.
     """
     outputs = model._prefill(input_ids, generation_config, inputs)
+    if static_steps:
+        static_steps.take_over(outputs.past_key_values, inputs.get("attention_mask"))
     while True:
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)  # [B, V]
@@ -127,10 +151,7 @@ def decode(model, input_ids, logits_processor, generation_config, sampler, repli
         tokens = sampler(logits_processor(input_ids, scores))
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
-        mask = step.get("attention_mask")  # [B, T], or None where no row has padding
-        if plain_attention and mask is not None:
-            step["attention_mask"] = mask[:, None, None].bool()  # the form in which a layer takes it: not looked into
         replies.add(tokens.tolist())
         if not replies.open:
             return inputs["past_key_values"]
-        outputs = model(**step, return_dict=True)
+        outputs = (static_steps or model)(**step, return_dict=True)

@@ -28,7 +28,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from mpa.engines import Request, first_request, follow_up_request, memory, not_finite
+from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, static_cache
 from mpa.engines.batch_plan import BatchPlan
 from mpa.engines.decoding import Decoder, Replies, TokenSampler, decode, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
@@ -48,7 +48,7 @@ class HFEngine:
     `workers` processes share the work; 0: this process does it all, on all cores; None: one per core on a CPU, at most
     MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch, `batch_tokens` the most tokens, padding
     and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and `device_map`: see
-    `loading.load_model`.
+    `loading.load_model`. `static_cache`: see `mpa.engines.static_cache`; follow-ups, a few tokens each, go without.
     """
 
     def __init__(
@@ -65,11 +65,13 @@ class HFEngine:
         trust_remote_code: bool = False,
         quantization: str | None = None,
         device_map: str | None = None,
+        static_cache: bool = False,
     ):
         self.max_tiles = max_tiles
         self.model_path, self.trust_remote_code = model_path, trust_remote_code
         self.device, self.dtype, self.workers, self.pixels = device, dtype, workers, (min_pixels, max_pixels)
         self.quantization, self.device_map = quantization, device_map
+        self.static_cache, self.static_steps = static_cache, None
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
@@ -85,6 +87,7 @@ class HFEngine:
             self.pool.close(kill=bool(failure))
         model = weakref.ref(self.model) if self.model else lambda: None
         self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
+        self.static_steps = None
         if model() is not None:  # part of a reference cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -104,7 +107,11 @@ class HFEngine:
         """Device, dtype, tokens written, and the share of the time in which the model waited for images."""
         waited = self.wait_seconds / max(self.wait_seconds + self.model_seconds, 1e-9)
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(waited, 4)}
+        facts = {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(waited, 4)}
+        if self.static_cache:
+            steps = self.static_steps
+            facts["static_cache"] = "left out" if not steps else "no graph" if steps.graph_error else "CUDA graph"
+        return facts
 
     def status(self) -> str:
         seconds = max(time.perf_counter() - self.started, 1e-9)
@@ -160,6 +167,8 @@ class HFEngine:
         if self.family and self.family.shortcuts and on_one_device:
             self.last_column = LastColumn(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
+        if self.static_cache:
+            self.static_steps = static_cache.steps(self)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens = tokens_that_fit(self)
 
@@ -236,7 +245,7 @@ class HFEngine:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
         inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
         inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
-        replies, cache = self._generate(requests, inputs, cache)
+        replies, cache = self._generate(requests, inputs, cache, self.static_steps)
 
         follow_ups = {}  # by row
         for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
@@ -267,8 +276,13 @@ class HFEngine:
         known = self.preprocessor.tokenizer.eos_token_id if known is None else known
         return known if isinstance(known, list) else [known]
 
-    def _generate(self, requests: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
+    def _generate(
+        self, requests: list[Request], inputs: dict, cache=None, static_steps=None
+    ) -> tuple[list[dict], DynamicCache]:
         """Replies, and the key-values that they leave; `cache` holds the key-values of the inputs' first columns."""
+        longest = max(request.max_new_tokens for request in requests)
+        if static_steps:
+            static_steps.make_room(len(requests), inputs["input_ids"].shape[1] + longest)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
         replies = Replies(requests, self.decoder, self.line_breaks, self.end_tokens, self.preprocessor.reasoning_tag)
@@ -276,7 +290,7 @@ class HFEngine:
         cache = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
-            max_new_tokens=max(r.max_new_tokens for r in requests),
+            max_new_tokens=longest,
             do_sample=False,  # `sampler` does; the sampling settings of the checkpoint's generation_config are ignored
             temperature=None,
             top_p=None,
@@ -285,7 +299,7 @@ class HFEngine:
             custom_generate=decode,
             sampler=sampler,
             replies=replies,
-            plain_attention=self.prefix_cache is not None,
+            static_steps=static_steps,
         )
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()  # [B, T]
         return self._scored(replies, logprobs), cache
