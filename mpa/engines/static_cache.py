@@ -69,7 +69,7 @@ class StaticSteps:
 
     def __call__(self, input_ids, position_ids, **_) -> CausalLMOutputWithPast:  # [B, 1], [..., B, 1]
         """The logits [B, 1, V] of one column, in a buffer that the next call writes to."""
-        self.mask[..., self.length] = True
+        self.mask[..., self.length].fill_(True)
         self.length += 1
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if self.tried and not (self.graph or self.graph_error):
