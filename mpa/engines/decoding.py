@@ -30,7 +30,7 @@ class TokenSampler:
         # surrogatepass: a key may hold a file name that is not Unicode.
         generators = [random.Random(f"{r.seed}:{r.key}".encode("utf-8", "surrogatepass")) for r in requests]
         steps = range(max(request.max_new_tokens for request in requests))
-        draws = torch.tensor([[[g.random()] for g in generators] for _ in steps], dtype=torch.float64)
+        draws = torch.tensor([[g.random() for _ in steps] for g in generators], dtype=torch.float64).T[..., None]
         temperature = torch.tensor([[r.temperature] for r in requests], dtype=torch.float64)
         top_p = torch.tensor([[r.top_p] for r in requests], dtype=torch.float64)
         self.draws, self.temperature, self.top_p = (  # [T, B, 1], [B, 1], [B, 1]
@@ -144,14 +144,15 @@ def decode(model, input_ids, logits_processor, generation_config, sampler, repli
     outputs = model._prefill(input_ids, generation_config, inputs)
     if static_steps:
         static_steps.take_over(outputs.past_key_values, inputs.get("attention_mask"))
-    while True:
-        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
-        scores = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)  # [B, V]
-        del outputs  # the prompt's logits may be large
-        tokens = sampler(logits_processor(input_ids, scores))
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-        step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
-        replies.add(tokens.tolist())
-        if not replies.open:
-            return inputs["past_key_values"]
-        outputs = (static_steps or model)(**step, return_dict=True)
+    with model._optimize_model_for_decode():
+        while True:
+            inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+            scores = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)  # [B, V]
+            del outputs  # the prompt's logits may be large
+            tokens = sampler(logits_processor(input_ids, scores))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
+            replies.add(tokens.tolist())
+            if not replies.open:
+                return inputs["past_key_values"]
+            outputs = (static_steps or model)(**step, return_dict=True)

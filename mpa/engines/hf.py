@@ -9,8 +9,6 @@ The path of a request, in the order of the methods of HFEngine:
     _generate        transformers' generate with the loop of `decoding`; each row stops at the line that ends its answer
     _scored          each row's text and log-probability
 
-Of requests with an `answer` the model gives the log-probability in one pass, instead of a reply of its own (`_of_answers`).
-
 On a GPU, worker processes prepare batches while the model runs. On a CPU, the workers run the model too, one core each,
 with shared weights. Greedy replies are those of a plain loop over the requests.
 """
