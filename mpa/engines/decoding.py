@@ -93,6 +93,7 @@ class Replies:
     ):
         self.requests, self.decoder, self.line_breaks = requests, decoder, line_breaks
         self.end_tokens, self.reasoning_tag = end_tokens, reasoning_tag
+        self.limits = [request.max_new_tokens for request in requests]
         self.tokens = [[] for _ in requests]
         self.complete = [False] * len(requests)
         self.open = list(range(len(requests)))  # rows
@@ -105,8 +106,7 @@ class Replies:
         for row in self.open:
             self.tokens[row].append(tokens[row])
             self.complete[row] = tokens[row] in self.end_tokens or self._is_stop(row)
-        limits = {row: self.requests[row].max_new_tokens for row in self.open}
-        self.open = [row for row in self.open if not self.complete[row] and len(self.tokens[row]) < limits[row]]
+        self.open = [row for row in self.open if not self.complete[row] and len(self.tokens[row]) < self.limits[row]]
 
     def _is_stop(self, row: int) -> bool:
         stop = self.requests[row].stop
