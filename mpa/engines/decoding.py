@@ -146,7 +146,7 @@ def decode(model, input_ids, logits_processor, generation_config, sampler, repli
         static_steps.take_over(outputs.past_key_values, inputs.get("attention_mask"))
     with model._optimize_model_for_decode():
         while True:
-            inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+            inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
             scores = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)  # [B, V]
             del outputs  # the prompt's logits may be large
             tokens = sampler(logits_processor(input_ids, scores))
