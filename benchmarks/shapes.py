@@ -123,9 +123,9 @@ class Forced(hf.HFEngine):
         super()._load_model()
         self.model.generation_config.eos_token_id = NEVER
 
-    def _generate(self, requests, inputs, cache=None):
+    def _generate(self, requests, *more):
         tokens = ANSWER if requests[0].prompt == QUESTION else ANNOTATION
-        return super()._generate([replace(r, max_new_tokens=tokens, stop="") for r in requests], inputs, cache)
+        return super()._generate([replace(r, max_new_tokens=tokens, stop="") for r in requests], *more)
 
 
 def ours(

@@ -127,7 +127,7 @@ ENGINES = {
         "mpa.engines.hf:HFEngine",
         (
             *("batch_size", "batch_tokens", "device", "dtype", "workers", "trust_remote_code"),
-            *("quantization", "device_map", *LIMITS),
+            *("quantization", "device_map", "static_cache", *LIMITS),
         ),
     ),
     "vllm": Engine(

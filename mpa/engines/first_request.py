@@ -60,7 +60,7 @@ def check(engine, requests: Sequence[Request]) -> None:
         output_logits=True,
     )
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :]
-    expected = engine.preprocessor.reasoning_tag + engine.decoder(tokens)
+    expected = engine.preprocessor.reasoning_tag + engine.decoder(tokens.tolist())
     (reply,) = engine.reply([asked], engine.prepare([asked]).inputs)
     if "error" in reply:
         return

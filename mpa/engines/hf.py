@@ -6,10 +6,8 @@ The path of a request, in the order of the methods of HFEngine:
     prepare          images are opened, and the processor turns them and the prompts into the model's inputs
     answer_prepared  the batch goes through the model, in halves where it does not fit into memory
     reply            first replies, then the follow-ups that they give rise to, each attached to its reply
-    _generate        transformers' generate; each row stops at the line that ends its answer
-    _cut_and_score   the tokens kept of each row, as text, with their log-probability
-
-Of requests with an `answer` the model gives the log-probability in one pass, instead of a reply of its own (`_of_answers`).
+    _generate        transformers' generate with the loop of `decoding`; each row stops at the line that ends its answer
+    _scored          each row's text and log-probability
 
 On a GPU, worker processes prepare batches while the model runs. On a CPU, the workers run the model too, one core each,
 with shared weights. Greedy replies are those of a plain loop over the requests.
@@ -26,11 +24,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache
 
-from mpa.engines import Request, first_request, follow_up_request, memory, not_finite
+from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, static_cache
 from mpa.engines.batch_plan import BatchPlan
-from mpa.engines.decoding import Decoder, LineStopper, TokenSampler, line_break_tokens
+from mpa.engines.decoding import Decoder, Replies, TokenSampler, decode, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumn, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
@@ -48,7 +46,7 @@ class HFEngine:
     `workers` processes share the work; 0: this process does it all, on all cores; None: one per core on a CPU, at most
     MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch, `batch_tokens` the most tokens, padding
     and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and `device_map`: see
-    `loading.load_model`.
+    `loading.load_model`. `static_cache`: see `mpa.engines.static_cache`; follow-ups, a few tokens each, go without.
     """
 
     def __init__(
@@ -65,11 +63,13 @@ class HFEngine:
         trust_remote_code: bool = False,
         quantization: str | None = None,
         device_map: str | None = None,
+        static_cache: bool = False,
     ):
         self.max_tiles = max_tiles
         self.model_path, self.trust_remote_code = model_path, trust_remote_code
         self.device, self.dtype, self.workers, self.pixels = device, dtype, workers, (min_pixels, max_pixels)
         self.quantization, self.device_map = quantization, device_map
+        self.static_cache, self.static_steps = static_cache, None
         self.plan = BatchPlan(batch_size, batch_tokens, self.pixels)
         self.tokens = 0  # of all replies
         self.model_seconds = self.wait_seconds = self.started = 0.0  # waiting: for images
@@ -85,6 +85,7 @@ class HFEngine:
             self.pool.close(kill=bool(failure))
         model = weakref.ref(self.model) if self.model else lambda: None
         self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
+        self.static_steps = None
         if model() is not None:  # part of a reference cycle
             gc.collect()
         if torch.cuda.is_available():
@@ -104,7 +105,11 @@ class HFEngine:
         """Device, dtype, tokens written, and the share of the time in which the model waited for images."""
         waited = self.wait_seconds / max(self.wait_seconds + self.model_seconds, 1e-9)
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(waited, 4)}
+        facts = {"device": self.device, "dtype": dtype, "tokens": self.tokens, "waited": round(waited, 4)}
+        if self.static_cache:
+            steps = self.static_steps
+            facts["static_cache"] = "left out" if not steps else "no graph" if steps.graph_error else "CUDA graph"
+        return facts
 
     def status(self) -> str:
         seconds = max(time.perf_counter() - self.started, 1e-9)
@@ -160,6 +165,8 @@ class HFEngine:
         if self.family and self.family.shortcuts and on_one_device:
             self.last_column = LastColumn(self.model.get_decoder().layers[-1])
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
+        if self.static_cache:
+            self.static_steps = static_cache.steps(self)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens = tokens_that_fit(self)
 
@@ -234,10 +241,9 @@ class HFEngine:
     @torch.inference_mode()
     def reply(self, requests: list[Request], inputs: dict) -> list[dict]:
         """A reply for each request, with the reply to its follow-up attached under "follow_up"."""
-        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
-        inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
         inputs, cache = self.prefix_cache.reuse_system_text(inputs) if self.prefix_cache else (inputs, None)
-        replies, cache = self._generate(requests, inputs, cache)
+        replies, cache = self._generate(requests, inputs, cache, self.static_steps)
 
         follow_ups = {}  # by row
         for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
@@ -268,51 +274,51 @@ class HFEngine:
         known = self.preprocessor.tokenizer.eos_token_id if known is None else known
         return known if isinstance(known, list) else [known]
 
-    def _generate(self, requests: list[Request], inputs: dict, cache=None) -> tuple[list[dict], DynamicCache]:
+    def _generate(
+        self, requests: list[Request], inputs: dict, cache=None, static_steps=None
+    ) -> tuple[list[dict], DynamicCache]:
         """Replies, and the key-values that they leave; `cache` holds the key-values of the inputs' first columns."""
-        prompt_length = inputs["input_ids"].shape[1]
-        sampler = TokenSampler(requests)
-        stopper = LineStopper(requests, self.decoder, self.line_breaks, prompt_length, self.preprocessor.reasoning_tag)
-        out = self.model.generate(
+        longest = max(request.max_new_tokens for request in requests)
+        if static_steps:
+            static_steps.make_room(len(requests), inputs["input_ids"].shape[1] + longest)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs |= {name: value.to(self.dtype) for name, value in inputs.items() if value.is_floating_point()}
+        replies = Replies(requests, self.decoder, self.line_breaks, self.end_tokens, self.preprocessor.reasoning_tag)
+        sampler = TokenSampler(requests, self.device)
+        cache = self.model.generate(
             **inputs,
             **({"past_key_values": cache} if cache else {}),
-            max_new_tokens=max(r.max_new_tokens for r in requests),
+            max_new_tokens=longest,
             do_sample=False,  # `sampler` does; the sampling settings of the checkpoint's generation_config are ignored
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stopper]),
-            return_dict_in_generate=True,
+            use_cache=True,
+            custom_generate=decode,
+            sampler=sampler,
+            replies=replies,
+            static_steps=static_steps,
         )
-        generated = out.sequences[:, prompt_length:]
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()  # [B, T]
-        return self._cut_and_score(requests, generated, logprobs, stopper), out.past_key_values
+        return self._scored(replies, logprobs), cache
 
-    def _cut_and_score(self, requests: list[Request], generated, logprobs, stopper: LineStopper) -> list[dict]:
-        """The reply in each row of `generated` [B, T]: cut behind its end token, or where `stopper` ended it.
+    def _scored(self, replies: Replies, logprobs) -> list[dict]:
+        """The replies with the sums of their tokens' `logprobs` [B, T].
 
-        The length counts the end token; what follows it is padding. One logit that is NaN or infinite makes its token's
-        log-probability NaN, so the sum [B] tells of all of them.
+        One logit that is NaN or infinite makes its token's log-probability NaN, so the sum tells of all of them.
         """
-        is_end = torch.isin(generated, torch.tensor(self.end_tokens, device=generated.device))
-        most = generated.shape[1]
-        end_at = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, most + 1).tolist()
-        replies = []
-        for row, request in enumerate(requests):
-            length = min(end_at[row], most, int(stopper.lengths[row]))
-            logprob = logprobs[row, :length].sum().item()
-            if error := not_finite(request.key, logprob, self.dtype):
-                replies.append(error)
-                continue
-            ended = stopper.complete[row] or end_at[row] <= length
-            replies.append(
-                {
+        scored = []
+        for row, request in enumerate(replies.requests):
+            tokens = len(replies.tokens[row])
+            logprob = logprobs[row, :tokens].sum().item()
+            scored.append(
+                not_finite(request.key, logprob, self.dtype)
+                or {
                     "key": request.key,
-                    "text": self.preprocessor.reasoning_tag + self.decoder(generated[row, :length]),
+                    "text": replies.text(row),
                     "logprob": round(logprob, 4),
-                    "tokens": length,
-                    "finish_reason": "stop" if ended else "length",
+                    "tokens": tokens,
+                    "finish_reason": "stop" if replies.complete[row] else "length",
                 }
             )
-        return replies
+        return scored

@@ -8,7 +8,10 @@ from transformers import DynamicCache
 
 
 class PrefixCache:
-    """Reuses key-values: those of the system text for all images, those of an image for its follow-up."""
+    """Reuses key-values: those of the system text for all images, those of an image for its follow-up.
+
+    It takes and returns inputs on the host, where they can be looked into without a wait for the device.
+    """
 
     def __init__(self, model, processor):
         self.model, self.processor, self.system_text = model, processor, None
@@ -25,7 +28,8 @@ class PrefixCache:
         if not size or (heads != heads[0]).any():
             return inputs, None
         if self.system_text is None or not torch.equal(self.system_text[0], heads[0]):
-            self.system_text = heads[0], self.model(input_ids=heads[:1], use_cache=True).past_key_values
+            system_text = heads[:1].to(self.model.device)
+            self.system_text = heads[0], self.model(input_ids=system_text, use_cache=True).past_key_values
         moved = {name: value.clone() for name, value in inputs.items() if value.shape == ids.shape}
         for name, value in moved.items():
             for row, start in enumerate(starts):
@@ -60,19 +64,17 @@ class PrefixCache:
 
         new_ids = ids.new_full((len(rows), total), self.processor.tokenizer.pad_token_id)
         mask = torch.zeros_like(new_ids)
+        columns = torch.zeros(len(rows), width, dtype=torch.long)  # of the cache; any one for padding
         for i, (row, head, tail) in enumerate(zip(rows, heads, tails, strict=True)):
             new_ids[i, width - len(head) : width] = ids[row, head]
             new_ids[i, total - len(tail) :] = ids.new_tensor(tail)
             mask[i, width - len(head) : width] = mask[i, total - len(tail) :] = 1
-        kept = DynamicCache()
+            columns[i, width - len(head) :] = head
+        kept, device = DynamicCache(), self.model.device
+        row_index, columns = torch.tensor(rows, device=device)[:, None], columns.to(device)
         for index, layer in enumerate(cache.layers):
-            keys_values = []
-            for source in (layer.keys, layer.values):  # [B, heads, columns, size]
-                moved = source.new_zeros(len(rows), source.shape[1], width, source.shape[3])
-                for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-                    moved[i, :, width - len(head) :] = source[row, :, head]
-                keys_values.append(moved)
-            kept.update(*keys_values, index)
+            parts = (layer.keys, layer.values)  # [B, heads, columns, size]
+            kept.update(*(part[row_index, :, columns].transpose(1, 2) for part in parts), index)
         reset_rope_deltas(self.model)
         new = {"input_ids": new_ids, "attention_mask": mask}
         if "mm_token_type_ids" in inputs:

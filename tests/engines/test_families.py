@@ -69,3 +69,17 @@ def test_greedy_replies_and_follow_ups_are_those_of_the_plain_loop(checkpoint, i
     expected = plain(checkpoint, [(r.image_path, follow(r, text).prompt) for r, text in followed], 5)
     assert [got[r.key]["follow_up"]["text"] for r, _ in followed] == expected
     assert not any("follow_up" in got[r.key] for r in asked if not r.follow_up)
+
+
+def test_a_static_cache_gives_the_same_replies_or_says_why_there_is_none(checkpoint, images, capsys):
+    paths = sorted(map(str, images.rglob("*.png")))
+    asked = [Request(str(i), path, PROMPTS[i % 3], max_new_tokens=8) for i, path in enumerate(paths)]
+    texts = []
+    for static in (False, True):
+        with open_engine("hf", model_path=checkpoint, batch_size=5, static_cache=static, **PIXELS) as engine:
+            texts.append({reply["key"]: reply["text"] for batch in engine.generate(asked) for reply in batch})
+            facts = engine.facts()
+    assert texts[0] == texts[1]
+    has_one = families.FAMILIES[loading.model_type(checkpoint)].shortcuts
+    assert facts["static_cache"] == ("no graph" if has_one else "left out")
+    assert ("no CUDA graph: the device is cpu" if has_one else "is left out: not every") in capsys.readouterr().err
