@@ -43,8 +43,9 @@ class PrefixCache:
         """Inputs and cache for new prompts, `texts`, about the images of these `rows` of the batch.
 
         The key-values of each row's system text and image are kept, aligned at the right edge of a common width. The
-        new prompts follow, each with its padding in front. Positions come from the mask. None where the tokens after
-        the first row's image are not those of its text, `before`: then the processor does something unknown here.
+        new prompts follow, each with its padding in front. Positions come from the mask. `cache` is used up layer by layer,
+        so that nothing is in memory twice. None where the tokens after the first row's image are not those of its text,
+        `before`: then the processor does something unknown here.
         """
         ids, image_token = inputs["input_ids"], self.model.config.image_token_id
         ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
@@ -72,6 +73,7 @@ class PrefixCache:
                 for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
                     moved[i, :, width - len(head) :] = source[row, :, head]
                 keys_values.append(moved)
+            layer.keys = layer.values = None
             kept.update(*keys_values, index)
         reset_rope_deltas(self.model)
         new = {"input_ids": new_ids, "attention_mask": mask}

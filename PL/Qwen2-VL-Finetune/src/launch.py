@@ -17,6 +17,10 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, for mpa
+
+from mpa.models.loading import resolved_dtype
+
 TRAINER = str(Path(__file__).resolve().with_name("train.py"))
 
 
@@ -37,16 +41,17 @@ def train(machines: list[str], flags: list[str]) -> int:
     configuration, processes = environment["ZERO"], environment.get("CPU_PROCESSES") or "1"
     if not Path(configuration).is_file():
         return _refuse(f"{configuration}: no such configuration of DeepSpeed; ZERO names one of those in scripts/.")
-    if gpus:  # float16 on GPUs that only emulate bfloat16
-        precision = "--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16"
+    if gpus:
+        dtype = resolved_dtype("auto", "cuda", flags[flags.index("--model_id") + 1] if "--model_id" in flags else None)
+        precision = {"bfloat16": ["--bf16", "True"], "float16": ["--fp16", "True"], "float32": []}[dtype]
         processes = "gpu"
     else:
-        precision, environment["DS_ACCELERATOR"] = "--use_cpu", "cpu"
+        precision, environment["DS_ACCELERATOR"] = ["--use_cpu", "True"], "cpu"
         if not environment.get("OMP_NUM_THREADS"):
             threads = max(1, len(os.sched_getaffinity(0)) // int(processes))
             environment["OMP_NUM_THREADS"] = str(threads)  # of the ranks
             torch.set_num_threads(threads)  # of this process
-    processes, flags = environment.get("NPROC_PER_NODE") or processes, [precision, "True", *flags]
+    processes, flags = environment.get("NPROC_PER_NODE") or processes, [*precision, *flags]
     with_deepspeed = gpus or processes != "1" or any(flag.partition("=")[0] == "--deepspeed" for flag in flags)
     if machines[0] == "--standalone" and not with_deepspeed:
         sys.argv = [TRAINER, *flags]
