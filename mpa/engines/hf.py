@@ -37,7 +37,6 @@ from mpa.engines.prefix_cache import LastColumn, PrefixCache, reset_rope_deltas
 from mpa.engines.preprocessing import PreparedBatch, Preprocessor
 from mpa.engines.workers import WorkerPool
 from mpa.files import distributed
-from mpa.files.log_file import detail
 from mpa.models import families, loading
 from mpa.models.device_memory import is_out_of_memory
 
@@ -177,7 +176,9 @@ class HFEngine:
             self.prefix_cache = PrefixCache(self.model, self.preprocessor.processor)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
             self.plan.batch_tokens, self.plan.row_tokens = tokens_that_fit(self)
-            detail(f"batches of at most {self.plan.batch_size} rows and {self.plan.batch_tokens} tokens, as measured")
+            if distributed.FIRST:
+                limits = f"{self.plan.batch_size} rows and {self.plan.batch_tokens} tokens"
+                print(f"{self.model_path}: batches of at most {limits}, by the GPU's free memory", file=sys.stderr)
 
     # --- the path of a request --------------------------------------------------------------------
 

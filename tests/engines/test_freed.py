@@ -1,13 +1,11 @@
 """What a model leaves in memory when its engine is closed: nothing, so that the next one has the room."""
 
 import gc
-import sys
 import weakref
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER
+from conftest import TEACHER
 from test_engine import MINI, requests
 
 from mpa.engines.hf import HFEngine
