@@ -171,7 +171,7 @@ def _model_flags(model) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: the fastest dtype on this device (default: auto)",
+        help="auto: the fastest on this device in which the model does not overflow (default: auto)",
     )
     model.add_argument(
         "--max-tiles",
