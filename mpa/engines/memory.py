@@ -100,10 +100,8 @@ def line(engine, requests: Sequence[Request]) -> str:
     sizes, free = estimate(engine, requests, _without_weights(engine.model_path, engine)), free_bytes(engine)
     known = "" if free is None else f" of {as_size(free)} free on {engine.device}"
     rows, tokens = f"{engine.plan.batch_size} rows", engine.plan.batch_tokens
-    if engine.device.startswith("cuda"):
-        rows = f"a row; a batch has at most {rows}" + f" and {tokens:,} tokens" * bool(tokens)
-    else:
-        rows += " in each process"
+    on_gpu = engine.device.startswith("cuda")
+    rows = f"a row; a batch has at most {rows} and {tokens} tokens" if on_gpu else f"{rows} in each process"
     return f"{described(sizes)}{known} with {rows}" if sizes else ""
 
 

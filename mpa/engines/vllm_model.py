@@ -52,17 +52,17 @@ class VLLMModel:
 
     def load(self, length: int, processor_settings: dict | None) -> None:
         """Load the model for `length` tokens of prompt, image and reply. Raises InputError where vLLM cannot."""
+        _set_environment()
         try:
-            from vllm.platforms import current_platform
-
-            on_cpu = current_platform.is_cpu()
-            _set_environment(one_process=on_cpu and self.parallel == (1, 1))
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported: {error}. {INSTALL}") from None
         if Path(self.model_path).is_dir():  # vLLM itself refuses missing tensors only
             loading.check_files(self.model_path)
-        gpus = self.parallel[0] * self.parallel[1]
+        on_cpu, gpus = current_platform.is_cpu(), self.parallel[0] * self.parallel[1]
+        if on_cpu and gpus == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         self.device = current_platform.device_type + (f" x {gpus}" if gpus > 1 else "")
         device = "cpu" if on_cpu else "cuda"
         self.dtype = loading.resolved_dtype(str(self.dtype).removeprefix("torch."), device, self.model_path)
@@ -149,13 +149,11 @@ def _same_grids(processor_settings: dict | None) -> dict | None:
     return {"image_grid_pinpoints": grids} if grids else None
 
 
-def _set_environment(one_process: bool) -> None:
+def _set_environment() -> None:
+    """What vLLM reads when it is imported, and later."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if one_process:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    else:
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 
 
