@@ -22,7 +22,6 @@ import os
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -90,10 +89,10 @@ class HFEngine:
         while failure:
             traceback.clear_frames(failure.__traceback__)
             failure = failure.__context__
-        model = weakref.ref(self.model) if self.model else lambda: None
+        loaded = self.model is not None
         self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
-        if model() is not None:  # part of a reference cycle
-            gc.collect()
+        if loaded:
+            gc.collect()  # of the model at least the layer that `LastColumn` changed is part of a reference cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -29,13 +29,12 @@ def half(engine, asked):
     next(engine.batches)
 
 
+def fail(*_, **__):
+    raise RuntimeError("a kernel failed")
+
+
 def failing(engine, asked):
-    layer = engine.model.get_decoder().layers[-1]
-
-    def fail(*_):
-        raise RuntimeError("a kernel failed")
-
-    layer.register_forward_hook(fail)
+    engine.model.get_decoder().layers[-1].forward = fail
     whole(engine, asked)
 
 
@@ -59,10 +58,11 @@ def test_a_closed_engine_frees_its_model_and_its_caches(images, ask, workers):
     try:
         with HFEngine(str(TEACHER), batch_size=3, workers=workers, **MINI) as engine:
             engine.load(asked)
-            held += [weakref.ref(part) for part in (engine.model, engine.prefix_cache, engine.last_column)]
-            held.append(weakref.ref(engine.model.get_input_embeddings().weight))
+            held += map(
+                weakref.ref, (engine.model, engine.prefix_cache, engine.last_column, *engine.model.parameters())
+            )
             ask(engine, asked)
     except RuntimeError as error:
         assert ask is failing and "a kernel failed" in str(error)
-        assert [part() for part in held] == [None] * 4  # while the error is told, with its frames
-    assert [part() for part in held] == [None] * 4
+        assert not any(part() is not None for part in held)  # while the error is told, with its frames
+    assert len(held) > 50 and not any(part() is not None for part in held)
