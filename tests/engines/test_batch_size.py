@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STUDENT
+from conftest import STUDENT, TEACHER
 from test_engine import MINI, requests
 
 from mpa.engines import Request, memory, open_engine
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_next_of_its_size_are_not_ha
 
 def test_a_follow_up_does_not_hold_the_key_values_twice(images, monkeypatch):
     asked, caches = requests(images, follow_up="paper")[12:15], []
-    with HFEngine(str(STUDENT), batch_size=3, workers=0, **MINI) as engine:
+    with HFEngine(str(TEACHER), batch_size=3, workers=0, **MINI) as engine:
         engine.load()
         reuse = engine.prefix_cache.reuse_images
 
@@ -144,8 +144,9 @@ def test_a_follow_up_does_not_hold_the_key_values_twice(images, monkeypatch):
 
         monkeypatch.setattr(engine.prefix_cache, "reuse_images", seen)
         list(engine.generate(asked))
+    assert caches
     for found, left in caches:
-        assert found is None or not any(keys is not None for keys in left)
+        assert found and not any(keys is not None for keys in left)
 
 
 @pytest.mark.parametrize("set_by_user", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
