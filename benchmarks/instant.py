@@ -18,8 +18,8 @@ from mpa.engines import Request, follow_up_request
 class InstantEngine:
     """Replies depend on the model's name, the key and the prompt; `pause` is the mean time of a batch, in seconds."""
 
-    def __init__(self, model_path: str, batch_size: int = 8):
-        self.model, self.batch_size, self.pause = model_path, batch_size, PAUSE
+    def __init__(self, model_path: str, batch_size: int | None = None):
+        self.model, self.batch_size, self.pause = model_path, batch_size or 8, PAUSE
 
     def __enter__(self):
         return self

@@ -11,7 +11,7 @@ FLAGS=(
     ${LVLM:+--model-path-lvlm "$LVLM"}    # a folder or a hub id
     ${RUN:+--run="$RUN"}                  # results go to results/$RUN
     ${PRESET:+--preset "$PRESET"}         # paper, released, anchored
-    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
+    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} # the most; empty: on a GPU what fits in memory
     ${DTYPE:+--dtype "$DTYPE"}
     ${SEED:+--seed "$SEED"}
     ${MIN_PIXELS:+--min-pixels "$MIN_PIXELS"} # images are resized to an area within these limits

@@ -10,7 +10,7 @@ FLAGS=(
     ${SVLM:+--model-path-svlm "$SVLM"}
     ${RUN:+--run="$RUN"}                  # results go to results/$RUN
     ${PRESET:+--preset "$PRESET"}         # paper, released, anchored
-    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
+    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} # the most; empty: on a GPU what fits in memory
     ${DTYPE:+--dtype "$DTYPE"}
     ${SEED:+--seed "$SEED"}
     ${MIN_PIXELS:+--min-pixels "$MIN_PIXELS"} # images are resized to an area within these limits

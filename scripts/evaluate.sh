@@ -10,7 +10,7 @@ FLAGS=(
     ${MODEL:+--model-path "${MODELS[@]}"} # folders or hub ids, separated by spaces
     ${RUN:+--run="$RUN"}                  # results go to results/$RUN
     ${PRESET:+--preset "$PRESET"}         # paper, released, anchored
-    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
+    ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} # the most; empty: on a GPU what fits in memory
     ${DTYPE:+--dtype "$DTYPE"}
     ${MIN_PIXELS:+--min-pixels "$MIN_PIXELS"} # images are resized to an area within these limits
     ${MAX_PIXELS:+--max-pixels "$MAX_PIXELS"}

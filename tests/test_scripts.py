@@ -296,7 +296,7 @@ def test_a_script_that_is_set_by_variables_lists_them_and_refuses_flags(script):
 def test_a_stages_script_shows_the_first_flags_or_all_and_its_variables(script):
     first, every = (bash(script, flag).stdout for flag in ("-h", "--help-all"))
     assert "--dataset" in first and "--tensor-parallel-size" not in first and "--tensor-parallel-size" in every
-    assert "  BATCH_SIZE  --batch-size  " in first and "(default: 8)" in first
+    assert "  BATCH_SIZE  --batch-size  " in first and "up to 64; else 8)" in first
 
 
 def test_a_stage_gets_the_variables_that_are_set_and_no_others(told):

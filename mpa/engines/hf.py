@@ -19,7 +19,7 @@ import gc
 import os
 import sys
 import time
-import weakref
+import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from mpa.engines import Request, first_request, follow_up_request, memory, not_finite, static_cache
-from mpa.engines.batch_plan import BatchPlan
+from mpa.engines.batch_plan import BatchPlan, rows_of
 from mpa.engines.decoding import Decoder, Replies, TokenSampler, decode, line_break_tokens
 from mpa.engines.memory import OUT_OF_MEMORY, tokens_that_fit
 from mpa.engines.prefix_cache import LastColumn, PrefixCache, reset_rope_deltas
@@ -44,15 +44,16 @@ class HFEngine:
     """One model; see `mpa.engines` for what an engine takes and yields.
 
     `workers` processes share the work; 0: this process does it all, on all cores; None: one per core on a CPU, at most
-    MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch, `batch_tokens` the most tokens, padding
-    and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and `device_map`: see
-    `loading.load_model`. `static_cache`: see `mpa.engines.static_cache`; follow-ups, a few tokens each, go without.
+    MAX_GPU_WORKERS with a GPU. `batch_size` is the most rows of a batch (None: `rows_of` the device), `batch_tokens` the
+    most tokens, padding and replies included; None: what fits into a GPU's memory, found by a probe. `quantization` and
+    `device_map`: see `loading.load_model`. `static_cache`: see `mpa.engines.static_cache`; follow-ups, a few tokens each,
+    go without.
     """
 
     def __init__(
         self,
         model_path: str,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -79,15 +80,21 @@ class HFEngine:
     def __enter__(self):
         return self
 
-    def __exit__(self, failure, *_):
-        """Free the model and end the workers, so that the next model has the memory."""
+    def __exit__(self, _, failure, __):
+        """Free the model and end the workers, so that the next model has the memory.
+
+        Also while a failure is told: the variables of the calls that it has left, which hold the model and its tensors, go.
+        """
         if self.pool:
             self.pool.close(kill=bool(failure))
-        model = weakref.ref(self.model) if self.model else lambda: None
+        while failure:
+            traceback.clear_frames(failure.__traceback__)
+            failure = failure.__context__
+        loaded = self.model is not None
         self.model = self.preprocessor = self.pool = self.prefix_cache = self.last_column = None
         self.static_steps = None
-        if model() is not None:  # part of a reference cycle
-            gc.collect()
+        if loaded:
+            gc.collect()  # of the model at least the layer that `LastColumn` changed is part of a reference cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -115,6 +122,11 @@ class HFEngine:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return f"{self.tokens / seconds:.0f} tokens/s, waited {self.facts()['waited']:.0%}"
 
+    @property
+    def at_once(self) -> int:
+        """How many requests are in work at a time, at most; known once the model is loaded."""
+        return self.plan.batch_size * (max(1, self.workers) if self.device == "cpu" else 1)
+
     def memory_line(self, requests: Sequence[Request]) -> str:
         """The estimate of the memory that these requests need, for a dry run."""
         return memory.line(self, requests)
@@ -129,6 +141,7 @@ class HFEngine:
         if self.model:
             return
         self.device = loading.pick_device(self.device)
+        self.plan.batch_size = self.plan.batch_size or rows_of(self.device)
         if sys.platform != "linux":
             self.workers = 0  # workers are forked
         elif self.workers is None:
@@ -153,7 +166,8 @@ class HFEngine:
             self._load_model()
 
     def _load_model(self) -> None:
-        self.dtype = getattr(torch, loading.resolved_dtype(str(self.dtype).removeprefix("torch."), self.device))
+        named = str(self.dtype).removeprefix("torch.")
+        self.dtype = getattr(torch, loading.resolved_dtype(named, self.device, self.model_path))
         self.model = loading.load_model(
             self.model_path, self.device, self.dtype, self.trust_remote_code, self.quantization, self.device_map
         )
@@ -168,7 +182,10 @@ class HFEngine:
         if self.static_cache:
             self.static_steps = static_cache.steps(self)
         if self.plan.batch_tokens is None and self.device.startswith("cuda"):
-            self.plan.batch_tokens = tokens_that_fit(self)
+            self.plan.batch_tokens, self.plan.row_tokens = tokens_that_fit(self)
+            if distributed.FIRST:
+                limits = f"{self.plan.batch_size} rows and {self.plan.batch_tokens} tokens"
+                print(f"{self.model_path}: batches of at most {limits}, by the GPU's free memory", file=sys.stderr)
 
     # --- the path of a request --------------------------------------------------------------------
 
@@ -206,7 +223,7 @@ class HFEngine:
 
     def _answer_while_workers_prepare(self, batches) -> Iterator[tuple[list[dict], float, float]]:
         started = time.perf_counter()
-        for _, prepared in self.pool.run_ahead(HFEngine.prepare, batches):
+        for _, prepared in self.pool.run_ahead(HFEngine.prepare, batches, ahead=1):  # large batches
             ready = time.perf_counter()
             replies = self.answer_prepared(prepared)
             yield replies, ready - started, time.perf_counter() - ready
@@ -234,7 +251,8 @@ class HFEngine:
         reset_rope_deltas(self.model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.plan.halve()
+        longest = max(request.max_new_tokens for request in requests)
+        self.plan.does_not_fit(self.plan.tokens(len(requests), inputs["input_ids"].shape[1], longest))
         half = len(requests) // 2
         return errors + self.answer(requests[:half]) + self.answer(requests[half:])
 

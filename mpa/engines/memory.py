@@ -2,6 +2,7 @@
 
 import mpa.files.light_imports  # noqa: F401  isort: skip
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from mpa.models.memory_estimate import CANNOT_FIT, described, meta_model
 OUT_OF_MEMORY = "out of memory; try a smaller --max-pixels"
 MEMORY_SHARE = 0.8  # of a GPU's free memory, for batches
 PROBE_TOKENS = 8  # of each reply
+STEP_BYTES = 80  # for each word of the vocabulary, in each row: logits, and the sort in float64 that samples a token
 LOOKED_AT = 64  # requests
 
 
@@ -34,7 +36,8 @@ def check_weights(path: str, settings, quantization: str | None):
     model, free = _without_weights(path, settings), free_bytes(settings)
     if model is None or free is None or not memory_estimate.CHECKED:
         return model
-    needed = memory_estimate.weight_bytes(model, _itemsize(str(settings.dtype), device), loading.BITS.get(quantization))
+    itemsize = _itemsize(str(settings.dtype), device, path)
+    needed = memory_estimate.weight_bytes(model, itemsize, loading.BITS.get(quantization))
     if needed > CANNOT_FIT * free:
         raise InputError(
             f"{path}: its weights need {as_size(needed)}, and {device} has {as_size(free)} free. Use "
@@ -57,11 +60,9 @@ def free_bytes(settings) -> int | None:
     return None if None in each else sum(each)
 
 
-def _itemsize(dtype: str, device: str) -> int:
-    """Bytes of a weight. Does not ask a GPU, which would initialise CUDA before the workers are forked."""
-    if dtype == "auto" and device.startswith("cuda"):
-        return 2  # bfloat16 or float16
-    return getattr(torch, loading.resolved_dtype(dtype.removeprefix("torch."), device)).itemsize
+def _itemsize(dtype: str, device: str, path: str) -> int:
+    """Bytes of a weight."""
+    return getattr(torch, loading.resolved_dtype(dtype.removeprefix("torch."), device, path)).itemsize
 
 
 def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
@@ -89,7 +90,7 @@ def estimate(engine, requests: Sequence[Request], model) -> dict[str, int]:
         preparing=0 if on_gpu else round(rows * (copies * 4 * pixels.size + 3 * 3 * image.width * image.height)),
         new_tokens=request.max_new_tokens,
     )
-    itemsize = _itemsize(str(engine.dtype), engine.device)
+    itemsize = _itemsize(str(engine.dtype), engine.device, engine.model_path)
     processes = 1 if on_gpu else max(1, engine.workers or 0)
     return memory_estimate.generation(model, batch, itemsize, loading.BITS.get(engine.quantization), processes)
 
@@ -98,7 +99,9 @@ def line(engine, requests: Sequence[Request]) -> str:
     """`estimate` as text, beside the free memory; "" if there is none."""
     sizes, free = estimate(engine, requests, _without_weights(engine.model_path, engine)), free_bytes(engine)
     known = "" if free is None else f" of {as_size(free)} free on {engine.device}"
-    rows = "a row" if engine.device.startswith("cuda") else f"{engine.plan.batch_size} rows in each process"
+    rows, tokens = f"{engine.plan.batch_size} rows", engine.plan.batch_tokens
+    on_gpu = engine.device.startswith("cuda")
+    rows = f"a row; a batch has at most {rows} and {tokens} tokens" if on_gpu else f"{rows} in each process"
     return f"{described(sizes)}{known} with {rows}" if sizes else ""
 
 
@@ -114,11 +117,17 @@ def check(engine, requests: Sequence[Request]) -> None:
         )
 
 
-def tokens_that_fit(engine) -> int:
-    """How many tokens of a batch fit into the free memory of a CUDA GPU, or of each of those that share the model.
+def tokens_that_fit(engine) -> tuple[int, int]:
+    """(tokens of a batch that fit into the free memory of a CUDA GPU, or of each that shares the model; `row_tokens`).
+
+    The tokens are rounded down to four binary digits, by 1/16 on average: where the free memory differs a little when a run
+    is resumed, its batches are mostly the same.
 
     Measures the peak memory of a batch of one and of three rows, with images of the largest size. Their difference is
     the memory of two rows; the weights and other constant costs cancel out. Where three rows do not fit, one is taken to.
+
+    The peak is that of the prompts' activations. Later tokens need only key-values, which are a part of it: to count a
+    reply of any length by the same bytes is safe. What a step needs for each row, however short, is STEP_BYTES.
     """
     edge = int(engine.pixels[1] ** 0.5)
     image, request = Image.new("RGB", (edge, edge)), Request("", "", "What is it?", max_new_tokens=PROBE_TOKENS)
@@ -134,12 +143,12 @@ def tokens_that_fit(engine) -> int:
                 raise
             reset_rope_deltas(engine.model)
             torch.cuda.empty_cache()
-            return inputs["input_ids"].shape[1] + PROBE_TOKENS
+            return inputs["input_ids"].shape[1] + PROBE_TOKENS, 0
         peaks[rows] = {device: torch.cuda.max_memory_allocated(device) for device in devices}
     torch.cuda.empty_cache()
     tokens = 2 * (inputs["input_ids"].shape[1] + PROBE_TOKENS)
-    fitting = (
-        MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] * tokens / max(1, peaks[3][device] - peaks[1][device])
-        for device in devices
-    )
-    return max(1, int(min(fitting)))
+    each = {device: max(1, peaks[3][device] - peaks[1][device]) / tokens for device in devices}  # bytes of a token
+    fitting = min(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] / size for device, size in each.items())
+    step = STEP_BYTES * engine.model.config.get_text_config().vocab_size
+    digits = max(0, int(fitting).bit_length() - 4)
+    return max(1, int(fitting) >> digits << digits), math.ceil(step / min(each.values()))

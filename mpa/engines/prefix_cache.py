@@ -47,8 +47,9 @@ class PrefixCache:
         """Inputs and cache for new prompts, `texts`, about the images of these `rows` of the batch.
 
         The key-values of each row's system text and image are kept, aligned at the right edge of a common width. The
-        new prompts follow, each with its padding in front. Positions come from the mask. None where the tokens after
-        the first row's image are not those of its text, `before`: then the processor does something unknown here.
+        new prompts follow, each with its padding in front. Positions come from the mask. `cache` is used up layer by layer,
+        so that nothing is in memory twice. None where the tokens after the first row's image are not those of its text,
+        `before`: then the processor does something unknown here.
         """
         ids, image_token = inputs["input_ids"], self.model.config.image_token_id
         ends = [int((ids[row] == image_token).nonzero()[-1]) + 1 for row in rows]
@@ -74,7 +75,9 @@ class PrefixCache:
         row_index, columns = torch.tensor(rows, device=device)[:, None], columns.to(device)
         for index, layer in enumerate(cache.layers):
             parts = (layer.keys, layer.values)  # [B, heads, columns, size]
-            kept.update(*(part[row_index, :, columns].transpose(1, 2) for part in parts), index)
+            moved = [part[row_index, :, columns].transpose(1, 2) for part in parts]
+            layer.keys = layer.values = parts = None
+            kept.update(*moved, index)
         reset_rope_deltas(self.model)
         new = {"input_ids": new_ids, "attention_mask": mask}
         if "mm_token_type_ids" in inputs:

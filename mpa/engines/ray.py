@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpa.engines import ENGINES, Request, open_engine
+from mpa.engines.batch_plan import ROWS
 from mpa.engines.budget import Budget
 from mpa.files.records import InputError
 
@@ -37,7 +38,7 @@ class RayEngine:
     `actors` None: as many as fit; for a model behind a server, one per node.
     """
 
-    def __init__(self, model_path: str, ray_engine: str = "hf", actors: int | None = None, batch_size=8, **settings):
+    def __init__(self, model_path: str, ray_engine: str = "hf", actors: int | None = None, batch_size=None, **settings):
         settings |= {"batch_size": batch_size, "workers": 0}
         self.inner_engine, self.actors, self.batch_size = ray_engine, actors, batch_size
         self.settings = {name: settings[name] for name in ENGINES[ray_engine].settings if name in settings}
@@ -129,8 +130,8 @@ class RayEngine:
         if not left:
             return
         self.load()
-        size = self.batch_size
-        if self.inner_engine != "hf":
+        size = self.batch_size or ROWS
+        if self.inner_engine != "hf" or (self.batch_size is None and "num_gpus" in self.actor_resources):
             size = max(size, min(CHUNK * size, len(left) // (2 * self.actors)))
         # Pickled, as Arrow takes only Unicode text. A batch is one row, one block, and so one task.
         rows = [{"number": i, "packed": pickle.dumps(left[i : i + size])} for i in range(0, len(left), size)]

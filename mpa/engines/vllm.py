@@ -1,4 +1,4 @@
-"""The `vllm` engine: vLLM in this process, for throughput on one GPU or several. See requirements/vllm.txt.
+"""The `vllm` engine: vLLM, for throughput on one GPU or several. See requirements/vllm.txt.
 
 The path of a request, in the order of the methods of VLLMEngine:
 

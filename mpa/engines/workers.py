@@ -27,13 +27,13 @@ class WorkerPool:
         with signals_held():
             self.pool.submit(int).result()  # fork them now
 
-    def run_ahead(self, method: Callable, batches: Iterable[list]) -> Iterator[tuple]:
-        """(batch, method(engine, batch)) in order, a few batches ahead of the caller; `method` is the engine's."""
+    def run_ahead(self, method: Callable, batches: Iterable[list], ahead: int = BATCHES_AHEAD) -> Iterator[tuple]:
+        """(batch, method(engine, batch)) in order, `ahead` batches per worker before the caller; `method` is the engine's."""
         submitted = deque()
         try:
             for batch in batches:
                 submitted.append((batch, self.pool.submit(_call, method, batch)))
-                if len(submitted) > BATCHES_AHEAD * self.count:
+                if len(submitted) > ahead * self.count:
                     first, future = submitted.popleft()
                     yield first, future.result()
             for first, future in submitted:

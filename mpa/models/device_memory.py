@@ -1,5 +1,7 @@
-"""The free memory of a GPU, or of a CPU within the limits of its container; and how a lack of it is recognised."""
+"""The free memory of a GPU, or of a CPU within the limits of its container; how a lack of it is recognised, and holes avoided."""
 
+import os
+import sys
 from pathlib import Path
 
 from mpa.models import gpus
@@ -19,6 +21,17 @@ def available_bytes(device: str, root: Path = Path("/")) -> int | None:
     meminfo = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     free = meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)
     return min([free, *_free_in_cgroups(root)])
+
+
+def extend_segments() -> None:
+    """Have torch extend its segments of a GPU's memory, unless the user has set its allocator. Call it before the first tensor.
+
+    A cache of key-values that grows by concatenation needs a little more at each step. Without this, every size leaves a hole
+    that the next does not fit into. Linux only; a virtual GPU without CUDA's virtual memory needs "expandable_segments:False".
+    """
+    set_by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
+    if sys.platform == "linux" and not set_by_user:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

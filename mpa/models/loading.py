@@ -8,6 +8,7 @@ from pathlib import Path
 from mpa.files import distributed
 from mpa.files.records import InputError, read_json
 from mpa.models import conversion, families, gpus, model_files
+from mpa.models.device_memory import extend_segments
 from mpa.models.identity import adapted
 from mpa.models.loading_errors import explained
 from mpa.models.memory_estimate import meta_model, stored_bits, unquantised
@@ -86,25 +87,38 @@ def pick_device(device: str = "auto") -> str:
         counts = {"cuda": lambda: len(gpus.usable()), "mps": lambda: int(torch.backends.mps.is_available())}
         if requested.type in counts and (requested.index or 0) >= counts[requested.type]():
             raise InputError(f"--device {device}: no such device; use auto to select an available one.")
-        return device
+        return f"cuda:{distributed.LOCAL_RANK}" if device == "cuda" else device
     if gpus.usable():
         gpus.refuse_more(distributed.LOCAL_WORLD)
         return f"cuda:{distributed.LOCAL_RANK}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def resolved_dtype(dtype: str, device: str = "auto") -> str:
-    """The dtype named, or for "auto" the dtype for this device. It is fixed per device, so a resumed run uses the same.
+def resolved_dtype(dtype: str, device: str = "auto", path: str | None = None) -> str:
+    """The dtype named, or for "auto" that of the model at `path` on this device. It is fixed, so a resumed run uses the same.
 
-    GPU: bfloat16, or float16 if the GPU only emulates bfloat16. CPU: float32, with which greedy replies do not depend
-    on the batch; bfloat16, the checkpoints' dtype, is hundreds of times slower on a CPU without matrix units.
+    GPU: bfloat16. If the GPU only emulates bfloat16: float16, or float32 for a family that overflows in float16. CPU:
+    float32, with which greedy replies do not depend on the batch; bfloat16, the checkpoints' dtype, is hundreds of times
+    slower on a CPU without matrix units.
     """
     if dtype != "auto":
         return dtype
     device = pick_device(device)
-    if device.startswith("cuda"):
-        return "bfloat16" if gpus.usable()[int(device.partition(":")[2] or 0)].has_bfloat16 else "float16"
+    if not device.startswith("cuda"):
+        return "float32"
+    if gpus.usable()[int(device.partition(":")[2] or 0)].has_bfloat16:
+        return "bfloat16"
+    family = families.FAMILIES.get(model_type(path)) if path else None
+    if family is None or not family.overflows:
+        return "float16"
+    _say_once(f"{family.name} overflows in float16, and this GPU has no bfloat16: {path} computes in float32.")
     return "float32"
+
+
+@cache
+def _say_once(line: str) -> None:
+    if distributed.FIRST:
+        print(line, file=sys.stderr)
 
 
 # Used for a model behind a server, whose tokenizer is unknown: the marks of common model families, beside replies.END_TOKENS.
@@ -196,6 +210,11 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     """
     from transformers.utils import logging
 
+    if device.startswith("cuda"):
+        import torch
+
+        extend_segments()
+        torch.cuda.set_device(device)  # kernels of bitsandbytes, Triton and flash-attention run on the current one
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     base = adapted(path)

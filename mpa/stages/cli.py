@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mpa.data import DATASETS
 from mpa.engines import ENGINES
+from mpa.engines.batch_plan import GPU_ROWS, ROWS
 from mpa.files import disk_errors, distributed, log_file, records, signals
 from mpa.files.argument_types import number, path_map, request_json
 from mpa.files.records import InputError
@@ -125,9 +126,8 @@ def _first_flags(p: StageParser) -> None:
     p.add_argument(
         "--batch-size",
         type=number(1),
-        default=8,
         metavar="N",
-        help="at most N samples per batch, if memory allows (default: %(default)s)",
+        help=f"at most N samples per batch, if memory allows (default: on a GPU what fits, up to {GPU_ROWS}; else {ROWS})",
     )
     for name, default, what in (("min", MIN_PIXELS, "enlarge"), ("max", MAX_PIXELS, "shrink")):
         p.add_argument(
@@ -171,7 +171,7 @@ def _model_flags(model) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: the fastest dtype on this device (default: auto)",
+        help="auto: the fastest on this device in which the model does not overflow (default: auto)",
     )
     model.add_argument(
         "--max-tiles",

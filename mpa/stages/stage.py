@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpa.answers.finish_reasons import why_cut
 from mpa.engines import ENGINES, Request, finite, open_engine
+from mpa.engines.batch_plan import ROWS
 from mpa.engines.costs import BATCH_PRICE
 from mpa.engines.endpoint import Endpoint
 from mpa.files import distributed, records, signals
@@ -75,7 +76,7 @@ class AskedModel:
     @property
     def dtype(self) -> str:
         """The dtype; "auto" is resolved for this machine's device."""
-        return resolved_dtype(self.args.dtype, self.args.device) if self.local else self.args.dtype
+        return resolved_dtype(self.args.dtype, self.args.device, self.path) if self.local else self.args.dtype
 
     @property
     def max_tiles(self) -> int | None:
@@ -131,7 +132,7 @@ class AskedModel:
         with self.engine() as engine:
             list(finite(engine.generate(requests[:1])))  # loads the model
             signals.stop_if_asked()
-            at_once = self.args.batch_size * max(1, getattr(engine, "workers", 1) or 1)
+            at_once = getattr(engine, "at_once", self.args.batch_size or ROWS)
             some = requests[1 : 1 + 2 * at_once] or requests[:1]  # two batches for each worker
             before, started = engine.facts(), time.perf_counter()
             n = sum(len(replies) for replies in engine.generate(some))

@@ -129,9 +129,8 @@ def test_a_probe_of_the_memory_that_does_not_fit_leaves_one_row(images, monkeypa
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         monkeypatch.setattr(engine, "reply", reply)
-        tokens = memory.tokens_that_fit(engine)
+        engine.plan.batch_tokens, engine.plan.row_tokens = memory.tokens_that_fit(engine)
         monkeypatch.undo()
-        engine.plan.batch_tokens = tokens
         assert all(len(batch) == 1 for batch in engine.plan.batches(requests(images)))
         assert all("text" in reply for batch in engine.generate(requests(images)[:2]) for reply in batch)
 

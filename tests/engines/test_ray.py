@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,23 @@ def test_how_a_cluster_is_divided(nodes, settings, actors, share):
     engine = open_engine("ray", model_path=str(TEACHER), **settings)
     engine._divide_cluster(*map(list, zip(*nodes, strict=True)))
     assert (engine.actors, engine.actor_resources) == (actors, share)
+
+
+@pytest.mark.parametrize(
+    ("share", "batch_size", "sizes"),
+    [
+        ({"num_gpus": 1}, None, [150, 150, 150, 150]),
+        ({"num_gpus": 1}, 64, [64] * 9 + [24]),
+        ({"num_cpus": 2}, None, [8] * 75),
+    ],
+)
+def test_an_actor_with_a_gpu_forms_its_own_batches(monkeypatch, share, batch_size, sizes):
+    engine, sent = open_engine("ray", model_path=str(TEACHER), actors=2, batch_size=batch_size), []
+    engine.actor_resources = share
+    monkeypatch.setattr(ray_engine, "_attempt_counter", lambda: None)
+    monkeypatch.setattr(engine, "_results", lambda rows, *_: sent.extend(rows) or [])
+    assert not list(engine.generate([Request(str(i), "x.png", "what?") for i in range(600)]))
+    assert [len(pickle.loads(row["packed"])) for row in sent] == sizes
 
 
 def test_more_actors_than_fit_are_refused():

@@ -9,7 +9,7 @@ import launch
 import params
 import pytest
 import torch
-from conftest import bash
+from conftest import STUDENT, bash
 
 from mpa.models.gpus import Gpu
 
@@ -64,13 +64,16 @@ def flag_value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched, monkeypatch):
+def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched, monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    new, old = launched(environ=(environ := {}), gpus=2), launched(bf16=False)
+    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
+    new, old = launched(environ=(environ := {}), gpus=2), launched(bf16=False, SVLM=tmp_path)
     assert environ["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert ("--bf16" in new, "--fp16" in new) == (True, False)
     assert ("--bf16" in old, "--fp16" in old) == (False, True)
     assert flag_value(old, "--fp16") == "True"
+    overflowing = launched(bf16=False, SVLM=STUDENT)  # Qwen2-VL's family: in float32
+    assert not {"--bf16", "--fp16", "--use_cpu"} & set(overflowing) and "--deepspeed" in overflowing
     assert new[0] == "torchrun" and flag_value(new, "--nproc_per_node") == "gpu"
     assert Path(flag_value(new, "--deepspeed")).name == "zero2.json"
 

@@ -21,6 +21,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the repository, 
 
 from mpa.files.records import InputError
 from mpa.models import gpus
+from mpa.models.loading import resolved_dtype
 
 TRAINER = str(Path(__file__).resolve().with_name("train.py"))
 
@@ -46,12 +47,13 @@ def train(machines: list[str], flags: list[str]) -> int:
     configuration, processes = environment["ZERO"], environment.get("CPU_PROCESSES") or "1"
     if not Path(configuration).is_file():
         return _refuse(f"{configuration}: no such configuration of DeepSpeed; ZERO names one of those in scripts/.")
-    if found:  # float16 on GPUs that only emulate bfloat16
-        precision = "--bf16" if all(gpu.has_bfloat16 for gpu in found) else "--fp16"
+    if found:
+        dtype = resolved_dtype("auto", "cuda", flags[flags.index("--model_id") + 1] if "--model_id" in flags else None)
+        precision = {"bfloat16": ["--bf16", "True"], "float16": ["--fp16", "True"], "float32": []}[dtype]
         processes = "gpu"
     else:
-        precision, environment["DS_ACCELERATOR"] = "--use_cpu", "cpu"
-    processes, flags = environment.get("NPROC_PER_NODE") or processes, [precision, "True", *flags]
+        precision, environment["DS_ACCELERATOR"] = ["--use_cpu", "True"], "cpu"
+    processes, flags = environment.get("NPROC_PER_NODE") or processes, [*precision, *flags]
     if processes.isdigit():
         gpus.refuse_more(int(processes))
     if not environment.get("OMP_NUM_THREADS"):  # torchrun gives each rank one thread, also for an optimizer on the CPU

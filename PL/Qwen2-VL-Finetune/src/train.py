@@ -52,6 +52,7 @@ from mpa.files import disk_errors, distributed, signals
 from mpa.files.log_file import detail
 from mpa.files.records import InputError
 from mpa.models import conversion, model_files
+from mpa.models.device_memory import extend_segments
 from mpa.models.families import match_config
 
 META = "train_meta.json"
@@ -69,6 +70,7 @@ BLANK = {
 def main(argv=None) -> int:
     """Train with these flags. Returns 0, or 128 + the signal that stopped it. Raises InputError for user errors."""
     process_group.use_launcher_environment()
+    extend_segments()
     model_args, data_args, args = parse(argv)
     if args.log_file:
         log_file.open_log(Path(args.log_file), args.verbose)
