@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU, as far as a CPU can tell."""
+"""The benchmarks for a GPU, as far as a CPU can tell, and README's estimates."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import estimate
 import shapes
 
 from mpa.engines import Request
@@ -100,3 +101,34 @@ def test_a_training_sees_one_gpu_of_several(in_gpu_py):
 @pytest.mark.skipif(shapes.torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_names_the_benchmark_for_a_cpu(in_gpu_py):
     assert in_gpu_py[0]["none here"].startswith("error: --device cuda:0") and "pipeline.py" in in_gpu_py[0]["none here"]
+
+
+def test_the_readme_has_the_tables_of_the_estimate(capsys):
+    estimate.main([])
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in readme] == []
+
+
+def test_a_prompt_has_the_operations_that_are_counted(tmp_path):
+    """The plain loop's annotations and answers; on a CPU the counter does not see fused attention, so eager is used."""
+    shape = shapes.replace(shapes.COMPUTE_BOUND["svlm"], layers=3, vision=(256, 3, 4))
+    shapes.build(shape, tmp_path, "cpu", shapes.torch.float32)
+    model = shapes.AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    processor = shapes.loading.load_processor(str(tmp_path), 224**2, 224**2)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=[shapes.Image.new("RGB", (224, 224))], return_tensors="pt")
+    with shapes.torch.no_grad():
+        counted = shapes.flops(lambda: model(**inputs, logits_to_keep=1))
+    words = inputs["input_ids"].shape[1] - 64
+    assert estimate.Model(shape).prompt_flops(64, words) == pytest.approx(counted, rel=0.02)
+
+
+def test_the_estimates_grow_with_batches_and_say_what_does_not_fit(capsys):
+    h100 = estimate.CARDS["H100"]
+    eight, many, automatic = (
+        estimate.paces(h100, estimate.VISUAL, "hf", rows)["annotation"] for rows in estimate.BATCHES
+    )
+    assert eight < many < automatic < estimate.paces(h100, estimate.VISUAL, "vllm")["annotation"]
+    estimate.main(["--gpu", "8", "50", "300"])
+    assert "| this GPU, 8 GB | – | – | 3.0, 3.1, 3.1; 4.2 | – | – |" in capsys.readouterr().out
