@@ -161,13 +161,6 @@ def test_the_dtype_is_measured_and_the_processors_limits_are_set():
     assert families.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= families.MAX_PIXELS
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_the_float32_replies_are_the_cpus(images, one_by_one):
-    got = replies(requests(images), device="cuda:0")
-    assert {k: r["text"] for k, r in got.items()} == {k: r["text"] for k, r in one_by_one.items()}
-
-
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_follow_up_on_the_kept_image_is_what_asking_anew_replies(images, batch_size):
     """Half of the 24 requests are not annotations and have no follow-up. Sizes and prompts differ within a batch."""
