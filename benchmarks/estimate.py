@@ -70,7 +70,7 @@ CARDS = {
 }
 # (images of PA and PI, test questions)
 WORK = {"textVQA": (21953, 5000), "stVQA": (16100, 2413), "chartVQA": (18317, 2500), "okVQA": (8998, 5046)}
-BATCHES = (8, 64, None)  # None: what memory holds
+BATCHES = (8, 64)  # rows of hf, at most; 64 is the limit of automatic batches
 
 
 class Model:
@@ -132,13 +132,12 @@ class Asked:
     follow_up: bool = False
 
 
-def images_per_second(card: Card, model: Model, asked: Asked, engine: str, rows: int | None = None) -> float:
-    """Of `rows` requests at a time, None: as many as the memory holds; 0 if not one fits into it."""
+def images_per_second(card: Card, model: Model, asked: Asked, engine: str, rows: int) -> float:
+    """Of `rows` requests at a time, or as many as the memory holds; 0 if not one fits into it."""
     held = model.row_bytes(asked.visual, asked.text, asked.new, card.itemsize)
     weights, cached, passing = held["weights"], held["key-values"], held["activations"]
     free = MEMORY_SHARE * (card.memory * 1e9 - weights)
-    fitting = int(free / (cached + passing)) if engine == "hf" else min(MAX_IN_FLIGHT["gpu"], int(free / cached))
-    rows = min(rows or fitting, fitting)
+    rows = min(rows, int(free / (cached + passing if engine == "hf" else cached)))
     if rows < 1:
         return 0.0
     text, vision = model.shape.layers, model.shape.vision[1]
@@ -162,7 +161,8 @@ def samples_per_second(card: Card, visual: int) -> float:
 
 
 def paces(card: Card, visual: int, engine: str, rows: int | None = None) -> dict[str, float]:
-    """Images or questions per second, by what is asked."""
+    """Images or questions per second, by what is asked; with `rows` at a time, None: as many as the engine takes by itself."""
+    rows = rows or {"hf": BATCHES[-1], "vllm": MAX_IN_FLIGHT["gpu"]}[engine]
     annotation = Asked(visual, PROMPT, shapes.ANNOTATION, follow_up=True)
     answer = Asked(visual, QUESTION, shapes.ANSWER)
     return {
@@ -215,13 +215,13 @@ def memory(visual: int) -> list[str]:
         held = model.row_bytes(visual, PROMPT, shapes.ANNOTATION)
         needs += [as_size(held["weights"]), as_size(held["key-values"] + held["activations"])]
     trained = as_size(SVLM().state_bytes() + SVLM().saved_bytes(visual))
-    text = "- **GPU memory**: the 7B takes {}, and {} for each row of a batch; the 2B {} and {}; training it {}, over all GPUs."
+    text = "- **GPU memory**, est.: the 7B takes {}, and {} for each row of a batch; the 2B {} and {}; PL {}, over all GPUs."
     return [text.format(*needs, trained)]
 
 
 def price() -> list[str]:
     costs = ", ".join(f"$ {images * GPT4O:.0f} for {dataset}" for dataset, (images, _) in WORK.items())
-    return [f"- **GPT-4o** for PA and PI: {costs}."]
+    return [f"- **GPT-4o** for PA and PI, est.: {costs}."]
 
 
 def main(argv=None) -> None:

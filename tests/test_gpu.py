@@ -81,15 +81,14 @@ def test_most_replies_in_the_gpus_own_dtype_are_the_cpus_in_float32(images):
 
 @ON_GPU
 def test_a_model_leaves_no_memory_behind(images):
-    before = torch.cuda.memory_allocated()
-    weak = []
-    for model in (TEACHER, STUDENT):
+    loaded, left = [], []
+    for model in (TEACHER, STUDENT, TEACHER):
         with HFEngine(str(model), device=DEVICE, **PIXELS) as engine:
             list(engine.generate(requests(images, follow_up="paper")))
-            weak.append(torch.cuda.memory_allocated() - before)
-    left = torch.cuda.memory_allocated() - before
-    print(f"\nmemory with the teacher, the student, and neither: {weak[0]:,}, {weak[1]:,}, {left:,} bytes")
-    assert weak[0] > weak[1] > 0 and left == 0
+            loaded.append(torch.cuda.memory_allocated())
+        left.append(torch.cuda.memory_allocated())  # of cuBLAS
+    print(f"\nbytes with the teacher, the student and the teacher: {loaded}; after each: {left}")
+    assert left[0] == left[2] < loaded[1] < loaded[0]
 
 
 @pytest.mark.slow  # it fills the GPU, which other tests may need at the same time

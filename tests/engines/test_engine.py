@@ -161,6 +161,15 @@ def test_the_dtype_is_measured_and_the_processors_limits_are_set():
     assert families.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= families.MAX_PIXELS
 
 
+def test_a_float32_model_has_float32_convolutions(monkeypatch):
+    """On a GPU, cuDNN's would be in TF32, with three decimal digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loading.load_model(str(STUDENT), "cpu", torch.bfloat16)
+    assert torch.backends.cudnn.allow_tf32
+    loading.load_model(str(STUDENT), "cpu", torch.float32)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_follow_up_on_the_kept_image_is_what_asking_anew_replies(images, batch_size):
     """Half of the 24 requests are not annotations and have no follow-up. Sizes and prompts differ within a batch."""
