@@ -35,15 +35,13 @@ from mpa.files.printable import as_size
 from mpa.models import memory_estimate
 from mpa.models.memory_estimate import Batch, Sharding
 
-# Assumptions, and where they come from.
-MFU = {
-    "hf": 0.3,
-    "vllm": 0.4,
-}  # Llama 3's training reached 0.38 to 0.43 on H100s (arXiv 2407.21783, table 4); hf and PL
-#                  less, since norms, rotations and activations are kernels of their own there
+# Assumptions, and where they come from. Llama 3's training reached an MFU of 0.38 to 0.43 on H100s (arXiv 2407.21783, table 4);
+# in hf and PL it is taken to be less, since norms, rotations and activations are kernels of their own.
+MFU = {"hf": 0.3, "vllm": 0.4}
 BANDWIDTH = 0.7  # gpt-fast's 7B reads 0.72 of an A100's (pytorch.org/blog/accelerating-generative-ai-2)
-LAUNCH = 1.1e-3  # seconds: transformers' benchmark of gemma-2b, 18 layers, has 19.7 ms per token without torch.compile
-#                  (huggingface.co/datasets/hf-internal-testing/benchmark_results); gpt-fast's first version 39 ms with 32
+# Seconds. transformers' benchmark of gemma-2b, of 18 layers, has 19.7 ms per token without torch.compile
+# (huggingface.co/datasets/hf-internal-testing/benchmark_results); gpt-fast's first version has 39 ms with 32 layers.
+LAUNCH = 1.1e-3
 VISUAL, PROMPT, QUESTION = 512, 100, 30  # tokens of an image, of PA's prompt, and of a question with its prompt
 CONSISTENT = 0.7  # of the L-VLM's questions, which the S-VLM is asked
 PARITY = 0.1  # of the images become train samples; the paper has some 2,000 of TextVQA's 21,953
@@ -104,17 +102,18 @@ class Model:
     def token_flops(self) -> float:
         return 2.0 * (self.layers + self.head)
 
-    def state_bytes(self) -> int:
-        """Bytes of weights, gradients and optimizer state of a full fine-tuning on one GPU, as PL.sh runs it."""
-        return sum(memory_estimate.states(self.meta, 2, Sharding(2, 1)).values())
-
-    def saved_bytes(self, visual: int) -> int:
+    def trained_bytes(self, visual: int) -> int:
+        """Bytes of a full fine-tuning on one GPU, as PL.sh runs it: weights, gradients, optimizer state and activations."""
+        states = memory_estimate.states(self.meta, 2, Sharding(2, 1))
         tokens = visual + QUESTION + shapes.ANSWER
         batch = Batch(MICRO_BATCH, MICRO_BATCH * tokens, 4 * visual * MICRO_BATCH, labelled=MICRO_BATCH * shapes.ANSWER)
-        return memory_estimate.saved_bytes(self.meta, batch, 2, memory_estimate.ALL)
+        return sum(states.values()) + memory_estimate.saved_bytes(self.meta, batch, 2, memory_estimate.ALL)
 
 
-LVLM, SVLM = (cache(lambda who=who: Model(shapes.QWEN2_VL[who])) for who in ("lvlm", "svlm"))
+@cache
+def paper_model(who: str) -> Model:
+    """ "lvlm": the 7B, "svlm": the 2B."""
+    return Model(shapes.QWEN2_VL[who])
 
 
 def pass_seconds(card: Card, engine: str, flops: float, read: float, layers: int) -> float:
@@ -152,8 +151,8 @@ def images_per_second(card: Card, model: Model, asked: Asked, engine: str, rows:
 
 def samples_per_second(card: Card, visual: int) -> float:
     """Of PL, which fine-tunes all of the S-VLM on one GPU; 0 if it does not fit."""
-    model = SVLM()
-    if card.itemsize != 2 or model.state_bytes() + model.saved_bytes(visual) > card.memory * 1e9:
+    model = paper_model("svlm")
+    if model.trained_bytes(visual) > card.memory * 1e9:
         return 0.0
     flops = 3 * MICRO_BATCH * model.prompt_flops(visual, QUESTION + shapes.ANSWER)
     layers = 2 * (model.shape.layers + model.shape.vision[1])
@@ -166,9 +165,9 @@ def paces(card: Card, visual: int, engine: str, rows: int | None = None) -> dict
     annotation = Asked(visual, PROMPT, shapes.ANNOTATION, follow_up=True)
     answer = Asked(visual, QUESTION, shapes.ANSWER)
     return {
-        "annotation": images_per_second(card, LVLM(), annotation, engine, rows),
-        "L-VLM": images_per_second(card, LVLM(), answer, engine, rows),
-        "S-VLM": images_per_second(card, SVLM(), answer, engine, rows),
+        "annotation": images_per_second(card, paper_model("lvlm"), annotation, engine, rows),
+        "L-VLM": images_per_second(card, paper_model("lvlm"), answer, engine, rows),
+        "S-VLM": images_per_second(card, paper_model("svlm"), answer, engine, rows),
     }
 
 
@@ -211,10 +210,10 @@ def table(cards: dict[str, Card], visual: int) -> list[str]:
 
 def memory(visual: int) -> list[str]:
     needs = []
-    for model in (LVLM(), SVLM()):
-        held = model.row_bytes(visual, PROMPT, shapes.ANNOTATION)
+    for who in shapes.QWEN2_VL:
+        held = paper_model(who).row_bytes(visual, PROMPT, shapes.ANNOTATION)
         needs += [as_size(held["weights"]), as_size(held["key-values"] + held["activations"])]
-    trained = as_size(SVLM().state_bytes() + SVLM().saved_bytes(visual))
+    trained = as_size(paper_model("svlm").trained_bytes(visual))
     text = "- **GPU memory**, est.: the 7B takes {}, and {} for each row of a batch; the 2B {} and {}; PL {}, over all GPUs."
     return [text.format(*needs, trained)]
 
