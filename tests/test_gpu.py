@@ -5,12 +5,13 @@ import os
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, bash, close, snapshot
+from conftest import STUDENT, TEACHER, bash, close
 from PIL import Image
 from training import MINI, losses, write
 
 from mpa.engines import Request, open_engine
 from mpa.engines.hf import HFEngine
+from mpa.files.records import read_records
 from mpa.method.prompts import TASK_PROMPTS, answer_prompt
 from mpa.models import loading
 
@@ -121,11 +122,9 @@ def test_two_processes_with_a_gpu_each_write_what_one_writes(images, tmp_path):
     for gpus in (1, 2):
         done = bash("scripts/PA.sh", RUN=f"{tmp_path}/{gpus}/", GPUS=gpus, **settings)
         assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (
-        {name: content for name, content in snapshot(tmp_path / str(gpus)).items() if "meta" not in name}
-        for gpus in (1, 2)
-    )
-    assert [*one.values()] == [*two.values()]
+    one, two = (read_records(tmp_path / f"{gpus}/PA_teacher_images.json", "PA") for gpus in (1, 2))
+    asked = ("image_path", "predicted_question", "predicted_answer", "left_out")
+    assert [[record[name] for name in asked] for record in one] == [[record[name] for name in asked] for record in two]
     print("\ntwo processes with a GPU each write what one writes")
 
 
