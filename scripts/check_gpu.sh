@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Try on this machine what only a GPU can tell, in ten minutes at most: the driver and each GPU, replies and losses against those of the
-# CPU, memory, speed, and vLLM if it is installed. A part that fails does not end the others. The end is a text for a report, without names
-# of users, machines and folders. The exit code is 1 if a part failed.
+# Try on this machine what only a GPU can tell, in ten minutes at most: the driver, each GPU, replies and losses against those of
+# the CPU, memory, speed, and vLLM if it is installed. A part that fails does not end the others. The end is a text for a report,
+# without names of users, machines and folders. The exit code is 1 if a part failed.
 #   bash scripts/check_gpu.sh
 #   DEVICE=cpu bash scripts/check_gpu.sh     all parts in miniature on the CPU, to try this script
 set -euo pipefail
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 
-DEVICE=${DEVICE:-cuda:0} # of several GPUs the first is measured
+DEVICE=${DEVICE:-cuda:0} # or cpu; of several GPUs the first visible one is measured
 options "$0" "$@"
+if [[ $DEVICE != @(cuda:0|cpu) ]]; then
+    printf 'error: DEVICE is %q: give cuda:0 or cpu. CUDA_VISIBLE_DEVICES names another GPU.\n' "$DEVICE" >&2
+    exit 2
+fi
 cd "$ROOT"
 export DEVICE HF_HUB_OFFLINE=1 PYTHONPATH=$ROOT
 python -c 'import pytest, torch' 2>/dev/null || run bash scripts/setup.sh dev
@@ -24,9 +28,10 @@ else
 fi
 OUT=$(mktemp -d)
 trap 'rm -rf "$OUT"' EXIT
+export TMPDIR=$OUT # parts that are ended leave files
 REPORT='' FAILED=0
 
-# part NAME SECONDS CMD…: run a command for that time at most, and add to the report what it prints, and the end of its errors if it fails.
+# part NAME SECONDS CMD…: run a command for that time at most; add to the report what it prints, and if it fails the end of its errors.
 part() {
     local name=$1 limit=$(($2 * SLOWER)) code=0 said verdict=ok
     shift 2
@@ -59,7 +64,7 @@ else
     REPORT+=$'\n### vllm: not installed (bash scripts/setup.sh vllm)\n'
 fi
 
-for name in "$ROOT" "$OUT" "$HOME" "$(hostname)" "pytest-of-$(id -un)"; do
+for name in "$ROOT" "$OUT" "$HOME" "$(hostname)"; do
     [[ ${#name} -lt 4 ]] || REPORT=${REPORT//"$name"/…}
 done
 title 'The text for a report'
