@@ -10,7 +10,7 @@ The plain loop works like the released code, but over all batches: batches of 8 
 read between the batches, both models in memory, the S-VLM asked all questions, up to 128 tokens. Ours are the real
 stages with journal and files. Both are greedy and alternate in this process, after a warm-up; model loading counts for
 both. --compute-bound uses models so large that arithmetic dominates, and reports time and operations relative to
-the plain loop. --start-up runs the four bash scripts, whose time is mostly start-up, and compares the results of two
+the plain loop, without loading. --start-up runs the four bash scripts, whose time is mostly start-up, and compares the results of two
 checkouts. The last line is a JSON object.
 """
 
@@ -201,8 +201,9 @@ def main(argv=None) -> None:
     if args.compute_bound:
         with tempfile.TemporaryDirectory() as work:
             device = loading.pick_device(args.device)
-            shape = (shapes.COMPUTE_BOUND, Path(work), device, args.dtype, 12, 448, 0.68)  # 256 visual tokens
-            print(json.dumps(shapes.compare(*shape, batch_size=6, workers=None)))
+            where = shapes.COMPUTE_BOUND, Path(work), device, args.dtype
+            job = shapes.prepare(*where, 12, 448, 0.68, 6, None)  # 256 visual tokens, batches of 6
+            print(json.dumps(shapes.compare(job)))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.lvlm).is_dir() else "0")
 

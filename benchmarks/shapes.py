@@ -2,14 +2,19 @@
 
 Random models write no meaningful replies. So every annotation has `ANNOTATION` tokens and every answer `ANSWER`, and
 the L-VLM counts as consistent on the first `consistent` share of the images; PI asks the S-VLM only about these. The plain
-loop asks it about all. Used by pipeline.py (a compute-bound shape) and gpu.py (Qwen2-VL-7B's and 2B's shapes).
+loop asks it about all. Loading, and with it the probe of a GPU's memory, is neither timed nor counted. Used by pipeline.py
+(a compute-bound shape), gpu.py and estimate.py (Qwen2-VL-7B's and 2B's shapes).
 """
 
+import contextlib
+import gc
 import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,14 +53,18 @@ COMPUTE_BOUND = {  # some 150 M and 40 M parameters
     "lvlm": Shape(896, 3072, 12, 14, 2, (384, 8, 6), 560, True),
     "svlm": Shape(512, 1792, 9, 8, 2, (256, 6, 4), 560, True),
 }
+TINY = {  # for tests
+    "lvlm": Shape(64, 128, 2, 4, 2, (32, 2, 2), 560, True),
+    "svlm": Shape(32, 64, 2, 2, 2, (32, 2, 2), 560, True),
+}
 QWEN2_VL = {
     "lvlm": Shape(3584, 18944, 28, 28, 4, (1280, 32, 16), 152064, False),
     "svlm": Shape(1536, 8960, 28, 12, 2, (1280, 32, 16), 151936, True),
 }
 
 
-def build(shape: Shape, folder: Path, device: str, dtype) -> int:
-    """Write a random model of this shape, and a processor, to `folder`. Returns the number of parameters."""
+def configuration(shape: Shape):
+    """A Qwen2-VL's configuration of this shape."""
     config = AutoConfig.from_pretrained(TEACHER)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = shape.hidden, shape.inner, shape.layers
@@ -66,9 +75,14 @@ def build(shape: Shape, folder: Path, device: str, dtype) -> int:
     text.rope_parameters["mrope_section"] = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]
     vision.embed_dim, vision.depth, vision.num_heads = shape.vision
     vision.hidden_size, vision.mlp_ratio = shape.hidden, shape.mlp_ratio
+    return config
+
+
+def build(shape: Shape, folder: Path, device: str, dtype) -> int:
+    """Write a random model of this shape, and a processor, to `folder`. Returns the number of parameters."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(configuration(shape), dtype=dtype)
     with torch.no_grad():  # only tokens of the small tokenizer can be the likeliest
         model.get_output_embeddings().weight[560:] = 0
     model.save_pretrained(folder)
@@ -87,13 +101,35 @@ def draw(folder: Path, n: int, edge: int) -> list[str]:
     return paths
 
 
+@dataclass(frozen=True)
+class Job:
+    """What both are asked: folders of "lvlm" and "svlm", images of `pixels`, the consistent share, and hf's limits."""
+
+    folders: dict[str, str]
+    device: str
+    dtype: str
+    pixels: int
+    paths: list[str]
+    consistent: float
+    batch_size: int
+    workers: int | None
+
+
+def prepare(shape: dict[str, Shape], work: Path, device: str, dtype: str, images: int, edge: int, *limits) -> Job:
+    """Build the models and draw the images, `edge` x `edge` pixels, in the folder `work`. `limits` are Job's last three."""
+    for who, sizes in shape.items():
+        build(sizes, work / who, device, getattr(torch, dtype))
+    folders = {who: str(work / who) for who in shape}
+    return Job(folders, device, dtype, edge * edge, draw(work, images, edge), *limits)
+
+
 class PlainLoop:
     """Like the released code: batches of 8 and 4 in file order, images read between them, both models in memory."""
 
-    def __init__(self, folders: dict[str, Path], device: str, dtype, pixels: int):
-        self.device, self.dtype = device, dtype
-        self.models = {who: loading.load_model(str(folder), device, dtype) for who, folder in folders.items()}
-        self.processor = loading.load_processor(str(folders["lvlm"]), pixels, pixels)
+    def __init__(self, job: Job):
+        self.device, self.dtype = job.device, getattr(torch, job.dtype)
+        self.models = {who: loading.load_model(path, self.device, self.dtype) for who, path in job.folders.items()}
+        self.processor = loading.load_processor(job.folders["lvlm"], job.pixels, job.pixels)
 
     @torch.inference_mode()
     def replies(self, who: str, paths: list[str], prompt: str, tokens: int, batch_size: int) -> list[list[int]]:
@@ -109,6 +145,7 @@ class PlainLoop:
         return written
 
     def run(self, paths: list[str]) -> dict[str, list]:
+        """The tokens of each reply, by part."""
         return {
             "annotations": self.replies("lvlm", paths, TASK, ANNOTATION, 8),
             "lvlm": self.replies("lvlm", paths, QUESTION, ANSWER, 4),
@@ -128,37 +165,59 @@ class Forced(hf.HFEngine):
         return super()._generate([replace(r, max_new_tokens=tokens, stop="") for r in requests], *more)
 
 
-def ours(
-    folders: dict[str, Path], device: str, dtype: str, pixels: int, paths: list[str], share: float, **engine
-) -> dict:
-    """PA with its follow-up, then the S-VLM on a share of the images. Returns texts, seconds and the waiting share."""
-    result, waited, started = {}, {}, time.perf_counter()
-    settings = {"device": device, "dtype": dtype, "min_pixels": pixels, "max_pixels": pixels, **engine}
-    asked = [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(paths)]
-    engines.follow_up_prompt = lambda text, preset, marks: QUESTION  # before the workers are forked
-    engines.cut_off = lambda reply: None  # random weights never finish a line
-    with Forced(str(folders["lvlm"]), **settings) as engine:
-        replies = {r["key"]: r for batch in engine.generate(asked) for r in batch}
-        waited["lvlm"] = engine.facts()["waited"]
-    result["annotations"] = [replies[str(i)]["text"] for i in range(len(paths))]
-    result["lvlm"] = [replies[str(i)]["follow_up"]["text"] for i in range(len(paths))]
-    again = [Request(str(i), path, QUESTION) for i, path in enumerate(paths[: round(share * len(paths))])]
-    with Forced(str(folders["svlm"]), **settings) as engine:
-        replies = {r["key"]: r for batch in engine.generate(again) for r in batch}
-        waited["svlm"] = engine.facts()["waited"]
-    result["svlm"] = [replies[r.key]["text"] for r in again]
-    return {"texts": result, "seconds": time.perf_counter() - started, "waited": waited}
+@contextlib.contextmanager
+def loaded(job: Job, who: str, asked: list[Request], workers: int | None):
+    """The engine of one model, which has answered one request. Annotations are followed by QUESTION, whatever they say."""
+    gc.collect()
+    torch.cuda.empty_cache()  # of an earlier model
+    # Random weights never finish a line. Patched before the workers are forked.
+    always = mock.patch.multiple(engines, follow_up_prompt=lambda *_: QUESTION, cut_off=lambda reply: None)
+    limits = {"min_pixels": job.pixels, "max_pixels": job.pixels, "batch_size": job.batch_size}
+    with always, Forced(job.folders[who], device=job.device, dtype=job.dtype, workers=workers, **limits) as engine:
+        list(engine.generate(asked[:1]))
+        engine.wait_seconds = engine.model_seconds = 0.0
+        yield engine
 
 
-def plain(folders: dict[str, Path], device: str, dtype, pixels: int, paths: list[str], few: list[str]):
-    """The plain loop's texts, its seconds with loading, and its operations per image, counted on a few images."""
+def requests(job: Job) -> dict[str, list[Request]]:
+    """PA's of the L-VLM, each with its follow-up; PI's of the S-VLM, about the images that count as consistent."""
+    few = job.paths[: round(job.consistent * len(job.paths))]
+    return {
+        "lvlm": [Request(str(i), path, TASK, follow_up="paper") for i, path in enumerate(job.paths)],
+        "svlm": [Request(str(i), path, QUESTION) for i, path in enumerate(few)],
+    }
+
+
+def ours(job: Job) -> dict:
+    """PA with its follow-up, then the S-VLM: {"texts", "seconds", "loading" with a warm-up, "waited"}."""
+    texts, waited, seconds, loading_seconds = {}, {}, 0.0, 0.0
+    for who, asked in requests(job).items():
+        started = time.perf_counter()
+        with loaded(job, who, asked, job.workers) as engine:
+            ready = time.perf_counter()
+            found = {reply["key"]: reply for batch in engine.generate(asked) for reply in batch}
+            seconds += time.perf_counter() - ready
+            waited[who] = engine.facts()["waited"]
+        loading_seconds += ready - started
+        replies = [found[request.key] for request in asked]
+        if failed := [reply["error"] for reply in replies if "error" in reply]:
+            raise RuntimeError(f"{who}: {len(failed)} of {len(replies)} replies failed, the first: {failed[0]}")
+        texts["annotations" if who == "lvlm" else who] = [reply["text"] for reply in replies]
+        if who == "lvlm":
+            texts[who] = [reply["follow_up"]["text"] for reply in replies]
+    return {"texts": texts, "seconds": seconds, "loading": loading_seconds, "waited": waited}
+
+
+def plain(job: Job) -> dict:
+    """The plain loop: {"texts", "seconds", "loading"}; loading includes a warm-up."""
     started = time.perf_counter()
-    loop = PlainLoop(folders, device, dtype, pixels)
-    rows = loop.run(paths)
-    seconds = time.perf_counter() - started
-    decode = loop.processor.tokenizer.batch_decode
+    loop = PlainLoop(job)
+    loop.run(job.paths[:1])
+    ready = time.perf_counter()
+    rows = loop.run(job.paths)
+    done, decode = time.perf_counter(), loop.processor.tokenizer.batch_decode
     texts = {name: decode(written, skip_special_tokens=True) for name, written in rows.items()}
-    return texts, seconds, flops(lambda: loop.run(few)) / len(few)
+    return {"texts": texts, "seconds": done - ready, "loading": ready - started}
 
 
 def flops(work) -> float:
@@ -168,35 +227,36 @@ def flops(work) -> float:
     return counter.get_total_flops()
 
 
-def compare(
-    shape: dict[str, Shape], work: Path, device: str, dtype: str, n: int, edge: int, share: float, **engine
-) -> dict:
-    """Compare both on n images of `edge` pixels, with loading: seconds, operations, equal outputs, waiting share."""
-    torch_dtype, pixels, folders, parameters = getattr(torch, dtype), edge * edge, {}, {}
-    for who, sizes in shape.items():
-        folders[who] = work / who
-        parameters[who] = build(sizes, folders[who], device, torch_dtype)
-    paths = draw(work, n, edge)
-    few = paths[:2]
-    plain_texts, plain_seconds, plain_flops = plain(folders, device, torch_dtype, pixels, paths, few)
+def operations(job: Job) -> dict[str, float]:
+    """Operations per image of both, {"plain", "ours"}, counted on two images, in this process."""
+    few = replace(job, paths=job.paths[:2], consistent=1.0)
+    counted = {"plain": flops(partial(PlainLoop(few).run, few.paths)) / 2, "ours": 0.0}
+    for who, asked in requests(few).items():
+        with loaded(few, who, asked, workers=0) as engine:
+            share = 1.0 if who == "lvlm" else job.consistent
+            counted["ours"] += share * flops(partial(list, engine.generate(asked))) / 2
+    return counted
 
-    mine = ours(folders, device, dtype, pixels, paths, share, **engine)
-    inside = {**engine, "workers": 0}  # operations are counted in this process
-    our_flops = flops(lambda: ours(folders, device, dtype, pixels, few, share, **inside)) / len(few)
-    same = {
-        name: sum(a == b for a, b in zip(plain_texts[name], texts, strict=False)) / len(texts)
+
+def ratios(counted: dict, theirs: dict, mine: dict) -> dict:
+    """Ours relative to the plain loop's: time, operations, operations per second; and the shares of equal texts."""
+    time_share, flops_share = mine["seconds"] / theirs["seconds"], counted["ours"] / counted["plain"]
+    equal = {
+        name: sum(a == b for a, b in zip(theirs["texts"][name], texts, strict=False)) / len(texts)
         for name, texts in mine["texts"].items()
     }
+    pace = {"share_of_time": time_share, "share_of_flops": flops_share, "pace_ratio": flops_share / time_share}
+    return pace | {"equal": equal}
+
+
+def compare(job: Job) -> dict:
+    """Both on the same images, one after the other."""
+    counted, theirs, mine = operations(job), plain(job), ours(job)
     return {
-        "parameters": parameters,
-        "images": n,
-        "plain_images_per_second": n / plain_seconds,
-        "our_images_per_second": n / mine["seconds"],
-        "share_of_time": mine["seconds"] / plain_seconds,
-        "share_of_flops": our_flops / plain_flops,
-        "pace_ratio": (our_flops / mine["seconds"])
-        / (plain_flops / plain_seconds),  # operations per second, ours to plain
-        "gflops_per_image": {"plain": plain_flops / 1e9, "ours": our_flops / 1e9},
+        "images": len(job.paths),
+        "plain_images_per_second": len(job.paths) / theirs["seconds"],
+        "our_images_per_second": len(job.paths) / mine["seconds"],
+        "gflops_per_image": {way: each / 1e9 for way, each in counted.items()},
         "waited": mine["waited"],
-        "equal": same,
+        **ratios(counted, theirs, mine),
     }

@@ -43,7 +43,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "PL/Qwen2-VL-Finetune/src"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "PL/Qwen2-VL-Finetune/src"))  # last: it has a train.py, too
 
 import activations
 import psutil
@@ -59,7 +59,7 @@ from mpa.data.loading import load_samples
 from mpa.method.prompts import answer_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINER = ROOT / "PL/Qwen2-VL-Finetune/src/train.py"
+PL = ROOT / "PL/Qwen2-VL-Finetune"
 FULL = shapes.QWEN2_VL["svlm"]
 WIDE = replace(FULL, layers=4, vision=(1280, 4, 16))
 DEPTHS = {"here": WIDE, "full_depth": FULL}
@@ -142,12 +142,15 @@ def busy() -> tuple[float, float]:
     return cores.user + cores.nice + cores.system, mine.ru_utime + mine.ru_stime
 
 
-def run(command: list) -> tuple[str, dict]:
+def run(command: list, **more) -> tuple[str, dict]:
     """A command's output, its seconds, and the number of cores that other processes used meanwhile.
 
+    It sees one GPU, the first: a trainer would spread its batches over all. `more` is added to its environment.
     Raises RuntimeError, with the end of the output, if the command fails.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    more |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": first}
+    environment = {**os.environ, **more}
     started, (all_before, mine_before) = time.perf_counter(), busy()
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -157,15 +160,19 @@ def run(command: list) -> tuple[str, dict]:
     return done.stdout, {"process_seconds": seconds, "others_cores": others}
 
 
-def ours(work: Work, *flags: str) -> dict:
+def ours(work: Work, *flags: str, launched: bool = False) -> dict:
+    """Our trainer alone or, `launched`, as PL.sh starts it: on a GPU with DeepSpeed, and in the dtype that the GPU has."""
+    command = [sys.executable, PL / "src/train.py", "--bf16" if GPU else "--use_cpu", "True"]
+    if launched:
+        command = [sys.executable, PL / "src/launch.py", "train", "--standalone", "--local-addr", "127.0.0.1", "--"]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, TRAINER, "--model_id", work.model, "--data_path", work.data]
+        command += ["--model_id", work.model, "--data_path", work.data]
         command += ["--output_dir", out, "--per_device_train_batch_size", work.batch, "--learning_rate", work.lr]
         command += ["--seed", 0]
         command += ["--image_min_pixels", work.pixels, "--image_max_pixels", work.max_pixels or work.pixels]
         command += ["--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", "--report_to", "none"]
-        command += ["--logging_steps", 1, "--save_strategy", "no", "--bf16" if GPU else "--use_cpu", "True", *flags]
-        _, took = run(command)
+        command += ["--logging_steps", 1, "--save_strategy", "no", *flags]
+        _, took = run(command, ZERO=str(PL / "scripts/zero2.json"))
         meta = json.loads(Path(out, "train_meta.json").read_text())
         log = json.loads(Path(out, "trainer_state.json").read_text())["log_history"]
     return {

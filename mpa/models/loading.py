@@ -208,6 +208,7 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
     LoRA adapters are merged into their base model, unless that is quantised ("8bit" or "4bit"). `device_map` "auto"
     spreads the model over all GPUs; its inputs then go to `model.device`.
     """
+    import torch
     from transformers.utils import logging
 
     if device.startswith("cuda"):
@@ -217,6 +218,8 @@ def load_model(path: str, device: str, dtype, trust_remote_code=False, quantizat
         torch.cuda.set_device(device)  # kernels of bitsandbytes, Triton and flash-attention run on the current one
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # cuDNN's default in convolutions, which the patches go through
     base = adapted(path)
     options = {"device_map": device_map} if device_map else {}
     if quantization:

@@ -161,11 +161,13 @@ def test_the_dtype_is_measured_and_the_processors_limits_are_set():
     assert families.MIN_PIXELS <= thw[1] * thw[2] * 14 * 14 <= families.MAX_PIXELS
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_the_float32_replies_are_the_cpus(images, one_by_one):
-    got = replies(requests(images), device="cuda:0")
-    assert {k: r["text"] for k, r in got.items()} == {k: r["text"] for k, r in one_by_one.items()}
+def test_a_float32_model_has_float32_convolutions(monkeypatch):
+    """On a GPU, cuDNN's would be in TF32, with three decimal digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loading.load_model(str(STUDENT), "cpu", torch.bfloat16)
+    assert torch.backends.cudnn.allow_tf32
+    loading.load_model(str(STUDENT), "cpu", torch.float32)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 from conftest import STUDENT
 
 from mpa.engines import vllm_model
 from mpa.files.records import InputError
+from mpa.models import gpus
 
 
 def stubborn(ready):
@@ -61,8 +61,7 @@ def vllm(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setattr(vllm_model, "PATIENCE", 0.2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(gpus, "usable", lambda: (gpus.Gpu("A card", "GPU-1", (8, 0)),))
     monkeypatch.setattr(LLM, "fails", False)
     return SimpleNamespace(platform=platform, cleaned=cleaned)
 

@@ -6,15 +6,13 @@ import pytest
 import torch
 from conftest import STUDENT
 
-from mpa.models import families, loading
+from mpa.models import families, gpus, loading
 
 
 @pytest.fixture
 def gpu(monkeypatch, request):
     """A GPU that has bfloat16, or one that only emulates it."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    has = request.param
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has)
+    monkeypatch.setattr(gpus, "usable", lambda: (gpus.Gpu("A card", "GPU-1", (8, 0) if request.param else (7, 5)),) * 2)
     loading._say_once.cache_clear()
 
 
