@@ -31,7 +31,7 @@ def step(trainer: Leveler, batches: list[list[dict]]) -> tuple[float, dict]:
     made = [trainer.data_collator(batch) for batch in batches]
     count, total = sum((batch["labels"] != data.IGNORE).sum() for batch in made), 0.0
     for batch in made:
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=count)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
@@ -86,6 +86,15 @@ def test_logits_are_computed_only_for_labelled_tokens(tmp_path):
     labelled = int((batch["labels"] != data.IGNORE).sum())
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
     assert seen == [batch["input_ids"].shape, (1, labelled), (1, labelled)]
+
+
+def test_the_positions_of_a_packed_row_are_known_before_it_goes_to_the_device(tmp_path, monkeypatch):
+    write(tmp_path, 4)
+    trainer, seen = build(tmp_path, "--packing", "True"), []
+    monkeypatch.setattr(trainer, "_prepare_input", lambda data: seen.append(data) or data)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=1)
+    assert seen[0]["position_ids"].shape == (4, 1, batch["input_ids"].shape[1])
 
 
 def test_recomputation_changes_neither_loss_nor_gradients(tmp_path):

@@ -106,7 +106,12 @@ class Leveler(CheckpointingTrainer):
     # --- step and loss ------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """The batch on the device. The labels stay here, where it is known without waiting for the device what they select."""
+        """The batch on the device. The labels stay here, where it is known without waiting for the device what they select.
+
+        The positions of a packed row are computed here, too: there, each sample's size would be waited for.
+        """
+        if "position_ids" in inputs and self.rope_index:
+            inputs = inputs | {"position_ids": packed_rope_positions(inputs, self.rope_index)}
         return super()._prepare_inputs(inputs) | {name: inputs[name] for name in ("labels",) if name in inputs}
 
     def _prepare_input(self, data):
@@ -151,8 +156,6 @@ class Leveler(CheckpointingTrainer):
         next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         mask = next_labels != IGNORE
         self.answer_logits.select(mask, self.args.device)
-        if "position_ids" in inputs and self.rope_index:
-            inputs["position_ids"] = packed_rope_positions(inputs, self.rope_index)
         logits = self.answer_logits.of(model(**inputs, use_cache=False).logits).float()  # [N, V]
         targets, smoothing = next_labels[mask].to(logits.device, non_blocking=True), self.args.label_smoothing_factor
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
