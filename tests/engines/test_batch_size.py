@@ -71,10 +71,10 @@ def test_every_batch_fits_into_the_memory_that_the_probe_found(monkeypatch, name
 def test_the_step_that_samples_takes_no_more_than_is_counted_for_it():
     """Measured by torch's profiler, on the CPU: of all that is in memory at one time beside the logits."""
     rows, vocabulary = 3, 20_000
-    sampler = TokenSampler([Request(str(i), "", "", temperature=1.0, top_p=0.9) for i in range(rows)])
-    scores, ids = torch.randn(rows, vocabulary), torch.zeros(rows, 1, dtype=torch.long)
+    sampler = TokenSampler([Request(str(i), "", "", temperature=1.0, top_p=0.9) for i in range(rows)], "cpu")
+    scores = torch.randn(rows, vocabulary)
     with torch.profiler.profile(profile_memory=True) as profile:
-        sampler(ids, scores)
+        sampler(scores)
     now = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

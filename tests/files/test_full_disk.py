@@ -150,17 +150,17 @@ def test_merged_weights_that_do_not_fit_leave_an_empty_place(tmp_path, monkeypat
 
 def test_the_runner_says_it(small_disk):
     (small_disk / "full").write_bytes(b"x" * 2**16)
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), str(small_disk), "--config"]
-    command += [f"experiment={ROOT}/experiments/mini.yaml", "gpus=0", "--cores", "1", "--"]
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), str(small_disk), f"{ROOT}/experiments/mini.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "REPORT": "0"})
     one_line(done, small_disk)
 
 
 def test_the_runner_says_it_when_snakemake_fails_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "places", lambda *_: (0, []))
     monkeypatch.setattr(reproduce, "snakemake", lambda *_: 1)
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(reproduce.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
-    assert reproduce.main([str(tmp_path), f"experiment={ROOT}/experiments/mini.yaml", "--"]) == 1
+    assert reproduce.main([str(tmp_path), f"{ROOT}/experiments/mini.yaml"]) == 1
     assert f"error: {tmp_path}: no space left on the disk" in capsys.readouterr().err
 
 
