@@ -95,8 +95,8 @@ class HFEngine:
         self.static_steps = None
         if loaded:
             gc.collect()  # of the model at least the layer that `LastColumn` changed is part of a reference cycle
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     @property
     def family(self) -> families.Family | None:

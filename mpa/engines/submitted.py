@@ -112,7 +112,7 @@ def refuse_asked(batches: list[Submitted], requests: Iterable[Request], done: Co
         if n := len(asked.keys() & batch.lines.keys()):
             raise InputError(
                 f"{batch.path}: {n} of these requests are in a batch at {batch.server} ({batch.id or batch.token}), and would be "
-                "paid twice. Go on with --batch, which reads their replies, or what there is of them after you have cancelled it."
+                "paid twice. Go on with --batch and without --dry-run, which reads their replies, or what there is of them after you have cancelled it."
             )
 
 

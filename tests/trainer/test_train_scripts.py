@@ -72,6 +72,8 @@ def test_the_script_trains_in_bfloat16_only_where_the_gpu_has_it(launched, monke
     assert ("--bf16" in new, "--fp16" in new) == (True, False)
     assert ("--bf16" in old, "--fp16" in old) == (False, True)
     assert flag_value(old, "--fp16") == "True"
+    chosen = launched("PL.sh", "--bf16", "True", bf16=False, SVLM=tmp_path)  # by the user, who is not contradicted
+    assert flag_value(chosen, "--bf16") == "True" and "--fp16" not in chosen
     overflowing = launched(bf16=False, SVLM=STUDENT)  # Qwen2-VL's family: in float32
     assert not {"--bf16", "--fp16", "--use_cpu"} & set(overflowing) and "--deepspeed" in overflowing
     assert new[0] == "torchrun" and flag_value(new, "--nproc_per_node") == "gpu"

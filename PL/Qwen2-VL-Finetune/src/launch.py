@@ -50,6 +50,8 @@ def train(machines: list[str], flags: list[str]) -> int:
     if found:
         dtype = resolved_dtype("auto", "cuda", flags[flags.index("--model_id") + 1] if "--model_id" in flags else None)
         precision = {"bfloat16": ["--bf16", "True"], "float16": ["--fp16", "True"], "float32": []}[dtype]
+        if any(flag.partition("=")[0] in ("--bf16", "--fp16") for flag in flags):
+            precision = []  # the user's
         processes = "gpu"
     else:
         precision, environment["DS_ACCELERATOR"] = ["--use_cpu", "True"], "cpu"
