@@ -14,7 +14,7 @@ from mpa.engines.prefix_cache import reset_rope_deltas
 from mpa.files.image_files import ImageError, open_image
 from mpa.files.printable import as_size
 from mpa.files.records import InputError
-from mpa.models import loading, memory_estimate
+from mpa.models import gpus, loading, memory_estimate
 from mpa.models.device_memory import available_bytes, is_out_of_memory
 from mpa.models.memory_estimate import CANNOT_FIT, described, meta_model
 
@@ -56,7 +56,7 @@ def free_bytes(settings) -> int | None:
     device = loading.pick_device(settings.device)
     if not (settings.device_map and device.startswith("cuda")):
         return available_bytes(device)
-    each = [available_bytes(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    each = [available_bytes(f"cuda:{index}") for index in range(len(gpus.usable()))]
     return None if None in each else sum(each)
 
 

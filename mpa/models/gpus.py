@@ -5,8 +5,8 @@
 
     python -m mpa.models.gpus     says what is wrong; scripts/setup.sh calls it
 
-Neither initialises CUDA in this process. nvidia-smi counts in PCI order and CUDA the fastest first, so nvidia-smi is asked about a GPU
-of torch by its UUID.
+Neither initialises CUDA in this process, unless it was asked here before, or NVML does not know the GPUs (MIG, Jetson).
+nvidia-smi counts in PCI order and CUDA the fastest first, so nvidia-smi is asked about a GPU of torch by its UUID.
 """
 
 import multiprocessing
